@@ -1,0 +1,356 @@
+"""All that a loss plugin imports: specs, configs, base classes, signals and the hook marker.
+
+A plugin is one module with a frozen config, a loss class, one `SPEC` and one hook:
+
+    @hookimpl
+    def dpkd_losses():
+        return [SPEC]
+
+It says the mathematics of its paper and stops there. The engine shifts, masks, packs, chunks, reduces, samples,
+moves devices and logs. Shapes in names: N response positions, V vocabulary, B pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import pluggy
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from dpkd.functional import at_least_float32, gather_logps, log_softmax
+
+__all__ = [
+    "Card",
+    "Family",
+    "LossConfig",
+    "LossSpec",
+    "Pair",
+    "PairInputs",
+    "PairLoss",
+    "Rollout",
+    "RolloutInputs",
+    "RolloutLoss",
+    "Signal",
+    "Source",
+    "TeacherAccess",
+    "Text",
+    "TokenInputs",
+    "TokenLoss",
+    "Trait",
+    "UndeclaredSignal",
+    "hookimpl",
+    "setting",
+]
+
+hookimpl = pluggy.HookimplMarker("dpkd")
+
+
+class Text(StrEnum):
+    """Who wrote the response tokens."""
+
+    DATASET = "dataset"
+    TEACHER = "teacher"
+    STUDENT = "student"
+
+
+class TeacherAccess(StrEnum):
+    """What is needed of the teacher, from least to most."""
+
+    NONE = "nothing"
+    TEXT = "text"
+    TOKEN_LOGPS = "token log-probs"
+    LOGITS = "logits"
+
+
+class Signal(StrEnum):
+    """What a loss may read. It reads what its spec declares, and nothing else."""
+
+    TARGETS = "targets"  # the response's token at each position [N]
+    STUDENT_LOGITS = "student_logits"  # [N, V]
+    TEACHER_LOGITS = "teacher_logits"  # [N, V]
+    STUDENT_LOGPS = "student_logps"  # of whole responses, preferred and dispreferred [B]
+    TEACHER_LOGPS = "teacher_logps"  # of whole responses [B]; in a RolloutLoss of the drawn tokens [N]
+    LENGTHS = "lengths"  # tokens of each response, EOS included [B]
+    ADVANTAGES = "advantages"  # what RolloutLoss.advantages returned [N]
+    ROLLOUT_LOGPS = "rollout_logps"  # student log-prob of the token when it was sampled [N]
+    BEHAVIOUR_LOGPS = "behaviour_logps"  # log-prob under the policy that drew it (a teacher mix, say) [N]
+
+
+class Trait(StrEnum):
+    """A promise about the mathematics, verified by `dpkd.testing`."""
+
+    ZERO_AT_MATCH = "zero at match"  # student = teacher: value 0 and gradient 0
+    STATIONARY_AT_MATCH = "stationary at match"  # student = teacher: gradient 0, whatever the value
+    NON_NEGATIVE = "non-negative"
+    SHIFT_INVARIANT = "shift invariant"  # a constant added to all logits of a position changes nothing
+    SCORE_FUNCTION = "score function"  # the gradient is right in expectation only; the value means nothing
+    DETACHED_WEIGHTS = "detached weights"  # autograd differs from finite differences by design
+
+
+class Family(StrEnum):
+    """Which base class a loss has."""
+
+    TOKEN = "token"
+    PAIR = "pair"
+    ROLLOUT = "rollout"
+
+
+class UndeclaredSignal(RuntimeError):
+    """A loss read a signal that its spec does not declare."""
+
+
+class LossConfig(BaseModel):
+    """Base of a loss's settings: closed, frozen, finite numbers, every field described (use `setting`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def setting(default: Any, *, description: str, source: str, **bounds: Any) -> Any:
+    """A described field of a loss config; `source` says where the default comes from; bounds as pydantic's."""
+    return Field(default, description=description, json_schema_extra={"source": source}, **bounds)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an objective comes from: title, link, and the place in it (equation, section)."""
+
+    title: str
+    url: str
+    where: str = ""
+    bibtex: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a user reads before choosing a loss."""
+
+    title: str
+    summary: str  # one line
+    formula: str  # plain text with Unicode mathematics, per position or per pair
+    sources: tuple[Source, ...]
+    use_when: str
+    avoid_when: str
+    notes: str = ""  # errata, what differs between paper, released code and other toolkits
+
+
+class Pair(NamedTuple):
+    """One value for the preferred (y_t) and one for the dispreferred response (y_s) of each prompt, `[B]`."""
+
+    preferred: Tensor
+    dispreferred: Tensor
+
+
+class _Inputs:
+    """Signals by name; reading one that was not declared raises UndeclaredSignal."""
+
+    def __init__(
+        self, signals: Mapping[Signal, Any], cache: dict[tuple[Signal, float], Tensor] | None = None
+    ) -> None:
+        self._signals = dict(signals)
+        self._cache: dict[tuple[Signal, float], Tensor] = {} if cache is None else cache
+
+    def __getitem__(self, signal: Signal) -> Any:
+        try:
+            return self._signals[signal]
+        except KeyError:
+            had = ", ".join(sorted(self._signals)) or "none"
+            raise UndeclaredSignal(
+                f"the loss reads {signal.value!r} but its spec declares only: {had}. Add it to LossSpec.reads."
+            ) from None
+
+    def _log_probs(self, signal: Signal, temperature: float) -> Tensor:
+        key = (signal, temperature)
+        if key not in self._cache:
+            self._cache[key] = log_softmax(self[signal], temperature)
+        else:
+            self[signal]
+        return self._cache[key]
+
+
+class TokenInputs(_Inputs):
+    """Response positions, packed: logits `[N, V]` of student and teacher over the shared vocabulary, targets `[N]`."""
+
+    def only(self, reads: frozenset[Signal]) -> TokenInputs:
+        """The same positions, restricted to some signals; log-probabilities stay shared."""
+        kept = {signal: value for signal, value in self._signals.items() if signal in reads}
+        return type(self)(kept, self._cache)
+
+    @property
+    def student_logits(self) -> Tensor:
+        """`[N, V]`, at least float32."""
+        return at_least_float32(self[Signal.STUDENT_LOGITS])
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        """`[N, V]`, at least float32, without gradient."""
+        return at_least_float32(self[Signal.TEACHER_LOGITS])
+
+    @property
+    def targets(self) -> Tensor:
+        """The response's token id at each position, `[N]`."""
+        return self[Signal.TARGETS]  # type: ignore[no-any-return]
+
+    def student_log_probs(self, temperature: float = 1.0) -> Tensor:
+        """log q `[N, V]` in nats, computed once for all terms of a run."""
+        return self._log_probs(Signal.STUDENT_LOGITS, temperature)
+
+    def teacher_log_probs(self, temperature: float = 1.0) -> Tensor:
+        """log p `[N, V]` in nats, computed once for all terms of a run."""
+        return self._log_probs(Signal.TEACHER_LOGITS, temperature)
+
+
+class RolloutInputs(TokenInputs):
+    """Positions of sampled responses: what TokenInputs has, and what was known when the token was drawn, all `[N]`."""
+
+    @property
+    def advantages(self) -> Tensor:
+        """What `RolloutLoss.advantages` returned for these tokens."""
+        return self[Signal.ADVANTAGES]  # type: ignore[no-any-return]
+
+    @property
+    def rollout_logps(self) -> Tensor:
+        """log q_old of the drawn token: the student at sampling time."""
+        return self[Signal.ROLLOUT_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def behaviour_logps(self) -> Tensor:
+        """log of the probability with which the token was really drawn (p̃ under teacher-mixed sampling)."""
+        return self[Signal.BEHAVIOUR_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def teacher_logps(self) -> Tensor:
+        """log p of the drawn token under the teacher."""
+        return self[Signal.TEACHER_LOGPS]  # type: ignore[no-any-return]
+
+    def student_logps(self) -> Tensor:
+        """log q of the drawn token under the student of now, with gradient."""
+        return gather_logps(self.student_log_probs(), self.targets)
+
+
+class PairInputs(_Inputs):
+    """For each prompt a preferred and a dispreferred response: summed log-probs in nats and lengths in tokens, `[B]`."""
+
+    @property
+    def student(self) -> Pair:
+        """log q(y_t|x) and log q(y_s|x), summed over tokens, EOS included."""
+        return self[Signal.STUDENT_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def teacher(self) -> Pair:
+        """log p(y_t|x) and log p(y_s|x), summed over tokens, without gradient."""
+        return self[Signal.TEACHER_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def lengths(self) -> Pair:
+        """Tokens of y_t and y_s as floats, EOS included, at least 1."""
+        return self[Signal.LENGTHS]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One collection of sampled responses, before training on it: rows of a sequence stand together, in order.
+
+    `rollout_logps`, `behaviour_logps` and `teacher_logps` are `[N]`, in nats, of the drawn tokens;
+    `sequence` `[N]` numbers the responses from 0.
+    """
+
+    rollout_logps: Tensor
+    behaviour_logps: Tensor
+    teacher_logps: Tensor
+    sequence: Tensor
+
+
+ConfigT = TypeVar("ConfigT", bound=LossConfig)
+
+
+class TokenLoss(nn.Module, Generic[ConfigT]):
+    """One value per response position, from logits."""
+
+    family = Family.TOKEN
+
+    def __init__(self, config: ConfigT) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        """One float32 value per position `[N]`, in nats; no mean, no mask, no weight."""
+        raise NotImplementedError
+
+
+class PairLoss(nn.Module, Generic[ConfigT]):
+    """One value per pair, from the log-probs of whole responses."""
+
+    family = Family.PAIR
+
+    def __init__(self, config: ConfigT) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: PairInputs) -> Tensor:
+        """One float32 value per pair `[B]`."""
+        raise NotImplementedError
+
+
+class RolloutLoss(nn.Module, Generic[ConfigT]):
+    """One surrogate value per sampled token: for policy-gradient objectives."""
+
+    family = Family.ROLLOUT
+
+    def __init__(self, config: ConfigT) -> None:
+        super().__init__()
+        self.config = config
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """What each drawn token is worth `[N]`: called once per collection, over whole sequences, without gradient."""
+        raise NotImplementedError
+
+    def forward(self, x: RolloutInputs) -> Tensor:
+        """One float32 surrogate value per token `[N]`; `x` may be any slice of the collection."""
+        raise NotImplementedError
+
+
+Loss = TokenLoss[Any] | PairLoss[Any] | RolloutLoss[Any]
+Reads = frozenset[Signal] | Callable[[Any], frozenset[Signal]]
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Everything that dpkd knows about a loss: its door into the registry.
+
+    reads     the signals it reads, or a function from its config to them
+    accepts   who may have written the text (for pairs: either response)
+    suggests  run settings that the paper used, as a nested mapping; any layer of the user overrides them
+    traits    promises that the conformance kit verifies
+    """
+
+    name: str
+    loss: type[Loss]
+    config: type[LossConfig]
+    card: Card
+    reads: Reads
+    accepts: frozenset[Text] = frozenset(Text)
+    suggests: Mapping[str, Any] = field(default_factory=dict)
+    traits: frozenset[Trait] = frozenset()
+
+    @property
+    def family(self) -> Family:
+        return self.loss.family
+
+    def signals(self, config: LossConfig | None = None) -> frozenset[Signal]:
+        """What the loss reads under a config (the defaults when None)."""
+        if callable(self.reads):
+            return self.reads(config if config is not None else self.config())
+        return self.reads
+
+    def needs(self, config: LossConfig | None = None) -> TeacherAccess:
+        """What the loss itself needs of the teacher; the text may need more."""
+        signals = self.signals(config)
+        if Signal.TEACHER_LOGITS in signals:
+            return TeacherAccess.LOGITS
+        if Signal.TEACHER_LOGPS in signals:
+            return TeacherAccess.TOKEN_LOGPS
+        return TeacherAccess.NONE

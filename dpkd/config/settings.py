@@ -1,0 +1,92 @@
+"""The settings of a run: one closed model, composed of the blocks of its parts.
+
+The block `loss` is `{name: ..., and the loss's own settings}`; it is checked against the config class of the
+installed plugin, so it is held here as an already validated pair (see `dpkd.config.resolve`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dpkd.data.settings import CorpusSettings, DataSettings
+from dpkd.models.settings import StudentSettings, TeacherSettings
+from dpkd.settings import Block
+from dpkd.text.settings import TextSettings
+
+__all__ = ["LmTerm", "PretrainTerm", "RunSettings", "TermSettings", "TrainSettings"]
+
+
+class LmTerm(Block):
+    """Cross-entropy on the data set's own responses, beside the main loss."""
+
+    weight: float = Field(0.0, ge=0, description="0: off")
+
+
+class PretrainTerm(Block):
+    """The paper's L_pt: language modelling on plain text, optionally mixed with word-level KD as released code does."""
+
+    weight: float = Field(0.0, ge=0, description="λ; 0: off (the DPKD script: 0.5; the paper gives no value)")
+    kd_ratio: float = Field(
+        0.0, ge=0, le=1, description="share of word-level KD from the teacher (released code: 0.5; paper: 0)"
+    )
+    batch_size: int | None = Field(None, ge=1, description="blocks of text per optimiser step; None: train.batch_size")
+    corpus: CorpusSettings | None = Field(None, description="the plain text")
+
+    @model_validator(mode="after")
+    def _has_text(self) -> PretrainTerm:
+        if self.weight > 0 and self.corpus is None:
+            raise ValueError("a weight above 0 needs `corpus.path`: a file of plain text, one document a line")
+        return self
+
+
+class TermSettings(Block):
+    """Terms added to the main loss; each is logged unweighted and weighted."""
+
+    main: float = Field(1.0, gt=0, description="weight of the main loss")
+    lm: LmTerm = Field(LmTerm(), description="LM term on data-set responses")
+    pretrain: PretrainTerm = Field(PretrainTerm(), description="pre-training term on plain text")
+
+
+class TrainSettings(Block):
+    """The optimiser and the loop."""
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps; None: `epochs` of the data")
+    epochs: float = Field(1.0, gt=0, description="passes over the data when `steps` is not given")
+    batch_size: int = Field(8, ge=1, description="examples per optimiser step, over all processes")
+    micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass and process; never changes a result")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the cosine or linear schedule")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    weight_decay: float = Field(1e-2, ge=0, description="AdamW; not on biases and norms")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
+    eps: float = Field(1e-8, gt=0, description="AdamW")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; None: no clipping")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast; log-probs are float32 in both")
+    chunk_mib: float = Field(32.0, gt=0, description="memory of one chunk of logits; rows per chunk follow from it")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; None: at the end and on a stop")
+    keep_checkpoints: int = Field(1, ge=1, description="how many of the newest checkpoints stay")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="also log to these")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must not be above lr ({self.lr})")
+        return self
+
+
+class RunSettings(Block):
+    """Everything that decides a run, but for the loss's own settings."""
+
+    teacher: TeacherSettings = TeacherSettings()
+    student: StudentSettings = StudentSettings()
+    data: DataSettings = DataSettings()
+    text: TextSettings = TextSettings()
+    terms: TermSettings = TermSettings()
+    train: TrainSettings = TrainSettings()
+    output: str | None = Field(None, description="run folder; None: runs/LOSS-N")
+    seed: int = Field(10, ge=0, description="decides order, sampling and initial weights (MiniLLM's scripts: 10)")

@@ -1,0 +1,66 @@
+"""Settings of the data that a run reads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dpkd.settings import Block
+
+__all__ = ["DEFAULT_DATA", "Columns", "CorpusSettings", "DataSettings"]
+
+DEFAULT_DATA = "databricks/databricks-dolly-15k"
+
+
+class Columns(Block):
+    """Which column holds what; what is left out is detected from the first row."""
+
+    instruction: str | None = Field(None, description="column of the instruction")
+    input: str | None = Field(None, description="column of the optional input (Dolly: context)")
+    output: str | None = Field(None, description="column of the response, or of a list of references")
+    prompt: str | None = Field(None, description="column of a ready prompt, used without a template")
+    messages: str | None = Field(None, description="column of chat messages; the last one is the response")
+
+
+class DataSettings(Block):
+    """Instruction data: where it is, how a row is read, what is kept."""
+
+    path: str = Field(DEFAULT_DATA, description="hub id, or a JSONL, JSON, CSV or parquet file, or a folder of them")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    columns: Columns = Field(Columns(), description="column names, where detection does not fit")
+    template: Literal["auto", "alpaca", "chat", "none"] = Field(
+        "auto",
+        description="how a prompt is written: the papers' Alpaca form, the tokenizer's chat template, or as it is; "
+        "auto: chat for `messages`, none for ready prompts, alpaca for the rest",
+    )
+    max_prompt_tokens: int = Field(256, ge=1, description="rows with a longer prompt are dropped and counted")
+    max_tokens: int = Field(512, ge=2, description="prompt and response together; longer responses are cut")
+    min_response_words: int = Field(
+        0, ge=0, description="keep responses longer than this many words (the DPKD paper: 10); 0 keeps all"
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a row that cannot be read: stop, or skip and count")
+    limit: int | None = Field(None, ge=1, description="read at most this many rows")
+    streaming: bool = Field(False, description="read rows one by one up to `limit`, without the whole download")
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> DataSettings:
+        if self.max_tokens <= self.max_prompt_tokens:
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) must be larger than max_prompt_tokens ({self.max_prompt_tokens}): "
+                "the response needs room"
+            )
+        if self.streaming and self.limit is None:
+            raise ValueError("streaming needs `limit`: the number of rows to read")
+        return self
+
+
+class CorpusSettings(Block):
+    """Plain text for the pre-training term: one document a line (or a column `text`)."""
+
+    path: str = Field(description="a .txt file with one document a line, a JSONL/parquet file with `text`, or a hub id")
+    split: str = Field("train", description="split of a hub data set")
+    column: str = Field("text", description="column of the text")
+    max_tokens: int = Field(512, ge=2, description="documents are joined with EOS and cut into blocks of this length")
+    limit: int | None = Field(None, ge=1, description="read at most this many documents")

@@ -1,0 +1,162 @@
+"""Pure tensor functions that losses are made of.
+
+Shapes in names: N response positions, V vocabulary, B sequences or pairs. Everything is in nats.
+`p` is the teacher, `q` the student: `kl(p, q)` is KL(p‖q), everywhere. Log-probabilities of zero (`-inf`) are
+legal in either distribution and never put a NaN into a value or a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "at_least_float32",
+    "cross_entropy",
+    "entropy",
+    "gather_logps",
+    "kl",
+    "log_mix",
+    "log_softmax",
+    "nll",
+    "preference",
+    "returns_to_go",
+    "segment_sum",
+]
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half-precision values as float32; float32 and float64 as they are.
+
+    >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities `[N, V]` of logits at a temperature, in at least float32.
+
+    >>> log_softmax(torch.zeros(1, 4)).exp()
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    logits_NV = at_least_float32(logits_NV)
+    return F.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, dim=-1)
+
+
+def _times_log(p_NV: Tensor, log_NV: Tensor) -> Tensor:
+    """`p · log`, with 0 · (-inf) = 0 in the value and in both gradients."""
+    return p_NV * log_NV.masked_fill(p_NV == 0, 0.0)
+
+
+def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """KL(p‖q) `[N]` in nats, from log-probabilities `[N, V]`.
+
+    Infinite where p has mass on a token to which q gives none.
+
+    >>> log_p, log_q = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
+    >>> kl(log_p, log_q)                                    # 0.5 · ln 2
+    tensor([0.3466])
+    >>> kl(log_q, log_p)
+    tensor([inf])
+    """
+    p_NV = log_p_NV.exp()
+    present_NV = p_NV > 0
+    ratio_NV = log_p_NV.masked_fill(~present_NV, 0.0) - log_q_NV.masked_fill(~present_NV, 0.0)
+    return (p_NV * ratio_NV).sum(-1)
+
+
+def entropy(log_p_NV: Tensor) -> Tensor:
+    """Entropy `[N]` in nats.
+
+    >>> entropy(torch.tensor([[0.5, 0.5, 0.0]]).log())
+    tensor([0.6931])
+    """
+    return -_times_log(log_p_NV.exp(), log_p_NV).sum(-1)
+
+
+def cross_entropy(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """`-Σ p log q` `[N]` in nats: KL(p‖q) plus the entropy of p.
+
+    >>> log_p = torch.tensor([[0.5, 0.5]]).log()
+    >>> cross_entropy(log_p, log_p)
+    tensor([0.6931])
+    """
+    return -_times_log(log_p_NV.exp(), log_q_NV).sum(-1)
+
+
+def gather_logps(log_q_NV: Tensor, ids_N: Tensor) -> Tensor:
+    """Log-probability `[N]` of one token per position.
+
+    >>> gather_logps(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([1])).exp()
+    tensor([0.7500])
+    """
+    return log_q_NV.gather(-1, ids_N.unsqueeze(-1)).squeeze(-1)
+
+
+def nll(log_q_NV: Tensor, ids_N: Tensor) -> Tensor:
+    """Negative log-likelihood `[N]` in nats of one token per position."""
+    return -gather_logps(log_q_NV, ids_N)
+
+
+def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float) -> Tensor:
+    """Log of the mixture `weight_a · a + (1 - weight_a) · b`, in log space.
+
+    Raises ValueError when the weight is outside [0, 1].
+
+    >>> log_mix(torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log(), 0.25).exp()
+    tensor([0.2500, 0.7500])
+    """
+    if not 0.0 <= weight_a <= 1.0:
+        raise ValueError(f"a mixture weight lies in [0, 1], got {weight_a}")
+    if weight_a == 0.0:
+        return log_b_NV
+    if weight_a == 1.0:
+        return log_a_NV
+    a_NV, b_NV = log_a_NV + math.log(weight_a), log_b_NV + math.log1p(-weight_a)
+    # Where both are -inf, logaddexp has no gradient: the token stays impossible.
+    impossible_NV = (a_NV == -math.inf) & (b_NV == -math.inf)
+    if not impossible_NV.any():
+        return torch.logaddexp(a_NV, b_NV)
+    mixed = torch.logaddexp(a_NV.masked_fill(impossible_NV, 0.0), b_NV.masked_fill(impossible_NV, 0.0))
+    return mixed.masked_fill(impossible_NV, -math.inf)
+
+
+def preference(margin_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """`-(1-ε) log σ(margin) - ε log σ(-margin)` `[B]`: Bradley-Terry, with a share ε of flipped labels.
+
+    >>> preference(torch.tensor([0.0]))
+    tensor([0.6931])
+    """
+    loss_B = -F.logsigmoid(margin_B)
+    if label_smoothing == 0.0:
+        return loss_B
+    return (1 - label_smoothing) * loss_B - label_smoothing * F.logsigmoid(-margin_B)
+
+
+def segment_sum(values_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
+    """Sum of the values of each segment, `[count]`.
+
+    >>> segment_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2]), 3)
+    tensor([3., 0., 4.])
+    """
+    return values_N.new_zeros(count).index_add(0, segment_N, values_N)
+
+
+def returns_to_go(rewards_N: Tensor, sequence_N: Tensor, discount: float = 1.0) -> Tensor:
+    """Discounted sum of the rewards from each position to the end of its sequence, `[N]`.
+
+    Rows of one sequence stand together and in order.
+
+    >>> returns_to_go(torch.tensor([1.0, 1.0, 1.0, 5.0]), torch.tensor([0, 0, 0, 1]), 0.5)
+    tensor([1.7500, 1.5000, 1.0000, 5.0000])
+    """
+    returns = rewards_N.tolist()
+    sequence = sequence_N.tolist()
+    for i in range(len(returns) - 2, -1, -1):
+        if sequence[i] == sequence[i + 1]:
+            returns[i] += discount * returns[i + 1]
+    return rewards_N.new_tensor(returns)

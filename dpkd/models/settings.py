@@ -1,0 +1,71 @@
+"""Settings of the two models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dpkd.settings import Block
+
+__all__ = ["LoraSettings", "ModelSettings", "StudentSettings", "TeacherSettings"]
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ModelSettings(Block):
+    """Where a model is and how it is loaded."""
+
+    model: str | None = Field(None, description="hub id or folder (safetensors), or a .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    dtype: DType = Field("auto", description="type of the weights; auto: as stored (teacher), float32 (student)")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field("auto", description="attention code")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class TeacherSettings(ModelSettings):
+    """The frozen model that is imitated."""
+
+    device: str | None = Field(None, description="device of the teacher, e.g. cuda:1; None: the student's")
+    tokenizer: str | None = Field(None, description="hub id or folder of the tokenizer; None: the model's")
+
+
+class LoraSettings(Block):
+    """Low-rank adapters on the student, through peft."""
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32.0, gt=0, description="scale is alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
+    targets: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="names of the modules to adapt; the output head is always left frozen"
+    )
+
+
+class StudentSettings(ModelSettings):
+    """The model that is trained."""
+
+    init: Literal["pretrained", "layers", "random"] = Field(
+        "pretrained",
+        description="pretrained: `model` as it is; layers: the teacher with some of its layers; "
+        "random: fresh weights of `model`'s (or the teacher's) configuration",
+    )
+    layers: int | list[int] | None = Field(
+        None,
+        description="with init `layers` or `random`: how many of the teacher's layers (first, last and evenly between), "
+        "or which",
+    )
+    lora: LoraSettings | None = Field(None, description="train low-rank adapters only")
+    dropout: Literal["keep", "off"] = Field("keep", description="dropout while training: the model's own, or none")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+
+    @model_validator(mode="after")
+    def _init_has_what_it_needs(self) -> StudentSettings:
+        if self.init == "layers" and self.layers is None:
+            raise ValueError("init `layers` needs `layers`: a number of layers to keep, or a list of their indices")
+        if self.init == "pretrained" and self.layers is not None:
+            raise ValueError("`layers` is used only with init `layers` or `random`")
+        if isinstance(self.layers, list) and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise ValueError(f"`layers` must name each kept layer once, got {self.layers}")
+        if isinstance(self.layers, int) and self.layers < 1:
+            raise ValueError(f"`layers` must be at least 1, got {self.layers}")
+        return self

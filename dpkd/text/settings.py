@@ -1,0 +1,80 @@
+"""Settings of the text: who writes the response tokens, and how they are sampled."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dpkd.api import Text
+from dpkd.settings import Block
+
+__all__ = ["PairSettings", "SamplingSettings", "TextSettings"]
+
+
+class SamplingSettings(Block):
+    """How responses are drawn."""
+
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus: the smallest set of tokens with this mass")
+    top_k: int = Field(0, ge=0, description="the k likeliest tokens; 0: all")
+    max_new_tokens: int = Field(256, ge=1, description="a response without EOS ends here and is counted as truncated")
+    batch_size: int = Field(32, ge=1, description="prompts sampled together")
+
+
+class PairSettings(Block):
+    """The two responses of a preference pair."""
+
+    preferred: Literal["teacher", "dataset"] = Field("teacher", description="who wrote y_t")
+    dispreferred: Literal["student", "teacher", "dataset"] = Field("student", description="who wrote y_s")
+
+    @model_validator(mode="after")
+    def _two_writers(self) -> PairSettings:
+        if self.preferred == self.dispreferred:
+            raise ValueError(f"both responses of a pair are written by {self.preferred!r}: there is nothing to prefer")
+        return self
+
+
+class TextSettings(Block):
+    """Who writes the responses, and how fresh the student's are."""
+
+    source: Literal["dataset", "teacher", "student", "mixed"] = Field(
+        "dataset", description="who writes the responses (pair losses use `pairs` instead)"
+    )
+    mix: dict[Text, float] = Field(
+        default_factory=dict,
+        description="with source `mixed`: the probability of each writer, drawn once per optimiser step",
+    )
+    pairs: PairSettings = Field(PairSettings(), description="who writes the two responses of a pair")
+    sampling: SamplingSettings = Field(SamplingSettings(), description="how the student's responses are drawn")
+    teacher_sampling: SamplingSettings = Field(
+        SamplingSettings(), description="how the teacher's responses are drawn (once, into the store)"
+    )
+    teacher_mix: float = Field(
+        0.0, ge=0, lt=1,
+        description="α: the student's responses are drawn from α p + (1-α) q at each token (MiniLLM: 0.2)",
+    )  # fmt: skip
+    refresh: Literal["every_step", "every_n_steps", "per_epoch", "once"] = Field(
+        "every_step", description="when the student writes anew"
+    )
+    every: int = Field(1, ge=1, description="with refresh `every_n_steps`: the n; prompts of n steps are sampled together")
+    inner_epochs: int = Field(
+        1, ge=1, description="how often the optimiser goes over the responses of one refresh (MiniLLM: 4)"
+    )
+    store: str | None = Field(
+        None, description="folder of the store of teacher responses; None: the user's cache folder"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TextSettings:
+        if self.source == "mixed":
+            if not self.mix or abs(sum(self.mix.values()) - 1.0) > 1e-6 or min(self.mix.values()) < 0:
+                given = {key.value: value for key, value in self.mix.items()}
+                raise ValueError(f"source `mixed` needs `mix`: probabilities of the writers that sum to 1, got {given}")
+        elif self.mix:
+            raise ValueError(f"`mix` is used only with source `mixed`, not with {self.source!r}")
+        if self.every > 1 and self.refresh != "every_n_steps":
+            raise ValueError(f"`every` is used only with refresh `every_n_steps`, not with {self.refresh!r}")
+        if self.inner_epochs > 1 and self.refresh not in ("every_step", "every_n_steps"):
+            raise ValueError("`inner_epochs` is used only with refresh `every_step` or `every_n_steps`")
+        return self

@@ -1,0 +1,1 @@
+"""The built-in losses: one file, one name, one entry point each."""
