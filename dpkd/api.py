@@ -147,9 +147,7 @@ class Pair(NamedTuple):
 class _Inputs:
     """Signals by name; reading one that was not declared raises UndeclaredSignal."""
 
-    def __init__(
-        self, signals: Mapping[Signal, Any], cache: dict[tuple[Signal, float], Tensor] | None = None
-    ) -> None:
+    def __init__(self, signals: Mapping[Signal, Any], cache: dict[tuple[Signal, float], Tensor] | None = None) -> None:
         self._signals = dict(signals)
         self._cache: dict[tuple[Signal, float], Tensor] = {} if cache is None else cache
 
@@ -161,6 +159,9 @@ class _Inputs:
             raise UndeclaredSignal(
                 f"the loss reads {signal.value!r} but its spec declares only: {had}. Add it to LossSpec.reads."
             ) from None
+
+    def __contains__(self, signal: object) -> bool:
+        return signal in self._signals
 
     def _log_probs(self, signal: Signal, temperature: float) -> Tensor:
         key = (signal, temperature)

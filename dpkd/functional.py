@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "aggregate",
     "at_least_float32",
     "cross_entropy",
     "entropy",
@@ -123,6 +124,15 @@ def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float) -> Tensor:
         return torch.logaddexp(a_NV, b_NV)
     mixed = torch.logaddexp(a_NV.masked_fill(impossible_NV, 0.0), b_NV.masked_fill(impossible_NV, 0.0))
     return mixed.masked_fill(impossible_NV, -math.inf)
+
+
+def aggregate(logps_B: Tensor, lengths_B: Tensor, how: str) -> Tensor:
+    """Summed log-probs `[B]` of responses as they are (`sum`), or per token (`mean`).
+
+    >>> aggregate(torch.tensor([-6.0]), torch.tensor([3.0]), "mean")
+    tensor([-2.])
+    """
+    return logps_B / lengths_B if how == "mean" else logps_B
 
 
 def preference(margin_B: Tensor, label_smoothing: float = 0.0) -> Tensor:

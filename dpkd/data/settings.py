@@ -22,6 +22,17 @@ class Columns(Block):
     prompt: str | None = Field(None, description="column of a ready prompt, used without a template")
     messages: str | None = Field(None, description="column of chat messages; the last one is the response")
 
+    @model_validator(mode="after")
+    def _one_kind_of_prompt(self) -> Columns:
+        given = [name for name in ("instruction", "prompt", "messages") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"name one of instruction, prompt and messages, not {' and '.join(given)}")
+        if self.prompt and self.input:
+            raise ValueError("a ready `prompt` has no `input`: name `instruction` instead of `prompt`")
+        if self.messages and (self.input or self.output):
+            raise ValueError("`messages` hold the response too: leave `input` and `output` out")
+        return self
+
 
 class DataSettings(Block):
     """Instruction data: where it is, how a row is read, what is kept."""
@@ -40,7 +51,9 @@ class DataSettings(Block):
     min_response_words: int = Field(
         0, ge=0, description="keep responses longer than this many words (the DPKD paper: 10); 0 keeps all"
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a row that cannot be read: stop, or skip and count")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="a row that cannot be read: stop, or skip and count"
+    )
     limit: int | None = Field(None, ge=1, description="read at most this many rows")
     streaming: bool = Field(False, description="read rows one by one up to `limit`, without the whole download")
 

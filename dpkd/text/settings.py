@@ -57,7 +57,9 @@ class TextSettings(Block):
     refresh: Literal["every_step", "every_n_steps", "per_epoch", "once"] = Field(
         "every_step", description="when the student writes anew"
     )
-    every: int = Field(1, ge=1, description="with refresh `every_n_steps`: the n; prompts of n steps are sampled together")
+    every: int = Field(
+        1, ge=1, description="with refresh `every_n_steps`: the n; prompts of n steps are sampled together"
+    )
     inner_epochs: int = Field(
         1, ge=1, description="how often the optimiser goes over the responses of one refresh (MiniLLM: 4)"
     )

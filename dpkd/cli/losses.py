@@ -1,0 +1,165 @@
+"""`dpkd list-losses`, `dpkd describe-loss` and `dpkd check-loss`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dpkd.host import Host, RegisteredLoss
+
+__all__ = ["check_loss", "describe_loss", "list_losses"]
+
+
+def list_losses(
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    broken: Annotated[
+        bool, typer.Option("--broken", help="list the plugins that could not be loaded, and why")
+    ] = False,
+    family: Annotated[
+        str | None, typer.Option(help="only one family: token, pair or rollout", show_default=False)
+    ] = None,
+    offers: Annotated[
+        str | None,
+        typer.Option(
+            help="only losses that a teacher with this can serve: text, token-logps or logits",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """List the installed losses."""
+    from dpkd.host import load_host
+
+    host = load_host()
+    if broken:
+        _print_broken(host, as_json)
+        return
+    host.check_conflicts()
+    rows = [row for row in map(_row, host.losses.values()) if _wanted(row, family, offers)]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    _print_table(rows)
+    if host.broken:
+        typer.echo(f"{len(host.broken)} plugin(s) could not be loaded: dpkd list-losses --broken", err=True)
+
+
+def _row(loss: RegisteredLoss) -> dict[str, Any]:
+    from dpkd.api import Family, TeacherAccess, Text
+
+    spec = loss.spec
+    needs = spec.needs()
+    text = spec.suggests.get("text", {})
+    teacher_writes = text.get("source") == "teacher" or (
+        spec.family is Family.PAIR and text.get("pairs", {}).get("preferred", "teacher") == "teacher"
+    )
+    if needs is TeacherAccess.NONE and teacher_writes:
+        needs = TeacherAccess.TEXT
+    return {
+        "name": spec.name, "family": spec.family.value, "text": [t.value for t in Text if t in spec.accepts],
+        "needs": needs.value, "title": spec.card.title, "summary": spec.card.summary,
+        "paper": spec.card.sources[0].url if spec.card.sources else "", "from": f"{loss.distribution} {loss.version}",
+    }  # fmt: skip
+
+
+_ACCESS = ["nothing", "text", "token log-probs", "logits"]
+
+
+def _wanted(row: dict[str, Any], family: str | None, offers: str | None) -> bool:
+    from dpkd.errors import SettingsError
+
+    if family not in (None, "token", "pair", "rollout"):
+        raise SettingsError([f"--family {family}: should be token, pair or rollout"])
+    names = {"text": 1, "token-logps": 2, "logits": 3}
+    if offers not in (None, *names):
+        raise SettingsError([f"--offers {offers}: should be one of {', '.join(names)}"])
+    fits = offers is None or _ACCESS.index(row["needs"]) <= names[offers]
+    return fits and (family is None or row["family"] == family)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", style="bold", no_wrap=True)
+    table.add_column("family")
+    table.add_column("text by")
+    table.add_column("needs of the teacher")
+    table.add_column("paper", overflow="fold")
+    for row in rows:
+        paper = row["paper"].removeprefix("https://").removeprefix("arxiv.org/abs/")
+        table.add_row(row["name"], row["family"], ", ".join(row["text"]), row["needs"], paper)
+    Console().print(table)
+    typer.echo("dpkd describe-loss NAME shows formula, settings, and when to use it")
+
+
+def _print_broken(host: Host, as_json: bool) -> None:
+    rows = [{"entry_point": b.entry_point, "distribution": b.distribution, "reason": b.reason} for b in host.broken]
+    rows += [
+        {
+            "entry_point": name,
+            "distribution": ", ".join(c.distribution for c in claims),
+            "reason": host.conflict(name),
+        }
+        for name, claims in host.conflicts.items()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        typer.echo(f"{row['entry_point']} ({row['distribution']}): {row['reason']}")
+    if not rows:
+        typer.echo("every plugin loaded")
+
+
+def describe_loss(
+    name: Annotated[str, typer.Argument(help="name of a loss")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the card and the JSON schema of the settings")] = False,
+) -> None:
+    """Explain a loss: formula, when to use it, and every setting."""
+    from dpkd.host import load_host
+
+    loss = load_host().get(name)
+    if as_json:
+        from dataclasses import asdict
+
+        card = {
+            **_row(loss),
+            **asdict(loss.spec.card),
+            "traits": sorted(loss.spec.traits),
+            "suggests": dict(loss.spec.suggests),
+        }
+        typer.echo(
+            json.dumps({"card": card, "settings": loss.spec.config.model_json_schema()}, indent=2, ensure_ascii=False)
+        )
+        return
+    from dpkd.cli.describe import print_card
+
+    print_card(loss, _row(loss))
+
+
+def check_loss(
+    name: Annotated[str | None, typer.Argument(help="name of a loss", show_default=False)] = None,
+    check_all: Annotated[bool, typer.Option("--all", help="check every installed loss")] = False,
+) -> None:
+    """Run the conformance checks on a loss: the contract in executable form."""
+    from dpkd.errors import SettingsError
+    from dpkd.host import load_host
+    from dpkd.testing import check_installed
+
+    host = load_host()
+    if (name is None) == (not check_all):
+        raise SettingsError(["name one loss, or say --all"])
+    chosen = list(host.losses.values()) if check_all else [host.get(str(name))]
+    failed = 0
+    for loss in chosen:
+        report = check_installed(loss.spec)
+        failed += not report.ok
+        typer.echo(report.table())
+    if failed:
+        typer.secho(f"{failed} of {len(chosen)} losses break the contract", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1)

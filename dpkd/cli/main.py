@@ -1,0 +1,75 @@
+"""The command line: parse, call, print. Commands import what they need when they run, so that help costs no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from dpkd.cli.config import config_app
+from dpkd.cli.demo import demo
+from dpkd.cli.evaluate import evaluate
+from dpkd.cli.losses import check_loss, describe_loss, list_losses
+from dpkd.cli.sample import sample
+from dpkd.cli.score import score
+from dpkd.cli.train import train
+from dpkd.errors import DpkdError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="dpkd",
+    help="Distil language models with any objective.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("sample")(sample)
+app.command("score")(score)
+app.command("list-losses")(list_losses)
+app.command("describe-loss")(describe_loss)
+app.command("check-loss")(check_loss)
+app.add_typer(config_app, name="config")
+app.command("demo")(demo)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from dpkd import __version__
+
+        typer.echo(f"dpkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Distil language models with any objective."""
+
+
+def main() -> None:
+    """Entry point: a user's mistake is a sentence and an exit code, never a traceback (DPKD_DEBUG=1 shows it)."""
+    try:
+        app()
+    except DpkdError as error:
+        if os.environ.get("DPKD_DEBUG"):
+            raise
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+def _complain(text: str) -> None:
+    for line in text.splitlines():
+        typer.secho(line, fg=typer.colors.RED, err=True)

@@ -1,0 +1,58 @@
+"""`dpkd sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["sample"]
+
+
+def sample(
+    model: Annotated[str, typer.Option(help="who writes: hub id, model folder or run folder")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write; an interrupted call is continued")],
+    data: Annotated[str, typer.Option(help="prompts: a file or hub id")] = "databricks/databricks-dolly-15k",
+    template: Annotated[str, typer.Option(help="auto, alpaca, chat or none")] = "auto",
+    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(help="nucleus", min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0: all tokens", min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="length limit", min=1)] = 256,
+    samples: Annotated[int, typer.Option(help="responses per prompt", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(help="responses written together", min=1)] = 32,
+    limit: Annotated[int | None, typer.Option(help="only the first rows", min=1, show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="seed of the sampling", min=0)] = 10,
+) -> None:
+    """Write a model's responses to a file: the data of sequence-level distillation."""
+    from rich.console import Console
+
+    from dpkd.cli.progress import shown
+    from dpkd.config.problems import checked
+    from dpkd.data.settings import DataSettings
+    from dpkd.evaluation.subject import model_of
+    from dpkd.text.settings import SamplingSettings
+    from dpkd.text.write_file import sample_to_file
+
+    prompts = checked(DataSettings, {"path": data, "template": template, "limit": limit}, "data")
+    sampling = checked(
+        SamplingSettings,
+        {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+        },
+        "sampling",
+    )
+    with shown(Console(stderr=True)) as progress:
+        report = sample_to_file(
+            model_of(model), prompts, sampling, output=output, seed=seed, samples_per_prompt=samples,
+            progress=lambda done, of: progress("responses", done, of),
+        )  # fmt: skip
+    found = f", {report.found} were there" if report.found else ""
+    typer.echo(
+        f"{output}: {report.written} responses written{found}; {report.truncated} ran into the limit, {report.empty} empty"
+    )
+    typer.echo(f"train on it: dpkd train --loss sft --data {output} --student ...")

@@ -1,0 +1,53 @@
+"""`dpkd train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpkd.cli.options import Config, Data, LossName, Output, Seed, Set, Student, Teacher, resolved
+from dpkd.errors import SettingsError
+
+__all__ = ["train"]
+
+
+def train(
+    loss: LossName = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    data: Data = None,
+    output: Output = None,
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; load no weights")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="continue this run folder with its own settings", show_default=False)
+    ] = None,
+) -> None:
+    """Distil a teacher into a student."""
+    flags = {
+        "--loss": ("loss.name", loss), "--teacher": ("teacher.model", teacher), "--student": ("student.model", student),
+        "--data": ("data.path", data), "--output": ("output", output), "--seed": ("seed", seed),
+    }  # fmt: skip
+    if resume is not None:
+        given = [flag for flag, (_, value) in flags.items() if value is not None]
+        given += ["--config"] if config else []
+        given += ["--set"] if set_ else []
+        if given:
+            raise SettingsError([f"--resume continues a run with its own settings; leave out {', '.join(given)}"])
+        from dpkd.engine.run import resume_folder
+
+        resume_folder(resume)
+        return
+    settings = resolved(config=config, assignments=set_, flags=flags)
+    if dry_run:
+        from dpkd.engine.plan import dry_run as show_plan
+
+        show_plan(settings)
+        return
+    from dpkd.engine.run import train as run
+
+    run(settings)

@@ -1,0 +1,192 @@
+"""Layers of settings: defaults < the loss's suggestions < files in order < flags and --set.
+
+A layer is a nested mapping with a name that messages can show. Later layers win, leaf by leaf; a layer that changes
+a block's `name` replaces the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpkd.config.yaml_text import YamlError, parse
+from dpkd.errors import SettingsError
+
+__all__ = ["Layer", "Merged", "file_layer", "flag_layer", "merge", "set_layer", "suggestion_layer"]
+
+# A text in place of one of these blocks is shorthand for one of its settings.
+SHORTHANDS = {"loss": "name", "teacher": "model", "student": "model", "data": "path"}
+# Blocks whose other settings belong to their name.
+NAMED = {"loss"}
+# Mappings that are one value: probabilities that sum to 1 make no sense merged.
+WHOLE = {"text.mix"}
+# Settings that mean something only beside some values of another one. A layer that gives the other one a different
+# value drops them from the layers below: `text.source=student` is enough to leave a mix that the loss suggests.
+DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "text.source": {"text.mix": ("mixed",)},
+    "text.refresh": {"text.every": ("every_n_steps",), "text.inner_epochs": ("every_step", "every_n_steps")},
+    "student.init": {"student.layers": ("layers", "random"), "student.model": ("pretrained", "random")},
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Settings from one place; `name` says which (a file, a flag, `suggested by loss kd`)."""
+
+    name: str
+    values: Mapping[str, Any]
+
+
+@dataclass
+class Merged:
+    """All layers in one mapping, and for each dotted path the layer that it came from."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def layer_of(self, path: str) -> str | None:
+        """The layer of a path, or of the nearest block above or setting below it."""
+        while path:
+            if path in self.provenance:
+                return self.provenance[path]
+            below = [name for key, name in self.provenance.items() if key.startswith(f"{path}.")]
+            if below:
+                return below[-1]
+            path = path.rpartition(".")[0]
+        return None
+
+
+def file_layer(path: Path) -> Layer:
+    """Settings of a YAML file. Raises SettingsError when it cannot be read or is no mapping."""
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = f"; {path.parent} has {', '.join(sorted(near))}" if near else ""
+        raise SettingsError([f"--config {path}: there is no such file{hint}"]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([f"--config {path}: cannot be read ({error})"]) from error
+    except YamlError as error:
+        raise SettingsError([f"{path}:{error.line}: {error}"]) from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise SettingsError(
+            [f"{path}: expected blocks of settings (`loss:`, `train:`, ...), found {type(values).__name__}"]
+        )
+    return Layer(str(path), values)
+
+
+def set_layer(assignments: Iterable[str]) -> list[Layer]:
+    """Layers of `--set path=value`, with values in YAML. Raises SettingsError for all that are not of that form."""
+    layers, problems = [], []
+    for text in assignments:
+        path, equals, value = text.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            problems.append(f"--set {text}: expected path=value, such as --set train.lr=1e-4")
+            continue
+        try:
+            parsed = parse(value)
+        except YamlError:
+            problems.append(f"--set {text}: the value is not YAML; quote it, as in --set '{path}=\"...\"'")
+            continue
+        layers.append(Layer("--set", _nest(keys, parsed)))
+    if problems:
+        raise SettingsError(problems)
+    return layers
+
+
+def flag_layer(flag: str, path: str, value: Any) -> Layer:
+    """The layer of one flag."""
+    return Layer(flag, _nest(path.split("."), value))
+
+
+def suggestion_layer(loss: str, suggests: Mapping[str, Any]) -> Layer:
+    """What a loss suggests for the run."""
+    return Layer(f"suggested by loss {loss}", suggests)
+
+
+def merge(layers: Iterable[Layer]) -> Merged:
+    """Merge layers, the later over the earlier."""
+    merged = Merged()
+    for layer in layers:
+        values = {key: _expanded(key, value) for key, value in layer.values.items() if not _is_empty(key, value)}
+        for path in _outdated(merged.values, values):
+            _drop(merged, path)
+        for block in NAMED & values.keys():
+            new, old = values[block], merged.values.get(block)
+            changes = (
+                isinstance(new, dict) and isinstance(old, dict) and "name" in new and new["name"] != old.get("name")
+            )
+            if changes:
+                _drop(merged, block)
+        _merge_into(merged.values, values, "", layer.name, merged.provenance)
+    return merged
+
+
+def _expanded(key: str, value: Any) -> Any:
+    return {SHORTHANDS[key]: value} if key in SHORTHANDS and isinstance(value, str) else value
+
+
+def _nest(keys: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value  # type: ignore[no-any-return]
+
+
+def _is_empty(key: str, value: Any) -> bool:
+    """A block with nothing under its heading: all its lines are comments."""
+    return value is None and key != "output"
+
+
+def _outdated(below: Mapping[str, Any], above: Mapping[str, Any]) -> list[str]:
+    paths: list[str] = []
+    for parent, dependents in DEPENDENTS.items():
+        new = _get(above, parent)
+        if new is not None and new != _get(below, parent):
+            paths += [path for path, meaningful in dependents.items() if new not in meaningful]
+    return paths
+
+
+def _get(values: Mapping[str, Any], path: str) -> Any:
+    value: Any = values
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _drop(merged: Merged, path: str) -> None:
+    *above, last = path.split(".")
+    block = _get(merged.values, ".".join(above)) if above else merged.values
+    if isinstance(block, dict):
+        block.pop(last, None)
+    _forget(merged.provenance, path)
+
+
+def _forget(provenance: dict[str, str], path: str) -> None:
+    for known in [p for p in provenance if p == path or p.startswith(f"{path}.")]:
+        del provenance[known]
+
+
+def _merge_into(
+    target: dict[str, Any], values: Mapping[str, Any], prefix: str, layer: str, provenance: dict[str, str]
+) -> None:
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            # `--set text.mix.a=... --set text.mix.b=...` are one mapping: they share the layer's name.
+            replaced = path in WHOLE and any(
+                name != layer for p, name in provenance.items() if p.startswith(f"{path}.")
+            )
+            if replaced or not isinstance(target.get(key), dict):
+                target[key] = {}
+                _forget(provenance, path)
+            provenance.pop(path, None)
+            _merge_into(target[key], value, f"{path}.", layer, provenance)
+        else:
+            target[key] = value
+            _forget(provenance, path)
+            provenance[path] = layer

@@ -1,0 +1,146 @@
+"""What pydantic finds, said in sentences: path, what was expected, what was found, from which layer, and the right name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from dpkd.config.layers import Merged
+from dpkd.errors import SettingsError
+
+__all__ = ["all_paths", "checked", "sentences"]
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted paths of all settings of a model."""
+    paths = []
+    for name, field in model.model_fields.items():
+        paths.append(f"{prefix}{name}")
+        block = _block_of(field.annotation)
+        if block is not None:
+            paths += all_paths(block, f"{prefix}{name}.")
+    return paths
+
+
+def _block_of(annotation: Any) -> type[BaseModel] | None:
+    for option in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def sentences(error: ValidationError, merged: Merged, known: Iterable[str], prefix: str = "") -> list[str]:
+    """One sentence per setting that is wrong, in the order of the settings."""
+    by_path: dict[str, list[Mapping[str, Any]]] = {}
+    for problem in error.errors():
+        by_path.setdefault(prefix + _path(problem["loc"], error, merged, prefix), []).append(problem)  # type: ignore[arg-type]
+    return [_sentence(path, problems, merged, list(known)) for path, problems in by_path.items()]
+
+
+def _path(location: tuple[int | str, ...], error: ValidationError, merged: Merged, prefix: str) -> str:
+    """The dotted path of a location, without the names of union members that pydantic puts in."""
+    values: Any = merged.values.get(prefix.rstrip("."), {}) if prefix else merged.values
+    parts: list[str] = []
+    for part in location:
+        if (isinstance(values, Mapping) and part in values) or (isinstance(values, list) and isinstance(part, int) and part < len(values)):
+            values = values[part]
+        elif parts:
+            break  # a union member, or a missing key of a block that is given
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _sentence(path: str, problems: list[Mapping[str, Any]], merged: Merged, known: list[str]) -> str:
+    layer = merged.layer_of(path)
+    source = f", from {layer}" if layer else ""
+    first = problems[0]
+    kind = first["type"]
+    if kind == "extra_forbidden":
+        near = _nearest(path, known)
+        hint = f"; did you mean {near}?" if near else ""
+        return f"{path}: no such setting{f' (from {layer})' if layer else ''}{hint}"
+    if kind == "missing":
+        block, name = f"{path}.{first['loc'][-1]}" if not path.endswith(str(first["loc"][-1])) else path, None
+        return f"{block}: is missing{name or ''}{f' (the block is from {layer})' if layer else ''}"
+    if kind == "value_error":
+        return f"{path or 'settings'}: {first['ctx']['error']}{f' (from {layer})' if layer else ''}"
+    expected = " or ".join(dict.fromkeys(_expected(p) for p in problems))
+    return f"{path}: should be {expected} (got {_shown(first['input'])}{source})"
+
+
+def _expected(problem: Mapping[str, Any]) -> str:
+    message = problem["msg"]
+    kind, context = problem["type"], problem.get("ctx", {})
+    plain = {
+        "float_parsing": "a number", "float_type": "a number", "int_parsing": "a whole number", "int_type": "a whole number",
+        "int_from_float": "a whole number", "bool_parsing": "true or false", "bool_type": "true or false",
+        "string_type": "a text", "list_type": "a list", "dict_type": "a block of settings", "model_type": "a block of settings",
+        "finite_number": "a finite number", "tuple_type": "a list",
+    }  # fmt: skip
+    if kind in plain:
+        return plain[kind]
+    if kind in ("literal_error", "enum"):
+        return f"one of {context['expected'].replace(' or ', ', ')}"
+    return str(message.removeprefix("Input should be ").removeprefix("Value error, "))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _nearest(path: str, known: list[str]) -> str | None:
+    """The right path nearest to a wrong one: in the same block first, then anywhere by the last part."""
+    block, _, key = path.rpartition(".")
+    here = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == block}
+    near = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
+    if near:
+        return here[near[0]]
+    exact = [p for p in known if p.rpartition(".")[2] == key]
+    if exact:
+        return exact[0]
+    aliases = _ALIASES.get(key)
+    if aliases in known:
+        return aliases
+    anywhere = {p.rpartition(".")[2]: p for p in known}
+    near = difflib.get_close_matches(key, anywhere, n=1, cutoff=0.75) or difflib.get_close_matches(
+        path, known, n=1, cutoff=0.75
+    )
+    return anywhere.get(near[0], near[0]) if near else None
+
+
+# Names that other tools use for these settings.
+_ALIASES = {
+    "learning_rate": "train.lr",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "lr_scheduler_type": "train.schedule",
+    "max_grad_norm": "train.clip",
+    "report_to": "train.trackers",
+    "logging_steps": "train.log_every",
+    "save_steps": "train.save_every",
+    "max_length": "data.max_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_completion_length": "text.sampling.max_new_tokens",
+    "max_new_tokens": "text.sampling.max_new_tokens",
+    "temperature": "text.sampling.temperature",
+    "lmbda": "text.mix",
+    "bf16": "train.precision",
+    "output_dir": "output",
+}
+
+
+def checked(model: type[ModelT], values: Mapping[str, Any], block: str) -> ModelT:
+    """One block, outside a run. Raises SettingsError with its mistakes as sentences."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        merged = Merged({block: dict(values)})
+        raise SettingsError(sentences(error, merged, all_paths(model, f"{block}."), f"{block}.")) from error

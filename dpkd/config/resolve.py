@@ -1,0 +1,203 @@
+"""From layers to the settings of a run: everything is checked here, once, and all mistakes are reported together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from dpkd.api import Family, LossConfig, LossSpec, TeacherAccess, Text
+from dpkd.config.layers import Layer, Merged, merge, suggestion_layer
+from dpkd.config.problems import all_paths, sentences
+from dpkd.config.settings import RunSettings
+from dpkd.errors import DpkdError, SettingsError
+from dpkd.host import Host, RegisteredLoss
+
+__all__ = ["Resolved", "resolve"]
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Checked settings, the loss with its own checked settings, and where each value came from."""
+
+    settings: RunSettings
+    registered: RegisteredLoss
+    loss_config: LossConfig
+    provenance: dict[str, str]
+
+    @property
+    def loss(self) -> LossSpec:
+        return self.registered.spec
+
+    @property
+    def plugin(self) -> str:
+        """Distribution and version that the loss came from."""
+        return f"{self.registered.distribution} {self.registered.version}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings, as a file of settings would have them."""
+        loss = {"name": self.loss.name, **self.loss_config.model_dump(mode="json")}
+        return {"loss": loss, **self.settings.model_dump(mode="json")}
+
+
+def resolve(layers: Sequence[Layer], host: Host) -> Resolved:
+    """Merge and check the layers.
+
+    Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
+    """
+    merged = merge(layers)
+    problems: list[str] = []
+    registered = _registered(merged, host, problems)
+    if registered is not None:
+        merged = merge([suggestion_layer(registered.spec.name, registered.spec.suggests), *layers])
+    loss_values = merged.values.pop("loss", {})
+    known = all_paths(RunSettings) + ["loss.name"]
+    if registered is not None:
+        known += all_paths(registered.spec.config, "loss.")
+    settings = _validated(RunSettings, merged.values, merged, known, problems)
+    sound = settings or _without_mistakes(merged.values)
+    merged.values["loss"] = (
+        {k: v for k, v in loss_values.items() if k != "name"} if isinstance(loss_values, dict) else {}
+    )
+    config = None
+    if registered is not None:
+        config = _validated(registered.spec.config, merged.values["loss"], merged, known, problems, "loss.")
+    if sound is not None and registered is not None:
+        problems += _cross_checks(sound, registered.spec, config, merged)
+    if problems:
+        raise SettingsError(problems)
+    assert settings is not None
+    assert registered is not None
+    assert config is not None
+    return Resolved(settings, registered, config, dict(merged.provenance))
+
+
+def _registered(merged: Merged, host: Host, problems: list[str]) -> RegisteredLoss | None:
+    block = merged.values.get("loss")
+    name = block.get("name") if isinstance(block, dict) else None
+    if not isinstance(name, str):
+        given = (
+            f" (got {block!r}, from {merged.layer_of('loss')})"
+            if block is not None and not isinstance(block, dict)
+            else ""
+        )
+        problems.append(
+            f"loss: no loss is named{given}; choose one with --loss: {', '.join(host.losses) or 'none is installed'}"
+        )
+        return None
+    try:
+        return host.get(name)
+    except DpkdError as error:
+        problems.append(f"loss: {error} (from {merged.layer_of('loss.name')})")
+        return None
+
+
+def _validated(
+    model: type[ModelT], values: Any, merged: Merged, known: list[str], problems: list[str], prefix: str = ""
+) -> ModelT | None:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems += sentences(error, merged, known, prefix)
+        return None
+
+
+def _without_mistakes(values: dict[str, Any]) -> RunSettings | None:
+    """The settings less those that are wrong, so that what lies between the others is still checked."""
+    values = deepcopy(values)
+    for _ in range(10):
+        try:
+            return RunSettings.model_validate(values)
+        except ValidationError as error:
+            for problem in error.errors():
+                _delete(values, problem["loc"])
+    return None
+
+
+def _delete(values: Any, location: tuple[int | str, ...]) -> None:
+    """Delete the deepest part of a location that the values have."""
+    parent, last = None, None
+    for part in location:
+        if not isinstance(values, dict) or part not in values:
+            break
+        parent, last, values = values, part, values[part]
+    if parent is not None:
+        del parent[last]
+
+
+def _cross_checks(settings: RunSettings, spec: LossSpec, config: LossConfig | None, merged: Merged) -> list[str]:
+    """What no block can see alone: does the loss fit the text, the teacher, the student?"""
+    problems = _writer_problems(settings, spec, merged)
+    if settings.teacher.model is None:
+        reasons = _teacher_reasons(settings, spec, config)
+        if reasons:
+            problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. Name one with --teacher.")
+    if settings.student.model is None and settings.student.init == "pretrained":
+        problems.append(
+            "student.model: is missing. Name one with --student, or make it from the teacher: "
+            "--set student.init=layers --set student.layers=12"
+        )
+    if settings.student.model is not None and settings.student.init == "layers":
+        problems.append(
+            f"student.model: {settings.student.model} is not used with student.init=layers, which takes the teacher's "
+            f"own layers (from {merged.layer_of('student.model')}); leave one of the two out"
+        )
+    return problems
+
+
+def _writers(settings: RunSettings, spec: LossSpec) -> dict[str, Text]:
+    """Setting → writer, for all writers of the run."""
+    text = settings.text
+    if spec.family is Family.PAIR:
+        return {
+            "text.pairs.preferred": Text(text.pairs.preferred),
+            "text.pairs.dispreferred": Text(text.pairs.dispreferred),
+        }
+    if text.source == "mixed":
+        return {f"text.mix.{writer.value}": writer for writer, share in text.mix.items() if share > 0}
+    return {"text.source": Text(text.source)}
+
+
+def _writer_problems(settings: RunSettings, spec: LossSpec, merged: Merged) -> list[str]:
+    problems = []
+    accepted = ", ".join(sorted(spec.accepts))
+    for path, writer in _writers(settings, spec).items():
+        if writer not in spec.accepts:
+            problems.append(
+                f"{path}: the loss {spec.name} takes text by {accepted}, not by {writer.value} (from {merged.layer_of(path) or 'the default'})"
+            )
+    source_layer = merged.provenance.get("text.source")
+    if spec.family is Family.PAIR and source_layer is not None:
+        problems.append(
+            f"text.source: {spec.name} compares two responses per prompt; use text.pairs.preferred and "
+            f"text.pairs.dispreferred instead (from {source_layer})"
+        )
+    text = settings.text
+    if text.teacher_mix > 0 and Text.STUDENT not in _writers(settings, spec).values():
+        problems.append(
+            f"text.teacher_mix: is used only where the student writes (from {merged.layer_of('text.teacher_mix')})"
+        )
+    return problems
+
+
+def _teacher_reasons(settings: RunSettings, spec: LossSpec, config: LossConfig | None) -> list[str]:
+    """Why a run cannot do without a teacher."""
+    reasons = []
+    needs = spec.needs(config)
+    if needs is not TeacherAccess.NONE:
+        reasons.append(f"the loss {spec.name} needs its {needs.value}")
+    writes = [path for path, writer in _writers(settings, spec).items() if writer is Text.TEACHER]
+    if writes:
+        reasons.append(f"it writes responses ({', '.join(writes)})")
+    if settings.text.teacher_mix > 0:
+        reasons.append("text.teacher_mix mixes it into the student's sampling")
+    if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.kd_ratio > 0:
+        reasons.append("terms.pretrain.kd_ratio distils from it on plain text")
+    if settings.student.init == "layers" or (settings.student.init == "random" and settings.student.model is None):
+        reasons.append(f"student.init={settings.student.init} builds the student from it")
+    return reasons

@@ -1,0 +1,57 @@
+"""Settings as files: the resolved ones of a run with the source of each value, and the schema of all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpkd.config.resolve import Resolved
+from dpkd.config.settings import RunSettings
+from dpkd.host import RegisteredLoss
+
+__all__ = ["annotated_yaml", "schema", "write_config"]
+
+
+def annotated_yaml(resolved: Resolved) -> str:
+    """All settings as YAML; each value that is no default has a comment that says where it came from."""
+    lines: list[str] = []
+    _write(resolved.as_dict(), "", 0, resolved.provenance, lines)
+    return "\n".join(lines) + "\n"
+
+
+def _write(values: dict[str, Any], prefix: str, depth: int, provenance: dict[str, str], lines: list[str]) -> None:
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            lines.append(f"{'  ' * depth}{key}:")
+            _write(value, f"{path}.", depth + 1, provenance, lines)
+            continue
+        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+        text = text.removesuffix("\n").removesuffix("\n...")
+        source = _source(path, provenance)
+        lines.append(f"{'  ' * depth}{key}: {text}" + (f"  # {source}" if source else ""))
+
+
+def _source(path: str, provenance: dict[str, str]) -> str | None:
+    while path:
+        if path in provenance:
+            return provenance[path]
+        path = path.rpartition(".")[0]
+    return None
+
+
+def write_config(resolved: Resolved, folder: Path) -> None:
+    """Write `config.resolved.yaml`: reading it back gives the same settings, without any other layer."""
+    (folder / "config.resolved.yaml").write_text(annotated_yaml(resolved), encoding="utf-8")
+
+
+def schema(registered: RegisteredLoss | None = None) -> dict[str, Any]:
+    """JSON schema of all settings; with a loss also of its own."""
+    result = RunSettings.model_json_schema()
+    if registered is not None:
+        own = registered.spec.config.model_json_schema()
+        own.setdefault("properties", {})["name"] = {"const": registered.spec.name, "type": "string"}
+        result["properties"]["loss"] = own
+    return result

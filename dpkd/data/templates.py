@@ -1,0 +1,134 @@
+"""How a prompt is written: the papers' Alpaca form, the tokenizer's chat template, or as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from dpkd.data.shapes import Example, Message
+from dpkd.errors import DpkdError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ALPACA", "ALPACA_INPUT", "Form", "Rendered", "chat_lead", "render", "template_fingerprint"]
+
+Form = Literal["alpaca", "chat", "none"]
+Template = Literal["auto", "alpaca", "chat", "none"]
+
+# The wording of Stanford Alpaca, used by MiniLLM, DPKD, DistiLLM and others.
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+# Llama's templates write today's date: a run resumed tomorrow would have other prompts. Their own default.
+FIXED_DATE = "26 Jul 2024"
+
+
+class Rendered(NamedTuple):
+    """The text of a prompt, and the form that wrote it."""
+
+    text: str
+    form: Form
+
+
+def render(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Write the prompt of an example. Raises DpkdError when the template cannot write it.
+
+    `auto` is chat for messages, none for ready prompts, alpaca for the rest.
+    """
+    form = _form(example) if template == "auto" else template
+    if form == "chat":
+        return Rendered(_chat(example, tokenizer), form)
+    if form == "none":
+        return Rendered(_plain(example, form), form)
+    if example.input:
+        return Rendered(ALPACA_INPUT.format(instruction=example.instruction, input=example.input), form)
+    return Rendered(ALPACA.format(instruction=_plain(example, form)), form)
+
+
+def _form(example: Example) -> Form:
+    if example.messages is not None:
+        return "chat"
+    return "none" if example.prompt is not None else "alpaca"
+
+
+def _plain(example: Example, form: Form) -> str:
+    """The prompt as one text; a conversation only when it is a single message."""
+    if example.prompt is not None:
+        return example.prompt
+    if example.messages is None:
+        return "\n\n".join(part for part in (example.instruction, example.input) if part)
+    if len(example.messages) > 1:
+        raise DpkdError(
+            f"{example.id}: a conversation of {len(example.messages)} messages cannot be written with "
+            f"data.template {form!r}. Use --set data.template=chat"
+        )
+    return example.messages[0].content
+
+
+def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    messages = example.messages or (Message("user", _plain(example, "chat")),)
+    if not tokenizer.chat_template:
+        where = f" of {tokenizer.name_or_path}" if tokenizer.name_or_path else ""
+        raise DpkdError(
+            f"{example.id}: data.template is chat (auto picks it for `messages`), but the tokenizer{where} "
+            "has no chat template. Use an instruction-tuned model, or, for single turns, "
+            "--set data.template=alpaca"
+        )
+    return _apply(messages, tokenizer, example.id, add_generation_prompt=True)
+
+
+def _apply(
+    messages: tuple[Message, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [message._asdict() for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=FIXED_DATE,
+        )
+    except TemplateError as error:
+        roles = ", ".join(message.role for message in messages)
+        raise DpkdError(
+            f"{where}: the tokenizer's chat template refuses the messages ({roles}): {error}. "
+            "Mend the row, or use another --set data.template"
+        ) from error
+    return str(text)
+
+
+def chat_lead(tokenizer: PreTrainedTokenizerBase) -> str:
+    """White space that the chat template puts between prompt and response (as in Llama-2), usually none."""
+    question, answer = Message("user", "question"), Message("assistant", "answer")
+    try:
+        prompt = _apply((question,), tokenizer, "chat template", add_generation_prompt=True)
+        whole = _apply((question, answer), tokenizer, "chat template", add_generation_prompt=False)
+    except DpkdError:
+        return ""
+    lead = whole.removeprefix(prompt).partition(answer.content)[0] if whole.startswith(prompt) else ""
+    return lead if lead.isspace() else ""
+
+
+def template_fingerprint(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides how examples are written: equal hash, equal prompts."""
+    forms: dict[str, object] = {"none": "none"}
+    if template in ("auto", "alpaca"):
+        forms["alpaca"] = [ALPACA, ALPACA_INPUT]
+    if template in ("auto", "chat"):
+        forms["chat"] = [tokenizer.chat_template, FIXED_DATE]
+    return hashlib.sha256(json.dumps([template, forms], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,110 @@
+"""The student and its losses in one module with one forward: this is what DDP and FSDP wrap.
+
+Shapes: N response positions of the micro-batch, n of one chunk, V shared vocabulary, B pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dpkd.api import Pair, PairInputs, RolloutInputs, Signal, TokenInputs
+from dpkd.engine.measure import observe_pairs, observe_rows
+from dpkd.engine.sums import Sums
+from dpkd.engine.work import Work
+from dpkd.functional import log_softmax, segment_sum
+from dpkd.models.chunked import chunk_rows, objective, token_logps
+from dpkd.models.head import Head, head_of, hidden_rows
+
+__all__ = ["Distiller"]
+
+
+class Distiller(nn.Module):
+    """Runs the student on a micro-batch and returns what to minimise, with the sums of its metrics."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        losses: Mapping[str, nn.Module],
+        *,
+        vocabulary: int,
+        chunk_mib: float,
+        reward_scale: float,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.losses = nn.ModuleDict(losses)
+        self.vocabulary = vocabulary
+        self.chunk = chunk_rows(vocabulary, chunk_mib)
+        self.reward_scale = reward_scale
+
+    def forward(self, work: Work) -> tuple[Tensor, Sums]:
+        hidden = hidden_rows(self.student, work.batch)
+        head = head_of(self.student, self.vocabulary)
+        return self._pairs(work, hidden, head) if work.pairs else self._rows(work, hidden, head)
+
+    def _rows(self, work: Work, hidden: Tensor, head: Head) -> tuple[Tensor, Sums]:
+        """Token and rollout losses: the gradient of each chunk is taken at once."""
+        sums = Sums()
+        token_logps_N = hidden.new_zeros(2, hidden.shape[0], dtype=torch.float32)
+
+        def chunk_loss(logits_nV: Tensor, rows: slice) -> Tensor:
+            x = self._inputs(work, logits_nV, rows)
+            total = logits_nV.new_zeros(())
+            for term in work.terms:
+                values_n = self.losses[term.name](x.only(term.reads))
+                total = total + values_n.sum() * (term.weight * work.scale / term.denominator)
+                sums.add(f"loss/{term.name}", values_n.sum(), values_n.numel())
+            if work.measure and work.stream == "main":
+                log_p_nV = x.teacher_log_probs() if Signal.TEACHER_LOGITS in x else None
+                observe_rows(x.student_log_probs(), log_p_nV, x.targets, sums, token_logps_N[:, rows])
+            return total
+
+        parameters = [p for p in self.losses.parameters() if p.requires_grad]
+        total = objective(chunk_loss, hidden, head, self.chunk, parameters)
+        if work.measure and work.stream == "main" and work.teacher is not None:
+            lengths = work.batch.lengths
+            log_q, log_p = (segment_sum(row, work.batch.sequence, len(lengths)) for row in token_logps_N)
+            for writer in dict.fromkeys(r.writer for r in work.responses):
+                of = torch.tensor([r.writer is writer for r in work.responses], device=log_q.device)
+                sums.mean(f"reward/{writer}", self.reward_scale * (log_q - log_p)[of])
+        return total, sums
+
+    def _inputs(self, work: Work, logits_nV: Tensor, rows: slice) -> TokenInputs:
+        signals: dict[Signal, Tensor] = {
+            Signal.STUDENT_LOGITS: logits_nV,
+            Signal.TARGETS: work.batch.targets[rows],
+            **{signal: values[rows] for signal, values in work.extra.items()},
+        }
+        if work.teacher is not None:
+            signals[Signal.TEACHER_LOGITS] = work.teacher.logits(rows)
+        return RolloutInputs(signals) if work.extra else TokenInputs(signals)
+
+    def _pairs(self, work: Work, hidden: Tensor, head: Head) -> tuple[Tensor, Sums]:
+        """Pair losses: log-probs of whole responses, their chunks computed again in backward."""
+        sums = Sums()
+        batch = work.batch
+
+        def observer(log_q_nV: Tensor, rows: slice) -> None:
+            log_p_nV = None if work.teacher is None else log_softmax(work.teacher.logits(rows))
+            observe_rows(log_q_nV, log_p_nV, batch.targets[rows], sums)
+
+        logps_N = token_logps(hidden, head, batch.targets, self.chunk, observer if work.measure else None)
+        student = Pair(*segment_sum(logps_N, batch.sequence, len(batch.lengths)).chunk(2))
+        lengths = Pair(*batch.lengths.to(logps_N.dtype).clamp(min=1).chunk(2))
+        # An idle process's stand-in has no response; it must not count as a pair.
+        real_B = batch.lengths.chunk(2)[0] > 0
+        signals: dict[Signal, Pair] = {Signal.STUDENT_LOGPS: student, Signal.LENGTHS: lengths}
+        if work.teacher_logps is not None:
+            signals[Signal.TEACHER_LOGPS] = work.teacher_logps
+        total = logps_N.new_zeros(())
+        for term in work.terms:
+            reads = {signal: value for signal, value in signals.items() if signal in term.reads}
+            values_B = self.losses[term.name](PairInputs(reads))[real_B]
+            total = total + values_B.sum() * (term.weight * work.scale / term.denominator)
+            sums.add(f"loss/{term.name}", values_B.sum(), values_B.numel())
+        if work.measure and work.responses:
+            observe_pairs(student, work.teacher_logps, lengths, self.reward_scale, sums)
+        return total, sums

@@ -1,0 +1,182 @@
+"""The plan of a run, before any weight is loaded: what is loaded, what is sampled, how much is trained, how much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dpkd.api import Family, TeacherAccess, Text
+from dpkd.config.resolve import Resolved
+from dpkd.config.settings import RunSettings
+from dpkd.data.order import Schedule
+from dpkd.data.tokenise import Prompt, TokenisedData
+from dpkd.engine.preparation import load_data, number_of_steps
+from dpkd.engine.progress import Display
+from dpkd.models.chunked import chunk_rows
+from dpkd.models.loading import config_of, count_parameters, load_tokenizer
+from dpkd.students.initialise import student_config
+
+__all__ = ["Plan", "dry_run", "make_plan", "memory_estimate"]
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The lines of a dry run, by heading, and the rendered first example."""
+
+    sections: dict[str, list[tuple[str, str]]]
+    example: str
+
+
+def dry_run(resolved: Resolved, *, console: Console | None = None) -> Plan:
+    """Print the plan of a run; loads tokenizer, data and model configurations, but no weights."""
+    console = console or Console()
+    plan = make_plan(resolved, Display(console))
+    for heading, rows in plan.sections.items():
+        table = Table(title=heading, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, value in rows:
+            table.add_row(name, value)
+        console.print(table)
+        console.print()
+    console.print("first example, as the model sees it:", style="bold")
+    console.print(plan.example, markup=False, highlight=False)
+    return plan
+
+
+def make_plan(resolved: Resolved, display: Display) -> Plan:
+    """Work the plan out. Raises DpkdError for what a run would stumble over early: data, tokenizer, models' names."""
+    settings = resolved.settings
+    source = settings.student if settings.student.model is not None else settings.teacher
+    tokenizer = load_tokenizer(source)
+    data, fingerprint = load_data(settings, tokenizer, display)
+    teacher_config = config_of(settings.teacher) if settings.teacher.model else None
+    student_conf = student_config(settings.student, teacher_config)
+    student_size = count_parameters(student_conf)
+    steps = number_of_steps(settings, len(data.prompts))
+    teacher_size = count_parameters(teacher_config) if teacher_config is not None else 0
+    sections = {
+        "loss": _loss_rows(resolved),
+        "models": _model_rows(settings, student_size, teacher_size),
+        "text": _text_rows(resolved, data, steps),
+        "training": _training_rows(settings, data, steps, fingerprint),
+        "memory (estimate)": memory_rows(resolved, student_conf, student_size, teacher_config, teacher_size, data),
+    }
+    return Plan(sections, _rendered(data.prompts[0], tokenizer.decode))
+
+
+def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
+    loss, terms = resolved.loss, resolved.settings.terms
+    rows = [
+        ("objective", f"{loss.name}: {loss.card.title} ({loss.family} loss, weight {terms.main:g})"),
+        ("settings", ", ".join(f"{k}={v}" for k, v in resolved.loss_config.model_dump().items()) or "none"),
+        ("needs of the teacher", loss.needs(resolved.loss_config).value),
+    ]
+    if terms.lm.weight:
+        rows.append(("LM term", f"data-set responses, weight {terms.lm.weight:g}"))
+    if terms.pretrain.weight:
+        rows.append(
+            (
+                "pre-training term",
+                f"weight {terms.pretrain.weight:g}, share of word-level KD {terms.pretrain.kd_ratio:g}",
+            )
+        )
+    return rows
+
+
+def _model_rows(settings: RunSettings, student: int, teacher: int) -> list[tuple[str, str]]:
+    how = {
+        "pretrained": f"{settings.student.model}",
+        "layers": f"layers {settings.student.layers} of the teacher",
+        "random": "fresh weights",
+    }[settings.student.init]
+    rows = [("student", f"{how}, {student / 1e6:,.1f} M parameters" + (", LoRA" if settings.student.lora else ""))]
+    if teacher:
+        rows.append(
+            (
+                "teacher",
+                f"{settings.teacher.model}, {teacher / 1e6:,.1f} M parameters, offers {TeacherAccess.LOGITS.value}",
+            )
+        )
+    else:
+        rows.append(("teacher", "none"))
+    return rows
+
+
+def _text_rows(resolved: Resolved, data: TokenisedData, steps: int) -> list[tuple[str, str]]:
+    settings, text = resolved.settings, resolved.settings.text
+    if resolved.loss.family is Family.PAIR:
+        writers = {Text(text.pairs.preferred): 1.0, Text(text.pairs.dispreferred): 1.0}
+        rows = [("preferred (y_t)", text.pairs.preferred), ("dispreferred (y_s)", text.pairs.dispreferred)]
+    else:
+        writers = dict(text.mix) if text.source == "mixed" else {Text(text.source): 1.0}
+        rows = [("responses by", ", ".join(f"{w} {share:.0%}" for w, share in writers.items()))]
+    lengths = [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts]
+    schedule = Schedule(
+        lengths, batch_size=settings.train.batch_size, steps=steps, seed=settings.seed, refresh=text.refresh,
+        every=text.every, inner_epochs=text.inner_epochs,
+    )  # fmt: skip
+    if Text.STUDENT in writers:
+        periods = schedule.period(steps - 1) + 1
+        drawn = sum(len(schedule.upcoming(s)) for s in range(steps) if schedule.starts_period(s))
+        rows.append(("student writes", f"{text.refresh}: {drawn:,} responses in {periods:,} collections, "
+                     f"up to {text.sampling.max_new_tokens} tokens each"))  # fmt: skip
+        if text.teacher_mix:
+            rows.append(("drawn from", f"{text.teacher_mix:g} · teacher + {1 - text.teacher_mix:g} · student"))
+    if Text.TEACHER in writers:
+        used = len({i for s in range(steps) for i in schedule.window(s)})
+        rows.append(("teacher writes", f"{used:,} responses once, up to {text.teacher_sampling.max_new_tokens} tokens each, "
+                     "less those in the store"))  # fmt: skip
+    return rows
+
+
+def _training_rows(settings: RunSettings, data: TokenisedData, steps: int, fingerprint: str) -> list[tuple[str, str]]:
+    train = settings.train
+    mean = sum(len(p.response_ids) for p in data.prompts) / len(data.prompts)
+    return [
+        ("data", f"{settings.data.path}, {len(data.prompts):,} examples, fingerprint {fingerprint[:12]}"),
+        ("steps", f"{steps:,} of {train.batch_size} examples ({train.micro_batch_size} sequences per forward)"),
+        ("response tokens", f"about {mean * train.batch_size:,.0f} a step (data-set responses), {mean * train.batch_size * steps:,.0f} in all"),
+        ("optimiser", f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup_steps}, clip {train.clip}, {train.precision}"),
+    ]  # fmt: skip
+
+
+def memory_estimate(
+    resolved: Resolved, student_conf: Any, student: int, teacher_conf: Any, teacher: int, data: TokenisedData
+) -> dict[str, float]:
+    """Bytes by purpose. Activations: about 10 H + 3 F floats per token and layer (H hidden, F feed-forward width)."""
+    settings = resolved.settings
+    trained = student if settings.student.lora is None else student // 100
+    longest = max(len(p.prompt_ids) + len(p.response_ids) for p in data.prompts)
+    tokens = settings.train.micro_batch_size * longest
+    text = student_conf.get_text_config()
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    width = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
+    per_value = 2 if settings.train.precision == "bf16" else 4
+    per_layer = hidden if settings.student.gradient_checkpointing else 10 * hidden + 3 * width
+    rows = chunk_rows(text.vocab_size, settings.train.chunk_mib)
+    teacher_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(
+        settings.teacher.dtype,
+        getattr(getattr(teacher_conf, "dtype", None), "itemsize", 4) if teacher_conf else 4,
+    )
+    return {
+        "student weights": 4.0 * student,
+        "gradients and optimiser": 12.0 * trained,
+        "teacher weights": float(teacher_bytes * teacher),
+        "activations": float(per_value * tokens * layers * per_layer),
+        "logits (one chunk at a time)": 8.0 * 4 * rows * text.vocab_size,
+    }
+
+
+def memory_rows(*args: Any) -> list[tuple[str, str]]:
+    """The estimate as rows, with its sum."""
+    parts = {name: size for name, size in memory_estimate(*args).items() if size}
+    return [(name, f"{size / GIB:.2f} GiB") for name, size in [*parts.items(), ("sum", sum(parts.values()))]]
+
+
+def _rendered(prompt: Prompt, decode: Callable[[Any], str]) -> str:
+    return f"{prompt.text}⟦{decode(prompt.response_ids)}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"

@@ -1,0 +1,161 @@
+"""What the command line and Python call: train, resume, and the dry run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from dpkd import __version__
+from dpkd.config.layers import file_layer
+from dpkd.config.resolve import Resolved, resolve
+from dpkd.config.write import write_config
+from dpkd.engine import checkpoint
+from dpkd.engine.assembly import Assembly, assemble
+from dpkd.engine.culprit import NotFinite
+from dpkd.engine.finish import finish
+from dpkd.engine.interrupt import stop_on_signal
+from dpkd.engine.metrics_log import MetricsLog
+from dpkd.engine.progress import Display
+from dpkd.engine.samples import SampleLog
+from dpkd.engine.trackers import Trackers
+from dpkd.engine.train import Trainer
+from dpkd.errors import DpkdError
+from dpkd.host import load_host
+from dpkd.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["resume", "resume_folder", "train"]
+
+
+def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
+    """Run a distillation from the start and return its folder.
+
+    Raises DpkdError for whatever the user can put right; NotFinite when numbers explode.
+    """
+    accelerator = _accelerator(resolved)
+    display = Display(console or Console(), is_main=accelerator.is_main_process)
+    folder = _shared_folder(accelerator, resolved)
+    display.say(f"run folder: {folder.path}")
+    assembly = assemble(resolved, accelerator, display)
+    if accelerator.is_main_process:
+        write_config(resolved, folder.path)
+        _write_facts(folder, resolved, assembly)
+    return _run(resolved, folder, assembly, accelerator, display, start=0)
+
+
+def resume(resolved: Resolved, folder: RunFolder, *, console: Console | None = None) -> RunFolder:
+    """Continue a run from its newest checkpoint, bit for bit; without one, from the start."""
+    accelerator = _accelerator(resolved)
+    display = Display(console or Console(), is_main=accelerator.is_main_process)
+    newest = checkpoint.latest(folder.checkpoints)
+    assembly = assemble(resolved, accelerator, display)
+    start = 0
+    if newest is not None:
+        optimiser = getattr(assembly.stepper.optimiser, "optimizer", assembly.stepper.optimiser)
+        assembly.writers.student_responses = checkpoint.load(
+            newest, module=assembly.stepper.inner, optimiser=optimiser, rank=accelerator.process_index,
+            processes=accelerator.num_processes, device=accelerator.device,
+        )  # fmt: skip
+        start = newest.step
+    display.say(f"continuing {folder.path} after step {start} of {assembly.writers.schedule.steps}")
+    return _run(resolved, folder, assembly, accelerator, display, start=start)
+
+
+def resume_folder(path: Path, *, console: Console | None = None) -> RunFolder:
+    """Continue the run in a folder with its own settings.
+
+    Raises DpkdError when the folder holds no run, or one that is finished.
+    """
+    folder = RunFolder.existing(path)
+    if folder.model.is_dir():
+        raise DpkdError(f"{path} is finished: its model is {folder.model}")
+    resolved = resolve([file_layer(folder.config)], load_host())
+    return resume(resolved, folder, console=console)
+
+
+def _accelerator(resolved: Resolved) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    train = resolved.settings.train
+    set_seed(resolved.settings.seed)
+    return Accelerator(
+        mixed_precision="bf16" if train.precision == "bf16" else "no",
+        cpu=train.device == "cpu",
+    )
+
+
+def _shared_folder(accelerator: Accelerator, resolved: Resolved) -> RunFolder:
+    """The main process makes the folder, all use it."""
+    if accelerator.num_processes == 1:
+        return RunFolder.create(resolved.settings.output, resolved.loss.name)
+    from accelerate.utils import broadcast_object_list
+
+    made = [RunFolder.create(resolved.settings.output, resolved.loss.name)] if accelerator.is_main_process else [None]
+    return broadcast_object_list(made)[0]  # type: ignore[return-value]
+
+
+def _run(
+    resolved: Resolved,
+    folder: RunFolder,
+    assembly: Assembly,
+    accelerator: Accelerator,
+    display: Display,
+    *,
+    start: int,
+) -> RunFolder:
+    is_main = accelerator.is_main_process
+    settings = resolved.settings.train
+    log = MetricsLog(folder.metrics) if is_main else None
+    samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts) if is_main else None
+    if log is not None:
+        log.truncate_after(start)
+    if samples is not None:
+        samples.truncate_after(start)
+    trackers = Trackers(settings.trackers, folder.path, folder.path.name, resolved.as_dict()) if is_main else None
+    trainer = Trainer(
+        accelerator, assembly.stepper, assembly.writers, assembly.builder, settings, folder, log, trackers, display,
+        samples.record if samples is not None else lambda step, writers: None,
+    )  # fmt: skip
+    try:
+        with stop_on_signal() as stop:
+            done = trainer.run(start, stop)
+            trainer.save(done)
+    except NotFinite as error:
+        kept = checkpoint.latest(folder.checkpoints)
+        where = f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet (train.save_every)"
+        raise NotFinite(f"training stopped: {error}\n{where}") from error
+    finally:
+        if trackers is not None:
+            trackers.close()
+    if done < assembly.writers.schedule.steps:
+        display.say(f"stopped after step {done}; continue with: dpkd train --resume {folder.path}")
+        return folder
+    accelerator.wait_for_everyone()
+    if is_main:
+        finish(resolved, folder, assembly, display)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _write_facts(folder: RunFolder, resolved: Resolved, assembly: Assembly) -> None:
+    """run.json: versions, machine, data fingerprints, sizes, and the command."""
+    libraries = ("torch", "transformers", "datasets", "accelerate", "pluggy", "pydantic", "safetensors")
+    facts: dict[str, Any] = {
+        "dpkd": __version__,
+        "loss": {"name": resolved.loss.name, "plugin": resolved.plugin},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
+        "command": sys.argv,
+        **assembly.facts,
+    }
+    folder.facts.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,101 @@
+"""One optimiser step: forward and backward over its micro-batches, then clip and update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpkd.api import Pair, Signal
+from dpkd.engine.culprit import explain, explain_gradient
+from dpkd.engine.distiller import Distiller
+from dpkd.engine.sums import Sums
+from dpkd.engine.work import Stream, Work, cut
+from dpkd.functional import segment_sum
+from dpkd.models.chunked import token_logps
+from dpkd.teachers.live import LiveTeacher
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Stepper"]
+
+
+@dataclass
+class Stepper:
+    """Everything that an optimiser step needs."""
+
+    accelerator: Accelerator
+    distiller: torch.nn.Module  # the Distiller, perhaps wrapped for several processes
+    optimiser: Any
+    teacher: LiveTeacher | None
+    pad_id: int
+    micro_batch_size: int
+    clip: float | None
+
+    @property
+    def inner(self) -> Distiller:
+        """The Distiller itself."""
+        return self.accelerator.unwrap_model(self.distiller)  # type: ignore[no-any-return]
+
+    def __call__(self, streams: Sequence[Stream], *, lr: float, measure: bool) -> Sums:
+        """Run the step and return this process's sums. Raises NotFinite, before any weight changes."""
+        works = [work for stream in streams for work in self._cut(stream, measure)]
+        sums = Sums()
+        self.optimiser.zero_grad(set_to_none=True)
+        for number, work in enumerate(works):
+            last = number == len(works) - 1
+            quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.distiller)
+            with quiet:
+                sums.merge(self._micro_step(self._with_teacher(work)))
+        self._update(lr, sums)
+        return sums
+
+    def _cut(self, stream: Stream, measure: bool) -> list[Work]:
+        return cut(
+            stream, size=self.micro_batch_size, rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes, pad_id=self.pad_id, measure=measure,
+            device=self.accelerator.device,
+        )  # fmt: skip
+
+    def _with_teacher(self, work: Work) -> Work:
+        """The teacher's part of a micro-batch: one forward, and only where a loss or a metric reads it."""
+        if self.teacher is None:
+            return work
+        measured = work.measure and work.stream == "main"
+        if not work.pairs:
+            if work.needs_teacher(Signal.TEACHER_LOGITS) or measured:
+                return replace(work, teacher=self.teacher.rows(work.batch))
+            return work
+        if not (work.needs_teacher(Signal.TEACHER_LOGPS) or measured):
+            return work
+        rows = self.teacher.rows(work.batch)
+        with torch.no_grad():
+            logps = token_logps(rows.hidden, rows.head, work.batch.targets, self.inner.chunk)
+        sums = segment_sum(logps, work.batch.sequence, len(work.batch.lengths)).chunk(2)
+        return replace(work, teacher=rows if measured else None, teacher_logps=Pair(*sums))
+
+    def _micro_step(self, work: Work) -> Sums:
+        with self.accelerator.autocast():
+            total, sums = self.distiller(work)
+        if not torch.isfinite(total):
+            raise explain(self.inner, work)
+        # A window in which nothing is left to learn still runs, so that processes stay in step.
+        if total.requires_grad:
+            self.accelerator.backward(total)
+        return sums
+
+    def _update(self, lr: float, sums: Sums) -> None:
+        parameters = [p for p in self.distiller.parameters() if p.requires_grad]
+        limit = self.clip if self.clip is not None else float("inf")
+        norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        if norm is not None:
+            if not torch.isfinite(norm):
+                raise explain_gradient(self.inner)
+            sums.add("gradient_norm", norm, 1.0)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.step()

@@ -1,0 +1,137 @@
+"""The training loop: text, streams, step, log, checkpoint. A reader can follow a batch from here."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpkd.config.settings import TrainSettings
+from dpkd.engine import checkpoint
+from dpkd.engine.interrupt import StopRequest
+from dpkd.engine.metrics_log import MetricsLog
+from dpkd.engine.optimiser import learning_rate
+from dpkd.engine.progress import Display
+from dpkd.engine.step import Stepper
+from dpkd.engine.streams import StreamBuilder
+from dpkd.engine.sums import Sums
+from dpkd.engine.trackers import Trackers
+from dpkd.run_folder import RunFolder
+from dpkd.text.writers import Writers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Trainer"]
+
+
+@dataclass
+class Trainer:
+    """The parts of a run, and its loop."""
+
+    accelerator: Accelerator
+    stepper: Stepper
+    writers: Writers
+    builder: StreamBuilder
+    settings: TrainSettings
+    folder: RunFolder
+    log: MetricsLog | None  # on the main process
+    trackers: Trackers | None
+    display: Display
+    record: Callable[[int, Writers], None]  # writes a few samples of a logged step
+
+    def run(self, start: int, stop: StopRequest) -> int:
+        """Train from a step to the end, or to a stop request; returns the number of steps done."""
+        steps = self.writers.schedule.steps
+        self.writers.prepare_teacher()
+        sums, clock, tokens = Sums(), time.monotonic(), 0
+        done = start
+        with self.display.bar("training", steps, start):
+            for step in range(start, steps):
+                measure = (step + 1) % self.settings.log_every == 0 or step + 1 == steps or step == start
+                self.writers.prepare(step)
+                text = self.writers.step(step)
+                streams = self.builder.streams(step, text, self.writers.schedule.window(step))
+                lr = learning_rate(step, steps, self.settings)
+                sums.merge(self.stepper(streams, lr=lr, measure=measure))
+                for name, count in text.counts.items():
+                    sums.add(f"text/{name}", count, 1.0)
+                tokens += sum(
+                    len(s.response_ids) for stream in streams for unit in stream.units for s in unit.sequences
+                )
+                done = step + 1
+                if measure:
+                    seconds = time.monotonic() - clock
+                    self._log(done, sums, {"lr": lr, "tokens_per_second": tokens / seconds, "seconds": seconds})
+                    self.record(done, self.writers)
+                    sums, clock, tokens = Sums(), time.monotonic(), 0
+                self.display.at(done)
+                if self._stops(stop):
+                    break
+                if self.settings.save_every and done % self.settings.save_every == 0 and done < steps:
+                    self.save(done)
+        return done
+
+    def _stops(self, stop: StopRequest) -> bool:
+        """Whether any process was asked to stop: all stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return stop.asked
+        asked = torch.tensor(float(stop.asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+
+    def _log(self, step: int, sums: Sums, facts: dict[str, float]) -> None:
+        metrics = self._reduced(sums)
+        weights = {"main": self.builder.terms.main, "lm": self.builder.terms.lm.weight}
+        weights["pretrain"] = self.builder.terms.pretrain.weight
+        weighted = {f"weighted/{n}": metrics[f"loss/{n}"] * w for n, w in weights.items() if f"loss/{n}" in metrics}
+        responses = metrics.get("text/responses", 0.0)
+        share = metrics.get("text/truncated_responses", 0.0) / responses if responses else 0.0
+        line: dict[str, Any] = {
+            **metrics, **weighted, "loss/total": sum(weighted.values()), "text/truncated_share": share, **facts,
+            "peak_memory_mib": _peak_memory_mib(self.accelerator.device),
+        }  # fmt: skip
+        if self.log is not None:
+            self.log.log(step, line)
+        if self.trackers is not None:
+            self.trackers.log(step, line)
+        self.display.at(step, line)
+
+    def _reduced(self, sums: Sums) -> dict[str, float]:
+        """Averages over all processes: sums and counts are added up once."""
+        if self.accelerator.num_processes == 1:
+            return sums.averages()
+        from accelerate.utils import gather_object
+
+        names = sorted(set(gather_object(list(sums.names()))))
+        packed = self.accelerator.reduce(sums.packed(names, self.accelerator.device), reduction="sum")
+        return {name: total / count for name, (total, count) in zip(names, packed.tolist(), strict=True) if count}
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint and delete those that are no longer kept."""
+        state = checkpoint.random_state(self.accelerator.device)
+        states = [state]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            states = gather_object([state])
+        optimiser = getattr(self.stepper.optimiser, "optimizer", self.stepper.optimiser)
+        checkpoint.save(
+            self.folder.checkpoints, step, module=self.stepper.inner, optimiser=optimiser,
+            responses=self.writers.student_responses, random_states=states, is_main=self.accelerator.is_main_process,
+        )  # fmt: skip
+        if self.accelerator.is_main_process:
+            checkpoint.prune(self.folder.checkpoints, self.settings.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """Peak of the GPU's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

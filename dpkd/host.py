@@ -1,0 +1,214 @@
+"""The plugin host: finds losses behind entry points, isolates the broken, refuses the ambiguous, suggests names.
+
+Built-in losses and a stranger's come in by the same door: an entry point of group `dpkd`. A plugin that fails is
+listed with its reason and never stops the tool. Nothing is kept between calls.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from dpkd.api import LossConfig, LossSpec, PairLoss, RolloutLoss, TokenLoss
+from dpkd.errors import DpkdError
+from dpkd.hookspecs import DpkdHooks
+
+__all__ = ["GROUP", "BrokenPlugin", "Host", "RegisteredLoss", "load_host"]
+
+GROUP = "dpkd"
+VARIABLE = "DPKD_PLUGINS"
+
+
+@dataclass(frozen=True)
+class RegisteredLoss:
+    """A loss and where it comes from."""
+
+    spec: LossSpec
+    distribution: str
+    version: str
+    entry_point: str
+    file: str
+
+    @property
+    def origin(self) -> str:
+        """Distribution, version and file, for messages."""
+        return f"{self.distribution} {self.version} ({self.file})"
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A plugin that could not be used, and why."""
+
+    entry_point: str
+    distribution: str
+    reason: str
+
+
+@dataclass
+class Host:
+    """What the installed plugins offer."""
+
+    losses: dict[str, RegisteredLoss] = field(default_factory=dict)
+    broken: list[BrokenPlugin] = field(default_factory=list)
+    conflicts: dict[str, list[RegisteredLoss]] = field(default_factory=dict)
+    restricted: str | None = None  # the value of DPKD_PLUGINS, where it is set
+
+    def get(self, name: str) -> RegisteredLoss:
+        """The loss of a name.
+
+        Raises DpkdError when two plugins claim the name, or when there is none: with the nearest right names.
+        """
+        if name in self.conflicts:
+            raise DpkdError(self.conflict(name))
+        if name in self.losses:
+            return self.losses[name]
+        raise DpkdError(self.unknown(name))
+
+    def check_conflicts(self) -> None:
+        """Raises DpkdError when any name is claimed twice."""
+        if self.conflicts:
+            raise DpkdError("\n".join(self.conflict(name) for name in sorted(self.conflicts)))
+
+    def conflict(self, name: str) -> str:
+        """Who claims a name."""
+        claims = " and ".join(loss.origin for loss in self.conflicts[name])
+        return (
+            f"two losses are called {name!r}: {claims}. Uninstall one, or choose with {VARIABLE} "
+            "(names of distributions, with commas between)."
+        )
+
+    def unknown(self, name: str) -> str:
+        """What to say of a name that no plugin has."""
+        near = difflib.get_close_matches(name, self.losses, n=3, cutoff=0.5)
+        parts = [f"no loss is called {name!r}"]
+        if near:
+            parts.append(f"did you mean {' or '.join(near)}?")
+        elif self.losses:
+            parts.append(f"there are: {', '.join(self.losses)}")
+        if self.restricted is not None:
+            parts.append(f"{VARIABLE}={self.restricted!r} restricts the plugins")
+        own = [b for b in self.broken if b.entry_point == name]
+        parts += [f"the plugin of that name failed to load: {b.reason}" for b in own]
+        if self.broken and not own:
+            names = ", ".join(f"{b.entry_point} ({b.distribution})" for b in self.broken)
+            parts.append(f"these plugins failed to load: {names}; see `dpkd list-losses --broken`")
+        return "; ".join(parts)
+
+
+def load_host(environment: Mapping[str, str] | None = None) -> Host:
+    """Load every plugin that DPKD_PLUGINS allows; a plugin that fails is kept as broken, with its reason."""
+    restricted = (os.environ if environment is None else environment).get(VARIABLE)
+    host = Host(restricted=restricted)
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(DpkdHooks)
+    claims: dict[str, list[RegisteredLoss]] = {}
+    for point in _discover(restricted):
+        try:
+            for loss in _load(manager, point):
+                claims.setdefault(loss.spec.name, []).append(loss)
+        # A plugin may fail in any way, even leave the program, and none of them may stop the tool.
+        except (Exception, SystemExit) as error:
+            host.broken.append(BrokenPlugin(point.name, _distribution(point)[0], _reason(error)))
+    for name in sorted(claims):
+        if len(claims[name]) == 1:
+            host.losses[name] = claims[name][0]
+        else:
+            host.conflicts[name] = claims[name]
+    return host
+
+
+class _PluginError(Exception):
+    """What is wrong with a plugin, as a sentence."""
+
+
+def _discover(restricted: str | None) -> list[EntryPoint]:
+    """Entry points of the group, sorted, each once."""
+    points = {(p.name, p.value, _distribution(p)): p for p in entry_points(group=GROUP)}
+    found = [points[key] for key in sorted(points)]
+    if restricted is None:
+        return found
+    wanted = {_normal(name) for name in restricted.split(",") if name.strip()}
+    return [p for p in found if {_normal(p.name), _normal(_distribution(p)[0])} & wanted]
+
+
+def _normal(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+def _distribution(point: EntryPoint) -> tuple[str, str]:
+    return (point.dist.name, point.dist.version) if point.dist is not None else ("unknown distribution", "?")
+
+
+def _load(manager: pluggy.PluginManager, point: EntryPoint) -> list[RegisteredLoss]:
+    plugin = point.load()
+    distribution, version = _distribution(point)
+    unique = f"{distribution}:{point.name}"
+    _check_hook_names(manager, plugin)
+    manager.register(plugin, name=unique)
+    callers = manager.get_hookcallers(plugin) or []
+    if not callers:
+        raise _PluginError(
+            f"{point.value} implements no hook: expected a function `dpkd_losses` with the decorator @hookimpl from dpkd.api"
+        )
+    file = getattr(plugin, "__file__", None) or point.value
+    others = [other for name, other in manager.list_name_plugin() if name != unique]
+    results = manager.subset_hook_caller("dpkd_losses", remove_plugins=others)()
+    if not results:  # pluggy leaves out a hook's None
+        raise _PluginError("dpkd_losses must return a list of LossSpec, but returned None")
+    specs = [spec for result in results for spec in _listed(result)]
+    return [RegisteredLoss(_checked(spec), distribution, version, point.name, str(file)) for spec in specs]
+
+
+def _check_hook_names(manager: pluggy.PluginManager, plugin: ModuleType | Any) -> None:
+    """pluggy accepts a hook of any name; a misspelt one would never be called."""
+    known = {name for name in vars(DpkdHooks) if name.startswith("dpkd_")}
+    for name in dir(plugin):
+        if manager.parse_hookimpl_opts(plugin, name) is not None and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise _PluginError(f"there is no hook {name!r}{hint} (hooks: {', '.join(sorted(known))})")
+
+
+def _listed(result: Any) -> Iterable[Any]:
+    if isinstance(result, LossSpec) or not isinstance(result, Iterable):
+        raise _PluginError(f"dpkd_losses must return a list of LossSpec, but returned {type(result).__name__}")
+    return result
+
+
+def _checked(spec: Any) -> LossSpec:
+    if not isinstance(spec, LossSpec):
+        raise _PluginError(f"dpkd_losses must return LossSpecs, but the list holds {type(spec).__name__}")
+    if not spec.name or spec.name != spec.name.lower() or not spec.name.replace("-", "").isalnum():
+        raise _PluginError(f"the name {spec.name!r} should be lower-case letters and digits with dashes between")
+    if not (isinstance(spec.config, type) and issubclass(spec.config, LossConfig)):
+        raise _PluginError(f"the config of {spec.name!r} must be a subclass of dpkd.api.LossConfig")
+    if not (isinstance(spec.loss, type) and issubclass(spec.loss, TokenLoss | PairLoss | RolloutLoss)):
+        raise _PluginError(f"the loss of {spec.name!r} must be a subclass of TokenLoss, PairLoss or RolloutLoss")
+    if "name" in spec.config.model_fields:
+        raise _PluginError(f"the config of {spec.name!r} has a setting `name`, but that is the name of the loss itself")
+    if "loss" in spec.suggests:
+        raise _PluginError(f"{spec.name!r} suggests `loss`: the defaults of its own settings stand in its config")
+    _check_defaults(spec)
+    return spec
+
+
+def _check_defaults(spec: LossSpec) -> None:
+    """A list of losses says what each needs of the teacher, so the default settings must be valid."""
+    try:
+        spec.needs(spec.config())
+    except Exception as error:
+        what = " ".join(str(error).split())
+        raise _PluginError(f"the default settings of {spec.name!r} do not work: {what}") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, _PluginError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

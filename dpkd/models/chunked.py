@@ -1,0 +1,203 @@
+"""Losses over a large vocabulary without ever holding `[N, V]`: the output head runs on a few rows at a time.
+
+Shapes: N rows (response positions), n rows of one chunk, V vocabulary, H hidden.
+
+`objective` takes the gradient of each chunk at once, inside forward (the row weights, 1 / denominator, are known
+before), and keeps only the gradients of hidden states and head. `token_logps` returns one log-prob per row and
+computes its chunks again in backward. Both equal the dense computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpkd.functional import gather_logps, log_softmax
+from dpkd.models.head import Head, LogitRule
+
+__all__ = ["chunk_rows", "chunks", "objective", "token_logps"]
+
+# Called once per chunk with the student's logits [n, V] and the slice of rows; returns what to minimise: a weighted sum.
+ChunkLoss = Callable[[Tensor, slice], Tensor]
+# Called once per chunk with log-probs [n, V] (no gradient) and the slice of rows.
+Observer = Callable[[Tensor, slice], None]
+
+
+def chunk_rows(vocabulary: int, mib: float) -> int:
+    """Rows of float32 logits that fit the budget; at least 32, below which the matrix product suffers.
+
+    >>> chunk_rows(49152, 32.0)
+    170
+    """
+    return max(32, int(mib * 2**20 / (4 * vocabulary)))
+
+
+def chunks(rows: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows, of nearly equal length.
+
+    >>> [(s.start, s.stop) for s in chunks(10, 4)]
+    [(0, 3), (3, 6), (6, 10)]
+    """
+    count = -(-rows // size)
+    for i in range(count):
+        yield slice(rows * i // count, rows * (i + 1) // count)
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type of the matrix products: autocast's where it is on, else the weight's."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _without_autocast(weight: Tensor) -> torch.autocast:
+    return torch.autocast(weight.device.type, enabled=False)
+
+
+def _wide(raw_NV: Tensor) -> Tensor:
+    return raw_NV if raw_NV.dtype == torch.float64 else raw_NV.float()
+
+
+class _HeadGradient:
+    """Gradients of hidden states, head weight and bias, gathered chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, head: Head, needs: Sequence[bool]) -> None:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.head = head
+        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
+
+    def add(self, rows: slice, hidden_nH: Tensor, grad_nV: Tensor) -> None:
+        narrow_nV = grad_nV.to(self.head.weight.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = narrow_nV @ self.head.weight
+        if self.weight is not None:
+            if self.weight.dtype == narrow_nV.dtype:
+                self.weight.addmm_(narrow_nV.t(), hidden_nH)
+            else:
+                self.weight.add_(narrow_nV.t() @ hidden_nH)
+        if self.bias is not None:
+            self.bias += grad_nV.sum(0)
+
+
+class _Objective(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, chunk_loss: ChunkLoss, rule: LogitRule, size: int,
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor,
+    ) -> Tensor:  # fmt: skip
+        dtype = _compute_dtype(weight)
+        head = Head(weight.detach(), None if bias is None else bias.detach(), rule).cast(dtype)
+        gradient = _HeadGradient(hidden, head, ctx.needs_input_grad[3:6])
+        parameter_gradients = [torch.zeros_like(p) for p in parameters]
+        total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        needs_gradient = any(ctx.needs_input_grad[3:])
+        with _without_autocast(weight):
+            for rows in chunks(hidden.shape[0], size):
+                hidden_nH = hidden[rows].detach().to(dtype)
+                raw_nV = _wide(head.raw(hidden_nH))
+                with torch.set_grad_enabled(needs_gradient):
+                    raw_nV.requires_grad_(needs_gradient)
+                    loss = chunk_loss(rule(raw_nV), rows)
+                total += loss.detach()
+                if needs_gradient and loss.requires_grad:
+                    grads = torch.autograd.grad(loss, [raw_nV, *parameters], allow_unused=True)
+                    if grads[0] is not None:
+                        gradient.add(rows, hidden_nH, grads[0])
+                    elif gradient.hidden is not None:
+                        gradient.hidden[rows] = 0
+                    for kept, new in zip(parameter_gradients, grads[1:], strict=True):
+                        if new is not None:
+                            kept += new
+                elif gradient.hidden is not None:
+                    gradient.hidden[rows] = 0
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(gradient.hidden, gradient.weight, gradient.bias, *parameter_gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (factor,) = grad_outputs
+        hidden, weight, bias, *parameters = ctx.saved_tensors
+        # The engine folds every factor into the row weights, so that on a CPU this is a multiplication by 1.
+        if not (factor.device.type == "cpu" and float(factor) == 1.0):
+            hidden, weight, bias, *parameters = (
+                None if g is None else g * factor.to(g.dtype) for g in (hidden, weight, bias, *parameters)
+            )
+        weight_dtype, bias_dtype = ctx.dtypes
+        weight = None if weight is None else weight.to(weight_dtype)
+        bias = None if bias is None else bias.to(bias_dtype)
+        return None, None, None, hidden, weight, bias, *parameters
+
+
+def objective(
+    chunk_loss: ChunkLoss, hidden: Tensor, head: Head, size: int, parameters: Sequence[Tensor] = ()
+) -> Tensor:
+    """Sum of `chunk_loss` over all chunks, with gradients for hidden `[N, H]`, the head, and `parameters`.
+
+    `chunk_loss(logits [n, V], rows)` returns the weighted sum of its rows. No `[N, V]` tensor outlives its chunk.
+    """
+    return _Objective.apply(  # type: ignore[no-any-return]
+        chunk_loss, head.rule, size, hidden, head.weight, head.bias, *parameters
+    )
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rule: LogitRule, size: int, observer: Observer | None,
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    ) -> Tensor:  # fmt: skip
+        dtype = _compute_dtype(weight)
+        head = Head(weight.detach(), None if bias is None else bias.detach(), rule).cast(dtype)
+        logps = hidden.new_empty(
+            hidden.shape[0], dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        )
+        with _without_autocast(weight):
+            for rows in chunks(hidden.shape[0], size):
+                log_q_nV = log_softmax(rule(_wide(head.raw(hidden[rows].detach().to(dtype)))))
+                logps[rows] = gather_logps(log_q_nV, targets[rows])
+                if observer is not None:
+                    observer(log_q_nV, rows)
+        ctx.rule, ctx.size, ctx.dtype = rule, size, dtype
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad_N,) = grad_outputs
+        hidden, weight, bias, targets = ctx.saved_tensors
+        head = Head(weight.detach(), None if bias is None else bias.detach(), ctx.rule).cast(ctx.dtype)
+        gradient = _HeadGradient(hidden, head, ctx.needs_input_grad[3:6])
+        with _without_autocast(weight):
+            for rows in chunks(hidden.shape[0], ctx.size):
+                hidden_nH = hidden[rows].detach().to(ctx.dtype)
+                raw_nV = _wide(head.raw(hidden_nH))
+                gradient.add(rows, hidden_nH, _logp_gradient(raw_nV, ctx.rule, targets[rows], grad_N[rows]))
+        weight_grad = None if gradient.weight is None else gradient.weight.to(weight.dtype)
+        bias_grad = None if gradient.bias is None or bias is None else gradient.bias.to(bias.dtype)
+        return None, None, None, gradient.hidden, weight_grad, bias_grad, None
+
+
+def _logp_gradient(raw_nV: Tensor, rule: LogitRule, targets_n: Tensor, grad_n: Tensor) -> Tensor:
+    """Gradient `[n, V]` of `Σ grad · log softmax(rule(raw))[target]` with respect to the raw logits."""
+    if rule.is_identity:
+        gradient_nV = torch.softmax(raw_nV, -1).mul_(-grad_n.unsqueeze(-1))
+        return gradient_nV.scatter_add_(-1, targets_n.unsqueeze(-1), grad_n.unsqueeze(-1))
+    with torch.enable_grad():
+        raw_nV.requires_grad_()
+        total = (gather_logps(log_softmax(rule(raw_nV)), targets_n) * grad_n).sum()
+    return torch.autograd.grad(total, raw_nV)[0]
+
+
+def token_logps(hidden: Tensor, head: Head, targets: Tensor, size: int, observer: Observer | None = None) -> Tensor:
+    """Log-prob `[N]` in nats of the target of each row; its chunks are computed again in backward.
+
+    `observer(log_probs [n, V], rows)` sees each chunk of the forward pass, for metrics.
+    """
+    return _TokenLogps.apply(  # type: ignore[no-any-return]
+        head.rule, size, observer, hidden, head.weight, head.bias, targets
+    )

@@ -1,0 +1,147 @@
+"""A causal language model as two parts: a backbone that gives hidden states, and an output head.
+
+The head is applied chunk by chunk (`dpkd.models.chunked`), so what the model itself does to its logits (bias, scale,
+soft-cap) is described here, and checked against the model's own logits before it is trusted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpkd.errors import DpkdError
+
+if TYPE_CHECKING:
+    from dpkd.data.batches import Batch
+
+__all__ = [
+    "Head",
+    "LogitRule",
+    "causal_lm",
+    "check_head",
+    "head_of",
+    "hidden_rows",
+    "hidden_states",
+    "logit_rule",
+]
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """What a model does to the output of its last matrix product: `cap · tanh(scale · z / cap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        return self.scale == 1.0 and self.softcap is None
+
+    def __call__(self, raw_NV: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            raw_NV = raw_NV * self.scale
+        if self.softcap is not None:
+            raw_NV = torch.tanh(raw_NV / self.softcap) * self.softcap
+        return raw_NV
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head, cut to the shared vocabulary: weight `[V, H]`, bias `[V]` or None, and the logit rule."""
+
+    weight: Tensor
+    bias: Tensor | None
+    rule: LogitRule
+
+    def raw(self, hidden_NH: Tensor) -> Tensor:
+        """The matrix product alone, `[N, V]`."""
+        return F.linear(hidden_NH, self.weight, self.bias)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits `[N, V]` in float32 (float64 stays)."""
+        raw_NV = self.raw(hidden_NH.to(self.weight.dtype))
+        return self.rule(raw_NV if raw_NV.dtype == torch.float64 else raw_NV.float())
+
+    def cast(self, dtype: torch.dtype) -> Head:
+        """The same head in another type."""
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.rule)
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The causal LM inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def logit_rule(config: Any) -> LogitRule:
+    """The logit rule that a model's configuration describes (Cohere, Granite, Falcon-H1, Gemma)."""
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return LogitRule(scale, None if softcap is None else float(softcap))
+
+
+def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
+    """The output head of a model, its first `vocabulary` ids."""
+    lm = causal_lm(model)
+    linear = lm.get_output_embeddings()
+    bias = getattr(linear, "bias", None)
+    return Head(
+        linear.weight[:vocabulary] if vocabulary else linear.weight,
+        bias[:vocabulary] if vocabulary and bias is not None else bias,
+        logit_rule(lm.config),
+    )
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    """The last hidden states `[B, T, H]`, ready for the head."""
+    backbone = causal_lm(model).base_model
+    # Models with ALiBi take no positions: they count from the attention mask.
+    positions = {"position_ids": position_ids} if "position_ids" in signature(backbone.forward).parameters else {}
+    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def hidden_rows(model: nn.Module, batch: Batch) -> Tensor:
+    """The hidden states `[N, H]` from which the response tokens of a batch are predicted."""
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
+    return hidden.flatten(0, 1).index_select(0, batch.rows)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare head(backbone(x)) with the model's own logits on a probe.
+
+    Raises DpkdError when they differ: the model does something to its logits that dpkd does not know.
+    """
+    lm = causal_lm(model)
+    was_training = lm.training
+    lm.eval()
+    try:
+        head = head_of(lm)
+        ids = torch.arange(4, 12, device=head.weight.device).remainder(head.weight.shape[0]).unsqueeze(0)
+        mask = torch.ones_like(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        own = lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
+        ours = head.logits(hidden_states(lm, ids, mask, positions)).float()
+    finally:
+        lm.train(was_training)
+    if not torch.isfinite(own).all():
+        raise DpkdError(
+            f"the model {type(lm).__name__} gives logits that are not finite on a plain input: check its weights"
+        )
+    tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    scale = own.abs().max().clamp(min=1.0)
+    gap = float((own - ours).abs().max() / scale)
+    if gap > tolerance:
+        raise DpkdError(
+            f"{type(lm).__name__} changes its logits after the output head in a way that dpkd does not know "
+            f"(largest relative difference {gap:.2g}). Known are bias, logit_scale, logits_scaling, lm_head_multiplier and "
+            "final_logit_softcapping. Please report the model."
+        )

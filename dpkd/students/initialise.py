@@ -1,0 +1,141 @@
+"""Where a student comes from: a checkpoint, some layers of its teacher, or fresh weights."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpkd.errors import DpkdError
+from dpkd.models.loading import config_of, load_model, quiet_transformers
+from dpkd.models.settings import StudentSettings
+
+__all__ = ["even_layers", "make_student", "student_config"]
+
+FAMILIES = "Llama, GPT-2, OPT, Qwen2"
+
+
+def even_layers(count: int, of: int) -> list[int]:
+    """`count` of the layers 0 … of-1: the first, the last, and evenly between.
+
+    >>> even_layers(4, 12)
+    [0, 4, 7, 11]
+    """
+    if count == 1:
+        return [0]
+    return [round(i * (of - 1) / (count - 1)) for i in range(count)]
+
+
+def make_student(
+    settings: StudentSettings,
+    *,
+    teacher: Any | None,
+    device: torch.device | str,
+    seed: int,
+    teacher_config: Any = None,
+) -> Any:
+    """The student, with trainable float32 weights unless the settings name another type.
+
+    Raises DpkdError when layers are out of range or the model's layers are not one list.
+    """
+    if settings.init == "pretrained":
+        student = load_model(settings, device=device, dtype=torch.float32)
+    else:
+        config = student_config(settings, teacher.config if teacher is not None else teacher_config)
+        student = _fresh(config, seed)
+        if settings.init == "layers":
+            if teacher is None:
+                raise DpkdError("student.init `layers` takes the layers of a teacher: name one with --teacher")
+            _copy_weights(teacher, student, _kept(settings, teacher.config))
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(settings.dtype, torch.float32)
+        student = student.to(device=device, dtype=dtype)
+    if settings.dropout == "off":
+        _switch_dropout_off(student)
+    return student.requires_grad_(True)
+
+
+def student_config(settings: StudentSettings, teacher_config: Any) -> Any:
+    """The student's configuration, without its weights."""
+    if settings.init == "pretrained" or (settings.init == "random" and settings.model is not None):
+        config = config_of(settings)
+        return _with_layers(config, _kept(settings, config)) if settings.layers is not None else config
+    if teacher_config is None:
+        raise DpkdError(f"student.init `{settings.init}` follows the teacher's shape: name a teacher with --teacher")
+    config = deepcopy(teacher_config)
+    return _with_layers(config, _kept(settings, config)) if settings.layers is not None else config
+
+
+def _kept(settings: StudentSettings, config: Any) -> list[int]:
+    """Indices of the layers that the student keeps."""
+    total = config.get_text_config().num_hidden_layers
+    if isinstance(settings.layers, int):
+        if settings.layers > total:
+            raise DpkdError(f"student.layers: {settings.layers} layers asked for, but the teacher has {total}")
+        return even_layers(settings.layers, total)
+    layers = settings.layers or list(range(total))
+    outside = [i for i in layers if not 0 <= i < total]
+    if outside:
+        raise DpkdError(f"student.layers: {outside} do not exist; the teacher's layers are 0 to {total - 1}")
+    return layers
+
+
+def _with_layers(config: Any, kept: list[int]) -> Any:
+    """The configuration with fewer layers, and with its lists of per-layer facts cut to match."""
+    config = deepcopy(config)
+    text = config.get_text_config()
+    total = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == total and name.endswith(("layer_types", "_layers", "layers")):
+            setattr(text, name, [value[i] for i in kept])
+    text.num_hidden_layers = len(kept)
+    return config
+
+
+def _fresh(config: Any, seed: int) -> Any:
+    """A model of a configuration with seeded weights; other random numbers are left alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _layer_prefix(model: nn.Module) -> str:
+    """Name of the one list of decoder layers."""
+    total = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+    outer = [n for n in lists if not any(n != other and n.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
+        raise DpkdError(
+            f"student.init `layers` found {len(outer)} lists of {total} layers in {type(model).__name__}; "
+            f"it knows models with exactly one, such as those of the families {FAMILIES}"
+        )
+    return f"{outer[0]}."
+
+
+@torch.no_grad()
+def _copy_weights(teacher: nn.Module, student: nn.Module, kept: list[int]) -> None:
+    """Copy embeddings, norms, head and the kept layers; no storage is shared with the teacher."""
+    prefix = _layer_prefix(teacher)
+    place = {old: new for new, old in enumerate(kept)}
+    taken = {}
+    for name, value in teacher.state_dict().items():
+        if name.startswith(prefix):
+            number, rest = name.removeprefix(prefix).split(".", 1)
+            if int(number) not in place:
+                continue
+            name = f"{prefix}{place[int(number)]}.{rest}"
+        taken[name] = value.detach().clone().to(torch.float32) if value.is_floating_point() else value.clone()
+    student.load_state_dict(taken)
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    """All dropout probabilities to 0, in modules and in the attributes that attention code reads."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,165 @@
+"""The two pens: how the student and the teacher write responses, for all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpkd.api import Rollout, RolloutLoss, Text
+from dpkd.data.batches import TokenSequence, collate, micro_batches
+from dpkd.data.tokenise import Prompt
+from dpkd.models.chunked import chunk_rows
+from dpkd.teachers.live import LiveTeacher
+from dpkd.text.responses import Response
+from dpkd.text.sampling import sample
+from dpkd.text.settings import SamplingSettings, TextSettings
+from dpkd.text.store import ResponseStore
+from dpkd.text.writers import response_seed
+
+__all__ = ["Crew", "StudentPen", "TeacherPen"]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that write together: each takes its share, and all get everything."""
+
+    rank: int = 0
+    processes: int = 1
+    gather: Callable[[list[Any]], list[Any]] = lambda items: items
+
+    def share(self, items: Sequence[int], work: Callable[[list[int]], list[Any]]) -> list[Any]:
+        """`work` on this process's items; the results of all items, in their order."""
+        if self.processes == 1:
+            return work(list(items))
+        mine = list(range(len(items)))[self.rank :: self.processes]
+        done = self.gather(list(zip(mine, work([items[i] for i in mine]), strict=True)))
+        return [result for _, result in sorted(done, key=lambda pair: pair[0])]
+
+
+@dataclass
+class StudentPen:
+    """Draws the student's responses; for a policy gradient it also scores them with the teacher."""
+
+    student: nn.Module
+    prompts: Sequence[Prompt]
+    settings: TextSettings
+    eos_ids: frozenset[int]
+    pad_id: int
+    vocabulary: int
+    seed: int
+    crew: Crew
+    teacher: LiveTeacher | None = None
+    loss: RolloutLoss[Any] | None = None
+    progress: Callable[[int], None] | None = None
+
+    def __call__(self, indices: Sequence[int], period: int) -> list[Response]:
+        responses = self.crew.share(indices, lambda mine: self._write(mine, period))
+        return _with_advantages(responses, self.loss) if self.loss is not None else responses
+
+    def _write(self, indices: list[int], period: int) -> list[Response]:
+        mix = self.settings.teacher_mix
+        sampled = sample(
+            self.student,
+            [self.prompts[i].prompt_ids for i in indices],
+            self.settings.sampling,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            seeds=[response_seed(self.seed, period, self.prompts[i].id) for i in indices],
+            vocabulary=self.vocabulary,
+            mix_with=self.teacher.model if mix > 0 and self.teacher is not None else None,
+            mix=mix,
+            progress=self.progress,
+        )
+        if self.loss is None:
+            return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
+        drawn = [Response(s.response_ids, Text.STUDENT, s.truncated, s.logps, s.behaviour_logps) for s in sampled]
+        return self._scored(indices, drawn)
+
+    def _scored(self, indices: list[int], responses: list[Response]) -> list[Response]:
+        """The responses with the teacher's log-prob of each token."""
+        assert self.teacher is not None  # the plan refuses a rollout loss without a teacher
+        device = next(self.student.parameters()).device
+        sequences = [TokenSequence(self.prompts[i].prompt_ids, r.ids) for i, r in zip(indices, responses, strict=True)]
+        scored = list(responses)
+        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
+        for group in micro_batches(lengths, self.settings.sampling.batch_size):
+            batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(device)
+            logps = self.teacher.logps(batch, chunk_rows(self.vocabulary, 32.0)).tolist()
+            for place, i in enumerate(group):
+                own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
+                scored[i] = replace(responses[i], teacher_logps=tuple(own))
+        return scored
+
+
+def _with_advantages(responses: list[Response], loss: RolloutLoss[Any]) -> list[Response]:
+    """What each token is worth, over the whole collection at once."""
+
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([value for r in responses for value in getattr(r, name)])
+
+    lengths = torch.tensor([len(r.ids) for r in responses])
+    rollout = Rollout(
+        column("rollout_logps"), column("behaviour_logps"), column("teacher_logps"),
+        torch.repeat_interleave(torch.arange(len(responses)), lengths),
+    )  # fmt: skip
+    with torch.no_grad():
+        advantages = loss.advantages(rollout).split(lengths.tolist())
+    return [replace(r, advantages=tuple(a.tolist())) for r, a in zip(responses, advantages, strict=True)]
+
+
+@dataclass
+class TeacherPen:
+    """Gives the teacher's responses: from the store where they are, else drawn and put there."""
+
+    teacher: LiveTeacher
+    prompts: Sequence[Prompt]
+    sampling: SamplingSettings
+    eos_ids: frozenset[int]
+    pad_id: int
+    vocabulary: int
+    seed: int
+    crew: Crew
+    store: ResponseStore
+    decode: Callable[[Sequence[int]], str]
+    progress: Callable[[int, int], None] | None = None
+
+    def __call__(self, indices: Sequence[int]) -> list[Response]:
+        known = {i: self.store.get(self.prompts[i].prompt_ids) for i in indices}
+        missing = [i for i, stored in known.items() if stored is None]
+        written = dict(zip(missing, self.crew.share(missing, self._write), strict=True)) if missing else {}
+        return [
+            written[i] if stored is None else Response(stored.response_ids, Text.TEACHER, stored.truncated)
+            for i, stored in known.items()
+        ]
+
+    def _write(self, indices: list[int]) -> list[Response]:
+        responses = []
+        size = 4 * self.sampling.batch_size
+        # Groups of alike prompts, stored group by group: an interrupted run keeps what was written.
+        order = sorted(range(len(indices)), key=lambda k: -len(self.prompts[indices[k]].prompt_ids))
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            batch = [indices[k] for k in places]
+            responses += list(zip(places, self._draw(batch), strict=True))
+            if self.progress is not None:
+                self.progress(len(responses), len(indices))
+        return [response for _, response in sorted(responses, key=lambda pair: pair[0])]
+
+    def _draw(self, indices: list[int]) -> list[Response]:
+        prompts = [self.prompts[i].prompt_ids for i in indices]
+        sampled = sample(
+            self.teacher.model,
+            prompts,
+            self.sampling,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            seeds=[response_seed(self.seed, 0, self.prompts[i].id) for i in indices],
+            vocabulary=self.vocabulary,
+        )
+        for prompt, s in zip(prompts, sampled, strict=True):
+            self.store.add(prompt, s.response_ids, s.truncated, self.decode(s.response_ids))
+        return [Response(s.response_ids, Text.TEACHER, s.truncated) for s in sampled]

@@ -1,0 +1,104 @@
+"""Sampling responses: the only code in dpkd that does.
+
+Rows are sampled in a batch that stays full: prompts are taken in order of length, a row leaves the batch and
+the cache when it has ended, and a new prompt takes its place. Nothing of that reaches a result: each row has
+its own random numbers, and padding changes no value, so a response depends on the prompt, the seed and the
+models only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import nn
+
+from dpkd.errors import DpkdError
+from dpkd.text.flight import Flights, Request, Sampled
+from dpkd.text.settings import SamplingSettings
+from dpkd.text.stream import Stream, evaluating, longest_sequence
+
+__all__ = ["Sampled", "sample"]
+
+
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    *,
+    eos_ids: Collection[int],
+    pad_id: int,
+    seeds: Sequence[int],
+    vocabulary: int | None = None,
+    mix_with: nn.Module | None = None,
+    mix: float = 0.0,
+    progress: Callable[[int], None] | None = None,
+    samples_per_prompt: int = 1,
+    on_finished: Callable[[int, Sampled], None] | None = None,
+) -> list[Sampled]:
+    """`samples_per_prompt` responses to each prompt, in the order of `prompts`, those to one prompt together.
+
+    `seeds` has one non-negative number per response, in that order. Only ids below `vocabulary` are drawn;
+    log-probs are normalised over these. With `mix_with`, each token is drawn from
+    `mix · mix_with + (1 - mix) · model`. A response ends at EOS, after `max_new_tokens`, or where prompt and
+    response fill the model. At most `settings.batch_size` responses are written at a time.
+
+    `progress` gets the number of responses finished since its last call; `on_finished` each response with its
+    place in the result, as soon as it is known.
+
+    Raises DpkdError when a prompt is empty or leaves no room for a response, when two vocabularies differ, or
+    when the model's logits are not numbers.
+    """
+    if not 0.0 <= mix <= 1.0:
+        raise ValueError(f"a mixture weight lies in [0, 1], got {mix}")
+    models = [model] if mix_with is None or mix == 0.0 else [model, mix_with]
+    longest = min((length for one in models if (length := longest_sequence(one))), default=None)
+    requests = _requests(prompts, seeds, samples_per_prompt, settings, longest)
+    flights = Flights([Stream(one, vocabulary) for one in models], settings, eos_ids, pad_id, mix)
+    results: dict[int, Sampled] = {}
+    # no_grad, not inference_mode: models keep tensors (rotary tables, say) that a later backward may save.
+    with torch.no_grad(), evaluating(*models):
+        for finished in flights.run(requests):
+            results.update(finished)
+            if progress is not None:
+                progress(len(finished))
+            if on_finished is not None:
+                for place, response in finished.items():
+                    on_finished(place, response)
+    return [results[place] for place in range(len(seeds))]
+
+
+def _requests(
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    samples_per_prompt: int,
+    settings: SamplingSettings,
+    longest: int | None,
+) -> list[Request]:
+    """Prompts with their seeds; one with more seeds than fit into a batch becomes several."""
+    if len(seeds) != len(prompts) * samples_per_prompt:
+        raise ValueError(
+            f"{len(prompts)} prompts x {samples_per_prompt} responses need as many seeds, got {len(seeds)}"
+        )
+    requests = []
+    for number, prompt in enumerate(prompts):
+        limit = _room(number, len(prompt), longest, settings.max_new_tokens)
+        last = (number + 1) * samples_per_prompt
+        for first in range(number * samples_per_prompt, last, settings.batch_size):
+            own_seeds = tuple(seeds[first : min(last, first + settings.batch_size)])
+            requests.append(Request(first, tuple(prompt), own_seeds, limit))
+    return requests
+
+
+def _room(number: int, prompt_tokens: int, longest: int | None, max_new_tokens: int) -> int:
+    """The largest number of tokens of a response."""
+    if prompt_tokens == 0:
+        raise DpkdError(f"prompt {number} has no tokens: a model needs at least one (BOS, say) to begin with")
+    if longest is None:
+        return max_new_tokens
+    if prompt_tokens >= longest:
+        raise DpkdError(
+            f"prompt {number} has {prompt_tokens} tokens, and the model reads at most {longest}: there is no "
+            "room for a response. A lower data.max_prompt_tokens drops and counts longer prompts."
+        )
+    return min(max_new_tokens, longest - prompt_tokens)

@@ -1,0 +1,122 @@
+"""A model's responses to the prompts of a data set, written to a file: SeqKD data, for any tool."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpkd.data.examples import Example, read_examples
+from dpkd.data.settings import DataSettings
+from dpkd.data.tokenise import Prompt, tokenise
+from dpkd.errors import DpkdError
+from dpkd.models.loading import load_model, load_tokenizer
+from dpkd.models.settings import ModelSettings
+from dpkd.text.sampling import sample
+from dpkd.text.settings import SamplingSettings
+from dpkd.text.writers import response_seed
+
+__all__ = ["SampleReport", "sample_to_file"]
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """How many responses were written now, and how many were there from an interrupted call."""
+
+    written: int
+    found: int
+    truncated: int
+    empty: int
+
+
+def sample_to_file(
+    model: ModelSettings,
+    data: DataSettings,
+    sampling: SamplingSettings,
+    *,
+    output: Path,
+    seed: int,
+    samples_per_prompt: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> SampleReport:
+    """Append one JSON line per response; a second call goes on where an interrupted one stopped.
+
+    A line is the row of the data set with the response as `output`, so that it can be trained on as it is.
+    Raises DpkdError when the file was written with other settings.
+    """
+    facts = {
+        "model": model.model, "revision": model.revision, "sampling": sampling.model_dump(mode="json"),
+        "seed": seed, "template": data.template, "samples_per_prompt": samples_per_prompt,
+    }  # fmt: skip
+    found = _found(output, facts)
+    tokenizer = load_tokenizer(model)
+    examples = read_examples(data, require_response=False).examples
+    prompts = tokenise(examples, tokenizer, data, require_response=False).prompts
+    todo = [p for p in prompts if (p.id, samples_per_prompt - 1) not in found]
+    by_id = {example.id: example for example in examples}
+    lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
+    counts = {"written": 0, "truncated": 0, "empty": 0}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a", encoding="utf-8") as file:
+        for group in _groups(todo, 4 * sampling.batch_size):
+            sampled = sample(
+                lm, [p.prompt_ids for p in group], sampling, eos_ids={tokenizer.eos_token_id},
+                pad_id=tokenizer.pad_token_id, samples_per_prompt=samples_per_prompt,
+                seeds=[response_seed(seed, n, p.id) for p in group for n in range(samples_per_prompt)],
+            )  # fmt: skip
+            for number, s in enumerate(sampled):
+                prompt, n = group[number // samples_per_prompt], number % samples_per_prompt
+                text = tokenizer.decode(s.response_ids, skip_special_tokens=True).strip()
+                counts["written"] += 1
+                counts["truncated"] += s.truncated
+                counts["empty"] += not text
+                if (prompt.id, n) not in found:
+                    row = {**_row(by_id[prompt.id]), "output": text, "id": prompt.id, "sample": n}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            if progress is not None:
+                progress(counts["written"], len(todo) * samples_per_prompt)
+    return SampleReport(counts["written"], len(found), counts["truncated"], counts["empty"])
+
+
+def _row(example: Example) -> dict[str, Any]:
+    """The prompt's own fields, in the form that `dpkd train` reads."""
+    if example.messages is not None:
+        return {"prompt_messages": [dict(m) for m in example.messages]}
+    if example.prompt is not None:
+        return {"prompt": example.prompt}
+    return {"instruction": example.instruction, "input": example.input}
+
+
+def _groups(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
+    for start in range(0, len(prompts), size):
+        yield list(prompts[start : start + size])
+
+
+def _found(output: Path, facts: dict[str, Any]) -> set[tuple[str, int]]:
+    """What an earlier call wrote; its settings stand beside the file."""
+    settings_file = output.with_name(output.name + ".settings.json")
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        settings_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return set()
+    before = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else None
+    if before != facts:
+        raise DpkdError(
+            f"{output} exists already, written by another model or with other settings "
+            f"({settings_file.name}). Choose another --output, or delete it."
+        )
+    kept, ids = [], set()
+    for line in output.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the torn last line of an interrupted call
+            continue
+        kept.append(line + "\n")
+        ids.add((row["id"], row["sample"]))
+    output.write_text("".join(kept), encoding="utf-8")
+    return ids

@@ -1,0 +1,125 @@
+"""Who writes the responses of each optimiser step, and when they are written anew.
+
+The data set's responses are there from the start, the teacher's are written once (and kept in a store), the
+student's are refreshed as the settings say. Every draw is seeded by (run seed, refresh period, example), so that
+neither batching nor the number of processes changes a response.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from dpkd.api import Family, Text
+from dpkd.data.order import Schedule
+from dpkd.data.tokenise import Prompt
+from dpkd.text.responses import Response
+from dpkd.text.settings import TextSettings
+
+__all__ = ["StepText", "Writers", "response_seed"]
+
+# Writes a response for each of these examples; the number is the refresh period.
+StudentPen = Callable[[Sequence[int], int], list[Response]]
+TeacherPen = Callable[[Sequence[int]], list[Response]]
+
+
+class StepText(NamedTuple):
+    """The responses of one step: per example one, or two for a pair (preferred first); and what was left out."""
+
+    responses: list[tuple[int, tuple[Response, ...]]]
+    counts: dict[str, int]
+
+
+def response_seed(seed: int, period: int, example_id: str) -> int:
+    """Seed of one response: a hash of run seed, refresh period and example."""
+    digest = hashlib.sha256(f"{seed}/{period}/{example_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Writers:
+    """Gives each step its responses, and asks the student and the teacher for new ones when they are due."""
+
+    def __init__(
+        self,
+        settings: TextSettings,
+        family: Family,
+        prompts: Sequence[Prompt],
+        schedule: Schedule,
+        *,
+        seed: int,
+        eos_ids: frozenset[int],
+        student: StudentPen,
+        teacher: TeacherPen,
+    ) -> None:
+        self.settings, self.family, self.prompts, self.schedule = settings, family, prompts, schedule
+        self._seed, self._eos_ids = seed, eos_ids
+        self._student, self._teacher = student, teacher
+        self.student_responses: dict[int, Response] = {}
+        self._teacher_responses: dict[int, Response] = {}
+
+    def writers(self, step: int) -> tuple[Text, ...]:
+        """Who writes at this step: one, or for a pair two (preferred first)."""
+        if self.family is Family.PAIR:
+            pairs = self.settings.pairs
+            return Text(pairs.preferred), Text(pairs.dispreferred)
+        if self.settings.source != "mixed":
+            return (Text(self.settings.source),)
+        drawn = random.Random(f"mix/{self._seed}/{step}").choices(
+            list(self.settings.mix), weights=list(self.settings.mix.values())
+        )
+        return (drawn[0],)
+
+    def prepare_teacher(self) -> None:
+        """Have the teacher write all that the run will use."""
+        steps = range(self.schedule.steps)
+        wanted = dict.fromkeys(i for s in steps if Text.TEACHER in self.writers(s) for i in self.schedule.window(s))
+        todo = [i for i in wanted if i not in self._teacher_responses]
+        if todo:
+            self._teacher_responses.update(zip(todo, self._teacher(todo), strict=True))
+
+    def prepare(self, step: int) -> None:
+        """Have the student write what the rest of this step's period will use, if it is not written yet."""
+        if self.schedule.starts_period(step):
+            self.student_responses.clear()
+        if Text.STUDENT not in self.writers(step):
+            return
+        todo = [i for i in self._student_examples(step) if i not in self.student_responses]
+        if todo:
+            written = self._student(todo, self.schedule.period(step))
+            self.student_responses.update(zip(todo, written, strict=True))
+
+    def _student_examples(self, step: int) -> list[int]:
+        period, wanted = self.schedule.period(step), {}
+        while step < self.schedule.steps and self.schedule.period(step) == period:
+            if Text.STUDENT in self.writers(step):
+                wanted.update(dict.fromkeys(self.schedule.window(step)))
+            step += 1
+        return list(wanted)
+
+    def _response(self, index: int, writer: Text) -> Response:
+        if writer is Text.DATASET:
+            prompt = self.prompts[index]
+            return Response(prompt.response_ids, writer, truncated=prompt.response_ids[-1] not in self._eos_ids)
+        written = self._teacher_responses if writer is Text.TEACHER else self.student_responses
+        return written[index]
+
+    def step(self, step: int) -> StepText:
+        """The responses of a step. Pairs of equal responses prefer nothing; empty teacher responses teach nothing."""
+        writers = self.writers(step)
+        counts = {"empty_responses": 0, "equal_pairs": 0, "truncated_responses": 0, "responses": 0}
+        kept = []
+        for index in self.schedule.window(step):
+            responses = tuple(self._response(index, writer) for writer in writers)
+            counts["responses"] += len(responses)
+            counts["truncated_responses"] += sum(r.truncated for r in responses)
+            empty = [r for r in responses if r.is_empty(self._eos_ids)]
+            counts["empty_responses"] += len(empty)
+            if any(r.writer is Text.TEACHER for r in empty):
+                continue
+            if len(responses) == 2 and responses[0].ids == responses[1].ids:
+                counts["equal_pairs"] += 1
+                continue
+            kept.append((index, responses))
+        return StepText(kept, counts)

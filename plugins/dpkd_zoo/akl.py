@@ -1,0 +1,83 @@
+"""Adaptive KL (Wu et al., 2404.02657): forward and reverse KL, weighted by where the two distributions differ.
+
+Tokens are sorted by teacher probability; the head holds a mass of μ. The gap |p - q| in the head weighs the forward
+KL, the gap in the tail the reverse KL, both over the whole vocabulary (§4.2).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
+from dpkd.functional import kl
+from dpkd_zoo.papers import AKL, at
+
+__all__ = ["SPEC", "AKLConfig", "AKLLoss", "dpkd_losses", "head_share"]
+
+
+class AKLConfig(LossConfig):
+    """Mass of the head, and the side of the token that crosses it."""
+
+    mu: float = setting(0.5, description="μ: teacher mass of the head", source="AKL §4.2 and AKL.py", gt=0, lt=1)
+    boundary: Literal["paper", "released"] = setting(
+        "paper",
+        description="the token that crosses μ is in the head (paper: smallest set with mass ≥ μ) or in the tail "
+        "(released: cumulated mass ≤ μ, and always the likeliest token)",
+        source="AKL §4.2; AKL.py differs",
+    )
+
+
+@torch.no_grad()
+def head_share(log_p_NV: Tensor, log_q_NV: Tensor, mu: float, boundary: str) -> Tensor:
+    """g_head / (g_head + g_tail) `[N]`: the head's share of the gap Σ|p - q|; ½ where there is no gap."""
+    p_NV = log_p_NV.exp()
+    sorted_NV, order_NV = p_NV.sort(dim=-1, descending=True)
+    before_NV = sorted_NV.cumsum(-1)
+    if boundary == "paper":
+        before_NV -= sorted_NV  # mass before the token: below μ, it is still needed to reach μ
+        head_NV = before_NV < mu
+    else:
+        head_NV = before_NV <= mu
+    head_NV[..., 0] = True
+    gap_NV = p_NV.sub_(log_q_NV.exp()).abs_().gather(-1, order_NV)
+    total_N = gap_NV.sum(-1)
+    head_N = gap_NV.masked_fill_(~head_NV, 0.0).sum(-1)
+    return torch.where(total_N > 0, head_N / total_N.clamp(min=torch.finfo(total_N.dtype).tiny), 0.5)
+
+
+class AKLLoss(TokenLoss[AKLConfig]):
+    """`w · KL(p‖q) + (1-w) · KL(q‖p)` with `w = g_head / (g_head + g_tail)`, without gradient through w."""
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        log_p_NV, log_q_NV = x.teacher_log_probs(), x.student_log_probs()
+        share_N = head_share(log_p_NV, log_q_NV.detach(), self.config.mu, self.config.boundary)
+        return share_N * kl(log_p_NV, log_q_NV) + (1 - share_N) * kl(log_q_NV, log_p_NV)
+
+
+SPEC = LossSpec(
+    name="akl",
+    loss=AKLLoss,
+    config=AKLConfig,
+    card=Card(
+        title="Adaptive Kullback-Leibler",
+        summary="Forward and reverse KL, weighted by the gap in the head and in the tail of the teacher.",
+        formula="w·KL(p‖q) + (1-w)·KL(q‖p),  w = g_head/(g_head+g_tail),  g = Σ|p-q| over head or tail",
+        sources=(at(AKL, "§4.2"),),
+        use_when="Off-policy distillation for few epochs, where neither direction alone has converged.",
+        avoid_when="Speed counts most: it sorts the vocabulary at every position.",
+        notes="Released code puts the token that crosses μ into the tail (boundary=released). Other implementations "
+        "divide 0 by 0 where student and teacher agree; here the weights are ½ and the loss is 0. Published numbers are "
+        "off-policy, without a pre-training corpus: GPT-2, 20 epochs, batch 32, lr 5e-4.",
+    ),
+    reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
+    traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.DETACHED_WEIGHTS}),
+)
+
+
+@hookimpl
+def dpkd_losses() -> list[LossSpec]:
+    """This module's loss."""
+    return [SPEC]

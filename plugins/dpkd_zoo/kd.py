@@ -1,0 +1,72 @@
+"""Word-level knowledge distillation: forward KL to the teacher at every position, mixed with cross-entropy.
+
+Hinton et al. (2015), in the form that MiniLLM's and DPKD's baselines use: `(1-α) CE + α KL(p‖q)`, α = 0.5.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
+from dpkd.functional import kl, nll
+from dpkd_zoo.papers import HINTON, LMOPS, at
+
+__all__ = ["SPEC", "KDConfig", "KDLoss", "dpkd_losses"]
+
+
+class KDConfig(LossConfig):
+    """Mixture and temperature."""
+
+    kd_ratio: float = setting(
+        0.5, description="α: share of the KL term; the rest is cross-entropy on the response",
+        source="MiniLLM's scripts/gpt2/kd (DistiLLM's re-implementation uses 1.0)", ge=0, le=1,
+    )  # fmt: skip
+    temperature: float = setting(
+        1.0,
+        description="divides both models' logits in the KL term",
+        source="MiniLLM's finetune.py: none",
+        gt=0,
+    )
+    scale_by_t2: bool = setting(
+        False, description="multiply the KL term by temperature², so that its gradient keeps its size",
+        source="off in the released code; on in Hinton et al.",
+    )  # fmt: skip
+
+
+class KDLoss(TokenLoss[KDConfig]):
+    """`(1-α) · -log q(y_i) + α · KL(p‖q)`."""
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        c = self.config
+        divergence_N = kl(x.teacher_log_probs(c.temperature), x.student_log_probs(c.temperature))
+        if c.scale_by_t2:
+            divergence_N = divergence_N * c.temperature**2
+        if c.kd_ratio == 1.0:
+            return divergence_N
+        return (1 - c.kd_ratio) * nll(x.student_log_probs(), x.targets) + c.kd_ratio * divergence_N
+
+
+SPEC = LossSpec(
+    name="kd",
+    loss=KDLoss,
+    config=KDConfig,
+    card=Card(
+        title="Word-level knowledge distillation",
+        summary="Forward KL to the teacher at every position, mixed with cross-entropy.",
+        formula="(1-α)·(-log q(yᵢ)) + α·Σᵥ p(v)·log(p(v)/q(v))",
+        sources=(at(HINTON, "§2"), at(LMOPS, "finetune.py, scripts/gpt2/kd")),
+        use_when="The first thing to try: fast, stable, works off-policy on any data set.",
+        avoid_when="The student is far too small to cover the teacher: forward KL then spreads its mass over "
+        "tokens that it cannot tell apart; try rkl, akl or a text written by the student.",
+        notes="The value is a true KL, 0 where the models agree. Released code computes the soft cross-entropy "
+        "-Σ p log q, which has the same gradient and differs by the teacher's entropy.",
+    ),
+    reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.TARGETS}),
+    traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
+)
+
+
+@hookimpl
+def dpkd_losses() -> list[LossSpec]:
+    """This module's loss."""
+    return [SPEC]

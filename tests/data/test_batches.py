@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpkd.data.batches import TokenSequence, collate, micro_batches
+
+EOS = 7
+SEQUENCES = [TokenSequence((1, 2), (3, EOS)), TokenSequence((EOS,), (4, 5, 6, EOS)), TokenSequence((1,), ())]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_the_rows_predict_the_response_wherever_the_padding_is(side, extra):
+    batch = collate(SEQUENCES, pad_id=EOS, side=side, extra=extra)
+    flat = batch.input_ids.flatten()
+    assert batch.targets.tolist() == [3, EOS, 4, 5, 6, EOS]
+    # A row stands one place before its target, in the same sequence: the one shift.
+    assert flat[batch.rows + 1].tolist() == batch.targets.tolist()
+    assert (batch.rows // batch.input_ids.shape[1]).tolist() == batch.sequence.tolist() == [0, 0, 1, 1, 1, 1]
+    assert batch.lengths.tolist() == [2, 4, 0]
+    assert batch.attention_mask.sum(1).tolist() == [4, 5, 1]
+    # EOS of the prompt is attended and not trained; padding is neither.
+    assert batch.attention_mask.flatten()[batch.rows].all()
+
+
+def test_positions_start_at_the_first_real_token():
+    left = collate(SEQUENCES, pad_id=0, side="left")
+    assert left.position_ids[0].tolist()[-4:] == [0, 1, 2, 3]
+
+
+def test_a_response_without_a_prompt_has_no_row_for_its_first_token():
+    batch = collate([TokenSequence((), (3, 4, 5))], pad_id=0)
+    assert batch.targets.tolist() == [4, 5]
+    assert batch.rows.tolist() == [0, 1]
+
+
+@given(st.lists(st.integers(0, 30), max_size=20), st.integers(1, 6))
+def test_micro_batches_take_each_once_longest_first(lengths, size):
+    groups = micro_batches(lengths, size)
+    flat = [i for g in groups for i in g]
+    assert sorted(flat) == list(range(len(lengths)))
+    assert [lengths[i] for i in flat] == sorted(lengths, reverse=True)

@@ -1,0 +1,346 @@
+"""Rows of every shape and format to examples; every kind of bad row found at its line."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+
+import pytest
+
+from dpkd.data.examples import Example, Message, read_examples
+from dpkd.data.settings import Columns, DataSettings
+from dpkd.errors import DpkdError
+
+PROMPT_TURNS = (Message("system", "Be kind."), Message("user", "Hi"))
+ROW = {"instruction": "Name a colour.", "input": "", "output": "Red."}
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello!"},
+]
+
+
+def read(path, *, require_response=True, **settings):
+    return read_examples(DataSettings(path=str(path), **settings), require_response=require_response)
+
+
+def problem(path, **settings) -> str:
+    with pytest.raises(DpkdError) as caught:
+        read(path, **settings)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (ROW, Example("data.jsonl:1", "Name a colour.", "", ("Red.",))),
+        (  # as in Dolly on the hub
+            {"instruction": "Sum up.", "context": "Long.", "response": "Short.", "category": "x"},
+            Example("data.jsonl:1", "Sum up.", "Long.", ("Short.",)),
+        ),
+        ({"instruction": "Go", "output": "Gone"}, Example("data.jsonl:1", "Go", "", ("Gone",))),
+        (
+            {"instruction": "Go", "input": None, "output": "Gone"},
+            Example("data.jsonl:1", "Go", "", ("Gone",)),
+        ),
+        ({"prompt": "1 + 1 =", "completion": " 2"}, Example("data.jsonl:1", "", "", (" 2",), "1 + 1 =")),
+        ({"prompt": "Q", "response": "A"}, Example("data.jsonl:1", "", "", ("A",), "Q")),
+        (
+            {"instruction": "Go", "output": ["Gone", "", "Went"]},
+            Example("data.jsonl:1", "Go", "", ("Gone", "Went")),
+        ),
+        (
+            {"messages": CHAT},
+            Example(
+                "data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS
+            ),
+        ),
+        (
+            {"messages": [*CHAT, {"role": "user", "content": "Bye"}]},
+            Example(
+                "data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_shapes_of_rows(jsonl, row, expected):
+    assert read(jsonl(row)).examples == (expected,)
+
+
+def test_columns_are_mapped_by_the_settings(jsonl):
+    path = jsonl({"question": "Why?", "answer": "So.", "prompt": "not this"})
+    found = read(path, columns=Columns(instruction="question", output="answer"))
+    assert found.examples == (Example("data.jsonl:1", "Why?", "", ("So.",)),)
+
+
+def test_a_mapped_response_rules_out_messages(jsonl):
+    path = jsonl({"messages": CHAT, "prompt": "Why?", "chosen": "So."})
+    (example,) = read(path, columns=Columns(output="chosen")).examples
+    assert (example.prompt, example.references) == ("Why?", ("So.",))
+
+
+def test_settings_that_contradict_each_other():
+    for wrong in (
+        {"instruction": "a", "prompt": "b"},
+        {"prompt": "a", "input": "b"},
+        {"messages": "a", "output": "b"},
+    ):
+        with pytest.raises(ValueError, match=r"name one of|name `instruction`|leave `input`"):
+            Columns(**wrong)
+
+
+def test_prompts_without_responses(jsonl):
+    path = jsonl({"prompt": "Once"}, {"prompt": "Twice", "completion": ""}, {"prompt": "Thrice", "completion": "x"})
+    found = read(path, require_response=False)
+    assert [e.references for e in found.examples] == [(), (), ("x",)]
+    path = jsonl({"messages": CHAT[:2]}, {"messages": CHAT}, {"messages": [*CHAT, CHAT[1]]})
+    found = read(path, require_response=False)
+    assert [(len(e.messages or ()), e.references) for e in found.examples] == [
+        (2, ()),
+        (2, ("Hello!",)),
+        (4, ()),
+    ]
+
+
+BAD_ROWS = [
+    (b'{"instruction": ', "not JSON: Expecting value at column 16"),
+    (b'["a list"]', 'not an object: expected {...}, found ["a list"]'),
+    (b'{"instruction": "caf\xe9", "output": "x"}', "not UTF-8: byte 0xe9 at byte 21 of the line"),
+    (
+        b'{"instruction": "x", "output": "\\ud83d"}',
+        "not UTF-8: `output` holds U+D83D, half of a character, at 1",
+    ),
+    ({"instruction": "x"}, "missing field: no response in `output` or `response` or `completion`"),
+    ({"output": "x"}, "missing field: `instruction` is not there"),
+    ({"instruction": None, "output": "x"}, "missing field: `instruction` is null"),
+    ({"instruction": "x", "output": 42}, "wrong type: `output` is a number (42), expected text"),
+    ({"instruction": "x", "output": [["a"]]}, "wrong type: `output` is a list (['a']), expected text"),
+    (
+        {"instruction": "x", "input": {}, "output": "x"},
+        "wrong type: `input` is an object ({}), expected text",
+    ),
+    ({"instruction": " ", "output": "x"}, "empty instruction: `instruction` holds no text"),
+    ({"instruction": "x", "output": " \n"}, "empty response: `output` holds no text"),
+    ({"instruction": "x", "output": []}, "empty response: `output` holds no text"),
+    (
+        {"instruction": "x", "output": "a", "response": "b"},
+        "ambiguous: both `output` and `response` are given",
+    ),
+    (
+        b"[" * 100_000,
+        "not JSON: brackets nested too deeply",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "said"), BAD_ROWS)
+def test_every_kind_of_bad_row_is_found_at_its_line(jsonl, bad, said):
+    path = jsonl(ROW, b"", bad, ROW)
+    assert problem(path) == (
+        f"data.path: 1 row of {path} cannot be read:\n"
+        f"  data.jsonl:3: {said}\n"
+        "Mend them, or leave bad rows out and count them: --set data.on_bad_row=skip"
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("Hi", "wrong type: `messages` is text ('Hi'), expected a list of messages"),
+        (["Hi"], "wrong type: message 1 is text ('Hi'), expected an object"),
+        ([{"role": "user"}], "missing field: message 1 has no `content`"),
+        (
+            [{"role": "user", "content": ["x"]}],
+            "wrong type: `content` of message 1 is a list (['x']), expected text",
+        ),
+        (CHAT[:2], "missing field: `messages` has no assistant message"),
+        (CHAT[2:], "empty prompt: `messages` has nothing before the response"),
+        (
+            [*CHAT[:2], {"role": "assistant", "content": ""}],
+            "empty response: the last assistant message holds no text",
+        ),
+        (
+            [*CHAT[:2], {"role": "assistant", "content": "", "tool_calls": [{}]}],
+            "tool call: message 3 calls a tool; only text can be trained",
+        ),
+    ],
+)
+def test_bad_conversations(jsonl, messages, said):
+    assert f"  data.jsonl:2: {said}\n" in problem(jsonl({"messages": CHAT}, {"messages": messages}))
+
+
+def test_bad_rows_are_reported_together_up_to_twenty(jsonl):
+    path = jsonl(ROW, *[{"instruction": "x"}] * 30)
+    lines = problem(path).split("\n")
+    assert lines[0] == f"data.path: at least 20 rows of {path} cannot be read:"
+    assert [line.split(": ")[0] for line in lines[1:-1]] == [f"  data.jsonl:{n}" for n in range(2, 22)]
+
+
+def test_bad_rows_are_skipped_and_counted_and_ids_stay(jsonl):
+    path = jsonl({"instruction": "no answer"}, ROW, b"{", ROW, {"instruction": "x", "output": ""}, b"}")
+    found = read(path, on_bad_row="skip")
+    assert [e.id for e in found.examples] == ["data.jsonl:2", "data.jsonl:4"]
+    assert found.skipped_by_reason() == {"missing field": 1, "not JSON": 2, "empty response": 1}
+    assert found.lines() == [
+        f"{path}: 2 examples",
+        "skipped 1: missing field (first: data.jsonl:1)",
+        "skipped 2: not JSON (first: data.jsonl:3)",
+        "skipped 1: empty response (first: data.jsonl:5)",
+    ]
+
+
+def test_skipping_does_not_stop_at_twenty(jsonl):
+    found = read(jsonl(*[b"{"] * 25, ROW), on_bad_row="skip")
+    assert (len(found.skipped), [e.id for e in found.examples]) == (25, ["data.jsonl:26"])
+
+
+def test_nothing_but_bad_rows(jsonl):
+    path = jsonl(b"{", b"x")
+    assert problem(path, on_bad_row="skip") == (
+        f"data.path: no row of {path} can be used.\nskipped 2: not JSON (first: data.jsonl:1)"
+    )
+    path = jsonl(b"")
+    assert problem(path) == f"data.path: no row of {path} can be used."
+
+
+def test_columns_that_are_not_understood(jsonl):
+    path = jsonl({"question": "Why?", "answer": "So."}, {"question": "How?"})
+    said = (
+        "data.jsonl:1: the columns are not understood: question, answer{named}. dpkd reads instruction (and "
+        "input or context) with output, response or completion; prompt with output, response or "
+        "completion; or chat "
+        "messages. Say which column is which: --set data.columns.instruction=COLUMN --set "
+        "data.columns.output=COLUMN "
+        "(or data.columns.prompt, data.columns.messages)."
+    )
+    assert problem(path) == said.format(named="")
+    assert problem(path, on_bad_row="skip") == said.format(named="")
+    columns = Columns(instruction="question", output="anwser")
+    named = " (data.columns says instruction=question, output=anwser)"
+    assert problem(path, columns=columns) == said.format(named=named)
+
+
+def test_two_shapes_that_fit_are_an_error_with_both_names(jsonl):
+    assert problem(jsonl({"messages": CHAT, "prompt": "x", "response": "y"})) == (
+        "data.jsonl:1: the prompt may be in `messages` or in `prompt`. Say which, e.g. "
+        "--set data.columns.messages=messages"
+    )
+    assert problem(jsonl({"instruction": "x", "output": "a", "response": "b"})) == (
+        "data.jsonl:1: the response may be in `output` or in `response`. Say which, e.g. "
+        "--set data.columns.output=output"
+    )
+
+
+def test_a_mapped_input_column_that_no_row_has(jsonl):
+    path = jsonl(ROW)
+    assert problem(path, columns=Columns(instruction="instruction", input="contxt")) == (
+        f"data.columns.input: no row of {path} has a column 'contxt'."
+    )
+
+
+def test_only_line_feeds_end_a_line_and_a_byte_order_mark_is_no_text(jsonl):
+    text = json.dumps({"instruction": "日本 é\u2028x", "output": "😀\x85y"}, ensure_ascii=False).encode()
+    (example,) = read(jsonl(b"\xef\xbb\xbf" + text + b"\r")).examples
+    assert (example.instruction, example.references) == ("日本 é\u2028x", ("😀\x85y",))
+
+
+ROWS = [
+    {"instruction": "Sum\nup", "input": "a,b", "output": "42"},
+    {"instruction": "日本", "input": "", "output": "é"},
+]
+
+
+def write_as(suffix, path):
+    if suffix == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    elif suffix == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif suffix == "data.json":
+        path.write_text(json.dumps({"version": 1, "data": ROWS}))
+    elif suffix == "lines.json":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    elif suffix == "csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(ROWS[0]))
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "data.json", "lines.json", "csv", "parquet"])
+def test_every_format_gives_the_same_examples(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    write_as(suffix, path)
+    assert read(path).examples == (
+        Example(f"{path.name}:1", "Sum\nup", "a,b", ("42",)),
+        Example(f"{path.name}:2", "日本", "", ("é",)),
+    )
+    assert read(path, limit=1, streaming=True).examples == read(path).examples[:1]
+
+
+def test_lists_and_messages_in_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([{"messages": CHAT}]), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet").examples[0].references == ("Hello!",)
+    pq.write_table(pa.Table.from_pylist([{"instruction": "x", "output": ["a", "b"]}]), tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet").examples[0].references == ("a", "b")
+
+
+def test_bad_rows_of_csv(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"instruction,output\na,b\nc\nd,e,f\ncaf\xe9,g\n")
+    assert problem(path).split("\n")[1:-1] == [
+        "  x.csv:2: missing field: no response in `output` or `response` or `completion`",
+        "  x.csv:3: too many cells: the header has 2 columns",
+        "  x.csv:4: not UTF-8: `instruction` holds U+DCE9, half of a character, at 4",
+    ]
+    path.write_text("instruction,output\na," + "b" * 200_000)
+    assert len(read(path).examples[0].references[0]) == 200_000
+    assert csv.field_size_limit() == 131_072  # Python's own, left as it was
+
+
+def test_broken_files(tmp_path):
+    (tmp_path / "x.json").write_text('[{"instruction": "a"')
+    assert problem(tmp_path / "x.json") == (
+        f"{tmp_path}/x.json: not a JSON list: Expecting ',' delimiter: line 1 column 21 (char 20). "
+        "Expected a list of objects."
+    )
+    (tmp_path / "x.parquet").write_text("no parquet")
+    assert problem(tmp_path / "x.parquet").startswith(f"{tmp_path}/x.parquet: cannot be read as parquet: ")
+
+
+def test_the_fingerprint_is_of_the_content(jsonl, tmp_path):
+    one = read(jsonl(ROW, {**ROW, "output": "Blue."})).fingerprint
+    assert one == read(jsonl(ROW, {"category": "x", **ROW, "output": "Blue."}, name="other/data.jsonl")).fingerprint
+    others = {
+        read(jsonl(ROW, {**ROW, "output": "blue."})).fingerprint,
+        read(jsonl({**ROW, "output": "Blue."}, ROW)).fingerprint,
+        read(jsonl(ROW)).fingerprint,
+        read(jsonl(ROW, b"", {**ROW, "output": "Blue."})).fingerprint,  # other lines, other ids
+    }
+    assert one not in others
+    assert len(others) == 4
+    # The same in every process and version, because teacher text is stored under it.
+    content = (
+        '{"id": "data.jsonl:1", "input": "", "instruction": "Name a colour.", '
+        '"messages": null, "prompt": null, "references": ["Red."]}\n'
+    )
+    assert read(jsonl(ROW)).fingerprint == hashlib.sha256(content.encode()).hexdigest()
+
+
+def test_real_rows(shared):
+    found = read(shared / "dolly" / "train.jsonl")
+    assert (len(found.examples), len(found.skipped)) == (13_420, 0)
+    assert found.examples[-1].id == "train.jsonl:13420"
+    limited = read(shared / "dolly" / "train.jsonl", limit=7)
+    assert limited.examples == found.examples[:7]
+    chosen = read(shared / "dolly")
+    assert len(chosen.examples) == 13_420  # of three files, the one of the split
+    assert len(read(shared / "dolly", split="dev").examples) == 1_000

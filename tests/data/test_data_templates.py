@@ -1,0 +1,125 @@
+"""How prompts are written: the papers' wording, chat templates, and what a template cannot write."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpkd.data.examples import Example, Message
+from dpkd.data.templates import chat_lead, render, template_fingerprint
+from dpkd.errors import DpkdError
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }} <eos>"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported') }}{% endif %}{% endfor %}"
+)
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% "
+    "endif %}{{ date_string }}|"
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+PLAIN = Example("f:1", instruction="Add {1} and {input}.", references=("3",))
+WITH_INPUT = Example("f:2", instruction="Sum up {x}.", input="{y}\nz", references=("3",))
+READY = Example("f:3", prompt="1 + 1 =", references=(" 2",))
+TURNS = Example("f:4", messages=(Message("system", "Be kind."), Message("user", "Hi")), references=("Hello",))
+ONE_TURN = Example("f:5", messages=(Message("user", "Hi"),), references=("Hello",))
+
+ALPACA_PLAIN = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+Add {1} and {input}.
+
+### Response:
+"""  # fmt: skip # noqa: E501
+ALPACA_WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.
+
+### Instruction:
+Sum up {x}.
+
+### Input:
+{y}
+z
+
+### Response:
+"""  # fmt: skip # noqa: E501
+
+
+@pytest.fixture
+def chat(byte_level):
+    byte_level.chat_template = CHATML
+    return byte_level
+
+
+@pytest.mark.parametrize(
+    ("example", "template", "text", "form"),
+    [
+        (PLAIN, "auto", ALPACA_PLAIN, "alpaca"),
+        (WITH_INPUT, "auto", ALPACA_WITH_INPUT, "alpaca"),
+        (READY, "auto", "1 + 1 =", "none"),
+        (TURNS, "auto", "<|system|>\nBe kind.<eos>\n<|user|>\nHi<eos>\n<|assistant|>\n", "chat"),
+        (WITH_INPUT, "chat", "<|user|>\nSum up {x}.\n\n{y}\nz<eos>\n<|assistant|>\n", "chat"),
+        (READY, "chat", "<|user|>\n1 + 1 =<eos>\n<|assistant|>\n", "chat"),
+        (WITH_INPUT, "none", "Sum up {x}.\n\n{y}\nz", "none"),
+        (PLAIN, "none", "Add {1} and {input}.", "none"),
+        (ONE_TURN, "none", "Hi", "none"),
+        (ONE_TURN, "alpaca", ALPACA_PLAIN.replace(PLAIN.instruction, "Hi"), "alpaca"),
+        (READY, "alpaca", ALPACA_PLAIN.replace(PLAIN.instruction, "1 + 1 ="), "alpaca"),
+    ],
+)
+def test_what_each_template_writes(chat, example, template, text, form):
+    assert render(example, template, chat) == (text, form)
+
+
+def test_a_tokenizer_without_a_chat_template(byte_level):
+    with pytest.raises(DpkdError) as caught:
+        render(TURNS, "auto", byte_level)
+    assert str(caught.value) == (
+        "f:4: data.template is chat (auto picks it for `messages`), but the tokenizer has no chat template. "
+        "Use an instruction-tuned model, or, for single turns, --set data.template=alpaca"
+    )
+
+
+def test_a_conversation_that_a_template_cannot_write(chat):
+    with pytest.raises(DpkdError) as caught:
+        render(TURNS, "alpaca", chat)
+    assert str(caught.value) == (
+        "f:4: a conversation of 2 messages cannot be written with data.template 'alpaca'. Use --set data.template=chat"
+    )
+    chat.chat_template = INST
+    with pytest.raises(DpkdError) as caught:
+        render(TURNS, "chat", chat)
+    assert str(caught.value) == (
+        "f:4: the tokenizer's chat template refuses the messages (system, user): Only user and "
+        "assistant roles are "
+        "supported. Mend the row, or use another --set data.template"
+    )
+
+
+def test_the_white_space_before_a_chat_response(chat):
+    assert chat_lead(chat) == ""
+    chat.chat_template = INST
+    assert chat_lead(chat) == " "
+    chat.chat_template = CHATML.replace("{{ m.content }}", "<think></think>{{ m.content }}")
+    assert chat_lead(chat) == ""  # not white space: words of the template that no reference has
+    chat.chat_template = "{{ raise_exception('never') }}"
+    assert chat_lead(chat) == ""
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(byte_level):
+    byte_level.chat_template = DATED
+    assert render(ONE_TURN, "chat", byte_level).text == "26 Jul 2024|Hi"
+
+
+def test_the_fingerprint_changes_with_what_is_written_and_not_else(byte_level, pieces):
+    chats = {}
+    for template in ("auto", "alpaca", "chat", "none"):
+        chats[template] = template_fingerprint(template, byte_level)
+        assert template_fingerprint(template, pieces) == chats[template]
+    assert len(set(chats.values())) == 4
+    pieces.chat_template = CHATML
+    changed = {t for t in chats if template_fingerprint(t, pieces) != chats[t]}
+    assert changed == {"auto", "chat"}
