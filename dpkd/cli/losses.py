@@ -42,6 +42,8 @@ def list_losses(
         typer.echo(json.dumps(rows, indent=2))
         return
     _print_table(rows)
+    if host.restricted is not None:
+        typer.echo(f"DPKD_PLUGINS={host.restricted!r} restricts the plugins", err=True)
     if host.broken:
         typer.echo(f"{len(host.broken)} plugin(s) could not be loaded: dpkd list-losses --broken", err=True)
 
@@ -88,11 +90,12 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table.add_column("name", style="bold", no_wrap=True)
     table.add_column("family")
     table.add_column("text by")
-    table.add_column("needs of the teacher")
+    table.add_column("of the teacher")
     table.add_column("paper", overflow="fold")
     for row in rows:
         paper = row["paper"].removeprefix("https://").removeprefix("arxiv.org/abs/")
-        table.add_row(row["name"], row["family"], ", ".join(row["text"]), row["needs"], paper)
+        text = "anyone" if len(row["text"]) == 3 else ", ".join(row["text"])
+        table.add_row(row["name"], row["family"], text, row["needs"], paper)
     Console().print(table)
     typer.echo("dpkd describe-loss NAME shows formula, settings, and when to use it")
 

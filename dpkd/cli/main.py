@@ -68,6 +68,10 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)
+    except SystemExit as stop:  # typer turns Ctrl-C into this and says nothing
+        if stop.code == 130:
+            typer.echo("interrupted", err=True)
+        raise
 
 
 def _complain(text: str) -> None:

@@ -34,11 +34,8 @@ def resolved(
     *, config: list[Path] | None, assignments: list[str] | None, flags: dict[str, tuple[str, Any]]
 ) -> Resolved:
     """Settings from files, then flags and --set; `flags` maps a flag to its path and value (None: not given)."""
-    from dpkd.config.layers import file_layer, flag_layer, set_layer
+    from dpkd.config.layers import user_layers
     from dpkd.config.resolve import resolve
     from dpkd.host import load_host
 
-    layers = [file_layer(path) for path in config or []]
-    layers += [flag_layer(flag, path, value) for flag, (path, value) in flags.items() if value is not None]
-    layers += set_layer(assignments or [])
-    return resolve(layers, load_host())
+    return resolve(user_layers(config or [], flags, assignments or []), load_host())

@@ -1,7 +1,7 @@
 """Layers of settings: defaults < the loss's suggestions < files in order < flags and --set.
 
-A layer is a nested mapping with a name that messages can show. Later layers win, leaf by leaf; a layer that changes
-a block's `name` replaces the block.
+A layer is a nested mapping with a name that messages can show. Later layers win, leaf by leaf; a layer that
+changes a block's `name` replaces the block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from dpkd.config.yaml_text import YamlError, parse
 from dpkd.errors import SettingsError
 
-__all__ = ["Layer", "Merged", "file_layer", "flag_layer", "merge", "set_layer", "suggestion_layer"]
+__all__ = ["Layer", "Merged", "file_layer", "flag_layer", "merge", "set_layer", "suggestion_layer", "user_layers"]
 
 # A text in place of one of these blocks is shorthand for one of its settings.
 SHORTHANDS = {"loss": "name", "teacher": "model", "student": "model", "data": "path"}
@@ -22,18 +22,18 @@ SHORTHANDS = {"loss": "name", "teacher": "model", "student": "model", "data": "p
 NAMED = {"loss"}
 # Mappings that are one value: probabilities that sum to 1 make no sense merged.
 WHOLE = {"text.mix"}
-# Settings that mean something only beside some values of another one. A layer that gives the other one a different
-# value drops them from the layers below: `text.source=student` is enough to leave a mix that the loss suggests.
+# Settings that mean something only beside some values of another one. A layer that gives the other one a
+# different value drops them from the layers below: `text.source=student` leaves a mix that the loss suggests.
 DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "text.source": {"text.mix": ("mixed",)},
     "text.refresh": {"text.every": ("every_n_steps",), "text.inner_epochs": ("every_step", "every_n_steps")},
-    "student.init": {"student.layers": ("layers", "random"), "student.model": ("pretrained", "random")},
+    "student.init": {"student.layers": ("layers", "random")},
 }
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one place; `name` says which (a file, a flag, `suggested by loss kd`)."""
+    """Settings from one place; `name` says which (a file, a flag, `kd's suggestions`)."""
 
     name: str
     values: Mapping[str, Any]
@@ -47,15 +47,16 @@ class Merged:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def layer_of(self, path: str) -> str | None:
-        """The layer of a path, or of the nearest block above or setting below it."""
-        while path:
-            if path in self.provenance:
-                return self.provenance[path]
-            below = [name for key, name in self.provenance.items() if key.startswith(f"{path}.")]
-            if below:
-                return below[-1]
+        """The layers of a path: its own, those of the settings below it, or that of a value above it.
+
+        None when all of it is default.
+        """
+        below = [name for key, name in self.provenance.items() if f"{key}.".startswith(f"{path}.")]
+        if below:
+            return " and ".join(dict.fromkeys(below))
+        while path and path not in self.provenance:
             path = path.rpartition(".")[0]
-        return None
+        return self.provenance.get(path)
 
 
 def file_layer(path: Path) -> Layer:
@@ -104,9 +105,33 @@ def flag_layer(flag: str, path: str, value: Any) -> Layer:
     return Layer(flag, _nest(path.split("."), value))
 
 
+def user_layers(
+    files: Iterable[Path], flags: Mapping[str, tuple[str, Any]], assignments: Iterable[str]
+) -> list[Layer]:
+    """What the user gives, in order: files, flags (flag → path and value; None: not given), --set.
+
+    Raises SettingsError with everything that cannot be read.
+    """
+    layers: list[Layer] = []
+    problems: list[str] = []
+    for path in files:
+        try:
+            layers.append(file_layer(path))
+        except SettingsError as error:
+            problems += error.problems
+    layers += [flag_layer(flag, path, value) for flag, (path, value) in flags.items() if value is not None]
+    try:
+        layers += set_layer(assignments)
+    except SettingsError as error:
+        problems += error.problems
+    if problems:
+        raise SettingsError(problems)
+    return layers
+
+
 def suggestion_layer(loss: str, suggests: Mapping[str, Any]) -> Layer:
     """What a loss suggests for the run."""
-    return Layer(f"suggested by loss {loss}", suggests)
+    return Layer(f"{loss}'s suggestions", suggests)
 
 
 def merge(layers: Iterable[Layer]) -> Merged:
@@ -115,7 +140,8 @@ def merge(layers: Iterable[Layer]) -> Merged:
     for layer in layers:
         values = {key: _expanded(key, value) for key, value in layer.values.items() if not _is_empty(key, value)}
         for path in _outdated(merged.values, values):
-            _drop(merged, path)
+            if merged.layer_of(path) != layer.name:  # two --set that contradict each other are a mistake
+                _drop(merged, path)
         for block in NAMED & values.keys():
             new, old = values[block], merged.values.get(block)
             changes = (

@@ -38,7 +38,7 @@ def sentences(error: ValidationError, merged: Merged, known: Iterable[str], pref
     """One sentence per setting that is wrong, in the order of the settings."""
     by_path: dict[str, list[Mapping[str, Any]]] = {}
     for problem in error.errors():
-        by_path.setdefault(prefix + _path(problem["loc"], error, merged, prefix), []).append(problem)  # type: ignore[arg-type]
+        by_path.setdefault(prefix + _path(problem["loc"], error, merged, prefix), []).append(problem)
     return [_sentence(path, problems, merged, list(known)) for path, problems in by_path.items()]
 
 
@@ -47,7 +47,9 @@ def _path(location: tuple[int | str, ...], error: ValidationError, merged: Merge
     values: Any = merged.values.get(prefix.rstrip("."), {}) if prefix else merged.values
     parts: list[str] = []
     for part in location:
-        if (isinstance(values, Mapping) and part in values) or (isinstance(values, list) and isinstance(part, int) and part < len(values)):
+        if isinstance(values, Mapping) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
             values = values[part]
         elif parts:
             break  # a union member, or a missing key of a block that is given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -40,9 +40,10 @@ class Resolved:
         return f"{self.registered.distribution} {self.registered.version}"
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings, as a file of settings would have them."""
+        """All settings that the run uses, as a file of settings would have them."""
         loss = {"name": self.loss.name, **self.loss_config.model_dump(mode="json")}
-        return {"loss": loss, **self.settings.model_dump(mode="json")}
+        unused = {"source", "mix"} if self.loss.family is Family.PAIR else {"pairs"}
+        return {"loss": loss, **self.settings.model_dump(mode="json", exclude={"text": unused})}
 
 
 def resolve(layers: Sequence[Layer], host: Host) -> Resolved:
@@ -61,14 +62,15 @@ def resolve(layers: Sequence[Layer], host: Host) -> Resolved:
         known += all_paths(registered.spec.config, "loss.")
     settings = _validated(RunSettings, merged.values, merged, known, problems)
     sound = settings or _without_mistakes(merged.values)
+    damaged = _damaged(merged.values)
     merged.values["loss"] = (
         {k: v for k, v in loss_values.items() if k != "name"} if isinstance(loss_values, dict) else {}
     )
     config = None
     if registered is not None:
         config = _validated(registered.spec.config, merged.values["loss"], merged, known, problems, "loss.")
-    if sound is not None and registered is not None:
-        problems += _cross_checks(sound, registered.spec, config, merged)
+    if sound is not None:
+        problems += _cross_checks(sound, registered.spec if registered else None, config, merged, damaged)
     if problems:
         raise SettingsError(problems)
     assert settings is not None
@@ -130,13 +132,31 @@ def _delete(values: Any, location: tuple[int | str, ...]) -> None:
         del parent[last]
 
 
-def _cross_checks(settings: RunSettings, spec: LossSpec, config: LossConfig | None, merged: Merged) -> list[str]:
+def _damaged(values: Mapping[str, Any]) -> set[str]:
+    """The blocks with mistakes: what is missing there may only be misspelt."""
+    try:
+        RunSettings.model_validate(values)
+    except ValidationError as error:
+        return {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]}
+    return set()
+
+
+def _cross_checks(
+    settings: RunSettings, spec: LossSpec | None, config: LossConfig | None, merged: Merged, damaged: set[str]
+) -> list[str]:
     """What no block can see alone: does the loss fit the text, the teacher, the student?"""
-    problems = _writer_problems(settings, spec, merged)
-    if settings.teacher.model is None:
+    problems: list[str] = []
+    if spec is not None and "text" not in damaged:
+        problems += _writer_problems(settings, spec, merged)
+    if spec is not None and settings.teacher.model is None and "teacher" not in damaged:
         reasons = _teacher_reasons(settings, spec, config)
         if reasons:
             problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. Name one with --teacher.")
+    return problems if "student" in damaged else [*problems, *_student_problems(settings, merged)]
+
+
+def _student_problems(settings: RunSettings, merged: Merged) -> list[str]:
+    problems: list[str] = []
     if settings.student.model is None and settings.student.init == "pretrained":
         problems.append(
             "student.model: is missing. Name one with --student, or make it from the teacher: "
@@ -176,6 +196,12 @@ def _writer_problems(settings: RunSettings, spec: LossSpec, merged: Merged) -> l
         problems.append(
             f"text.source: {spec.name} compares two responses per prompt; use text.pairs.preferred and "
             f"text.pairs.dispreferred instead (from {source_layer})"
+        )
+    pairs_layer = merged.layer_of("text.pairs")
+    if spec.family is not Family.PAIR and pairs_layer is not None:
+        problems.append(
+            f"text.pairs: is used by pair losses only, and {spec.name} is a {spec.family} loss; "
+            f"use text.source instead (from {pairs_layer})"
         )
     text = settings.text
     if text.teacher_mix > 0 and Text.STUDENT not in _writers(settings, spec).values():

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from dpkd.config.layers import SHORTHANDS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.host import RegisteredLoss
@@ -52,6 +53,9 @@ def schema(registered: RegisteredLoss | None = None) -> dict[str, Any]:
     result = RunSettings.model_json_schema()
     if registered is not None:
         own = registered.spec.config.model_json_schema()
+        result["$defs"] |= own.pop("$defs", {})  # references start at the root
         own.setdefault("properties", {})["name"] = {"const": registered.spec.name, "type": "string"}
         result["properties"]["loss"] = own
+    for block in SHORTHANDS.keys() & result["properties"].keys():
+        result["properties"][block] = {"anyOf": [{"type": "string"}, result["properties"][block]]}
     return result

@@ -170,7 +170,9 @@ def _writers(
 def _teacher_pen(
     settings: RunSettings, models: _Models, tokenizer: Any, display: Display, common: Mapping[str, Any]
 ) -> TeacherPen:
-    assert models.teacher is not None  # settings without a teacher are refused before
+    # Settings without a teacher are refused before.
+    assert models.teacher is not None
+    assert settings.teacher.model is not None
     store = ResponseStore.open(
         Path(settings.text.store) if settings.text.store else default_folder(),
         model_fingerprint=model_fingerprint(settings.teacher.model, settings.teacher.revision),

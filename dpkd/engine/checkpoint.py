@@ -43,7 +43,8 @@ def _put(target: Tensor, value: Tensor) -> None:
     if hasattr(target, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+        sharded: Any = target
+        value = distribute_tensor(value.to(target.device), sharded.device_mesh, sharded.placements)
     target.detach().copy_(value)
 
 

@@ -109,6 +109,7 @@ def _model_rows(settings: RunSettings, student: int, teacher: int) -> list[tuple
 
 def _text_rows(resolved: Resolved, data: TokenisedData, steps: int) -> list[tuple[str, str]]:
     settings, text = resolved.settings, resolved.settings.text
+    rows: list[tuple[str, str]]
     if resolved.loss.family is Family.PAIR:
         writers = {Text(text.pairs.preferred): 1.0, Text(text.pairs.dispreferred): 1.0}
         rows = [("preferred (y_t)", text.pairs.preferred), ("dispreferred (y_s)", text.pairs.dispreferred)]

@@ -70,8 +70,9 @@ class Display:
     def at(self, done: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Move the bar; with metrics also say them."""
         if self._progress is not None:
-            note = {} if metrics is None else {"note": _summary(metrics)}
-            self._progress.update(self._task, completed=done, **note)
+            self._progress.update(self._task, completed=done)
+            if metrics is not None:
+                self._progress.update(self._task, note=_summary(metrics))
         elif metrics is not None:
             self.say(f"step {done}  {_summary(metrics)}")
 

@@ -101,7 +101,8 @@ def _shared_folder(accelerator: Accelerator, resolved: Resolved) -> RunFolder:
     from accelerate.utils import broadcast_object_list
 
     made = [RunFolder.create(resolved.settings.output, resolved.loss.name)] if accelerator.is_main_process else [None]
-    return broadcast_object_list(made)[0]  # type: ignore[return-value]
+    folder: RunFolder = broadcast_object_list(made)[0]
+    return folder
 
 
 def _run(

@@ -80,13 +80,16 @@ class Stepper:
 
     def _micro_step(self, work: Work) -> Sums:
         with self.accelerator.autocast():
-            total, sums = self.distiller(work)
+            total, sums = self._forward(work)
         if not torch.isfinite(total):
             raise explain(self.inner, work)
         # A window in which nothing is left to learn still runs, so that processes stay in step.
         if total.requires_grad:
             self.accelerator.backward(total)
         return sums
+
+    def _forward(self, work: Work) -> tuple[torch.Tensor, Sums]:
+        return self.distiller(work)  # type: ignore[no-any-return]
 
     def _update(self, lr: float, sums: Sums) -> None:
         parameters = [p for p in self.distiller.parameters() if p.requires_grad]

@@ -140,7 +140,7 @@ def objective(
 
     `chunk_loss(logits [n, V], rows)` returns the weighted sum of its rows. No `[N, V]` tensor outlives its chunk.
     """
-    return _Objective.apply(  # type: ignore[no-any-return]
+    return _Objective.apply(  # type: ignore[no-any-return, no-untyped-call]
         chunk_loss, head.rule, size, hidden, head.weight, head.bias, *parameters
     )
 
@@ -198,6 +198,6 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor, size: int, observer
 
     `observer(log_probs [n, V], rows)` sees each chunk of the forward pass, for metrics.
     """
-    return _TokenLogps.apply(  # type: ignore[no-any-return]
+    return _TokenLogps.apply(  # type: ignore[no-any-return, no-untyped-call]
         head.rule, size, observer, hidden, head.weight, head.bias, targets
     )

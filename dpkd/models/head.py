@@ -72,7 +72,7 @@ class Head:
         return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.rule)
 
 
-def causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: Any) -> Any:
     """The causal LM inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 

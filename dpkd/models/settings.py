@@ -34,7 +34,7 @@ class LoraSettings(Block):
     """Low-rank adapters on the student, through peft."""
 
     r: int = Field(16, ge=1, description="rank")
-    alpha: float = Field(32.0, gt=0, description="scale is alpha / r")
+    alpha: int = Field(32, gt=0, description="scale is alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
     targets: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="names of the modules to adapt; the output head is always left frozen"

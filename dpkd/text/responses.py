@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpkd.api import Text
@@ -36,5 +36,5 @@ class Response:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Response:
         """The inverse of `as_dict`."""
-        as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return replace(cls(**as_tuples), writer=Text(values["writer"]))
+        as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**{**as_tuples, "writer": Text(values["writer"])})

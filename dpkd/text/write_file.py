@@ -45,7 +45,7 @@ def sample_to_file(
 ) -> SampleReport:
     """Append one JSON line per response; a second call goes on where an interrupted one stopped.
 
-    A line is the row of the data set with the response as `output`, so that it can be trained on as it is.
+    A line is the row of the data set with the new response, so that it can be trained on as it is.
     Raises DpkdError when the file was written with other settings.
     """
     facts = {
@@ -75,7 +75,7 @@ def sample_to_file(
                 counts["truncated"] += s.truncated
                 counts["empty"] += not text
                 if (prompt.id, n) not in found:
-                    row = {**_row(by_id[prompt.id]), "output": text, "id": prompt.id, "sample": n}
+                    row = {**_row(by_id[prompt.id], text), "id": prompt.id, "sample": n}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             if progress is not None:
@@ -83,13 +83,14 @@ def sample_to_file(
     return SampleReport(counts["written"], len(found), counts["truncated"], counts["empty"])
 
 
-def _row(example: Example) -> dict[str, Any]:
-    """The prompt's own fields, in the form that `dpkd train` reads."""
+def _row(example: Example, text: str) -> dict[str, Any]:
+    """The prompt's own fields and the response, in a form that `dpkd train` reads."""
     if example.messages is not None:
-        return {"prompt_messages": [dict(m) for m in example.messages]}
+        prompt = [{"role": m.role, "content": m.content} for m in example.messages]
+        return {"messages": [*prompt, {"role": "assistant", "content": text}]}
     if example.prompt is not None:
-        return {"prompt": example.prompt}
-    return {"instruction": example.instruction, "input": example.input}
+        return {"prompt": example.prompt, "response": text}
+    return {"instruction": example.instruction, "input": example.input, "output": text}
 
 
 def _groups(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
