@@ -155,7 +155,8 @@ def _load(manager: pluggy.PluginManager, point: EntryPoint) -> list[RegisteredLo
     callers = manager.get_hookcallers(plugin) or []
     if not callers:
         raise _PluginError(
-            f"{point.value} implements no hook: expected a function `dpkd_losses` with the decorator @hookimpl from dpkd.api"
+            f"{point.value} implements no hook: expected a function `dpkd_losses` with the decorator @hookimpl "
+            "from dpkd.api"
         )
     file = getattr(plugin, "__file__", None) or point.value
     others = [other for name, other in manager.list_name_plugin() if name != unique]

@@ -105,9 +105,7 @@ def flag_layer(flag: str, path: str, value: Any) -> Layer:
     return Layer(flag, _nest(path.split("."), value))
 
 
-def user_layers(
-    files: Iterable[Path], flags: Mapping[str, tuple[str, Any]], assignments: Iterable[str]
-) -> list[Layer]:
+def user_layers(files: Iterable[Path], flags: Mapping[str, tuple[str, Any]], assignments: Iterable[str]) -> list[Layer]:
     """What the user gives, in order: files, flags (flag → path and value; None: not given), --set.
 
     Raises SettingsError with everything that cannot be read.
@@ -144,10 +142,8 @@ def merge(layers: Iterable[Layer]) -> Merged:
                 _drop(merged, path)
         for block in NAMED & values.keys():
             new, old = values[block], merged.values.get(block)
-            changes = (
-                isinstance(new, dict) and isinstance(old, dict) and "name" in new and new["name"] != old.get("name")
-            )
-            if changes:
+            names = [values["name"] for values in (old, new) if isinstance(values, dict) and "name" in values]
+            if len(names) == 2 and names[0] != names[1]:
                 _drop(merged, block)
         _merge_into(merged.values, values, "", layer.name, merged.provenance)
     return merged

@@ -1,4 +1,4 @@
-"""What pydantic finds, said in sentences: path, what was expected, what was found, from which layer, and the right name."""
+"""What pydantic finds, in sentences: path, what was expected, what was found, from which layer, the right name."""
 
 from __future__ import annotations
 
@@ -79,10 +79,11 @@ def _expected(problem: Mapping[str, Any]) -> str:
     message = problem["msg"]
     kind, context = problem["type"], problem.get("ctx", {})
     plain = {
-        "float_parsing": "a number", "float_type": "a number", "int_parsing": "a whole number", "int_type": "a whole number",
-        "int_from_float": "a whole number", "bool_parsing": "true or false", "bool_type": "true or false",
-        "string_type": "a text", "list_type": "a list", "dict_type": "a block of settings", "model_type": "a block of settings",
-        "finite_number": "a finite number", "tuple_type": "a list",
+        "float_parsing": "a number", "float_type": "a number", "finite_number": "a finite number",
+        "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
+        "bool_parsing": "true or false", "bool_type": "true or false", "string_type": "a text",
+        "list_type": "a list", "tuple_type": "a list",
+        "dict_type": "a block of settings", "model_type": "a block of settings",
     }  # fmt: skip
     if kind in plain:
         return plain[kind]

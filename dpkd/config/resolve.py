@@ -57,7 +57,7 @@ def resolve(layers: Sequence[Layer], host: Host) -> Resolved:
     if registered is not None:
         merged = merge([suggestion_layer(registered.spec.name, registered.spec.suggests), *layers])
     loss_values = merged.values.pop("loss", {})
-    known = all_paths(RunSettings) + ["loss.name"]
+    known = [*all_paths(RunSettings), "loss.name"]
     if registered is not None:
         known += all_paths(registered.spec.config, "loss.")
     settings = _validated(RunSettings, merged.values, merged, known, problems)
@@ -188,8 +188,9 @@ def _writer_problems(settings: RunSettings, spec: LossSpec, merged: Merged) -> l
     accepted = ", ".join(sorted(spec.accepts))
     for path, writer in _writers(settings, spec).items():
         if writer not in spec.accepts:
+            layer = merged.layer_of(path) or "the default"
             problems.append(
-                f"{path}: the loss {spec.name} takes text by {accepted}, not by {writer.value} (from {merged.layer_of(path) or 'the default'})"
+                f"{path}: the loss {spec.name} takes text by {accepted}, not by {writer.value} (from {layer})"
             )
     source_layer = merged.provenance.get("text.source")
     if spec.family is Family.PAIR and source_layer is not None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpkd.config.layers import SHORTHANDS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
+from dpkd.config.yaml_text import dump_value
 from dpkd.host import RegisteredLoss
 
 __all__ = ["annotated_yaml", "schema", "write_config"]
@@ -29,10 +28,8 @@ def _write(values: dict[str, Any], prefix: str, depth: int, provenance: dict[str
             lines.append(f"{'  ' * depth}{key}:")
             _write(value, f"{path}.", depth + 1, provenance, lines)
             continue
-        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
-        text = text.removesuffix("\n").removesuffix("\n...")
         source = _source(path, provenance)
-        lines.append(f"{'  ' * depth}{key}: {text}" + (f"  # {source}" if source else ""))
+        lines.append(f"{'  ' * depth}{key}: {dump_value(value)}" + (f"  # {source}" if source else ""))
 
 
 def _source(path: str, provenance: dict[str, str]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -85,9 +84,22 @@ def dump_value(value: Any) -> str:
     >>> dump_value(5e-4), dump_value(None), dump_value("off"), dump_value([1, "a b"])
     ('0.0005', 'null', "'off'", '[1, a b]')
     """
-    if isinstance(value, str) and not value.isprintable():
-        return json.dumps(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{dump_value(key)}: {dump_value(entry)}" for key, entry in value.items()) + "}"
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(dump_value, value)) + "]"
+    text = _scalar(value)
+    return _scalar(value, '"') if isinstance(value, str) and not _is_read_as(text, value) else text
+
+
+def _scalar(value: Any, style: str | None = None) -> str:
+    text = yaml.safe_dump(value, default_style=style, width=float("inf"), allow_unicode=True)
     return str(text).removesuffix("\n").removesuffix("\n...")
+
+
+def _is_read_as(text: str, value: str) -> bool:
+    """Whether a text is one line and means the same alone and inside a list."""
+    try:
+        return "\n" not in text and parse(text) == value and parse(f"[{text}]") == [value]
+    except YamlError:
+        return False

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
 from typing import Any
 
 import torch
 
 from dpkd.errors import DpkdError
+from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
 from dpkd.models.settings import ModelSettings
 
-__all__ = ["config_of", "count_parameters", "load_model", "load_tokenizer", "quiet_transformers"]
+__all__ = ["config_of", "count_parameters", "load_model", "load_tokenizer", "new_model", "quiet_transformers"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,20 +40,29 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
     """A causal LM in eval mode on a device.
 
     `settings.dtype` decides the type of the weights; where it is `auto`, `dtype` does, and None means as stored.
-    Raises DpkdError when there is no such model, or when its weights are not safetensors.
+    Raises DpkdError when there is no such model, when its weights are not safetensors (or .gguf), or when they are
+    not the weights that its configuration describes.
     """
     from transformers import AutoModelForCausalLM
 
-    wanted = _DTYPES.get(settings.dtype, dtype)
-    options: dict[str, Any] = {"dtype": wanted or "auto", **_location(settings)}
+    options: dict[str, Any] = {"dtype": _DTYPES.get(settings.dtype, dtype) or "auto", **location(settings)}
     if settings.attention != "auto":
         options["attn_implementation"] = settings.attention
-    with quiet_transformers(), _explained(settings):
-        if _is_gguf(settings.model):
-            model = _without_quantisation(AutoModelForCausalLM.from_pretrained(**options))
+    if options.get("local_files_only"):
+        options["adapter_kwargs"] = {"local_files_only": True}
+    # Mismatches are collected here and refused below: transformers' own words for them do not name the file.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with quiet_transformers(), explained(settings, "model"):
+        if is_gguf(settings.model):
+            # Its progress bar heeds no switch; errors are exceptions and do not pass through stderr.
+            with redirect_stderr(io.StringIO()):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(**options)
+            model, report = _without_quantisation(loaded[0]), loaded[1]
         else:
-            _refuse_pickles(settings.model)
-            model = AutoModelForCausalLM.from_pretrained(use_safetensors=True, **options)
+            refuse_pickles(str(settings.model))
+            loaded = AutoModelForCausalLM.from_pretrained(use_safetensors=True, **options)
+            model, report = loaded
+    _refuse_random_weights(settings.model, report)
     return model.to(device).eval()
 
 
@@ -65,8 +75,14 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 
     named = getattr(settings, "tokenizer", None)
     source = ModelSettings(model=named, trust_remote_code=settings.trust_remote_code) if named else settings
-    with quiet_transformers(), _explained(source):
-        tokenizer = AutoTokenizer.from_pretrained(**_location(source))
+    with quiet_transformers(), explained(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**location(source))
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # From a GPT-2 or OPT folder without tokenizer files, transformers builds an empty one and says nothing.
+        raise DpkdError(
+            f"{source.model} has no tokenizer: expected tokenizer.json (or vocab.json and merges.txt) beside config.json."
+            " Save it there with AutoTokenizer.from_pretrained(ITS_ORIGIN).save_pretrained(FOLDER)."
+        )
     if tokenizer.eos_token_id is None:
         raise DpkdError(
             f"the tokenizer of {source.model} has no EOS token: a response could never end. "
@@ -81,94 +97,58 @@ def config_of(settings: ModelSettings) -> Any:
     """The configuration alone: no weights are read."""
     from transformers import AutoConfig
 
-    with quiet_transformers(), _explained(settings):
-        return AutoConfig.from_pretrained(**_location(settings))
+    with quiet_transformers(), explained(settings, "configuration"):
+        return AutoConfig.from_pretrained(**location(settings))
+
+
+def new_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal LM of a configuration, with random weights.
+
+    Raises DpkdError when the configuration is not one of a causal LM.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # A configuration whose class is remote code was loaded with trust: its model may be made as well.
+    trusted = type(config).__module__.startswith("transformers_modules")
+    try:
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+    except ValueError as error:
+        first = str(error).strip().splitlines()[0]
+        raise DpkdError(
+            f"a configuration of type {config.model_type} makes no causal language model: {first}"
+        ) from error
 
 
 def count_parameters(config: Any) -> int:
-    """Parameters of the model that a configuration describes, tied ones once."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config)
+    """Parameters of the model that a configuration describes, tied ones once; no memory is used."""
+    with torch.device("meta"):
+        model = new_model(deepcopy(config))
     return sum(p.numel() for p in model.parameters())
 
 
-def _is_gguf(name: str | None) -> bool:
-    return name is not None and name.endswith(".gguf")
-
-
-def _location(settings: ModelSettings) -> dict[str, Any]:
-    """Arguments that say where a model is."""
-    assert settings.model is not None  # settings without a model are refused before
-    path = Path(settings.model)
-    if _is_gguf(settings.model):
-        if not path.is_file():
-            raise DpkdError(f"{settings.model} does not exist; expected a .gguf file")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    options: dict[str, Any] = {"pretrained_model_name_or_path": settings.model}
-    if settings.revision:
-        options["revision"] = settings.revision
-    if settings.trust_remote_code:
-        options["trust_remote_code"] = True
-    return options
-
-
-def _refuse_pickles(name: str | None) -> None:
-    """A folder whose weights are pickles is refused: loading them would run whatever is inside."""
-    folder = Path(name or "")
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-    if pickles:
+def _refuse_random_weights(name: str | None, report: dict[str, Any]) -> None:
+    """Weights that a file lacks would be random without a word."""
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if missing:
         raise DpkdError(
-            f"{name} has {pickles[0]} but no safetensors; dpkd reads no pickles. Convert it once, where you trust it: "
-            f"AutoModelForCausalLM.from_pretrained({name!r}, use_safetensors=False).save_pretrained({name!r})"
+            f"{name} lacks {len(missing)} of the weights that its config.json describes, {missing[0]} for one; "
+            "they would be random. Configuration and weights do not belong together."
         )
-    raise DpkdError(f"{name} has no model weights: expected model.safetensors beside config.json")
-
-
-@contextmanager
-def _explained(settings: ModelSettings) -> Iterator[None]:
-    """Turn what loading throws into a sentence."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise DpkdError(_why(settings, error)) from error
-
-
-def _why(settings: ModelSettings, error: Exception) -> str:
-    name = settings.model or ""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    folder = Path(name)
-    if folder.is_dir():
-        return f"{name} cannot be loaded as a causal language model: {first}"
-    near = difflib.get_close_matches(folder.name, [p.name for p in _siblings(folder)], n=1)
-    hint = f" Did you mean the folder {folder.parent / near[0]}?" if near else ""
-    if "trust_remote_code" in str(error):
-        return (
-            f"{name} brings its own Python code, which is off by default. Set trust_remote_code=true if you trust it."
+    if mismatched:
+        key, stored, described = mismatched[0][:3]
+        raise DpkdError(
+            f"{name}: the weight {key} has the shape {tuple(stored)}, but config.json describes {tuple(described)}. "
+            "Configuration and weights do not belong together."
         )
-    return (
-        f"{name} is neither a folder here nor a model that the hub gives ({first}).{hint} "
-        "Name a hub id, or a folder with config.json and model.safetensors; without a network, `dpkd demo` needs no hub."
-    )
-
-
-def _siblings(folder: Path) -> list[Path]:
-    return [p for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
 
 
 def _without_quantisation(model: Any) -> Any:
     """A model read from .gguf refuses to be saved; a fresh one with its weights does not."""
-    from copy import deepcopy
-
-    from transformers import AutoModelForCausalLM
-
     config = deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    fresh = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    fresh = new_model(config, model.dtype)
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
     return fresh

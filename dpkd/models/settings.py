@@ -51,8 +51,8 @@ class StudentSettings(ModelSettings):
     )
     layers: int | list[int] | None = Field(
         None,
-        description="with init `layers` or `random`: how many of the teacher's layers (first, last and evenly between), "
-        "or which",
+        description="with init `layers` or `random`: how many of the teacher's layers (first, last and evenly between)"
+        ", or which",
     )
     lora: LoraSettings | None = Field(None, description="train low-rank adapters only")
     dropout: Literal["keep", "off"] = Field("keep", description="dropout while training: the model's own, or none")

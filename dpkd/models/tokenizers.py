@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from dpkd.errors import DpkdError
@@ -49,22 +50,20 @@ def shared_vocabulary(student: Any, teacher: Any, student_size: int, teacher_siz
     """The ids that both models can predict, given tokenizers and rows of the output heads.
 
     Equal sizes prove nothing and different sizes may be padding (151,936 against 152,064), so the tokenizers decide:
-    they must have the same vocabulary, special ids and encodings. Raises DpkdError where they differ.
+    they must have the same vocabulary, special ids and encodings. Raises DpkdError where they differ, or where a head
+    has fewer rows than the tokenizer has ids.
     """
     difference = _difference(student, teacher)
     if difference:
-        raise DpkdError(
-            f"student and teacher have different tokenizers: {difference}. Token by token they cannot be compared. "
-            "Choose a teacher of the student's family, or make the student from the teacher "
-            "(student.init=layers student.layers=N), or train on the teacher's text alone (dpkd sample, then --loss sft)."
-        )
+        raise DpkdError(f"student and teacher have different tokenizers: {difference}")
     used = max(student.get_vocab().values()) + 1
-    smallest = min(student_size, teacher_size)
-    if used > smallest:
-        raise DpkdError(
-            f"the tokenizer uses ids up to {used - 1:,}, but the {'student' if student_size < teacher_size else 'teacher'}'s "
-            f"output head has only {smallest:,} rows: model and tokenizer do not belong together"
-        )
+    for who, size in (("student", student_size), ("teacher", teacher_size)):
+        if used > size:
+            raise DpkdError(
+                f"the tokenizer uses ids up to {used - 1:,}, but the {who}'s output head has only {size:,} rows: "
+                "model and tokenizer do not belong together. Use the tokenizer that the model was trained with, "
+                "or remove the tokens that were added to it."
+            )
     if student_size == teacher_size:
         return SharedVocabulary(student_size)
     return SharedVocabulary(
@@ -74,19 +73,41 @@ def shared_vocabulary(student: Any, teacher: Any, student_size: int, teacher_siz
     )
 
 
+_INCOMPARABLE = (
+    "Token by token they cannot be compared. Choose a teacher of the student's family, or make the student from the "
+    "teacher (student.init=layers student.layers=N), or train on the teacher's text alone "
+    "(dpkd sample, then --loss sft)."
+)
+_RENAMED = (
+    "The vocabulary is the same, so they can be compared: set teacher.tokenizer to the student's model, and its "
+    "special tokens hold for both."
+)
+
+
 def _difference(student: Any, teacher: Any) -> str | None:
-    """The first thing in which two tokenizers differ, in words."""
+    """The first thing in which two tokenizers differ, and what to do about it, in words."""
     own, other = student.get_vocab(), teacher.get_vocab()
     if own != other:
         odd = min(set(own.items()) ^ set(other.items()), key=lambda item: (item[1], item[0]))[0]
         return (
             f"the student's has {len(own):,} tokens and the teacher's {len(other):,}; the token {odd!r} is "
-            f"{own.get(odd, 'absent')} for the student and {other.get(odd, 'absent')} for the teacher"
+            f"{own.get(odd, 'absent')} for the student and {other.get(odd, 'absent')} for the teacher. {_INCOMPARABLE}"
         )
-    for name in _SPECIALS:
-        if getattr(student, name) != getattr(teacher, name):
-            return f"{name} is {getattr(student, name)} for the student and {getattr(teacher, name)} for the teacher"
     for text in PROBES:
-        if _encode(student, text) != _encode(teacher, text):
-            return f"the text {text!r} is encoded differently"
+        ours, theirs = _encode(student, text), _encode(teacher, text)
+        if ours != theirs:
+            place = next(i for i in count() if ours[i : i + 1] != theirs[i : i + 1])
+            return (
+                f"they have the same tokens, but encode the text {text!r} differently from token {place} on: "
+                f"{_token(student, ours, place)} for the student and {_token(teacher, theirs, place)} for the teacher. "
+                f"{_INCOMPARABLE}"
+            )
+    for name in _SPECIALS:
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            return f"{name} is {ours} for the student and {theirs} for the teacher. {_RENAMED}"
     return None
+
+
+def _token(tokenizer: Any, ids: list[int], place: int) -> str:
+    return repr(tokenizer.convert_ids_to_tokens(ids[place])) if place < len(ids) else "the end"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dpkd.errors import DpkdError
-from dpkd.models.loading import config_of, load_model, quiet_transformers
+from dpkd.models.loading import config_of, load_model, new_model
 from dpkd.models.settings import StudentSettings
 
 __all__ = ["even_layers", "make_student", "student_config"]
@@ -38,6 +38,7 @@ def make_student(
 ) -> Any:
     """The student, with trainable float32 weights unless the settings name another type.
 
+    `teacher_config` stands in for a teacher that is not loaded, which is enough for `random`.
     Raises DpkdError when layers are out of range or the model's layers are not one list.
     """
     if settings.init == "pretrained":
@@ -49,6 +50,7 @@ def make_student(
             if teacher is None:
                 raise DpkdError("student.init `layers` takes the layers of a teacher: name one with --teacher")
             _copy_weights(teacher, student, _kept(settings, teacher.config))
+            student.generation_config = deepcopy(teacher.generation_config)
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(settings.dtype, torch.float32)
         student = student.to(device=device, dtype=dtype)
     if settings.dropout == "off":
@@ -70,14 +72,15 @@ def student_config(settings: StudentSettings, teacher_config: Any) -> Any:
 def _kept(settings: StudentSettings, config: Any) -> list[int]:
     """Indices of the layers that the student keeps."""
     total = config.get_text_config().num_hidden_layers
+    whose = "student.model" if settings.model is not None else "the teacher"
     if isinstance(settings.layers, int):
         if settings.layers > total:
-            raise DpkdError(f"student.layers: {settings.layers} layers asked for, but the teacher has {total}")
+            raise DpkdError(f"student.layers: {settings.layers} layers asked for, but {whose} has {total}")
         return even_layers(settings.layers, total)
     layers = settings.layers or list(range(total))
     outside = [i for i in layers if not 0 <= i < total]
     if outside:
-        raise DpkdError(f"student.layers: {outside} do not exist; the teacher's layers are 0 to {total - 1}")
+        raise DpkdError(f"student.layers: {outside} do not exist; the layers of {whose} are 0 to {total - 1}")
     return layers
 
 
@@ -94,12 +97,10 @@ def _with_layers(config: Any, kept: list[int]) -> Any:
 
 
 def _fresh(config: Any, seed: int) -> Any:
-    """A model of a configuration with seeded weights; other random numbers are left alone."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
+    """A float32 model of a configuration with seeded weights; other random numbers are left alone."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return new_model(config)
 
 
 def _layer_prefix(model: nn.Module) -> str:
@@ -117,7 +118,7 @@ def _layer_prefix(model: nn.Module) -> str:
 
 @torch.no_grad()
 def _copy_weights(teacher: nn.Module, student: nn.Module, kept: list[int]) -> None:
-    """Copy embeddings, norms, head and the kept layers; no storage is shared with the teacher."""
+    """Copy embeddings, norms, head and the kept layers into the student's own storage."""
     prefix = _layer_prefix(teacher)
     place = {old: new for new, old in enumerate(kept)}
     taken = {}
@@ -127,8 +128,14 @@ def _copy_weights(teacher: nn.Module, student: nn.Module, kept: list[int]) -> No
             if int(number) not in place:
                 continue
             name = f"{prefix}{place[int(number)]}.{rest}"
-        taken[name] = value.detach().clone().to(torch.float32) if value.is_floating_point() else value.clone()
-    student.load_state_dict(taken)
+        taken[name] = value
+    try:
+        student.load_state_dict(taken)
+    except RuntimeError as error:
+        raise DpkdError(
+            f"student.init `layers`: the layers of {type(teacher).__name__} are not alike, and layers {kept} do not "
+            f"make a model of their own ({str(error).splitlines()[-1].strip()}). Known families are {FAMILIES}."
+        ) from error
 
 
 def _switch_dropout_off(model: nn.Module) -> None:
@@ -136,6 +143,6 @@ def _switch_dropout_off(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_prob"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,29 @@ __all__ = ["save_model"]
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write weights (safetensors), configuration and tokenizer; adapters are merged, and also saved as `../adapter`.
 
-    The folder appears complete, by a rename; an older one is replaced.
+    Each folder appears complete, by a rename; an older one is replaced.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     with quiet_transformers():
         if hasattr(model, "peft_config"):
-            model.save_pretrained(folder.with_name("adapter"), safe_serialization=True)
+            with _whole(folder.with_name("adapter")) as unfinished:
+                model.save_pretrained(unfinished, save_embedding_layers=False)
             plain = merged(model)
         else:
             plain = causal_lm(model)
-        plain.save_pretrained(temporary, safe_serialization=True)
-        tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        with _whole(folder) as unfinished:
+            plain.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` at the end of the block, and only if all went well."""
+    unfinished, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,126 @@
+"""Where a model is, as arguments for transformers, and sentences for what goes wrong in reading it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from dpkd.errors import DpkdError
+from dpkd.models.settings import ModelSettings
+
+__all__ = ["explained", "is_gguf", "location", "refuse_pickles"]
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def is_gguf(name: str | None) -> bool:
+    """Whether a name is that of a .gguf file."""
+    return name is not None and name.lower().endswith(".gguf")
+
+
+def location(settings: ModelSettings) -> dict[str, Any]:
+    """Arguments of every `from_pretrained` that say where a model is.
+
+    Remote code is refused in words: left unsaid, transformers asks on the terminal. Raises DpkdError when a name is
+    a path to nothing.
+    """
+    assert settings.model is not None  # settings without a model are refused before
+    name, path = settings.model, Path(settings.model)
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    if is_gguf(name):
+        if not path.is_file():
+            raise DpkdError(f"{name} does not exist; expected a .gguf file.{_nearest(path, '*.gguf')}")
+        return {**options, "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    options["pretrained_model_name_or_path"] = name
+    if settings.revision:
+        options["revision"] = settings.revision
+    if path.is_file():
+        raise DpkdError(f"{name} is a file; expected the folder that holds it beside config.json, or a .gguf file")
+    if not path.is_dir():
+        if _is_path(name):
+            raise DpkdError(f"the folder {name} does not exist.{_nearest(path)} {_EXPECTED}")
+        if _hub_out_of_reach():
+            options["local_files_only"] = True  # the hub's client would retry for half a minute
+    return options
+
+
+def refuse_pickles(name: str) -> None:
+    """A folder whose weights are pickles is refused: loading them would run whatever is inside."""
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if pickles:
+        raise DpkdError(
+            f"{name} has {pickles[0]} but no safetensors; dpkd reads no pickles. Convert it once, where you trust it: "
+            f"AutoModelForCausalLM.from_pretrained({name!r}, use_safetensors=False).save_pretrained({name!r})"
+        )
+    raise DpkdError(f"{name} has no model weights: expected model.safetensors beside config.json")
+
+
+@contextmanager
+def explained(settings: ModelSettings, what: str) -> Iterator[None]:
+    """Turn whatever loading `what` throws into a sentence: readers of files raise errors of every kind."""
+    try:
+        yield
+    except DpkdError:
+        raise
+    except Exception as error:
+        raise DpkdError(_why(settings, what, error)) from error
+
+
+_EXPECTED = "Name a hub id, or a folder with config.json and model.safetensors; `dpkd demo` needs no hub."
+
+
+def _why(settings: ModelSettings, what: str, error: Exception) -> str:
+    name, text = settings.model or "", str(error).strip()
+    first = text.splitlines()[0] if text else "no reason given"
+    if not isinstance(error, OSError | ValueError | ImportError):
+        first = f"{type(error).__name__}: {first}"
+    if "trust_remote_code" in text:
+        return (
+            f"{name} brings its own Python code, which is off by default. Set trust_remote_code=true if you trust it."
+        )
+    if is_gguf(name):
+        packages = " Reading .gguf needs gguf and sentencepiece: pip install 'dpkd[demo]'."
+        return f"the {what} of {name} cannot be read: {first}.{packages if isinstance(error, ImportError) else ''}"
+    if Path(name).is_dir():
+        return f"the {what} of {name} cannot be loaded: {first}"
+    if "safetensors" in text:
+        return (
+            f"{name} on the hub has no safetensors ({first}); dpkd reads no pickles. Convert it once, where you trust it,"
+            f" and name the folder: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained('FOLDER')"
+        )
+    return f"{name} is neither a folder here nor a {what} that the hub gives: {first}{_nearest(Path(name))} {_EXPECTED}"
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be a path: a hub id has at most one slash and starts with a letter or digit."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or os.path.isabs(name)
+
+
+def _nearest(path: Path, pattern: str = "*/") -> str:
+    """The question whether another name in the same folder was meant, or nothing."""
+    names = {p.name.lower(): p.name for p in path.parent.glob(pattern)} if path.parent.is_dir() else {}
+    near = difflib.get_close_matches(path.name.lower(), list(names), n=1)
+    return f" Did you mean {path.parent / names[near[0]]}?" if near else ""
+
+
+def _hub_out_of_reach() -> bool:
+    """Whether the hub's address has no number here, and no proxy would find one."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False

@@ -1,0 +1,262 @@
+"""From layers to the settings of a run: exact sentences for what is wrong, and what stands where all is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dpkd.api import (
+    Card,
+    Family,
+    LossConfig,
+    LossSpec,
+    PairLoss,
+    RolloutLoss,
+    Signal,
+    Source,
+    Text,
+    TokenLoss,
+    setting,
+)
+from dpkd.config.layers import Layer, file_layer, set_layer
+from dpkd.config.resolve import Resolved, resolve
+from dpkd.config.write import annotated_yaml, schema, write_config
+from dpkd.errors import SettingsError
+from dpkd.host import Host, RegisteredLoss, load_host
+
+
+class Inner(LossConfig):
+    mu: float = setting(0.5, description="share", source="made up", ge=0, le=1)
+
+
+class Config(LossConfig):
+    beta: float = setting(0.2, description="scale", source="made up", gt=0, lt=1)
+    inner: Inner = setting(Inner(), description="a block", source="made up")
+
+
+CARD = Card("A fake", "Nothing.", "0", (Source("No paper", "https://example.org"),), "never", "always")
+PAIR_READS = frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS})
+TOKEN_READS = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS})
+SPECS = [
+    LossSpec("soft", TokenLoss, Config, CARD, TOKEN_READS),
+    LossSpec(
+        "hard", TokenLoss, LossConfig, CARD, frozenset({Signal.TARGETS}),
+        accepts=frozenset({Text.DATASET, Text.TEACHER}),
+    ),
+    LossSpec("choice", PairLoss, Config, CARD, PAIR_READS, suggests={"train": {"lr": 1e-5}}),
+    LossSpec(
+        "policy", RolloutLoss, LossConfig, CARD, frozenset({Signal.TEACHER_LOGPS, Signal.ADVANTAGES}),
+        accepts=frozenset({Text.STUDENT}), suggests={"text": {"source": "student", "teacher_mix": 0.2}},
+    ),
+]  # fmt: skip
+HOST = Host({spec.name: RegisteredLoss(spec, "fakes", "1.0", spec.name, "fakes.py") for spec in SPECS})
+
+
+def base(loss: str, **more: Any) -> Layer:
+    return Layer("base.yaml", {"loss": loss, "teacher": "big", "student": "small", **more})
+
+
+def run(*layers: Layer, sets: tuple[str, ...] = ()) -> Resolved:
+    return resolve([*layers, *set_layer(sets)], HOST)
+
+
+def problems(*layers: Layer, sets: tuple[str, ...] = ()) -> tuple[str, ...]:
+    with pytest.raises(SettingsError) as caught:
+        run(*layers, sets=sets)
+    assert caught.value.exit_code == 2
+    return caught.value.problems
+
+
+def test_suggestions_stand_between_defaults_and_the_user() -> None:
+    assert run(base("soft")).settings.train.lr == 5e-4
+    assert run(base("choice")).settings.train.lr == 1e-5
+    assert run(base("choice")).provenance["train.lr"] == "choice's suggestions"
+    mine = run(base("choice", train={"lr": 1e-3}))
+    assert (mine.settings.train.lr, mine.provenance["train.lr"]) == (1e-3, "base.yaml")
+
+
+def test_suggestions_are_those_of_the_loss_that_runs_in_the_end() -> None:
+    resolved = run(base("choice"), Layer("--loss", {"loss": "soft"}))
+    assert resolved.settings.train.lr == 5e-4
+    assert "train.lr" not in resolved.provenance
+
+
+def test_the_settings_of_the_loss_are_its_own() -> None:
+    resolved = run(base("soft"), sets=("loss.beta=0.3", "loss.inner.mu=1"))
+    assert isinstance(resolved.loss_config, Config)
+    assert (resolved.loss_config.beta, resolved.loss_config.inner.mu) == (0.3, 1.0)
+    assert resolved.loss.name == "soft"
+    assert resolved.plugin == "fakes 1.0"
+
+
+WRONG = {
+    "bound": (["loss.beta=1.5"], "loss.beta: should be less than 1 (got 1.5, from --set)"),
+    "block of a loss": (["loss.inner.mu=2"], "loss.inner.mu: should be less than or equal to 1 (got 2, from --set)"),
+    "type": (["train.steps=many"], "train.steps: should be a whole number (got 'many', from --set)"),
+    "no such setting": (
+        ["train.learning_rate=1"],
+        "train.learning_rate: no such setting (from --set); did you mean train.lr?",
+    ),
+    "misspelt block": (["trian.lr=1"], "trian: no such setting (from --set); did you mean train?"),
+    "misspelt setting of the loss": (
+        ["loss.bata=0.1"],
+        "loss.bata: no such setting (from --set); did you mean loss.beta?",
+    ),
+    "in the wrong place": (["beta=0.1"], "beta: no such setting (from --set); did you mean loss.beta?"),
+    "choice": (
+        ["train.schedule=cosin"],
+        "train.schedule: should be one of 'cosine', 'linear', 'constant' (got 'cosin', from --set)",
+    ),
+    "union": (["student.layers=x"], "student.layers: should be a whole number or a list (got 'x', from --set)"),
+    "within a block": (
+        ["train.min_lr=1", "train.lr=0.1"],
+        "train: min_lr (1.0) must not be above lr (0.1) (from --set)",
+    ),
+    "block": (["train=5"], "train: should be a block of settings (got 5, from --set)"),
+    "infinite": (["train.lr=.inf"], "train.lr: should be a finite number (got inf, from --set)"),
+    "loss is a number": (
+        ["loss=5"],
+        "loss: no loss is named (got 5, from --set); choose one with --loss: soft, hard, choice, policy",
+    ),
+    "unknown loss": (["loss=sofd"], "loss: no loss is called 'sofd'; did you mean soft? (from --set)"),
+    "pair loss with a source": (
+        ["loss=choice", "text.source=student"],
+        "text.source: choice compares two responses per prompt; use text.pairs.preferred and "
+        "text.pairs.dispreferred instead (from --set)",
+    ),
+    "token loss with pairs": (
+        ["text.pairs.preferred=dataset"],
+        "text.pairs: is used by pair losses only, and soft is a token loss; use text.source instead (from --set)",
+    ),
+    "text that the loss does not take": (
+        ["loss=hard", "text.source=student"],
+        "text.source: the loss hard takes text by dataset, teacher, not by student (from --set)",
+    ),
+    "mix of the teacher without the student's text": (
+        ["text.teacher_mix=0.1"],
+        "text.teacher_mix: is used only where the student writes (from --set)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_each_mistake_has_its_sentence(case: str) -> None:
+    sets, sentence = WRONG[case]
+    assert problems(base("soft"), sets=tuple(sets)) == (sentence,)
+
+
+def test_all_mistakes_of_all_layers_are_reported_at_once() -> None:
+    found = problems(
+        Layer("base.yaml", {"loss": "soft", "train": {"lr": -1, "stepz": 3}}),
+        Layer("more.yaml", {"dta": "x"}),
+        sets=("loss.beta=0", "student.dropout=maybe"),
+    )
+    assert found == (
+        "student.dropout: should be one of 'keep', 'off' (got 'maybe', from --set)",
+        "train.lr: should be greater than 0 (got -1, from base.yaml)",
+        "train.stepz: no such setting (from base.yaml); did you mean train.steps?",
+        "dta: no such setting (from more.yaml); did you mean data?",
+        "loss.beta: should be greater than 0 (got 0, from --set)",
+        "teacher.model: is missing, but the loss soft needs its logits. Name one with --teacher.",
+    )
+
+
+def test_nothing_at_all_says_what_is_needed() -> None:
+    assert problems() == (
+        "loss: no loss is named; choose one with --loss: soft, hard, choice, policy",
+        "student.model: is missing. Name one with --student, or make it from the teacher: "
+        "--set student.init=layers --set student.layers=12",
+    )
+
+
+def test_what_may_only_be_misspelt_is_not_missing() -> None:
+    found = problems(Layer("base.yaml", {"loss": "soft", "teacher": {"modle": "big"}, "student": "small"}))
+    assert found == ("teacher.modle: no such setting (from base.yaml); did you mean teacher.model?",)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sets", "reason"),
+    [
+        ("soft", (), "the loss soft needs its logits"),
+        ("choice", ("text.pairs.dispreferred=dataset",), "the loss choice needs its token log-probs; "
+         "it writes responses (text.pairs.preferred)"),
+        ("hard", ("text.source=teacher",), "it writes responses (text.source)"),
+        ("hard", ("text.source=mixed", "text.mix={teacher: 0.5, dataset: 0.5}"),
+         "it writes responses (text.mix.teacher)"),
+        ("hard", ("terms.pretrain.weight=1", "terms.pretrain.kd_ratio=0.5", "terms.pretrain.corpus.path=c.txt"),
+         "terms.pretrain.kd_ratio distils from it on plain text"),
+    ],
+)  # fmt: skip
+def test_why_a_teacher_is_needed(loss: str, sets: tuple[str, ...], reason: str) -> None:
+    (found,) = problems(Layer("base.yaml", {"loss": loss, "student": "small"}), sets=sets)
+    assert found == f"teacher.model: is missing, but {reason}. Name one with --teacher."
+
+
+def test_a_student_made_of_layers_needs_the_teacher_and_no_model() -> None:
+    sets = ("student.init=layers", "student.layers=2")
+    assert run(Layer("a", {"loss": "hard", "teacher": "big"}), sets=sets).settings.student.model is None
+    (found,) = problems(Layer("a", {"loss": "hard"}), sets=sets)
+    assert found.startswith("teacher.model: is missing, but student.init=layers builds the student from it")
+    (found,) = problems(base("hard"), sets=sets)
+    assert found.startswith("student.model: small is not used with student.init=layers")
+
+
+def test_supervised_training_needs_no_teacher() -> None:
+    assert run(Layer("a", {"loss": "hard", "student": "small"})).settings.teacher.model is None
+
+
+def test_the_default_text_is_named_as_such() -> None:
+    host = Host({"policy": HOST.losses["policy"]})
+    layers = [base("policy"), *set_layer(["text.source=dataset", "text.teacher_mix=0"])]
+    with pytest.raises(SettingsError, match="takes text by student, not by dataset"):
+        resolve(layers, host)
+
+
+@pytest.mark.parametrize("loss", [spec.name for spec in SPECS])
+def test_a_resolved_file_resolves_to_the_same(loss: str, tmp_path: Path) -> None:
+    resolved = run(base(loss, output="a: #b\n'c'"), sets=("train.trackers=[wandb]", "student.lora.r=4"))
+    write_config(resolved, tmp_path)
+    again = resolve([file_layer(tmp_path / "config.resolved.yaml")], HOST)
+    assert again.as_dict() == resolved.as_dict()
+    assert (again.settings, again.loss_config) == (resolved.settings, resolved.loss_config)
+    assert yaml.safe_load(annotated_yaml(resolved)) == resolved.as_dict(), "any YAML reader gives the same"
+
+
+def test_installed_losses_resolve_with_their_suggestions(tmp_path: Path) -> None:
+    host = load_host({})
+    assert host.losses
+    for name in host.losses:
+        resolved = resolve([base(name)], host)
+        write_config(resolved, tmp_path)
+        again = resolve([file_layer(tmp_path / "config.resolved.yaml")], host)
+        assert again.settings == resolved.settings, name
+
+
+def test_values_that_are_no_default_say_where_they_came_from() -> None:
+    lines = annotated_yaml(run(base("choice"), sets=("seed=3",))).splitlines()
+    assert lines[:2] == ["loss:", "  name: choice  # base.yaml"]
+    assert "  lr: 1.0e-05  # choice's suggestions" in lines
+    assert "seed: 3  # --set" in lines
+    assert "  warmup_steps: 0" in lines
+
+
+def test_a_resolved_file_leaves_out_what_the_run_does_not_use() -> None:
+    assert "pairs" not in run(base("soft")).as_dict()["text"]
+    pair = run(base("choice"))
+    assert pair.loss.family is Family.PAIR
+    assert not {"source", "mix"} & pair.as_dict()["text"].keys()
+
+
+def test_schema_holds_the_settings_of_the_loss() -> None:
+    found = schema(HOST.losses["soft"])
+    loss = next(option for option in found["properties"]["loss"]["anyOf"] if "properties" in option)
+    assert loss["properties"]["beta"]["exclusiveMaximum"] == 1
+    assert loss["properties"]["name"] == {"const": "soft", "type": "string"}
+    assert {"type": "string"} in found["properties"]["teacher"]["anyOf"]
+    references = {line for line in json.dumps(found).split('"') if line.startswith("#/$defs/")}
+    assert references
+    assert {line.removeprefix("#/$defs/") for line in references} <= found["$defs"].keys()

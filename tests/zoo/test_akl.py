@@ -1,0 +1,112 @@
+"""`akl`: the head on both sides of μ, the weights, and no 0/0 where the models agree."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracles import adaptive_kl, divergence, head_of, log_probs
+from zoo_inputs import randn, token_inputs
+
+from dpkd_zoo.akl import AKLConfig, AKLLoss, head_share
+
+BOUNDARIES = ["paper", "released"]
+
+
+def _logs(*probabilities: float) -> torch.Tensor:
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+def test_the_crossing_token_is_in_the_papers_head_and_in_the_released_tail() -> None:
+    """p = .4 .3 .3, μ = .5: the head is {0, 1} in the paper and {0} in the code; gaps .2 .1 .1."""
+    p, q = _logs(0.4, 0.31, 0.29), _logs(0.2, 0.41, 0.39)
+    assert head_share(p, q, 0.5, "paper").item() == pytest.approx(0.75)
+    assert head_share(p, q, 0.5, "released").item() == pytest.approx(0.5)
+
+
+def test_the_likeliest_token_is_always_in_the_head() -> None:
+    p, q = _logs(0.9, 0.06, 0.04), _logs(0.5, 0.46, 0.04)
+    for boundary in BOUNDARIES:
+        assert head_share(p, q, 0.5, boundary).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_gap_in_the_head_means_forward_gap_in_the_tail_reverse(boundary: str) -> None:
+    loss = AKLLoss(AKLConfig(boundary=boundary, mu=0.55 if boundary == "paper" else 0.65))
+    p = _logs(0.3, 0.3, 0.2, 0.2)
+    head, tail = _logs(0.2, 0.4, 0.2, 0.2), _logs(0.3, 0.3, 0.1, 0.3)
+    assert loss(token_inputs(head, p)).item() == pytest.approx(divergence(p[0].tolist(), head[0].tolist()))
+    assert loss(token_inputs(tail, p)).item() == pytest.approx(divergence(tail[0].tolist(), p[0].tolist()))
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("mu", [0.2, 0.5, 0.9])
+def test_equals_loops(boundary: str, mu: float) -> None:
+    student, teacher = randn(6, 9, seed=1), randn(6, 9, seed=2)
+    expected = [
+        adaptive_kl(log_probs(z_p), log_probs(z_q), mu, boundary)
+        for z_q, z_p in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
+    values = AKLLoss(AKLConfig(mu=mu, boundary=boundary))(token_inputs(student, teacher))
+    assert values.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("scale", [0.01, 0.5, 4.0])
+def test_flat_and_peaked_teachers_over_a_large_vocabulary(boundary: str, scale: float) -> None:
+    """Heads of one token, of hundreds and of half the vocabulary, in one call."""
+    student, teacher = randn(2, 3000, seed=3), randn(2, 3000, seed=4, scale=scale)
+    sharp = randn(1, 3000, seed=5, scale=8.0)
+    student, teacher = torch.cat([student, student[:1]]), torch.cat([teacher, sharp])
+    expected = [
+        adaptive_kl(log_probs(z_p), log_probs(z_q), 0.5, boundary)
+        for z_q, z_p in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
+    values = AKLLoss(AKLConfig(boundary=boundary))(token_inputs(student, teacher))
+    assert values.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_agreement_gives_zero_and_no_gradient(boundary: str, dtype: torch.dtype) -> None:
+    teacher = torch.cat([randn(3, 6, seed=6, dtype=dtype), torch.zeros(1, 6, dtype=dtype)])
+    student = teacher.clone().requires_grad_()
+    values = AKLLoss(AKLConfig(boundary=boundary))(token_inputs(student, teacher))
+    values.sum().backward()
+    assert values.abs().max() == 0
+    assert student.grad is not None
+    assert student.grad.abs().max() < 1e-6
+
+
+def test_no_gradient_through_the_weights() -> None:
+    """The gradient is that of the two divergences with the weights held fixed."""
+    student, teacher = randn(3, 5, seed=7).requires_grad_(), randn(3, 5, seed=8)
+    AKLLoss(AKLConfig())(token_inputs(student, teacher)).sum().backward()
+    log_q, log_p = student.detach().log_softmax(-1), teacher.log_softmax(-1)
+    gap = (log_p.exp() - log_q.exp()).abs()
+    expected = torch.zeros_like(gap)
+    for i in range(3):
+        head = head_of(log_p[i].tolist(), 0.5, "paper")
+        w = sum(gap[i, v].item() for v in head) / gap[i].sum().item()
+        reverse = divergence(log_q[i].tolist(), log_p[i].tolist())
+        expected[i] = w * (log_q[i].exp() - log_p[i].exp())
+        expected[i] += (1 - w) * log_q[i].exp() * (log_q[i] - log_p[i] - reverse)
+    torch.testing.assert_close(student.grad, expected)
+
+
+def test_gradcheck_with_weights_held_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite differences see the weights move, so they are pinned for this check."""
+    teacher = randn(3, 4, seed=9)
+    share = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    monkeypatch.setattr("dpkd_zoo.akl.head_share", lambda *_: share)
+    loss = AKLLoss(AKLConfig())
+    assert torch.autograd.gradcheck(lambda z: loss(token_inputs(z, teacher)), randn(3, 4, seed=10).requires_grad_())
+
+
+def test_tokens_that_both_exclude_change_nothing() -> None:
+    student, teacher = randn(2, 4, seed=11), randn(2, 4, seed=12)
+    out = torch.full((2, 3), -math.inf, dtype=torch.float64)
+    loss = AKLLoss(AKLConfig())
+    padded = loss(token_inputs(torch.cat([student, out], 1), torch.cat([teacher, out], 1)))
+    torch.testing.assert_close(padded, loss(token_inputs(student, teacher)))

@@ -1,0 +1,254 @@
+"""What every built-in loss keeps: found by its entry point, described, closed, finite, and quiet about everything else."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import math
+from dataclasses import fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from zoo_inputs import inputs_of, randn
+
+import dpkd_zoo
+from dpkd.api import Card, Family, LossConfig, LossSpec, Text, Trait
+from dpkd.config.settings import RunSettings
+
+NAMES = {
+    "sft", "kd", "seqkd", "rkl", "akl", "minillm", "dpkd", "dpkd-token", "dpkd-ipo", "dpkd-cpo", "dpkd-simpo",
+}  # fmt: skip
+POINTS = [p for p in entry_points(group="dpkd") if p.value.startswith("dpkd_zoo.")]
+SPECS: list[LossSpec] = [spec for point in POINTS for spec in point.load().dpkd_losses()]
+FILES = sorted(p for p in Path(dpkd_zoo.__file__).parent.glob("*.py") if p.stem not in ("__init__", "papers"))
+
+# Settings under which a loss takes another path.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "kd": [{"kd_ratio": 1.0}, {"temperature": 2.0}],
+    "seqkd": [{"word_kd_ratio": 0.5}],
+    "rkl": [{"temperature": 2.0}],
+    "akl": [{"boundary": "released"}],
+    "minillm": [{"clip_epsilon": None}, {"single_step_weight": 0.0}, {"weigh_single_step": False}],
+    "dpkd": [{"aggregation": "sum"}, {"label_smoothing": 0.1}],
+    "dpkd-token": [{"form": "ipo"}, {"form": "dpop"}, {"reference_free": True}],
+    "dpkd-ipo": [{"aggregation": "mean"}],
+    "dpkd-cpo": [{"aggregation": "mean", "nll_aggregation": "mean"}],
+}
+CASES = [
+    pytest.param(spec, settings, id=f"{spec.name}-{'-'.join(f'{k}={v}' for k, v in settings.items()) or 'default'}")
+    for spec in SPECS
+    for settings in [{}, *VARIANTS.get(spec.name, [])]
+]
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+each_case = pytest.mark.parametrize(("spec", "settings"), CASES)
+
+
+def _logits(spec: LossSpec, count: int, seed: int, scale: float = 2.0) -> torch.Tensor:
+    """Float32 logits `[N, 7]`, or for pairs log-probs `[N, 2]`."""
+    if spec.family is Family.PAIR:
+        return -randn(count, 2, seed=seed, scale=scale, dtype=torch.float32).abs()
+    return randn(count, 7, seed=seed, scale=scale, dtype=torch.float32)
+
+
+def _run(spec: LossSpec, settings: dict[str, Any], student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    config = spec.config(**settings)
+    return spec.loss(config)(inputs_of(spec, config, student, teacher))  # type: ignore[no-any-return]
+
+
+def test_exactly_these_eleven_one_file_and_one_entry_point_each() -> None:
+    assert len(SPECS) == 11
+    assert {spec.name for spec in SPECS} == NAMES
+    assert {point.name for point in POINTS} == NAMES
+    assert {path.stem.replace("_", "-") for path in FILES} == NAMES
+    assert all(f"dpkd_zoo.{point.name.replace('-', '_')}" == point.value for point in POINTS)
+
+
+def test_variants_name_losses_that_exist() -> None:
+    assert set(VARIANTS) <= NAMES
+    assert len(CASES) > len(SPECS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_loss_imports_what_a_strangers_could(path: Path) -> None:
+    """The standard library, torch, the two public modules, and the shared list of papers."""
+    allowed = {"__future__", "typing", "torch", "dpkd.api", "dpkd.functional", "dpkd_zoo.papers"}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert modules - allowed == set()
+
+
+@each_spec
+def test_card_is_complete(spec: LossSpec) -> None:
+    optional = {"notes"} if spec.name == "sft" else set()
+    for field in fields(Card):
+        if field.name not in optional:
+            assert getattr(spec.card, field.name), f"{spec.name}: the card has no {field.name}"
+    for source in spec.card.sources:
+        assert source.title
+        assert source.where
+        assert source.url.startswith("https://")
+    module = importlib.import_module(spec.loss.__module__)
+    assert module.__doc__
+    assert spec.loss.__doc__
+    assert "\n" not in spec.card.summary
+
+
+@each_spec
+def test_every_setting_is_described_and_has_a_source(spec: LossSpec) -> None:
+    assert spec.config.__doc__
+    for name, field in spec.config.model_fields.items():
+        assert field.description, f"{spec.name}.{name}"
+        assert isinstance(field.json_schema_extra, dict)
+        assert field.json_schema_extra["source"], f"{spec.name}.{name}"
+        assert not field.is_required()
+
+
+@each_spec
+def test_config_is_closed_frozen_and_goes_through_json(spec: LossSpec) -> None:
+    config = spec.config()
+    assert issubclass(spec.config, LossConfig)
+    assert spec.config.model_validate_json(config.model_dump_json()) == config
+    for typo in ("betaa", "temprature"):
+        with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+            spec.config(**{typo: 1})
+    for name in spec.config.model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(config, name, getattr(config, name))
+        if isinstance(getattr(config, name), float):
+            with pytest.raises(ValidationError):
+                spec.config(**{name: math.nan})
+
+
+@each_spec
+def test_suggestions_are_settings_of_a_run(spec: LossSpec) -> None:
+    RunSettings.model_validate(dict(spec.suggests))
+    source = spec.suggests.get("text", {}).get("source", "dataset")
+    if spec.family is not Family.PAIR:
+        assert Text(source) in spec.accepts
+
+
+@each_spec
+def test_pairs_take_any_writer_and_suggest_teacher_over_student(spec: LossSpec) -> None:
+    if spec.family is Family.PAIR:
+        assert spec.accepts == frozenset(Text)
+        assert spec.suggests["text"]["pairs"] == {"preferred": "teacher", "dispreferred": "student"}
+
+
+@each_case
+def test_one_float32_value_per_row_and_rows_are_independent(spec: LossSpec, settings: dict[str, Any]) -> None:
+    student, teacher = _logits(spec, 6, 1), _logits(spec, 6, 2)
+    config = spec.config(**settings)
+    loss = spec.loss(config)
+    values = loss(inputs_of(spec, config, student, teacher))
+    assert values.shape == (6,)
+    assert values.dtype is torch.float32
+    assert values.isfinite().all()
+    rows = [
+        type(x)({k: (type(v)(*(w[i : i + 1] for w in v)) if isinstance(v, tuple) else v[i : i + 1]) for k, v in x._signals.items()})
+        for i in range(6)
+        for x in [inputs_of(spec, config, student, teacher)]
+    ]  # fmt: skip
+    torch.testing.assert_close(torch.cat([loss(row) for row in rows]), values)
+
+
+@each_case
+def test_no_rows_give_no_values_and_backward_works(spec: LossSpec, settings: dict[str, Any]) -> None:
+    student = _logits(spec, 0, 1).requires_grad_()
+    values = _run(spec, settings, student, _logits(spec, 0, 2))
+    assert values.shape == (0,)
+    values.sum().backward()
+    assert student.grad is not None
+    assert student.grad.shape == student.shape
+
+
+@each_case
+def test_gradient_reaches_the_student_only_and_inputs_stay(spec: LossSpec, settings: dict[str, Any]) -> None:
+    student, teacher = _logits(spec, 4, 1), _logits(spec, 4, 2)
+    before = student.clone(), teacher.clone()
+    student.requires_grad_()
+    _run(spec, settings, student, teacher).sum().backward()
+    assert student.grad is not None
+    assert student.grad.abs().sum() > 0
+    assert torch.equal(student.detach(), before[0])
+    assert torch.equal(teacher, before[1])
+
+
+@each_case
+def test_bfloat16_logits_are_worked_on_in_float32(spec: LossSpec, settings: dict[str, Any]) -> None:
+    """The same bfloat16 numbers as float32 give the same value."""
+    student, teacher = _logits(spec, 5, 3).bfloat16(), _logits(spec, 5, 4).bfloat16()
+    if spec.family is Family.PAIR:
+        pytest.skip("log-probs of responses are float32 already")
+    values = _run(spec, settings, student, teacher)
+    assert values.dtype is torch.float32
+    torch.testing.assert_close(values, _run(spec, settings, student.float(), teacher.float()))
+
+
+@each_case
+@pytest.mark.parametrize("scale", [1e-4, 50.0, 1e4])
+def test_extreme_logits_give_finite_values_and_gradients(
+    spec: LossSpec, settings: dict[str, Any], scale: float
+) -> None:
+    student = _logits(spec, 5, 5, scale).requires_grad_()
+    values = _run(spec, settings, student, _logits(spec, 5, 6, scale))
+    values.sum().backward()
+    assert values.isfinite().all()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+@each_case
+def test_tokens_that_both_models_exclude_change_nothing(spec: LossSpec, settings: dict[str, Any]) -> None:
+    if spec.family is Family.PAIR:
+        pytest.skip("has no vocabulary")
+    student, teacher = _logits(spec, 5, 7), _logits(spec, 5, 8)
+    out = torch.full((5, 2), -math.inf)
+    plain = _run(spec, settings, student, teacher)
+    wide = torch.cat([student, out], 1).requires_grad_()
+    values = _run(spec, settings, wide, torch.cat([teacher, out], 1))
+    torch.testing.assert_close(values, plain)
+    values.sum().backward()
+    assert wide.grad is not None
+    assert wide.grad.isfinite().all()
+    assert wide.grad[:, -2:].abs().max() == 0
+
+
+@each_case
+def test_traits_hold(spec: LossSpec, settings: dict[str, Any]) -> None:
+    for seed in range(10):
+        student, teacher = _logits(spec, 4, seed), _logits(spec, 4, seed + 100)
+        if Trait.NON_NEGATIVE in spec.traits:
+            assert _run(spec, settings, student, teacher).min() >= -1e-6
+        if Trait.SHIFT_INVARIANT in spec.traits:
+            torch.testing.assert_close(
+                _run(spec, settings, student + 3, teacher - 5), _run(spec, settings, student, teacher),
+                atol=1e-4, rtol=1e-4,
+            )  # fmt: skip
+        at_match = teacher.clone().requires_grad_()
+        values = _run(spec, settings, at_match, teacher)
+        values.sum().backward()
+        assert at_match.grad is not None
+        if Trait.ZERO_AT_MATCH in spec.traits:
+            assert values.abs().max() < 1e-6
+        if spec.traits & {Trait.ZERO_AT_MATCH, Trait.STATIONARY_AT_MATCH}:
+            assert at_match.grad.abs().max() < 1e-6
+
+
+@each_spec
+def test_traits_are_not_left_unsaid(spec: LossSpec) -> None:
+    """A loss that is zero at match and does not say so is not checked for it."""
+    teacher = _logits(spec, 8, 1)
+    values = _run(spec, {}, teacher, teacher)
+    if values.abs().max() < 1e-6 and spec.family is Family.TOKEN:
+        assert Trait.ZERO_AT_MATCH in spec.traits
+    assert (Trait.SCORE_FUNCTION in spec.traits) == (spec.family is Family.ROLLOUT)
+    assert (Trait.SHIFT_INVARIANT in spec.traits) == (spec.family is not Family.PAIR)
+
+
+def test_minillm_is_the_only_score_function() -> None:
+    assert [s.name for s in SPECS if Trait.SCORE_FUNCTION in s.traits] == ["minillm"]
