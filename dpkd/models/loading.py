@@ -15,9 +15,10 @@ from dpkd.errors import DpkdError
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
 from dpkd.models.settings import ModelSettings
 
-__all__ = ["config_of", "count_parameters", "load_model", "load_tokenizer", "new_model", "quiet_transformers"]
+__all__ = ["DTYPES", "config_of", "count_parameters", "load_model", "load_tokenizer", "new_model", "quiet_transformers"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of the settings; `auto` is left out.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": _DTYPES.get(settings.dtype, dtype) or "auto", **location(settings)}
+    options: dict[str, Any] = {"dtype": DTYPES.get(settings.dtype, dtype) or "auto", **location(settings)}
     if settings.attention != "auto":
         options["attn_implementation"] = settings.attention
     if options.get("local_files_only"):
@@ -80,8 +81,8 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # From a GPT-2 or OPT folder without tokenizer files, transformers builds an empty one and says nothing.
         raise DpkdError(
-            f"{source.model} has no tokenizer: expected tokenizer.json (or vocab.json and merges.txt) beside config.json."
-            " Save it there with AutoTokenizer.from_pretrained(ITS_ORIGIN).save_pretrained(FOLDER)."
+            f"{source.model} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. "
+            "Save it there with AutoTokenizer.from_pretrained(ITS_ORIGIN).save_pretrained(FOLDER)."
         )
     if tokenizer.eos_token_id is None:
         raise DpkdError(

@@ -95,8 +95,9 @@ def _why(settings: ModelSettings, what: str, error: Exception) -> str:
         return f"the {what} of {name} cannot be loaded: {first}"
     if "safetensors" in text:
         return (
-            f"{name} on the hub has no safetensors ({first}); dpkd reads no pickles. Convert it once, where you trust it,"
-            f" and name the folder: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained('FOLDER')"
+            f"{name} on the hub has no safetensors ({first}); dpkd reads no pickles. "
+            "Convert it once, where you trust it, and name the folder: "
+            f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained('FOLDER')"
         )
     return f"{name} is neither a folder here nor a {what} that the hub gives: {first}{_nearest(Path(name))} {_EXPECTED}"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dpkd.errors import DpkdError
-from dpkd.models.loading import config_of, load_model, new_model
+from dpkd.models.loading import DTYPES, config_of, load_model, new_model
 from dpkd.models.settings import StudentSettings
 
 __all__ = ["even_layers", "make_student", "student_config"]
@@ -45,14 +45,13 @@ def make_student(
         student = load_model(settings, device=device, dtype=torch.float32)
     else:
         config = student_config(settings, teacher.config if teacher is not None else teacher_config)
-        student = _fresh(config, seed)
+        student = _fresh(config, seed, DTYPES.get(settings.dtype, torch.float32))
         if settings.init == "layers":
             if teacher is None:
                 raise DpkdError("student.init `layers` takes the layers of a teacher: name one with --teacher")
             _copy_weights(teacher, student, _kept(settings, teacher.config))
             student.generation_config = deepcopy(teacher.generation_config)
-        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(settings.dtype, torch.float32)
-        student = student.to(device=device, dtype=dtype)
+        student = student.to(device)
     if settings.dropout == "off":
         _switch_dropout_off(student)
     return student.requires_grad_(True)
@@ -96,11 +95,12 @@ def _with_layers(config: Any, kept: list[int]) -> Any:
     return config
 
 
-def _fresh(config: Any, seed: int) -> Any:
-    """A float32 model of a configuration with seeded weights; other random numbers are left alone."""
+def _fresh(config: Any, seed: int, dtype: torch.dtype) -> Any:
+    """A model of a configuration with seeded weights; other random numbers are left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return new_model(config)
+        # Made in its type, not cast to it: a cast would also round the rotary frequencies, which stay float32.
+        return new_model(config, dtype)
 
 
 def _layer_prefix(model: nn.Module) -> str:

@@ -57,11 +57,13 @@ SPEC = LossSpec(
             at(DPKD_CODE, "main.py: another objective, see dpkd-token"),
         ),
         use_when="You want preference distillation as the paper states it, from pairs that both models write.",
-        avoid_when="Alone, without an LM or pre-training term: a re-run in DistiLLM-2 (Table 12) collapsed to Rouge-L 6.4, "
-        "because pushing log q(yₛ) down is unbounded. Start from an SFT student.",
+        avoid_when="Alone, without an LM or pre-training term: a re-run in DistiLLM-2 (Table 12) collapsed to Rouge-L "
+        "6.4, because pushing log q(yₛ) down is unbounded. Start from an SFT student.",
         notes="The paper adds λ·L_pt on a pre-training corpus and gives λ no value: terms.pretrain.weight with a "
-        "corpus. By default the LM term on data-set responses takes its place (weight 1). Eq. 11 and 30 print the weight "
-        "of the gradient inverted; it is σ(r̂(yₛ) - r̂(yₜ)). The released code is another objective: dpkd-token.",
+        "corpus. By default the LM term on data-set responses takes its place, with weight 1: the released script too "
+        "weighs cross-entropy and preference equally. Algorithm 1 draws the student's response anew at every step; "
+        "text.refresh=per_epoch or once is cheaper. Eq. 11 and 30 print the weight of the gradient inverted; it is "
+        "σ(r̂(yₛ) - r̂(yₜ)). The released code is another objective: dpkd-token.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={

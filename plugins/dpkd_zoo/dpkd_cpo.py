@@ -19,7 +19,7 @@ __all__ = ["SPEC", "DPKDCPOConfig", "DPKDCPOLoss", "dpkd_losses"]
 class DPKDCPOConfig(LossConfig):
     """Preference, and the likelihood term."""
 
-    beta: float = setting(0.1, description="β of the preference", source="CPO §4 and TRL (DPKD: none)", gt=0)
+    beta: float = setting(0.1, description="β of the preference", source="TRL's CPO trainer (DPKD: none)", gt=0)
     aggregation: Literal["sum", "mean"] = setting(
         "sum",
         description="log-probs in the preference: of whole responses, or per token",
@@ -53,7 +53,7 @@ SPEC = LossSpec(
         title="DPKD, CPO form",
         summary="Preference by the student's own log-probs, plus likelihood of the teacher's response.",
         formula="-log σ(β·log q(yₜ) - β·log q(yₛ)) - log q(yₜ)",
-        sources=(at(DPKD, "Table 2"), at(CPO, "Eq. 6")),
+        sources=(at(DPKD, "Table 2"), at(CPO, "§3: preference plus likelihood")),
         use_when="Teacher log-probs are not to be had (text only), or cost too much.",
         avoid_when="The teacher can score: the reference keeps the student near it.",
         notes="The paper's formula has q(yₜ) in the denominator, a slip of the pen for q(yₛ). The likelihood of the "

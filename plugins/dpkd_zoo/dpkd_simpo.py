@@ -17,7 +17,7 @@ class DPKDSimPOConfig(LossConfig):
     beta: float = setting(
         2.0,
         description="β of the reward per token",
-        source="SimPO §4: 2.0 to 2.5 (TRL: 0.1; DPKD: none)",
+        source="SimPO trains with 2.0 to 2.5 (TRL: 0.1; DPKD: none)",
         gt=0,
     )
     gamma: float = setting(

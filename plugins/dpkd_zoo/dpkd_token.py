@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import gather_logps, preference
+from dpkd.functional import at_least_float32, gather_logps, preference
 from dpkd_zoo.papers import DPKD, DPKD_CODE, at
 
 __all__ = ["SPEC", "DPKDTokenConfig", "DPKDTokenLoss", "dpkd_losses"]
@@ -24,7 +25,7 @@ class DPKDTokenConfig(LossConfig):
         0.1, description="β; in the IPO form it is τ", source="released arguments.py: --dpo-beta", gt=0
     )
     form: Literal["sigmoid", "ipo", "dpop"] = setting(
-        "sigmoid", description="-log σ(βh), (h - 1/(2β))², or sigmoid plus a penalty where the student gives a less than p",
+        "sigmoid", description="-log σ(βh), (h - 1/(2β))², or sigmoid plus a penalty where q(a) < p(a)",
         source="released main.py: neither --ipo nor --DPOP",
     )  # fmt: skip
     dpop_weight: float = setting(50.0, description="λ of the DPOP penalty", source="released arguments.py", ge=0)
@@ -42,22 +43,27 @@ class DPKDTokenConfig(LossConfig):
     )
 
 
+def _log_odds(logits_NV: Tensor, a_N: Tensor, b_N: Tensor) -> Tensor:
+    """log of the odds of token a against b: a difference of logits, without a softmax over the vocabulary."""
+    return at_least_float32(gather_logps(logits_NV, a_N)) - at_least_float32(gather_logps(logits_NV, b_N))
+
+
 class DPKDTokenLoss(TokenLoss[DPKDTokenConfig]):
     """`-log σ(β h)` at each position."""
 
     def forward(self, x: TokenInputs) -> Tensor:
         c = self.config
-        log_q_NV, log_p_NV = x.student_log_probs(), x.teacher_log_probs()
-        a_N, b_N = log_p_NV.argmax(-1), log_q_NV.detach().argmax(-1)
-        q_a_N, p_a_N = gather_logps(log_q_NV, a_N), gather_logps(log_p_NV, a_N)
-        h_N = q_a_N - gather_logps(log_q_NV, b_N)
+        q_NV, p_NV = x[Signal.STUDENT_LOGITS], x[Signal.TEACHER_LOGITS]
+        a_N, b_N = p_NV.argmax(-1), q_NV.detach().argmax(-1)
+        h_N = _log_odds(q_NV, a_N, b_N)
         if not c.reference_free:
-            h_N = h_N - (p_a_N - gather_logps(log_p_NV, b_N))
+            h_N = h_N - _log_odds(p_NV, a_N, b_N)
         if c.form == "ipo":
             return (h_N - 1 / (2 * c.beta)) ** 2
         loss_N = preference(c.beta * h_N, c.label_smoothing)
         if c.form == "dpop":
-            loss_N = loss_N + c.dpop_weight * (p_a_N - q_a_N).clamp(min=0)
+            fallen_N = gather_logps(x.teacher_log_probs(), a_N) - gather_logps(x.student_log_probs(), a_N)
+            loss_N = loss_N + c.dpop_weight * torch.relu(fallen_N)  # relu has no gradient at 0, clamp has
         return loss_N
 
 
@@ -73,9 +79,10 @@ SPEC = LossSpec(
         use_when="You want what the authors' script trains; a light nudge towards the teacher's greedy choice.",
         avoid_when="A strong signal is wanted: at β = 0.1 the cross-entropy beside it weighs about ten times as much.",
         notes="Zero gradient where the argmaxes agree, so that the loss has a floor of log 2 = 0.693. The script adds "
-        "0.5 · cross-entropy (terms.lm, on by default here) and 0.5 · (0.5 LM + 0.5 KD) on a corpus: terms.pretrain.weight=0.5 "
-        "terms.pretrain.kd_ratio=0.5 with a corpus. It works in bfloat16; here in float32. Its DPOP penalty stands outside "
-        "σ; in Smaug (2402.13228) it is inside, times β.",
+        "0.5 · cross-entropy (terms.lm, on by default here) and 0.5 · (0.5 LM + 0.5 KD) on a corpus: "
+        "terms.pretrain.weight=0.5 terms.pretrain.kd_ratio=0.5 with a corpus. It works in bfloat16; here in float32. "
+        "Its DPOP penalty stands outside σ; in Smaug (2402.13228) it is inside, times β. Infinite where the teacher "
+        "excludes the student's choice (a logit of -inf).",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     suggests={"terms": {"main": 0.5, "lm": {"weight": 0.5}}},

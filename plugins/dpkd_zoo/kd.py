@@ -19,7 +19,7 @@ class KDConfig(LossConfig):
 
     kd_ratio: float = setting(
         0.5, description="α: share of the KL term; the rest is cross-entropy on the response",
-        source="MiniLLM's scripts/gpt2/kd (DistiLLM's re-implementation uses 1.0)", ge=0, le=1,
+        source="MiniLLM's scripts/gpt2/kd (DistiLLM's re-implementation uses 1.0)", gt=0, le=1,
     )  # fmt: skip
     temperature: float = setting(
         1.0,

@@ -34,14 +34,10 @@ class MiniLLMConfig(LossConfig):
 
     discount: float = setting(1.0, description="γ of the return", source="Eq. 2 (released: 0.95)", gt=0, le=1)
     include_current: bool = setting(
-        False,
-        description="the return of a token includes its own reward",
-        source="Eq. 3: R_{t+1} (released: true)",
+        False, description="a return has the token's own reward in it", source="Eq. 3: R_{t+1} (released: true)"
     )
     length_normalise: bool = setting(
-        True,
-        description="divide a return by the number of rewards in it",
-        source="Eq. 6; ablation: 24.6 → 14.7 without",
+        True, description="divide a return by its number of rewards", source="Eq. 6; without: Rouge-L 24.6 to 14.7"
     )
     reward_scale: float = setting(
         1.0, description="rewards log p/q are divided by it", source="Eq. 2 (released: 0.5)", gt=0
@@ -50,21 +46,28 @@ class MiniLLMConfig(LossConfig):
         None, description="largest absolute reward", source="not in the paper (released: 100)", gt=0
     )
     whiten: bool = setting(
-        False,
-        description="returns of a collection to mean 0 and variance 1",
-        source="not in the paper (released: true)",
+        False, description="returns to mean 0 and variance 1", source="not in the paper (released: true)"
     )
     clip_epsilon: float | None = setting(
-        0.2,
-        description="ε of the PPO clipping of q/p̃; none: no clipping",
-        source="paper §3, --cliprange",
-        gt=0,
-        lt=1,
+        0.2, description="ε of the PPO clipping of q/p̃; none: off", source="Algorithm 1; --cliprange", gt=0, lt=1
     )
     single_step_weight: float = setting(1.0, description="weight of the single-step part", source="Eq. 3", ge=0)
     weigh_single_step: bool = setting(
         True, description="multiply the single-step part by w_t too", source="Eq. 7 (released: false)"
     )
+
+
+def _from_next(values_N: Tensor, sequence_N: Tensor) -> Tensor:
+    """The value at the next token of the same response; 0 at its last token."""
+    next_N = torch.zeros_like(values_N)
+    next_N[:-1] = torch.where(sequence_N[1:] == sequence_N[:-1], values_N[1:], 0.0)
+    return next_N
+
+
+def _whitened(values_N: Tensor) -> Tensor:
+    """Values of mean 0 and variance 1; the small number keeps constant values at 0."""
+    centred_N = values_N - values_N.mean()
+    return centred_N * (centred_N.square().mean() + 1e-8).rsqrt()
 
 
 class MiniLLMLoss(RolloutLoss[MiniLLMConfig]):
@@ -78,26 +81,38 @@ class MiniLLMLoss(RolloutLoss[MiniLLMConfig]):
         returns_N = returns_to_go(rewards_N, rollout.sequence, c.discount)
         counts_N = returns_to_go(torch.ones_like(rewards_N), rollout.sequence)
         if not c.include_current:
-            returns_N = (returns_N - rewards_N) / c.discount
-            counts_N = counts_N - 1
+            returns_N, counts_N = (_from_next(v, rollout.sequence) for v in (returns_N, counts_N))
         if c.length_normalise:
             returns_N = returns_N / counts_N.clamp(min=1)
-        if c.whiten:
-            returns_N = (returns_N - returns_N.mean()) / (returns_N.std(correction=0) + 1e-8)
-        return returns_N
+        return _whitened(returns_N) if c.whiten else returns_N
 
     def forward(self, x: RolloutInputs) -> Tensor:
         c = self.config
-        ratio_N = (x.student_logps() - x.behaviour_logps).exp()  # q/p̃ of the student of now
-        long_N = -x.advantages * ratio_N
+        # e^20 lies far above any clipping: the bound only keeps an overflow out.
+        ratio_N = (x.student_logps() - x.behaviour_logps).clamp(max=20.0).exp()  # q/p̃, q of now
+        loss_N = -x.advantages * ratio_N
         if c.clip_epsilon is not None:
             clipped_N = ratio_N.clamp(1 - c.clip_epsilon, 1 + c.clip_epsilon)
-            long_N = torch.maximum(long_N, -x.advantages * clipped_N)
+            loss_N = torch.maximum(loss_N, -x.advantages * clipped_N)
+        if c.single_step_weight == 0:
+            return loss_N
         single_N = kl(x.student_log_probs(), x.teacher_log_probs())
         if c.weigh_single_step:
             single_N = single_N * (x.rollout_logps - x.behaviour_logps).exp()
-        return long_N + c.single_step_weight * single_N
+        return loss_N + c.single_step_weight * single_N
 
+
+def _reads(config: MiniLLMConfig) -> frozenset[Signal]:
+    teacher = Signal.TEACHER_LOGITS if config.single_step_weight > 0 else Signal.TEACHER_LOGPS
+    drawn = {Signal.TARGETS, Signal.ROLLOUT_LOGPS, Signal.BEHAVIOUR_LOGPS, Signal.ADVANTAGES}
+    return frozenset({Signal.STUDENT_LOGITS, teacher, *drawn})
+
+
+SUGGESTS = {
+    "text": {"source": "student", "teacher_mix": 0.2, "refresh": "every_n_steps", "every": 4, "inner_epochs": 4},
+    "student": {"dropout": "off"},
+    "train": {"lr": 5e-6, "schedule": "constant", "warmup_steps": 100, "betas": [0.9, 0.95], "weight_decay": 1e-6},
+}  # fmt: skip
 
 SPEC = LossSpec(
     name="minillm",
@@ -111,39 +126,15 @@ SPEC = LossSpec(
         use_when="On-policy training is affordable, and whole responses should be likely under the teacher.",
         avoid_when="Sampling is the bottleneck, or the student cannot write a sensible sentence yet: start from SFT.",
         notes="Released code: discount=0.95 include_current=true reward_scale=0.5 reward_clip=100 whiten=true "
-        "weigh_single_step=false; it divides returns by length whatever --length-norm says, and trains with 100 "
-        "warm-up steps. Both add a pre-training term with weight 1 (terms.pretrain; released: kd_ratio 0.5), which needs "
-        "a corpus and so is not on by default. Paper: mini-batch 64, 256 responses per collection, 4 inner epochs, "
-        "5,000 steps from an SFT student chosen by validation loss.",
+        "weigh_single_step=false; it divides returns by length whatever --length-norm says. Eq. 6 prints 1/(T-t-1) for "
+        "a sum of T-t rewards; here it is their number. Rewards and w are taken from the student that drew the text, "
+        "and the return of a whole collection is whitened at once. Paper and code add a pre-training term of weight 1 "
+        "(terms.pretrain; released: kd_ratio 0.5), which needs a corpus and so is off here. Paper: mini-batch 64, 256 "
+        "responses per collection, 5,000 steps from an SFT student chosen by validation loss; warm-up as released.",
     ),
-    reads=frozenset(
-        {
-            Signal.STUDENT_LOGITS,
-            Signal.TEACHER_LOGITS,
-            Signal.TARGETS,
-            Signal.ROLLOUT_LOGPS,
-            Signal.BEHAVIOUR_LOGPS,
-            Signal.ADVANTAGES,
-        }
-    ),
+    reads=_reads,
     accepts=frozenset({Text.STUDENT}),
-    suggests={
-        "text": {
-            "source": "student",
-            "teacher_mix": 0.2,
-            "refresh": "every_n_steps",
-            "every": 4,
-            "inner_epochs": 4,
-        },
-        "student": {"dropout": "off"},
-        "train": {
-            "lr": 5e-6,
-            "min_lr": 0.0,
-            "schedule": "constant",
-            "betas": [0.9, 0.95],
-            "weight_decay": 1e-6,
-        },
-    },
+    suggests=SUGGESTS,
     traits=frozenset({Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT}),
 )
 

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
+from dpkd_zoo.akl import AKLConfig, AKLLoss, head_share
 from oracles import adaptive_kl, divergence, head_of, log_probs
 from zoo_inputs import randn, token_inputs
-
-from dpkd_zoo.akl import AKLConfig, AKLLoss, head_share
 
 BOUNDARIES = ["paper", "released"]
 

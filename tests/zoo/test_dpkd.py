@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
+from dpkd_zoo.dpkd import SPEC, DPKDConfig, DPKDLoss
 from oracles import minus_log_sigmoid, sigmoid
 from zoo_inputs import pair_inputs, random_pairs
-
-from dpkd_zoo.dpkd import SPEC, DPKDConfig, DPKDLoss
 
 
 def _margins(aggregation: str, beta: float, seed: int) -> tuple[list[float], tuple]:  # type: ignore[type-arg]
@@ -27,9 +26,7 @@ def _margins(aggregation: str, beta: float, seed: int) -> tuple[list[float], tup
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_equals_loops(aggregation: str, smoothing: float) -> None:
     margins, inputs = _margins(aggregation, 0.7, seed=1)
-    expected = [
-        (1 - smoothing) * minus_log_sigmoid(m) + smoothing * minus_log_sigmoid(-m) for m in margins
-    ]
+    expected = [(1 - smoothing) * minus_log_sigmoid(m) + smoothing * minus_log_sigmoid(-m) for m in margins]
     loss = DPKDLoss(DPKDConfig(beta=0.7, aggregation=aggregation, label_smoothing=smoothing))
     assert loss(pair_inputs(*inputs)).tolist() == pytest.approx(expected, abs=1e-12)
 

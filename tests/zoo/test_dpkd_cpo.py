@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from dpkd_zoo.dpkd_cpo import SPEC, DPKDCPOConfig, DPKDCPOLoss
 from oracles import minus_log_sigmoid, sigmoid
 from zoo_inputs import pair_inputs, random_pairs
 
 from dpkd.api import TeacherAccess
-from dpkd_zoo.dpkd_cpo import SPEC, DPKDCPOConfig, DPKDCPOLoss
 
 WAYS = [("sum", "sum"), ("sum", "mean"), ("mean", "sum"), ("mean", "mean")]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo_inputs import pair_inputs, random_pairs
-
 from dpkd_zoo.dpkd_ipo import DPKDIPOConfig, DPKDIPOLoss
+from zoo_inputs import pair_inputs, random_pairs
 
 
 def _margin(inputs: tuple, i: int, aggregation: str) -> float:  # type: ignore[type-arg]

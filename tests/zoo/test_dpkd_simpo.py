@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from dpkd_zoo.dpkd_simpo import SPEC, DPKDSimPOConfig, DPKDSimPOLoss
 from oracles import minus_log_sigmoid, sigmoid
 from zoo_inputs import pair_inputs, random_pairs
 
 from dpkd.api import TeacherAccess
-from dpkd_zoo.dpkd_simpo import SPEC, DPKDSimPOConfig, DPKDSimPOLoss
 
 
 def test_equals_loops() -> None:

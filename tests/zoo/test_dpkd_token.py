@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
+from dpkd_zoo.dpkd_token import SPEC, DPKDTokenConfig, DPKDTokenLoss
 from oracles import log_probs, minus_log_sigmoid
 from zoo_inputs import randn, token_inputs
-
-from dpkd_zoo.dpkd_token import SPEC, DPKDTokenConfig, DPKDTokenLoss
 
 FORMS = ["sigmoid", "ipo", "dpop"]
 

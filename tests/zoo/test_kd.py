@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
+from dpkd_zoo.kd import KDConfig, KDLoss
 from oracles import divergence, log_probs
 from pydantic import ValidationError
 from zoo_inputs import randn, token_inputs
-
-from dpkd_zoo.kd import KDConfig, KDLoss
 
 P, Q = [0.5, 0.5, 0.0], [0.25, 0.5, 0.25]
 PURE = KDLoss(KDConfig(kd_ratio=1.0))
@@ -31,7 +30,9 @@ def test_default_is_half_cross_entropy_half_kl() -> None:
     assert value == pytest.approx(0.5 * math.log(4) + 0.5 * 0.5 * math.log(2))
 
 
-@pytest.mark.parametrize(("ratio", "temperature", "scaled"), [(0.5, 1, False), (1, 2, False), (0.3, 2, True), (1, 3, True)])
+@pytest.mark.parametrize(
+    ("ratio", "temperature", "scaled"), [(0.5, 1, False), (1, 2, False), (0.3, 2, True), (1, 3, True)]
+)
 def test_equals_loops(ratio: float, temperature: float, scaled: bool) -> None:
     student, teacher, targets = randn(4, 6, seed=1), randn(4, 6, seed=2), [5, 0, 2, 2]
     expected = []

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from dpkd_zoo.minillm import SPEC, MiniLLMConfig, MiniLLMLoss
 from oracles import divergence, log_probs, returns
 from torch import Tensor
 from zoo_inputs import FLOAT64, one_sequence, randn, rollout_inputs
 
 from dpkd.api import Rollout, Signal, TeacherAccess
-from dpkd_zoo.minillm import SPEC, MiniLLMConfig, MiniLLMLoss
 
 EXACT = {"length_normalise": False, "clip_epsilon": None}
 VOCABULARY, EOS, LONGEST = 3, 0, 3
@@ -49,9 +49,7 @@ def _surrogate_gradient(config: MiniLLMConfig, student: Tensor, teacher: Tensor,
     rollout = Rollout(old[each, ids], mixed[each, ids], reference[each, ids], number)
     loss = MiniLLMLoss(config)
     advantages = loss.advantages(rollout)
-    values = loss(
-        rollout_inputs(rows, teacher_rows, ids, rollout.rollout_logps, rollout.behaviour_logps, advantages)
-    )
+    values = loss(rollout_inputs(rows, teacher_rows, ids, rollout.rollout_logps, rollout.behaviour_logps, advantages))
     log_drawn = torch.zeros(len(SEQUENCES), dtype=FLOAT64).index_add(0, number, rollout.behaviour_logps)
     assert log_drawn.exp().sum().item() == pytest.approx(1)
     (values * log_drawn.exp()[number]).sum().backward()
@@ -285,7 +283,9 @@ def test_suggests_the_papers_sampling_and_the_scripts_optimiser() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", [{"discount": 0}, {"clip_epsilon": 1}, {"reward_scale": 0}, {"single_step_weight": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"discount": 0}, {"clip_epsilon": 1}, {"reward_scale": 0}, {"single_step_weight": -1}]
+)
 def test_bounds(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="Input should be"):
         MiniLLMConfig(**wrong)

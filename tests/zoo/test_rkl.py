@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
+from dpkd_zoo.rkl import RKLConfig, RKLLoss
 from oracles import divergence, log_probs
 from zoo_inputs import randn, token_inputs
-
-from dpkd_zoo.rkl import RKLConfig, RKLLoss
 
 LOSS = RKLLoss(RKLConfig())
 P, Q = [[0.25, 0.5, 0.25]], [[0.5, 0.5, 0.0]]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dpkd_zoo.seqkd import SPEC, SeqKDConfig, SeqKDLoss
 from oracles import divergence, log_probs
 from zoo_inputs import randn, token_inputs
 
 from dpkd.api import Signal, TeacherAccess, Text
-from dpkd_zoo.seqkd import SPEC, SeqKDConfig, SeqKDLoss
 
 
 def test_default_is_the_likelihood_alone() -> None:

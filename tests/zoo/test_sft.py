@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from dpkd_zoo.sft import SPEC, SFTConfig, SFTLoss
 from oracles import log_probs
 from zoo_inputs import randn, token_inputs
 
 from dpkd.api import TeacherAccess, Text
-from dpkd_zoo.sft import SPEC, SFTConfig, SFTLoss
 
 LOSS = SFTLoss(SFTConfig())
 

@@ -109,3 +109,11 @@ def inputs_of(
     }
     kind = RolloutInputs if spec.family is Family.ROLLOUT else TokenInputs
     return kind({k: v for k, v in signals.items() if k in spec.signals(config)})
+
+
+def row_of(x: TokenInputs | PairInputs | RolloutInputs, i: int) -> TokenInputs | PairInputs | RolloutInputs:
+    """The same inputs, with one row only."""
+    signals = {}
+    for signal, value in x._signals.items():
+        signals[signal] = Pair(*(v[i : i + 1] for v in value)) if isinstance(value, Pair) else value[i : i + 1]
+    return type(x)(signals)
