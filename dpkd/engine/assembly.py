@@ -176,7 +176,8 @@ def _teacher_pen(
     store = ResponseStore.open(
         Path(settings.text.store) if settings.text.store else default_folder(),
         model_fingerprint=model_fingerprint(settings.teacher.model, settings.teacher.revision),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        # Which ids may be drawn decides the responses too.
+        tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{models.vocabulary}",
         sampling=settings.text.teacher_sampling,
         seed=settings.seed,
     )

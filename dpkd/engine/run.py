@@ -84,8 +84,11 @@ def resume_folder(path: Path, *, console: Console | None = None) -> RunFolder:
 
 def _accelerator(resolved: Resolved) -> Accelerator:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
+    # accelerate keeps the first run's precision for the whole process; each run decides its own.
+    AcceleratorState._reset_state()
     train = resolved.settings.train
     set_seed(resolved.settings.seed)
     return Accelerator(

@@ -15,10 +15,10 @@ from dpkd.data.tokenise import Prompt
 from dpkd.models.chunked import chunk_rows
 from dpkd.teachers.live import LiveTeacher
 from dpkd.text.responses import Response
-from dpkd.text.sampling import sample
+from dpkd.text.sampling import Sampled, sample
 from dpkd.text.settings import SamplingSettings, TextSettings
 from dpkd.text.store import ResponseStore
-from dpkd.text.writers import response_seed
+from dpkd.text.writers import prompt_seed, response_seed
 
 __all__ = ["Crew", "StudentPen", "TeacherPen"]
 
@@ -128,38 +128,39 @@ class TeacherPen:
     progress: Callable[[int, int], None] | None = None
 
     def __call__(self, indices: Sequence[int]) -> list[Response]:
-        known = {i: self.store.get(self.prompts[i].prompt_ids) for i in indices}
-        missing = [i for i, stored in known.items() if stored is None]
-        written = dict(zip(missing, self.crew.share(missing, self._write), strict=True)) if missing else {}
-        return [
-            written[i] if stored is None else Response(stored.response_ids, Text.TEACHER, stored.truncated)
-            for i, stored in known.items()
-        ]
+        # One response per distinct prompt: the store's, so that a run is the same whether it or an earlier one wrote.
+        distinct = {self.prompts[i].prompt_ids: i for i in reversed(indices)}
+        missing = [i for prompt, i in distinct.items() if self.store.get(prompt) is None]
+        if missing:
+            self.crew.share(missing, self._write)
+            self.store.refresh()  # what other processes wrote
+        return [self._stored(self.prompts[i].prompt_ids) for i in indices]
 
-    def _write(self, indices: list[int]) -> list[Response]:
-        responses = []
-        size = 4 * self.sampling.batch_size
-        # Groups of alike prompts, stored group by group: an interrupted run keeps what was written.
-        order = sorted(range(len(indices)), key=lambda k: -len(self.prompts[indices[k]].prompt_ids))
-        for start in range(0, len(order), size):
-            places = order[start : start + size]
-            batch = [indices[k] for k in places]
-            responses += list(zip(places, self._draw(batch), strict=True))
-            if self.progress is not None:
-                self.progress(len(responses), len(indices))
-        return [response for _, response in sorted(responses, key=lambda pair: pair[0])]
+    def _stored(self, prompt_ids: Sequence[int]) -> Response:
+        stored = self.store.get(prompt_ids)
+        assert stored is not None  # written just now, if not before
+        return Response(stored.response_ids, Text.TEACHER, stored.truncated)
 
-    def _draw(self, indices: list[int]) -> list[Response]:
+    def _write(self, indices: list[int]) -> list[int]:
+        """Draw responses and put each into the store as it ends: an interrupted run keeps what was written."""
         prompts = [self.prompts[i].prompt_ids for i in indices]
-        sampled = sample(
+        done = 0
+
+        def finished(place: int, s: Sampled) -> None:
+            nonlocal done
+            self.store.add(prompts[place], s.response_ids, s.truncated, self.decode(s.response_ids), index=0)
+            done += 1
+            if self.progress is not None:
+                self.progress(done, len(indices))
+
+        sample(
             self.teacher.model,
             prompts,
             self.sampling,
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
-            seeds=[response_seed(self.seed, 0, self.prompts[i].id) for i in indices],
+            seeds=[prompt_seed(self.seed, prompt) for prompt in prompts],
             vocabulary=self.vocabulary,
+            on_finished=finished,
         )
-        for prompt, s in zip(prompts, sampled, strict=True):
-            self.store.add(prompt, s.response_ids, s.truncated, self.decode(s.response_ids))
-        return [Response(s.response_ids, Text.TEACHER, s.truncated) for s in sampled]
+        return indices

@@ -18,7 +18,7 @@ from dpkd.data.tokenise import Prompt
 from dpkd.text.responses import Response
 from dpkd.text.settings import TextSettings
 
-__all__ = ["StepText", "Writers", "response_seed"]
+__all__ = ["StepText", "Writers", "prompt_seed", "response_seed"]
 
 # Writes a response for each of these examples; the number is the refresh period.
 StudentPen = Callable[[Sequence[int], int], list[Response]]
@@ -36,6 +36,11 @@ def response_seed(seed: int, period: int, example_id: str) -> int:
     """Seed of one response: a hash of run seed, refresh period and example."""
     digest = hashlib.sha256(f"{seed}/{period}/{example_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def prompt_seed(seed: int, prompt_ids: Sequence[int]) -> int:
+    """Seed of the teacher's response to a prompt: the same prompt gets the same response wherever it stands."""
+    return response_seed(seed, 0, ",".join(map(str, prompt_ids)))
 
 
 class Writers:

@@ -1,0 +1,159 @@
+"""Random inputs of each family, as the engine would hand them over.
+
+N rows (positions, or pairs), V vocabulary. A `Batch` shows the student as one matrix `[N, K]` whatever the family:
+logits (K = V), or the log-probs of the preferred and the dispreferred response (K = 2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dpkd.api import Family, Pair, PairInputs, Rollout, RolloutInputs, Signal, TokenInputs
+from dpkd.functional import gather_logps, log_mix
+
+__all__ = ["EXCLUDED", "VOCABULARY", "Batch", "Inputs", "matched", "random_batch", "rollout_of"]
+
+VOCABULARY = 7
+EXCLUDED = 2  # so many of the last tokens may be excluded (logits of -inf); they are never targets
+TEACHER_MIX = 0.2  # share of the teacher in the policy that drew a rollout
+
+Inputs = TokenInputs | PairInputs | RolloutInputs
+Cache = dict[tuple[Signal, float], Tensor]
+_KIND = {Family.TOKEN: TokenInputs, Family.PAIR: PairInputs, Family.ROLLOUT: RolloutInputs}
+_LOGITS = (Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Every signal of a family, for N rows."""
+
+    family: Family
+    signals: Mapping[Signal, Tensor | Pair]
+
+    def __len__(self) -> int:
+        return len(self.student)
+
+    @property
+    def student(self) -> Tensor:
+        """What the gradient is for, `[N, K]`."""
+        return self._matrix(Signal.STUDENT_LOGPS if self.family is Family.PAIR else Signal.STUDENT_LOGITS)
+
+    @property
+    def teacher(self) -> Tensor:
+        """The teacher's counterpart, `[N, K]`."""
+        return self._matrix(Signal.TEACHER_LOGPS if self.family is Family.PAIR else Signal.TEACHER_LOGITS)
+
+    def _matrix(self, signal: Signal) -> Tensor:
+        value = self.signals[signal]
+        return torch.stack(list(value), dim=1) if isinstance(value, Pair) else value
+
+    def with_student(self, student_NK: Tensor) -> Batch:
+        """The same rows under another student."""
+        if self.family is Family.PAIR:
+            return self.having(Signal.STUDENT_LOGPS, Pair(student_NK[:, 0], student_NK[:, 1]))
+        return self.having(Signal.STUDENT_LOGITS, student_NK)
+
+    def having(self, signal: Signal, value: Tensor | Pair) -> Batch:
+        """The same rows with one signal exchanged."""
+        return replace(self, signals={**self.signals, signal: value})
+
+    def map(self, change: Callable[[Signal, Tensor], Tensor]) -> Batch:
+        """Every tensor changed."""
+
+        def changed(signal: Signal, value: Tensor | Pair) -> Tensor | Pair:
+            if isinstance(value, Pair):
+                return Pair(*(change(signal, v) for v in value))
+            return change(signal, value)
+
+        return replace(self, signals={s: changed(s, v) for s, v in self.signals.items()})
+
+    def take(self, rows: slice | Tensor) -> Batch:
+        """Some of the rows."""
+        return self.map(lambda _, value: value[rows])
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """Numbers in another type; where it is a half type, logits only, as in the engine."""
+        half = dtype in (torch.bfloat16, torch.float16)
+
+        def cast(signal: Signal, value: Tensor) -> Tensor:
+            return value.to(dtype) if value.is_floating_point() and (signal in _LOGITS or not half) else value
+
+        return self.map(cast)
+
+    def inputs(self, reads: frozenset[Signal], cache: Cache | None = None) -> Inputs:
+        """Fresh copies of what a loss declares: a change in place is not seen by the next call."""
+        copies = self.map(lambda _, value: value.clone()).signals
+        return _KIND[self.family]({s: v for s, v in copies.items() if s in reads}, cache)
+
+
+def random_batch(
+    family: Family, rows: int = 6, *, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float32,
+    student_excludes: int = 0, teacher_excludes: int = 0,
+) -> Batch:  # fmt: skip
+    """Rows of a family; `scale` is the standard deviation of logits, or the size of log-probs per token in nats."""
+    generator = torch.Generator().manual_seed(seed)
+    if family is Family.PAIR:
+        return Batch(family, _pairs(rows, scale, generator)).to(dtype)
+    student, teacher = (
+        scale * torch.randn(rows, VOCABULARY, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    for logits, excluded in ((student, student_excludes), (teacher, teacher_excludes)):
+        logits[:, VOCABULARY - excluded :] = -math.inf
+    if family is Family.ROLLOUT:
+        return Batch(family, _drawn(student, teacher, generator)).to(dtype)
+    targets = torch.randint(VOCABULARY - EXCLUDED, (rows,), generator=generator)
+    logits = {Signal.STUDENT_LOGITS: student, Signal.TEACHER_LOGITS: teacher}
+    return Batch(family, {**logits, Signal.TARGETS: targets}).to(dtype)
+
+
+def _pairs(rows: int, scale: float, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
+    lengths = Pair(*(torch.randint(1, 10, (rows,), generator=generator).double() for _ in range(2)))
+
+    def logps() -> Pair:
+        each = (torch.rand(rows, generator=generator, dtype=torch.float64) for _ in range(2))
+        return Pair(*(-scale * n * share for n, share in zip(lengths, each, strict=True)))
+
+    return {Signal.STUDENT_LOGPS: logps(), Signal.TEACHER_LOGPS: logps(), Signal.LENGTHS: lengths}
+
+
+def _drawn(student_NV: Tensor, teacher_NV: Tensor, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
+    """Tokens really drawn, from a mix of the teacher and of a student a few steps old."""
+    old_NV = student_NV + 0.1 * torch.randn(student_NV.shape, generator=generator, dtype=torch.float64)
+    log_q_NV, log_p_NV = old_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
+    mixed_NV = log_mix(log_p_NV, log_q_NV, TEACHER_MIX)
+    allowed_NV = mixed_NV.exp()
+    allowed_NV[:, VOCABULARY - EXCLUDED :] = 0.0
+    targets_N = torch.multinomial(allowed_NV + 1e-30, 1, generator=generator).squeeze(-1)
+    targets_N = targets_N.clamp(max=VOCABULARY - EXCLUDED - 1)
+    advantages_N = torch.randn(len(targets_N), generator=generator, dtype=torch.float64)
+    return {
+        Signal.STUDENT_LOGITS: student_NV,
+        Signal.TEACHER_LOGITS: teacher_NV,
+        Signal.TARGETS: targets_N,
+        Signal.ROLLOUT_LOGPS: gather_logps(log_q_NV, targets_N),
+        Signal.BEHAVIOUR_LOGPS: gather_logps(mixed_NV, targets_N),
+        Signal.TEACHER_LOGPS: gather_logps(log_p_NV, targets_N),
+        Signal.ADVANTAGES: advantages_N,
+    }
+
+
+def matched(batch: Batch) -> Batch:
+    """The same rows with the student equal to the teacher, at the time of drawing too."""
+    batch = batch.with_student(batch.teacher)
+    if batch.family is not Family.ROLLOUT:
+        return batch
+    for signal in (Signal.ROLLOUT_LOGPS, Signal.BEHAVIOUR_LOGPS):
+        batch = batch.having(signal, batch.signals[Signal.TEACHER_LOGPS])
+    return batch
+
+
+def rollout_of(batch: Batch) -> Rollout:
+    """The rows of a rollout batch as one collection, in responses of two tokens."""
+    logps = {s: batch.signals[s] for s in (Signal.ROLLOUT_LOGPS, Signal.BEHAVIOUR_LOGPS, Signal.TEACHER_LOGPS)}
+    old, drawn, teacher = (v for v in logps.values() if isinstance(v, Tensor))
+    return Rollout(old, drawn, teacher, torch.arange(len(batch)) // 2)

@@ -1,0 +1,71 @@
+"""Comparison with the author's own function, written from the paper in NumPy.
+
+It is called with float64 arrays as keyword arguments and returns one value per row `[N]`:
+
+    token and rollout losses   reference(student_logits=..., teacher_logits=..., targets=..., config=...)
+    pair losses                reference(student=(t, s), teacher=(t, s), lengths=(t, s), config=...)
+
+It gets what the loss declares and nothing else; rows for which it returns NaN are not compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpkd.api import Family, Pair, Signal
+from dpkd.testing.inputs import EXCLUDED, Batch
+from dpkd.testing.results import CheckWarned
+from dpkd.testing.subject import FOUNDATION, Check, Subject, require, require_close
+
+__all__ = ["CHECKS"]
+
+PAIR_NAMES = {Signal.STUDENT_LOGPS: "student", Signal.TEACHER_LOGPS: "teacher", Signal.LENGTHS: "lengths"}
+
+
+def matches_reference(subject: Subject) -> None:
+    """Equal to the author's independent float64 function, on ordinary rows and with excluded tokens."""
+    if subject.reference is None:
+        raise CheckWarned(
+            "no reference: pass reference=, a NumPy function written from the paper. Nothing else catches a "
+            "divergence the wrong way round or a wrong constant"
+        )
+    cases: list[dict[str, Any]] = [{"scale": scale} for scale in (0.1, 1.0, 4.0)]
+    if subject.spec.family is not Family.PAIR:
+        one, other = {"student_excludes": EXCLUDED}, {"teacher_excludes": EXCLUDED}
+        cases += [one, other, {**one, **other}]
+    for seed, how in enumerate(cases):
+        batch = subject.batch(seed=seed, dtype=torch.float64, **how)
+        expected_N = _reference_values(subject, batch)
+        found_N = subject.values(batch, subject.build(torch.float64)).detach()
+        close = 1e-4 if found_N.dtype is torch.float32 else 1e-7
+        known_N = ~expected_N.isnan()
+        what = ", ".join(f"{name} {value}" for name, value in how.items())
+        require_close(
+            found_N[known_N], expected_N[known_N], f"differs from the reference ({what})", atol=close, rtol=close
+        )
+
+
+def _reference_values(subject: Subject, batch: Batch) -> Tensor:
+    import numpy as np
+
+    assert subject.reference is not None
+    arguments: dict[str, Any] = {"config": subject.config}
+    for signal in subject.reads:
+        value = batch.signals[signal]
+        if isinstance(value, Pair):
+            arguments[PAIR_NAMES[signal]] = tuple(v.numpy().copy() for v in value)
+        else:
+            arguments[signal.value] = value.numpy().copy()
+    with np.errstate(all="ignore"):
+        values = np.asarray(subject.reference(**arguments), dtype=np.float64)
+    require(
+        values.shape == (len(batch),),
+        f"the reference returned shape {list(values.shape)}, expected [{len(batch)}]: one value for each row",
+    )
+    return torch.from_numpy(values)
+
+
+CHECKS = (Check(matches_reference, requires=FOUNDATION),)

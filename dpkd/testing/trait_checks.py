@@ -1,0 +1,85 @@
+"""Checks of promises: each runs on losses that make it. N rows, K columns of the student."""
+
+from __future__ import annotations
+
+import torch
+
+from dpkd.api import Family, RolloutLoss, Signal, Trait
+from dpkd.testing.inputs import Batch, matched, rollout_of
+from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, Subject, require, require_close
+
+__all__ = ["CHECKS"]
+
+SEEDS = 20
+
+
+def zero_at_match(subject: Subject) -> None:
+    """Student = teacher: the value is 0, and so is the gradient."""
+    for seed in range(3):
+        values_N, gradient_NK = subject.evaluate(_at_match(subject, seed))
+        require_close(
+            values_N, torch.zeros_like(values_N),
+            "the value is not 0 where the student equals the teacher: a cross-entropy where a divergence is meant?",
+        )  # fmt: skip
+        _require_no_gradient(gradient_NK)
+
+
+def stationary_at_match(subject: Subject) -> None:
+    """Student = teacher: the gradient is 0, whatever the value."""
+    for seed in range(3):
+        _require_no_gradient(subject.evaluate(_at_match(subject, seed))[1])
+
+
+def _require_no_gradient(gradient_NK: torch.Tensor) -> None:
+    require_close(
+        gradient_NK, torch.zeros_like(gradient_NK),
+        "the gradient is not 0 where the student equals the teacher: training would leave the optimum",
+    )  # fmt: skip
+
+
+def _at_match(subject: Subject, seed: int) -> Batch:
+    batch = matched(subject.batch(seed=seed))
+    loss = subject.build()
+    if isinstance(loss, RolloutLoss):
+        batch = batch.having(Signal.ADVANTAGES, loss.advantages(rollout_of(batch)).detach())
+    return batch
+
+
+def non_negative(subject: Subject) -> None:
+    """No value below 0, over many seeds and scales."""
+    loss = subject.build()
+    for seed in range(SEEDS):
+        scale = (0.1, 1.0, 4.0)[seed % 3]
+        lowest = subject.values(subject.batch(seed=seed, scale=scale), loss).min().item()
+        require(
+            lowest >= -1e-6, f"a value of {lowest:.6g} at seed {seed}, scale {scale:g}: the sign or direction is wrong?"
+        )
+
+
+def shift_invariant(subject: Subject) -> None:
+    """A constant added to all logits of a position, another for each model and position, changes nothing."""
+    generator = torch.Generator().manual_seed(13)
+    for seed in range(3):
+        batch = subject.batch(seed=seed)
+        shifted = batch
+        for signal in (Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS):
+            constant_N1 = 3 * torch.randn(len(batch), 1, generator=generator)
+            shifted = shifted.having(signal, batch.signals[signal] + constant_N1)
+        require_close(
+            subject.values(shifted), subject.values(batch),
+            "a constant added to all logits of a position changes the value: logits are used without a softmax",
+            rtol=1e-3,
+        )  # fmt: skip
+
+
+CHECKS = (
+    Check(zero_at_match, trait=Trait.ZERO_AT_MATCH, requires=WITH_GRADIENT),
+    Check(stationary_at_match, trait=Trait.STATIONARY_AT_MATCH, requires=WITH_GRADIENT),
+    Check(non_negative, trait=Trait.NON_NEGATIVE, requires=FOUNDATION),
+    Check(
+        shift_invariant,
+        families=frozenset({Family.TOKEN, Family.ROLLOUT}),
+        trait=Trait.SHIFT_INVARIANT,
+        requires=FOUNDATION,
+    ),
+)

@@ -1,0 +1,163 @@
+"""Whole runs on toy models, through the door that the command line uses."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpkd.api import Family
+from dpkd.engine import checkpoint, run
+from dpkd.engine.culprit import NotFinite
+from dpkd.engine.metrics_log import read_metrics
+from dpkd.errors import DpkdError
+from dpkd.host import load_host
+
+LOSSES = sorted(load_host().losses)
+
+
+def test_there_are_losses_to_sweep():
+    assert len(LOSSES) >= 11
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains_saves_and_logs(name, settings_of, quiet):
+    resolved = settings_of(name)
+    folder = run.train(resolved, console=quiet)
+    model = AutoModelForCausalLM.from_pretrained(folder.model)
+    ids = AutoTokenizer.from_pretrained(folder.model)("red cat", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, pad_token_id=256).shape[1] > ids["input_ids"].shape[1]
+    lines = read_metrics(folder.metrics)
+    assert [line["step"] for line in lines] == [1, 2]
+    logged = {
+        "loss/main", "weighted/main", "loss/total", "kl/forward", "kl/reverse", "nll/student", "gradient_norm", "lr",
+        "tokens_per_second", "peak_memory_mib", "text/truncated_share",
+    }  # fmt: skip
+    if resolved.loss.family is Family.PAIR:
+        logged |= {"reward/preferred", "reward/dispreferred", "reward/margin", "reward/accuracy", "length/preferred"}
+    assert logged <= set(lines[0])
+    assert lines[0]["gradient_norm"] > 0
+    assert {p.name for p in folder.path.iterdir()} >= {
+        "config.resolved.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "README.md",
+    }  # fmt: skip
+    facts = json.loads(folder.facts.read_text())
+    assert facts["data"]["fingerprint"]
+    assert facts["versions"]["torch"]
+    assert facts["loss"]["plugin"].startswith("dpkd ")
+
+
+def test_terms_are_logged_unweighted_and_weighted(settings_of, toy, quiet):
+    folder = run.train(
+        settings_of("rkl", {
+            "terms.main": 0.5, "terms.lm.weight": 0.25, "terms.pretrain.weight": 2.0, "terms.pretrain.kd_ratio": 0.5,
+            "terms.pretrain.corpus.path": str(toy / "corpus.txt"), "terms.pretrain.corpus.max_tokens": 32,
+        }), console=quiet,
+    )  # fmt: skip
+    line = read_metrics(folder.metrics)[0]
+    for name, weight in (("main", 0.5), ("lm", 0.25), ("pretrain", 2.0)):
+        assert line[f"weighted/{name}"] == pytest.approx(weight * line[f"loss/{name}"])
+    assert line["loss/total"] == pytest.approx(sum(line[f"weighted/{n}"] for n in ("main", "lm", "pretrain")))
+    # The LM term is the likelihood of the very tokens that the main loss is taken from.
+    assert line["loss/lm"] == pytest.approx(line["nll/student"])
+
+
+def test_sft_needs_no_teacher(settings_of, toy, quiet):
+    folder = run.train(
+        settings_of("sft", {"student.init": "pretrained", "student.layers": None, "student.model": str(toy / "gpt2")}, teacher=None),
+        console=quiet,
+    )  # fmt: skip
+    line = read_metrics(folder.metrics)[-1]
+    assert "kl/forward" not in line
+    assert line["loss/main"] == pytest.approx(line["nll/student"])
+
+
+def test_lora_trains_adapters_and_saves_a_merged_model(settings_of, quiet):
+    folder = run.train(settings_of("kd", {"student.lora": {"r": 4}}), console=quiet)
+    facts = json.loads(folder.facts.read_text())
+    assert facts["parameters"]["trained"] < 0.5 * facts["parameters"]["student"]
+    assert (folder.path / "adapter" / "adapter_model.safetensors").is_file()
+    names = AutoModelForCausalLM.from_pretrained(folder.model).state_dict()
+    assert not any("lora" in name for name in names)
+
+
+def test_bf16_runs_with_float32_log_probs(settings_of, quiet, tmp_path):
+    line = read_metrics(run.train(settings_of("kd", {"train.precision": "bf16"}), console=quiet).metrics)[0]
+    exact = read_metrics(run.train(settings_of("kd", {"output": str(tmp_path / "fp32")}), console=quiet).metrics)[0]
+    assert line["loss/main"] == pytest.approx(exact["loss/main"], rel=0.05)
+
+
+class _After:
+    """Asks to stop once so many steps were seen."""
+
+    def __init__(self, steps):
+        self._left = steps
+
+    @property
+    def asked(self):
+        self._left -= 1
+        return self._left <= 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [
+        ("kd", {}),
+        ("dpkd", {"text.refresh": "every_n_steps", "text.every": 2}),
+        ("minillm", {"text.every": 2, "text.inner_epochs": 2, "student.dropout": "keep"}),
+        ("rkl", {"text.source": "mixed", "text.mix": {"student": 0.5, "dataset": 0.5}}),
+    ],
+)
+def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, toy, quiet, monkeypatch, tmp_path):
+    # GPT-2 with its dropout: the random numbers of training matter too.
+    common = {"train.steps": 6, "student.init": "pretrained", "student.layers": None, "student.model": str(toy / "gpt2")} | changes
+    whole = run.train(settings_of(loss, common, teacher="gpt2"), console=quiet)
+
+    @contextmanager
+    def stop_early():
+        yield _After(3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "stop_on_signal", stop_early)
+        stopped = run.train(settings_of(loss, common | {"output": str(tmp_path / "stopped")}, teacher="gpt2"), console=quiet)
+    assert not stopped.model.exists()
+    assert checkpoint.latest(stopped.checkpoints).step == 3
+    torch.manual_seed(999)  # whatever happened between
+    continued = run.resume_folder(stopped.path, console=quiet)
+    one, two = (load_file(f.model / "model.safetensors") for f in (whole, continued))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    steps = [line["step"] for line in read_metrics(continued.metrics)]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_not_resumed_and_a_used_folder_not_overwritten(settings_of, quiet):
+    resolved = settings_of("sft")
+    folder = run.train(resolved, console=quiet)
+    with pytest.raises(DpkdError, match="is finished: its model is"):
+        run.resume_folder(folder.path, console=quiet)
+    with pytest.raises(DpkdError, match="holds a run already"):
+        run.train(resolved, console=quiet)
+    with pytest.raises(DpkdError, match="not a run folder"):
+        run.resume_folder(folder.path.parent / "nothing", console=quiet)
+
+
+def test_numbers_that_explode_name_the_culprit_and_keep_the_checkpoint(settings_of, quiet):
+    resolved = settings_of("sft", {"train.lr": 1e30, "train.steps": 6, "train.save_every": 1, "train.clip": None})
+    with pytest.raises(NotFinite, match=r"(weight|hidden states|logits|gradient).* not finite.*\n.*last good checkpoint") as caught:
+        run.train(resolved, console=quiet)
+    assert "step-0000000" in str(caught.value)
+    assert checkpoint.latest(Path(resolved.settings.output) / "checkpoints") is not None
+
+
+def test_a_half_written_checkpoint_is_never_chosen(tmp_path):
+    (tmp_path / ".step-00000009.tmp").mkdir()
+    (tmp_path / "step-00000007").mkdir()  # no state.json: it was never whole
+    assert checkpoint.latest(tmp_path) is None
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "step-00000004" / "state.json").write_text("{}")
+    assert checkpoint.latest(tmp_path).step == 4
