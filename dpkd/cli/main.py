@@ -77,3 +77,7 @@ def main() -> None:
 def _complain(text: str) -> None:
     for line in text.splitlines():
         typer.secho(line, fg=typer.colors.RED, err=True)
+
+
+if __name__ == "__main__":  # torchrun -m dpkd.cli.main
+    main()

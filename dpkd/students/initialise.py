@@ -54,18 +54,23 @@ def make_student(
         student = student.to(device)
     if settings.dropout == "off":
         _switch_dropout_off(student)
-    return student.requires_grad_(True)
+    return student
 
 
 def student_config(settings: StudentSettings, teacher_config: Any) -> Any:
-    """The student's configuration, without its weights."""
+    """The student's configuration, without its weights.
+
+    Raises DpkdError when it follows a teacher that is not named, or when layers are out of range.
+    """
     if settings.init == "pretrained" or (settings.init == "random" and settings.model is not None):
         config = config_of(settings)
-        return _with_layers(config, _kept(settings, config)) if settings.layers is not None else config
-    if teacher_config is None:
+    elif teacher_config is not None:
+        config = deepcopy(teacher_config)
+    else:
         raise DpkdError(f"student.init `{settings.init}` follows the teacher's shape: name a teacher with --teacher")
-    config = deepcopy(teacher_config)
-    return _with_layers(config, _kept(settings, config)) if settings.layers is not None else config
+    if settings.layers is not None:
+        _cut_layers(config, _kept(settings, config))
+    return config
 
 
 def _kept(settings: StudentSettings, config: Any) -> list[int]:
@@ -83,16 +88,14 @@ def _kept(settings: StudentSettings, config: Any) -> list[int]:
     return layers
 
 
-def _with_layers(config: Any, kept: list[int]) -> Any:
-    """The configuration with fewer layers, and with its lists of per-layer facts cut to match."""
-    config = deepcopy(config)
+def _cut_layers(config: Any, kept: list[int]) -> None:
+    """Leave a configuration fewer layers, and its lists of per-layer facts cut to match."""
     text = config.get_text_config()
     total = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == total and name.endswith(("layer_types", "_layers", "layers")):
             setattr(text, name, [value[i] for i in kept])
     text.num_hidden_layers = len(kept)
-    return config
 
 
 def _fresh(config: Any, seed: int, dtype: torch.dtype) -> Any:

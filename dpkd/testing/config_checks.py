@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpkd.api import Card, LossConfig, Rollout, Signal, UndeclaredSignal
+from dpkd.api import Card, LossConfig, Rollout, RolloutLoss, Signal, UndeclaredSignal
 from dpkd.testing.inputs import Inputs, rollout_of
 from dpkd.testing.results import CheckFailed
 from dpkd.testing.subject import Check, Subject, fail, require
@@ -109,7 +109,7 @@ def only_declared_signals(subject: Subject) -> None:
         raise CheckFailed(str(error)) from error
     if unread := subject.reads - read:
         # A rollout loss may use a signal in its advantages only.
-        if hasattr(loss, "advantages"):
+        if isinstance(loss, RolloutLoss):
             rollout, seen = _recording_rollout(rollout_of(batch))
             loss.advantages(rollout)
             unread -= {Signal(name) for name in seen}
@@ -126,7 +126,7 @@ def _recording(x: Inputs, read: set[Signal]) -> Inputs:
             read.add(signal)
             return value
 
-    return Recording(x._signals)  # type: ignore[no-any-return]
+    return Recording(x._signals)
 
 
 def _recording_rollout(rollout: Rollout) -> tuple[Rollout, set[str]]:

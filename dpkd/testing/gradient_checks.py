@@ -102,7 +102,7 @@ def weights_train(subject: Subject) -> None:
     rate = 1e-3 * max(abs(before.item()), 1.0) / squared
     with torch.no_grad():
         for weight, gradient in zip(weights.values(), gradients, strict=True):
-            weight -= rate * gradient
+            weight.sub_(rate * gradient)
     after = subject.values(batch, loss).sum().item()
     require(after < before.item(), f"a step of the loss's weights went from {before.item():.6g} up to {after:.6g}")
 

@@ -24,7 +24,7 @@ TEACHER_MIX = 0.2  # share of the teacher in the policy that drew a rollout
 
 Inputs = TokenInputs | PairInputs | RolloutInputs
 Cache = dict[tuple[Signal, float], Tensor]
-_KIND = {Family.TOKEN: TokenInputs, Family.PAIR: PairInputs, Family.ROLLOUT: RolloutInputs}
+_KIND: dict[Family, type[Inputs]] = {Family.TOKEN: TokenInputs, Family.PAIR: PairInputs, Family.ROLLOUT: RolloutInputs}
 _LOGITS = (Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS)
 
 
@@ -107,8 +107,8 @@ def random_batch(
     if family is Family.ROLLOUT:
         return Batch(family, _drawn(student, teacher, generator)).to(dtype)
     targets = torch.randint(VOCABULARY - EXCLUDED, (rows,), generator=generator)
-    logits = {Signal.STUDENT_LOGITS: student, Signal.TEACHER_LOGITS: teacher}
-    return Batch(family, {**logits, Signal.TARGETS: targets}).to(dtype)
+    signals = {Signal.STUDENT_LOGITS: student, Signal.TEACHER_LOGITS: teacher, Signal.TARGETS: targets}
+    return Batch(family, signals).to(dtype)
 
 
 def _pairs(rows: int, scale: float, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
@@ -126,10 +126,9 @@ def _drawn(student_NV: Tensor, teacher_NV: Tensor, generator: torch.Generator) -
     old_NV = student_NV + 0.1 * torch.randn(student_NV.shape, generator=generator, dtype=torch.float64)
     log_q_NV, log_p_NV = old_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
     mixed_NV = log_mix(log_p_NV, log_q_NV, TEACHER_MIX)
-    allowed_NV = mixed_NV.exp()
-    allowed_NV[:, VOCABULARY - EXCLUDED :] = 0.0
-    targets_N = torch.multinomial(allowed_NV + 1e-30, 1, generator=generator).squeeze(-1)
-    targets_N = targets_N.clamp(max=VOCABULARY - EXCLUDED - 1)
+    # The small number is for rows whose mass lies on tokens that may be excluded.
+    share_NV = mixed_NV[:, : VOCABULARY - EXCLUDED].exp() + 1e-30
+    targets_N = torch.multinomial(share_NV, 1, generator=generator).squeeze(-1)
     advantages_N = torch.randn(len(targets_N), generator=generator, dtype=torch.float64)
     return {
         Signal.STUDENT_LOGITS: student_NV,

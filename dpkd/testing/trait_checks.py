@@ -64,7 +64,9 @@ def shift_invariant(subject: Subject) -> None:
         shifted = batch
         for signal in (Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS):
             constant_N1 = 3 * torch.randn(len(batch), 1, generator=generator)
-            shifted = shifted.having(signal, batch.signals[signal] + constant_N1)
+            logits_NV = batch.signals[signal]
+            assert isinstance(logits_NV, torch.Tensor)
+            shifted = shifted.having(signal, logits_NV + constant_N1)
         require_close(
             subject.values(shifted), subject.values(batch),
             "a constant added to all logits of a position changes the value: logits are used without a softmax",

@@ -80,7 +80,7 @@ def positions_are_independent(subject: Subject) -> None:
     batch = subject.batch(seed=3)
     values_N, gradient_NK = subject.evaluate(batch)
     backwards = torch.arange(len(batch) - 1, -1, -1)
-    parts = [*(slice(i, i + 1) for i in range(len(batch))), slice(0, 3), slice(3, 6), backwards]
+    parts: list[slice | Tensor] = [*(slice(i, i + 1) for i in range(len(batch))), slice(0, 3), slice(3, 6), backwards]
     for rows in parts:
         part_n, part_gradient_nK = subject.evaluate(batch.take(rows))
         hint = "a row depends on the other rows: is there a mean, a normalisation or a sum over rows in the loss?"

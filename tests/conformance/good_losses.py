@@ -1,0 +1,140 @@
+"""Losses that keep the contract, one of each kind, with references in NumPy; and a short way to write more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpkd.api import (
+    Card,
+    LossConfig,
+    LossSpec,
+    PairInputs,
+    PairLoss,
+    Rollout,
+    RolloutInputs,
+    RolloutLoss,
+    Signal,
+    Source,
+    TokenInputs,
+    TokenLoss,
+    Trait,
+    setting,
+)
+from dpkd.functional import kl, preference, returns_to_go
+
+CARD = Card("A title", "One line.", "p", (Source("A paper", "https://example.org/paper", "Eq. 1"),), "often", "never")
+BOTH = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS})
+PAIRS = frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS})
+DRAWN = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS, Signal.ADVANTAGES, Signal.TEACHER_LOGPS})
+
+
+class Settings(LossConfig):
+    """One number."""
+
+    beta: float = setting(0.5, description="strength", source="made up", gt=0)
+
+
+def spec_of(name: str, loss: type[Any], reads: frozenset[Signal], *traits: Trait, **more: Any) -> LossSpec:
+    """A spec with a complete card."""
+    how: dict[str, Any] = {"config": Settings, "card": CARD, **more}
+    return LossSpec(name=name, loss=loss, reads=reads, traits=frozenset(traits), **how)
+
+
+def loss_class(base: type[Any], forward: Callable[..., Any], **members: Any) -> type[Any]:
+    """A loss class from its forward."""
+    return type("Small", (base,), {"__doc__": forward.__doc__ or "A loss.", "forward": forward, **members})
+
+
+class ForwardKL(TokenLoss[Settings]):
+    """KL(p‖q)."""
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        return kl(x.teacher_log_probs(), x.student_log_probs())
+
+
+def _np_log_softmax(logits: np.ndarray) -> np.ndarray:
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def forward_kl_reference(student_logits: np.ndarray, teacher_logits: np.ndarray, config: Settings) -> np.ndarray:
+    """Σ p log(p/q), with 0 log 0 = 0."""
+    log_q, log_p = _np_log_softmax(student_logits), _np_log_softmax(teacher_logits)
+    return np.where(log_p == -np.inf, 0.0, np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+class DPO(PairLoss[Settings]):
+    """-log σ(β · difference of log-ratios)."""
+
+    def forward(self, x: PairInputs) -> Tensor:
+        ratio_t = x.student.preferred - x.teacher.preferred
+        ratio_s = x.student.dispreferred - x.teacher.dispreferred
+        return preference(self.config.beta * (ratio_t - ratio_s))
+
+
+def dpo_reference(student: Any, teacher: Any, config: Settings) -> np.ndarray:
+    """log(1 + exp(-margin))."""
+    margin = (student[0] - teacher[0]) - (student[1] - teacher[1])
+    return np.logaddexp(0.0, -config.beta * margin)
+
+
+class Reinforce(RolloutLoss[Settings]):
+    """-R log q of the drawn token, R the sum of log p/q from it to the end of its response."""
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        return returns_to_go(rollout.teacher_logps - rollout.rollout_logps, rollout.sequence)
+
+    def forward(self, x: RolloutInputs) -> Tensor:
+        return -x.advantages * x.student_logps()
+
+
+def reinforce_reference(
+    student_logits: np.ndarray, targets: np.ndarray, advantages: np.ndarray, config: Settings, **_: Any
+) -> np.ndarray:
+    """One row at a time."""
+    log_q = _np_log_softmax(student_logits)
+    return np.array([-a * row[y] for a, row, y in zip(advantages, log_q, targets, strict=True)])
+
+
+class Sampled(TokenLoss[Settings]):
+    """The reverse KL of one position from the drawn token: (log q/p) without gradient, times log q."""
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        log_q, log_p = (z.gather(-1, x.targets[:, None])[:, 0] for z in (x.student_log_probs(), x.teacher_log_probs()))
+        return (log_q - log_p).detach() * log_q
+
+
+class Tempered(TokenLoss[Settings]):
+    """KL(p‖q) with a temperature of its own that is learnt, and a fixed random projection."""
+
+    def __init__(self, config: Settings) -> None:
+        super().__init__(config)
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.register_buffer("offset", 0.1 * torch.rand(()))
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        cold = x.student_logits * (self.log_temperature + self.offset).exp()
+        return kl(x.teacher_log_probs(), cold.log_softmax(-1))
+
+
+FORWARD_KL = spec_of(
+    "forward-kl", ForwardKL, BOTH, Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT,
+    suggests={"text": {"source": "teacher"}},
+)  # fmt: skip
+DPO_SPEC = spec_of("dpo", DPO, PAIRS, Trait.NON_NEGATIVE)
+REINFORCE = spec_of("reinforce", Reinforce, DRAWN, Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT)
+SAMPLED = spec_of("sampled", Sampled, BOTH | {Signal.TARGETS}, Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT)
+TEMPERED = spec_of("tempered", Tempered, BOTH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT)
+
+GOOD: list[tuple[LossSpec, Callable[..., Any] | None]] = [
+    (FORWARD_KL, forward_kl_reference),
+    (DPO_SPEC, dpo_reference),
+    (REINFORCE, reinforce_reference),
+    (SAMPLED, None),
+    (TEMPERED, None),
+]

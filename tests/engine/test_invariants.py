@@ -1,0 +1,153 @@
+"""What must not change a result: accumulation, padding, the number of processes. And who is run, and how often."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpkd.data.batches import TokenSequence, collate
+from dpkd.engine import run
+from dpkd.engine.assembly import assemble
+from dpkd.engine.metrics_log import read_metrics
+from dpkd.engine.progress import Display
+from dpkd.engine.work import Stream, Term, Unit, cut
+from dpkd.models.head import hidden_rows
+
+
+class _NoStep:
+    """Stands in for the optimiser: gradients are kept and weights stay."""
+
+    def __init__(self, module):
+        self._module, self.param_groups = module, []
+
+    def zero_grad(self, set_to_none=True):
+        self._module.zero_grad(set_to_none=True)
+
+    def step(self):
+        pass
+
+
+def gradients(resolved, quiet):
+    """Gradients of the first optimiser step in float64, and the parts of the run."""
+    accelerator = run._accelerator(resolved)
+    assembly = assemble(resolved, accelerator, Display(quiet))
+    stepper = assembly.stepper
+    stepper.distiller.double()
+    if stepper.teacher is not None:
+        stepper.teacher.model.double()
+        stepper.teacher._head = stepper.teacher._head.cast(torch.float64)
+    stepper.optimiser, stepper.clip = _NoStep(stepper.distiller), None
+    writers = assembly.writers
+    writers.prepare_teacher()
+    writers.prepare(0)
+    streams = assembly.builder.streams(0, writers.step(0), writers.schedule.window(0))
+    sums = stepper(streams, lr=0.0, measure=False)
+    found = {n: p.grad.clone() for n, p in stepper.distiller.named_parameters() if p.grad is not None}
+    return found, sums.averages(), stepper
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [
+        ("kd", {}),
+        ("akl", {"terms.lm.weight": 0.3}),
+        ("dpkd", {}),
+        ("dpkd-cpo", {}),
+        ("minillm", {"text.every": 1}),
+        ("rkl", {"text.source": "student", "student.lora": {"r": 4}}),
+    ],
+)
+def test_the_gradient_does_not_depend_on_accumulation(loss, changes, settings_of, quiet, tmp_path):
+    results = {}
+    for micro in (8, 4, 2, 1):
+        changed = changes | {"train.batch_size": 8, "train.micro_batch_size": micro, "output": str(tmp_path / f"m{micro}")}
+        results[micro] = gradients(settings_of(loss, changed), quiet)[:2]
+    whole, sums = results[8]
+    assert any(g.abs().max() > 0 for g in whole.values())
+    for micro in (4, 2, 1):
+        found, other = results[micro]
+        assert found.keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9, msg=f"{name}, micro-batches of {micro}")
+        assert other["loss/main"] == pytest.approx(sums["loss/main"], rel=1e-9)
+
+
+def test_the_denominator_is_the_tokens_of_the_window(settings_of, quiet):
+    """Two micro-batches of unequal lengths: not the mean of their means."""
+    resolved = settings_of("sft", {"train.micro_batch_size": 1, "train.batch_size": 2})
+    found, sums, stepper = gradients(resolved, quiet)
+    distiller = stepper.inner
+    distiller.zero_grad()
+    assembly_rows = []
+    for i in stepper_window(resolved, quiet):
+        batch = collate([i], pad_id=256)
+        hidden = hidden_rows(distiller.student, batch)
+        logits = distiller.student.lm_head(hidden)
+        assembly_rows.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none"))
+    assert len({len(rows) for rows in assembly_rows}) == 2
+    mean = torch.cat(assembly_rows).mean()
+    assert sums["loss/main"] == pytest.approx(mean.item(), rel=1e-9)
+    mean.backward()
+    for name, parameter in distiller.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-10)
+
+
+def stepper_window(resolved, quiet):
+    """The sequences of the first window."""
+    assembly = assemble(resolved, run._accelerator(resolved), Display(quiet))
+    prompts = assembly.data.prompts
+    return [TokenSequence(prompts[i].prompt_ids, prompts[i].response_ids) for i in assembly.writers.schedule.window(0)]
+
+
+def test_the_teacher_runs_once_per_micro_batch_and_only_when_read(settings_of, quiet):
+    _, _, stepper = gradients(settings_of("kd", {"train.batch_size": 8, "train.micro_batch_size": 4}), quiet)
+    assert stepper.teacher.forwards == 2
+    assert not stepper.teacher.model.training
+    assert all(not p.requires_grad for p in stepper.teacher.model.parameters())
+    _, _, stepper = gradients(settings_of("sft", {"train.batch_size": 8, "train.micro_batch_size": 4}), quiet)
+    assert stepper.teacher.forwards == 0  # not measured, not read
+
+
+def test_a_process_with_nothing_to_do_gives_zero_and_finite_gradients(settings_of, quiet):
+    _, _, stepper = gradients(settings_of("kd"), quiet)
+    unit = Unit((TokenSequence((1, 2), (3, 256)),))
+    for pairs, name in ((False, "kd"), (True, "dpkd")):
+        units = [unit] if not pairs else [Unit((unit.sequences[0], unit.sequences[0]))]
+        resolved = settings_of(name)
+        _, _, stepper = gradients(resolved, quiet)
+        term = Term("main", resolved.loss.signals(resolved.loss_config), 1.0, 5.0)
+        stream = Stream("main", units, [term], pairs)
+        (idle,) = cut(stream, size=8, rank=1, processes=2, pad_id=256, measure=False, device=torch.device("cpu"))
+        total, sums = stepper.distiller(stepper._with_teacher(idle))
+        total.backward()
+        assert total.item() == 0.0
+        assert sums.averages() == {}
+        grads = [p.grad for p in stepper.distiller.parameters() if p.grad is not None]
+        assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("loss", ["kd", "dpkd"])
+def test_two_processes_give_what_one_gives(loss, settings_of, toy, quiet, tmp_path):
+    one = run.train(settings_of(loss, {"train.batch_size": 7, "train.micro_batch_size": 4}), console=quiet)
+    args = ["train", "--loss", loss, "--teacher", str(toy / "teacher"), "--data", str(toy / "data.jsonl")]
+    args += ["--output", str(tmp_path / "two")]
+    for path, value in {
+        "student.init": "layers", "student.layers": 2, "train.steps": 2, "train.batch_size": 7, "train.log_every": 1,
+        "train.micro_batch_size": 4, "train.device": "cpu", "train.lr": 1e-3, "text.sampling.max_new_tokens": 8,
+        "text.teacher_sampling.max_new_tokens": 8,
+    }.items():  # fmt: skip
+        args += ["--set", f"{path}={value}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 400)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*command, "-m", "dpkd.cli.main", *args], capture_output=True, text=True, env=environment, timeout=240, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mine, theirs in zip(read_metrics(one.metrics), read_metrics(Path(tmp_path / "two/metrics.jsonl")), strict=True):
+        for name in ("loss/main", "gradient_norm", "kl/forward", "kl/reverse", "nll/student"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4), name
