@@ -108,4 +108,5 @@ def require_close(found: Tensor, expected: Tensor, message: str, *, atol: float 
     excess = (found - expected).abs() - rtol * expected.abs()
     worst = int(excess.nan_to_num(nan=float("inf")).argmax())
     index = [int(i) for i in torch.unravel_index(torch.tensor(worst), found.shape)]
-    fail(f"{message}: found {found.flatten()[worst]:.6g}, expected {expected.flatten()[worst]:.6g} at {index}")
+    where = f" at {index}" if index else ""
+    fail(f"{message}: found {found.flatten()[worst]:.6g}, expected {expected.flatten()[worst]:.6g}{where}")

@@ -6,29 +6,23 @@ A new bug found anywhere becomes a loss here first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from good_losses import (
     BOTH,
-    CARD,
     DPO_SPEC,
-    DRAWN,
-    FORWARD_KL,
     PAIRS,
-    REINFORCE,
-    Reinforce,
     Settings,
     forward_kl_reference,
     loss_class,
     spec_of,
 )
-from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from dpkd.api import LossConfig, LossSpec, PairLoss, Rollout, RolloutLoss, Signal, TokenLoss, Trait
+from dpkd.api import LossConfig, LossSpec, PairLoss, Signal, TokenLoss, Trait
 from dpkd.functional import cross_entropy, gather_logps, kl
 
 HARD = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS})
@@ -65,59 +59,6 @@ def bad_spec(check: str, name: str, spec: LossSpec, **told: Any) -> None:
     """A bad loss that is one by its spec."""
     BAD.append(Bad(check, name, spec, told))
 
-
-# --- config and card
-
-
-class Open(LossConfig):
-    """Takes anything, as configs shared by all losses do."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Changeable(LossConfig):
-    """Can be changed while it is in use."""
-
-    model_config = ConfigDict(frozen=False)
-
-
-class Infinite(LossConfig):
-    """Takes nan."""
-
-    model_config = ConfigDict(allow_inf_nan=True)
-    beta: float = Field(0.5, description="strength", json_schema_extra={"source": "made up"})
-
-
-class Undescribed(LossConfig):
-    """A setting without a word."""
-
-    beta: float = 0.5
-
-
-for number, wrong in enumerate((Open, Changeable, Infinite)):
-    bad_spec("config_is_closed", f"config_{number}", replace(FORWARD_KL, config=wrong))
-for number, changed in enumerate(
-    (
-        {"config": Undescribed},
-        {"card": replace(CARD, use_when="")},
-        {"card": replace(CARD, sources=())},
-        {"name": "Forward_KL"},
-        {"suggests": {"loss": {"beta": 1.0}}},
-        {"suggests": {"train": {"learning_rate": 1.0}}},
-    )
-):
-    bad_spec("card_is_complete", f"card_{number}", replace(FORWARD_KL, **changed))  # type: ignore[arg-type]
-
-# --- signals
-
-
-@bad("only_declared_signals", reads=frozenset({Signal.STUDENT_LOGITS}))
-def needs_that_lie(self: Any, x: Any) -> Tensor:
-    return kl(x.teacher_log_probs(), x.student_log_probs())
-
-
-bad_spec("only_declared_signals", "never_reads", replace(FORWARD_KL, reads=BOTH | {Signal.TARGETS}))
-bad_spec("only_declared_signals", "never_reads_logits", replace(REINFORCE, reads=DRAWN | {Signal.TEACHER_LOGITS}))
 
 # --- shape and memory
 
@@ -160,10 +101,10 @@ def detached_zero(self: Any, x: Any) -> Tensor:
     return kl(x.teacher_log_probs(), x.student_log_probs())
 
 
-@bad("no_positions")
-def argmax_of_nothing(self: Any, x: Any) -> Tensor:
-    values_N = kl(x.teacher_log_probs(), x.student_log_probs())
-    return values_N + 0 * values_N.detach().max()
+@bad("no_positions", reads=HARD)
+def maximum_of_nothing(self: Any, x: Any) -> Tensor:
+    assert x.targets.max() < x.student_logits.shape[-1]
+    return -gather_logps(x.student_log_probs(), x.targets)
 
 
 @bad("positions_are_independent")
@@ -176,7 +117,7 @@ def micro_batch_denominator(self: Any, x: Any) -> Tensor:
 @bad("positions_are_independent", reads=PAIRS, base=PairLoss)
 def centred_over_the_batch(self: Any, x: Any) -> Tensor:
     margin_B = x.student.preferred - x.student.dispreferred - x.teacher.preferred + x.teacher.dispreferred
-    return F.softplus(margin_B.detach().sum() - margin_B)
+    return F.softplus(margin_B.mean() - margin_B)
 
 
 @bad("inputs_are_left_alone")
@@ -329,51 +270,6 @@ def clipped_per_token(self: Any, x: Any) -> Tensor:
 @bad("shift_invariant", Trait.SHIFT_INVARIANT)
 def penalty_on_logits(self: Any, x: Any) -> Tensor:
     return kl(x.teacher_log_probs(), x.student_log_probs()) + 0.1 * x.student_logits[:, 0] ** 2
-
-
-# --- rollouts
-
-
-def _flipped(self: Any, x: Any) -> Tensor:
-    return x.advantages * x.student_logps()  # type: ignore[no-any-return]
-
-
-def _without_score_function(self: Any, x: Any) -> Tensor:
-    """E[∇ log q] = 0: the log-ratio of the drawn token teaches nothing."""
-    return x.student_logps() - x.teacher_logps + 0 * x.advantages  # type: ignore[no-any-return]
-
-
-def _own_reward_only(self: Any, rollout: Rollout) -> Tensor:
-    """Forgets what follows."""
-    return rollout.teacher_logps - rollout.rollout_logps
-
-
-def _per_response(self: Any, rollout: Rollout) -> Tensor:
-    return torch.zeros(int(rollout.sequence.max()) + 1 if len(rollout.sequence) else 0)
-
-
-def _sequence_kl(student_logps: Any, teacher_logps: Any, config: Settings) -> Tensor:
-    terms = [q.sum().exp() * (q.sum() - p.sum()) for q, p in zip(student_logps, teacher_logps, strict=True)]
-    return torch.stack(terms).sum()
-
-
-def _bad_rollout(check: str, name: str, *, reads: frozenset[Signal] = DRAWN, told: Any = None, **members: Any) -> None:
-    whole: dict[str, Any] = {"advantages": Reinforce.advantages, "forward": Reinforce.forward, **members}
-    loss = loss_class(RolloutLoss, whole.pop("forward"), **whole)
-    bad_spec(check, name, spec_of(name.replace("_", "-"), loss, reads, Trait.SCORE_FUNCTION), **(told or {}))
-
-
-_bad_rollout("expected_gradient", "flipped_sign", forward=_flipped)
-_bad_rollout("expected_gradient", "no_score_function", forward=_without_score_function)
-_bad_rollout("expected_gradient", "short_sighted", advantages=_own_reward_only, told={"objective": _sequence_kl})
-_bad_rollout(
-    "one_advantage_per_token", "one_per_response", advantages=_per_response, reads=DRAWN - {Signal.TEACHER_LOGPS}
-)
-
-
-@bad("expected_gradient", Trait.SCORE_FUNCTION, reads=BOTH | {Signal.TARGETS})
-def log_ratio_of_one_token(self: Any, x: Any) -> Tensor:
-    return gather_logps(x.student_log_probs(), x.targets) - gather_logps(x.teacher_log_probs(), x.targets)
 
 
 # --- against the paper

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import bad_rollouts  # noqa: F401
+import bad_specs  # noqa: F401
 import pytest
 from bad_losses import BAD, Bad
 from good_losses import GOOD

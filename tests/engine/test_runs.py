@@ -18,6 +18,7 @@ from dpkd.engine.metrics_log import read_metrics
 from dpkd.errors import DpkdError
 from dpkd.host import load_host
 
+METRICS = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
 LOSSES = sorted(load_host().losses)
 
 
@@ -41,6 +42,8 @@ def test_every_loss_trains_saves_and_logs(name, settings_of, quiet):
     if resolved.loss.family is Family.PAIR:
         logged |= {"reward/preferred", "reward/dispreferred", "reward/margin", "reward/accuracy", "length/preferred"}
     assert logged <= set(lines[0])
+    undocumented = [key for key in lines[0] if f"`{key}`" not in METRICS and not key.startswith("reward/") and key != "weighted/main"]
+    assert not undocumented
     assert lines[0]["gradient_norm"] > 0
     assert {p.name for p in folder.path.iterdir()} >= {
         "config.resolved.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "README.md",
