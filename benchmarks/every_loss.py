@@ -36,9 +36,9 @@ STORY_SETTINGS = {
     "text.sampling.max_new_tokens": 64, "text.teacher_sampling.max_new_tokens": 64,
 }  # fmt: skip
 DOLLY_SETTINGS = {
-    "student.init": "layers", "student.layers": 15, "data.limit": 600, "data.max_prompt_tokens": 128,
-    "data.max_tokens": 256, "train.batch_size": 8, "train.steps": 30, "train.log_every": 10, "train.lr": 1e-4,
-    "text.sampling.max_new_tokens": 48, "text.teacher_sampling.max_new_tokens": 64,
+    "student.init": "layers", "student.layers": 10, "data.limit": 600, "data.max_prompt_tokens": 96,
+    "data.max_tokens": 160, "train.batch_size": 4, "train.steps": 30, "train.log_every": 10, "train.lr": 1e-4,
+    "text.sampling.max_new_tokens": 24, "text.teacher_sampling.max_new_tokens": 40,
 }  # fmt: skip
 
 

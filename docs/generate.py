@@ -17,7 +17,9 @@ def losses_table() -> str:
     for loss in load_host({}).losses.values():
         if loss.distribution == "dpkd":
             row = _row(loss)
-            lines.append(f"| `{row['name']}` | {row['family']} | {', '.join(row['text'])} | {row['needs']} | {row['summary']} |")
+            lines.append(
+                f"| `{row['name']}` | {row['family']} | {', '.join(row['text'])} | {row['needs']} | {row['summary']} |"
+            )
     return "\n".join(lines)
 
 

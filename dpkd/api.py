@@ -233,7 +233,7 @@ class RolloutInputs(TokenInputs):
 
 
 class PairInputs(_Inputs):
-    """For each prompt a preferred and a dispreferred response: summed log-probs in nats and lengths in tokens, `[B]`."""
+    """A preferred and a dispreferred response per prompt: summed log-probs in nats, lengths in tokens, `[B]`."""
 
     @property
     def student(self) -> Pair:

@@ -53,6 +53,7 @@ def sample(
         )  # fmt: skip
     found = f", {report.found} were there" if report.found else ""
     typer.echo(
-        f"{output}: {report.written} responses written{found}; {report.truncated} ran into the limit, {report.empty} empty"
+        f"{output}: {report.written} responses written{found}; "
+        f"{report.truncated} ran into the limit, {report.empty} empty"
     )
     typer.echo(f"train on it: dpkd train --loss sft --data {output} --student ...")

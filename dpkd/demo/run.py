@@ -77,7 +77,10 @@ def run_demo(
     folder = Path(output) if output else _free_folder(loss)
     training, held_out = _split(folder.parent / f".{folder.name}.data")
     layers = [
-        Layer("the demo", {**SETTINGS, "teacher": str(teacher_folder), "data": {**SETTINGS["data"], "path": str(training)}}),
+        Layer(
+            "the demo",
+            {**SETTINGS, "teacher": str(teacher_folder), "data": {**SETTINGS["data"], "path": str(training)}},
+        ),
         Layer("the demo", {"train": {"steps": steps or STEPS}}),
         flag_layer("--loss", "loss.name", loss),
         Layer("the demo", {"output": str(folder)}),
@@ -137,16 +140,18 @@ def show(scores: Sequence[DemoScore], console: Console) -> None:
     table.add_column("held-out")
     for score in scores:
         table.add_column(score.name, justify="right")
-    rows = [
+    rows: list[tuple[str, list[float | None]]] = [
         ("NLL (nats per token)", [s.evaluation.divergences.nll for s in scores]),
         ("forward KL to the teacher", [s.evaluation.divergences.forward_kl for s in scores]),
         ("reverse KL to the teacher", [s.evaluation.divergences.reverse_kl for s in scores]),
         ("Rouge-L of greedy answers", [s.evaluation.text.overall.rouge_l for s in scores]),
     ]
     for name, values in rows:
-        table.add_row(name, *(f"{value:.2f}" for value in values if value is not None))
+        table.add_row(name, *("–" if value is None else f"{value:.2f}" for value in values))
     console.print(table)
     shown = min(range(len(scores[0].answers)), key=lambda i: len(scores[0].answers[i].prompt or ""))
-    console.print(Panel(Text((scores[0].answers[shown].prompt or "").strip()), title="a held-out prompt", box=box.ROUNDED))
+    console.print(
+        Panel(Text((scores[0].answers[shown].prompt or "").strip()), title="a held-out prompt", box=box.ROUNDED)
+    )
     for score in scores:
         console.print(Panel(Text(score.answers[shown].prediction or "(nothing)"), title=score.name, box=box.ROUNDED))

@@ -96,7 +96,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
 
 
 def _tokenizer_source(settings: RunSettings) -> Any:
-    """The settings whose tokenizer the run uses: the student's own, or the teacher's where the student is made of it."""
+    """Whose tokenizer the run uses: the student's own, or the teacher's where the student is made of it."""
     return settings.student if settings.student.model is not None else settings.teacher
 
 

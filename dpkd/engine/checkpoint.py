@@ -146,7 +146,8 @@ def load(
         lines = (checkpoint.path / "responses.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError, SafetensorError) as error:
         raise DpkdError(
-            f"the checkpoint {checkpoint.path} cannot be read ({error}). Delete that folder to go on from an earlier one."
+            f"the checkpoint {checkpoint.path} cannot be read ({error}). "
+            "Delete that folder to go on from an earlier one."
         ) from error
     parameters = _trainable(module)
     if set(parameters) != set(weights):

@@ -1,4 +1,4 @@
-"""The plan of a run, before any weight is loaded: what is loaded, what is sampled, how much is trained, how much memory."""
+"""The plan of a run, before any weight is loaded: models, text, steps, memory."""
 
 from __future__ import annotations
 
@@ -130,19 +130,19 @@ def _text_rows(resolved: Resolved, data: TokenisedData, steps: int) -> list[tupl
             rows.append(("drawn from", f"{text.teacher_mix:g} · teacher + {1 - text.teacher_mix:g} · student"))
     if Text.TEACHER in writers:
         used = len({i for s in range(steps) for i in schedule.window(s)})
-        rows.append(("teacher writes", f"{used:,} responses once, up to {text.teacher_sampling.max_new_tokens} tokens each, "
-                     "less those in the store"))  # fmt: skip
+        limit = text.teacher_sampling.max_new_tokens
+        rows.append(("teacher writes", f"{used:,} responses of at most {limit} tokens, less those in the store"))
     return rows
 
 
 def _training_rows(settings: RunSettings, data: TokenisedData, steps: int, fingerprint: str) -> list[tuple[str, str]]:
     train = settings.train
-    mean = sum(len(p.response_ids) for p in data.prompts) / len(data.prompts)
+    per_step = train.batch_size * sum(len(p.response_ids) for p in data.prompts) / len(data.prompts)
     return [
         ("data", f"{settings.data.path}, {len(data.prompts):,} examples, fingerprint {fingerprint[:12]}"),
         ("steps", f"{steps:,} of {train.batch_size} examples ({train.micro_batch_size} sequences per forward)"),
-        ("response tokens", f"about {mean * train.batch_size:,.0f} a step (data-set responses), {mean * train.batch_size * steps:,.0f} in all"),
-        ("optimiser", f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup_steps}, clip {train.clip}, {train.precision}"),
+        ("response tokens", f"about {per_step:,.0f} a step, {per_step * steps:,.0f} in all (of the data set)"),
+        ("optimiser", f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup_steps}, {train.precision}"),
     ]  # fmt: skip
 
 
@@ -180,4 +180,5 @@ def memory_rows(*args: Any) -> list[tuple[str, str]]:
 
 
 def _rendered(prompt: Prompt, decode: Callable[[Any], str]) -> str:
-    return f"{prompt.text}⟦{decode(prompt.response_ids)}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"
+    response = decode(prompt.response_ids)
+    return f"{prompt.text}⟦{response}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"

@@ -36,7 +36,7 @@ class Sums:
         return sorted(self._pairs)
 
     def packed(self, names: Iterable[str], device: torch.device) -> Tensor:
-        """Sums and counts `[len(names), 2]` of these metrics (0 where one is absent), for a reduction over processes."""
+        """Sums and counts `[len(names), 2]` of these metrics (0 where absent), to add up over processes."""
         zero = torch.zeros(2, dtype=torch.float64, device=device)
         pairs = [self._pairs.get(name, zero).to(device) for name in names]
         return torch.stack(pairs) if pairs else zero.new_zeros(0, 2)

@@ -105,16 +105,7 @@ def cut(
         else:
             sequences = [s for unit in units for s in unit.sequences]
             responses = [r for unit in units for r in unit.responses]
-        works.append(
-            Work(
-                stream.name,
-                collate(sequences, pad_id=pad_id).to(device),
-                stream.terms,
-                stream.pairs,
-                float(processes),
-                measure,
-                responses,
-                {} if stream.pairs else {k: v.to(device) for k, v in _rollout_signals(units).items()},
-            )  # fmt: skip
-        )
+        extra = {} if stream.pairs else {k: v.to(device) for k, v in _rollout_signals(units).items()}
+        batch = collate(sequences, pad_id=pad_id).to(device)
+        works.append(Work(stream.name, batch, stream.terms, stream.pairs, float(processes), measure, responses, extra))
     return works

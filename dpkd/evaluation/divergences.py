@@ -48,7 +48,7 @@ def measure(
     chunk_mib: float = 32.0,
     progress: Callable[[int], None] | None = None,
 ) -> Divergences:
-    """NLL of the student, and KL(p‖q) and KL(q‖p) to the teacher, on the given responses. Eval mode; mode is restored."""
+    """NLL, and KL(p‖q) and KL(q‖p) to the teacher, on given responses; in eval mode, which is undone after."""
     was_training = student.training
     student.eval()
     device = next(student.parameters()).device

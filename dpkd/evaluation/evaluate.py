@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class EvaluationSettings:
     model: ModelSettings
     data: DataSettings
     teacher: TeacherSettings | None = None
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     seed: int = 10
     output: Path | None = None  # folder for predictions.jsonl and scores.json
 

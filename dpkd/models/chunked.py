@@ -20,7 +20,7 @@ from dpkd.models.head import Head, LogitRule
 
 __all__ = ["chunk_rows", "chunks", "objective", "token_logps"]
 
-# Called once per chunk with the student's logits [n, V] and the slice of rows; returns what to minimise: a weighted sum.
+# Called once per chunk with the student's logits [n, V] and the slice of rows; returns a weighted sum to minimise.
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 # Called once per chunk with log-probs [n, V] (no gradient) and the slice of rows.
 Observer = Callable[[Tensor, slice], None]

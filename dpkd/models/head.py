@@ -142,6 +142,6 @@ def check_head(model: nn.Module) -> None:
     if gap > tolerance:
         raise DpkdError(
             f"{type(lm).__name__} changes its logits after the output head in a way that dpkd does not know "
-            f"(largest relative difference {gap:.2g}). Known are bias, logit_scale, logits_scaling, lm_head_multiplier and "
-            "final_logit_softcapping. Please report the model."
+            f"(largest relative difference {gap:.2g}). Known are bias, logit_scale, logits_scaling, "
+            "lm_head_multiplier and final_logit_softcapping. Please report the model."
         )

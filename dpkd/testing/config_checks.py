@@ -114,7 +114,11 @@ def only_declared_signals(subject: Subject) -> None:
             loss.advantages(rollout)
             unread -= {Signal(name) for name in seen}
         names = ", ".join(sorted(unread))
-        require(not unread, f"the spec declares {names}, which the loss never reads: a run would pay for it")
+        require(
+            not unread,
+            f"the spec declares {names}, which the loss never reads under these settings: LossSpec.reads may be a "
+            "function of the config",
+        )
 
 
 def _recording(x: Inputs, read: set[Signal]) -> Inputs:

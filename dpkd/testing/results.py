@@ -55,7 +55,7 @@ class Report:
 
     def named(self, outcome: Outcome) -> tuple[str, ...]:
         """The checks that ended so."""
-        return tuple(r.check for r in self.results if r.outcome is outcome)
+        return tuple(r.check for r in self.results if r.outcome == outcome)
 
     def table(self) -> str:
         """Plain text, for people: one line per check, and the reason under each that did not simply pass."""

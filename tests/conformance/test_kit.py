@@ -90,7 +90,7 @@ def test_table_is_for_people() -> None:
 
 
 def test_raises_with_the_report() -> None:
-    with pytest.raises(AssertionError, match="positions_are_independent +FAILED") as caught:
+    with pytest.raises(AssertionError, match=r"positions_are_independent +FAILED") as caught:
         check_loss(DENOMINATOR)
     assert isinstance(caught.value, NonConforming)
     assert not caught.value.report.ok

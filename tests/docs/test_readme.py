@@ -27,9 +27,7 @@ def test_generated_parts_are_fresh():
 
 
 COMMANDS = [
-    shlex.split(line, comments=True)
-    for line in "\n".join(blocks("bash")).splitlines()
-    if line.startswith("dpkd ")
+    shlex.split(line, comments=True) for line in "\n".join(blocks("bash")).splitlines() if line.startswith("dpkd ")
 ]
 
 

@@ -13,7 +13,7 @@ from dpkd.config.layers import Layer
 from dpkd.config.resolve import resolve
 from dpkd.host import load_host
 
-WORDS = "red blue green old new big small cat dog tree house river sings runs sleeps".split()
+WORDS = ["red", "blue", "green", "old", "new", "big", "small", "cat", "dog", "tree", "house", "river", "sings", "runs"]
 
 
 def _tokenizer():
@@ -30,7 +30,7 @@ def _tokenizer():
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """Folders of a Llama teacher (4 layers) and a GPT-2 student with dropout, both over bytes; and data of unequal lengths."""
+    """A Llama teacher (4 layers) and a GPT-2 with dropout, both over bytes; and data of unequal lengths."""
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
     folder = tmp_path_factory.mktemp("toy")

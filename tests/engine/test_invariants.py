@@ -65,7 +65,11 @@ def gradients(resolved, quiet):
 def test_the_gradient_does_not_depend_on_accumulation(loss, changes, settings_of, quiet, tmp_path):
     results = {}
     for micro in (8, 4, 2, 1):
-        changed = changes | {"train.batch_size": 8, "train.micro_batch_size": micro, "output": str(tmp_path / f"m{micro}")}
+        changed = changes | {
+            "train.batch_size": 8,
+            "train.micro_batch_size": micro,
+            "output": str(tmp_path / f"m{micro}"),
+        }
         results[micro] = gradients(settings_of(loss, changed), quiet)[:2]
     whole, sums = results[8]
     assert any(g.abs().max() > 0 for g in whole.values())
@@ -73,7 +77,9 @@ def test_the_gradient_does_not_depend_on_accumulation(loss, changes, settings_of
         found, other = results[micro]
         assert found.keys() == whole.keys()
         for name, gradient in whole.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9, msg=f"{name}, micro-batches of {micro}")
+            torch.testing.assert_close(
+                found[name], gradient, rtol=1e-6, atol=1e-9, msg=f"{name}, micro-batches of {micro}"
+            )
         assert other["loss/main"] == pytest.approx(sums["loss/main"], rel=1e-9)
 
 
@@ -142,10 +148,23 @@ def test_two_processes_give_what_one_gives(loss, settings_of, toy, quiet, tmp_pa
         "text.teacher_sampling.max_new_tokens": 8,
     }.items():  # fmt: skip
         args += ["--set", f"{path}={value}"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 400)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(29500 + os.getpid() % 400),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [*command, "-m", "dpkd.cli.main", *args], capture_output=True, text=True, env=environment, timeout=240, cwd=tmp_path
+        [*command, "-m", "dpkd.cli.main", *args],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for mine, theirs in zip(read_metrics(one.metrics), read_metrics(Path(tmp_path / "two/metrics.jsonl")), strict=True):

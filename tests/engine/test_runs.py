@@ -18,6 +18,7 @@ from dpkd.engine.metrics_log import read_metrics
 from dpkd.errors import DpkdError
 from dpkd.host import load_host
 
+PRETRAINED = {"student.init": "pretrained", "student.layers": None}
 METRICS = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
 LOSSES = sorted(load_host().losses)
 
@@ -42,7 +43,11 @@ def test_every_loss_trains_saves_and_logs(name, settings_of, quiet):
     if resolved.loss.family is Family.PAIR:
         logged |= {"reward/preferred", "reward/dispreferred", "reward/margin", "reward/accuracy", "length/preferred"}
     assert logged <= set(lines[0])
-    undocumented = [key for key in lines[0] if f"`{key}`" not in METRICS and not key.startswith("reward/") and key != "weighted/main"]
+    undocumented = [
+        key
+        for key in lines[0]
+        if f"`{key}`" not in METRICS and not key.startswith("reward/") and key != "weighted/main"
+    ]
     assert not undocumented
     assert lines[0]["gradient_norm"] > 0
     assert {p.name for p in folder.path.iterdir()} >= {
@@ -71,7 +76,7 @@ def test_terms_are_logged_unweighted_and_weighted(settings_of, toy, quiet):
 
 def test_sft_needs_no_teacher(settings_of, toy, quiet):
     folder = run.train(
-        settings_of("sft", {"student.init": "pretrained", "student.layers": None, "student.model": str(toy / "gpt2")}, teacher=None),
+        settings_of("sft", PRETRAINED | {"student.model": str(toy / "gpt2")}, teacher=None),
         console=quiet,
     )  # fmt: skip
     line = read_metrics(folder.metrics)[-1]
@@ -117,7 +122,12 @@ class _After:
 )
 def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, toy, quiet, monkeypatch, tmp_path):
     # GPT-2 with its dropout: the random numbers of training matter too.
-    common = {"train.steps": 6, "student.init": "pretrained", "student.layers": None, "student.model": str(toy / "gpt2")} | changes
+    common = {
+        "train.steps": 6,
+        "student.init": "pretrained",
+        "student.layers": None,
+        "student.model": str(toy / "gpt2"),
+    } | changes
     whole = run.train(settings_of(loss, common, teacher="gpt2"), console=quiet)
 
     @contextmanager
@@ -126,7 +136,9 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, to
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "stop_on_signal", stop_early)
-        stopped = run.train(settings_of(loss, common | {"output": str(tmp_path / "stopped")}, teacher="gpt2"), console=quiet)
+        stopped = run.train(
+            settings_of(loss, common | {"output": str(tmp_path / "stopped")}, teacher="gpt2"), console=quiet
+        )
     assert not stopped.model.exists()
     assert checkpoint.latest(stopped.checkpoints).step == 3
     torch.manual_seed(999)  # whatever happened between
@@ -151,7 +163,9 @@ def test_a_finished_run_is_not_resumed_and_a_used_folder_not_overwritten(setting
 
 def test_numbers_that_explode_name_the_culprit_and_keep_the_checkpoint(settings_of, quiet):
     resolved = settings_of("sft", {"train.lr": 1e30, "train.steps": 6, "train.save_every": 1, "train.clip": None})
-    with pytest.raises(NotFinite, match=r"(weight|hidden states|logits|gradient).* not finite.*\n.*last good checkpoint") as caught:
+    with pytest.raises(
+        NotFinite, match=r"(weight|hidden states|logits|gradient).* not finite.*\n.*last good checkpoint"
+    ) as caught:
         run.train(resolved, console=quiet)
     assert "step-0000000" in str(caught.value)
     assert checkpoint.latest(Path(resolved.settings.output) / "checkpoints") is not None

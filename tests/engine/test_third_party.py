@@ -19,7 +19,9 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stranger")
     shutil.copytree(EXAMPLE, folder / "package", ignore=shutil.ignore_patterns("build", "*.egg-info"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    done = subprocess.run([*pip, "--target", str(folder / "site"), str(folder / "package")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*pip, "--target", str(folder / "site"), str(folder / "package")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return folder / "site"
 

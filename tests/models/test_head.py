@@ -30,7 +30,9 @@ CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),
-    "opt": OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=16),
+    "opt": OPTConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=16
+    ),
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
     "gemma2": Gemma2Config(**SMALL, num_key_value_heads=4, head_dim=8, final_logit_softcapping=2.0),
     "cohere": CohereConfig(**SMALL, logit_scale=0.25),
