@@ -1,0 +1,27 @@
+"""Every recipe is valid against the installed losses, and says what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpkd.config.layers import file_layer
+from dpkd.config.resolve import resolve
+from dpkd.host import load_host
+
+FOLDER = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 5
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_is_valid_and_explained(path):
+    resolve([file_layer(path)], load_host())
+    head = path.read_text(encoding="utf-8").split("\nloss:")[0]
+    assert head.startswith("# ")
+    assert f"# Run: dpkd train --config configs/{path.relative_to(FOLDER)}" in head
+    assert "Needs" in head
