@@ -65,9 +65,9 @@ def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     tensor([inf])
     """
     p_NV = log_p_NV.exp()
-    present_NV = p_NV > 0
-    ratio_NV = log_p_NV.masked_fill(~present_NV, 0.0) - log_q_NV.masked_fill(~present_NV, 0.0)
-    return (p_NV * ratio_NV).sum(-1)
+    # -inf minus -inf is NaN, but a difference has a constant derivative: masking its value is enough.
+    gap_NV = (log_p_NV - log_q_NV).masked_fill(p_NV == 0, 0.0)
+    return torch.linalg.vecdot(p_NV, gap_NV)
 
 
 def entropy(log_p_NV: Tensor) -> Tensor:

@@ -68,7 +68,10 @@ class AKLLoss(TokenLoss[AKLConfig]):
     def forward(self, x: TokenInputs) -> Tensor:
         log_p_NV, log_q_NV = x.teacher_log_probs(), x.student_log_probs()
         share_N = head_share(log_p_NV, log_q_NV, self.config.mu, self.config.boundary)
-        return share_N * kl(log_p_NV, log_q_NV) + (1 - share_N) * kl(log_q_NV, log_p_NV)
+        # A weight that rounds to 0 must not meet an infinite divergence: 0 · inf is no number.
+        tiny = torch.finfo(share_N.dtype).tiny
+        forward_N = share_N.clamp(min=tiny) * kl(log_p_NV, log_q_NV)
+        return forward_N + (1 - share_N).clamp(min=tiny) * kl(log_q_NV, log_p_NV)
 
 
 SPEC = LossSpec(
@@ -83,8 +86,9 @@ SPEC = LossSpec(
         use_when="Off-policy distillation for few epochs, where neither direction alone has converged.",
         avoid_when="Speed counts most: it needs both divergences and the teacher's likeliest tokens in order.",
         notes="Released code puts the token that crosses μ into the tail (boundary=released). Other implementations "
-        "divide 0 by 0 where student and teacher agree; here the weights are ½ and the loss is 0. Published numbers "
-        "are off-policy, without a pre-training corpus: GPT-2, 20 epochs, batch 32, lr 5e-4.",
+        "divide 0 by 0 where student and teacher agree; here the weights are ½ and the loss is 0. Infinite where "
+        "one model alone excludes a token (a logit of -inf). Published numbers are off-policy, without a pre-training "
+        "corpus: GPT-2, 20 epochs, batch 32, lr 5e-4.",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.DETACHED_WEIGHTS}),

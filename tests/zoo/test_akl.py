@@ -103,6 +103,19 @@ def test_gradcheck_with_weights_held_fixed(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.autograd.gradcheck(lambda z: loss(token_inputs(z, teacher)), randn(3, 4, seed=10).requires_grad_())
 
 
+def test_a_token_that_one_model_excludes_gives_infinity_even_where_its_weight_rounds_to_zero() -> None:
+    """The paper's head is {0, 1}; its share of the gap is 1 - 5e-20, which no float holds: 0 · ∞ would be NaN.
+
+    The other way round the head {0} has no gap at all, and the forward KL is infinite.
+    """
+    loss = AKLLoss(AKLConfig())
+    q, p = _logs(0.5, 0.25, 0.25, 1e-20).float(), _logs(0.4, 0.35, 0.25, 0.0).float()
+    assert head_share(p, q, 0.5, "paper").item() == 1
+    assert loss(token_inputs(q, p)).item() == math.inf
+    assert head_share(_logs(0.5, 0.25, 0.25), _logs(0.5, 0.5, 0.0), 0.5, "paper").item() == 0
+    assert loss(token_inputs(_logs(0.5, 0.5, 0.0), _logs(0.5, 0.25, 0.25))).item() == math.inf
+
+
 def test_tokens_that_both_exclude_change_nothing() -> None:
     student, teacher = randn(2, 4, seed=11), randn(2, 4, seed=12)
     out = torch.full((2, 3), -math.inf, dtype=torch.float64)

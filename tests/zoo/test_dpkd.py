@@ -56,12 +56,21 @@ def test_gradient_closed_form(aggregation: str) -> None:
 
 
 def test_weight_is_large_where_the_student_prefers_its_own() -> None:
-    """At r̂_t - r̂_s = -2 the weight is 0.881; Eq. 11 as printed gives 0.119."""
+    """At r̂_t - r̂_s = -2 the weight is σ(2) = 0.881; Eq. 11 as printed has σ(-2) = 0.119.
+
+    Who is right is asked of finite differences of Eq. 8 in plain floats: -log σ(log q(y_t)/p(y_t) - 0).
+    """
+    step = 1e-6
+    slope = (minus_log_sigmoid(-2 + step) - minus_log_sigmoid(-2 - step)) / (2 * step)
+    right, printed = -sigmoid(2), -sigmoid(-2)
+    assert (right, printed) == pytest.approx((-0.881, -0.119), abs=5e-4)
+    assert slope == pytest.approx(right, abs=1e-6)
+    assert slope != pytest.approx(printed, abs=0.5)
     q_t = torch.tensor([-3.0], dtype=torch.float64, requires_grad=True)
     loss = DPKDLoss(DPKDConfig(beta=1, aggregation="sum"))
     loss(pair_inputs((q_t, [-1.0]), ([1.0], [1.0]), ([-1.0], [-1.0]))).sum().backward()
     assert q_t.grad is not None
-    assert q_t.grad.item() == pytest.approx(-0.8808, abs=1e-4)
+    assert q_t.grad.item() == pytest.approx(right)
 
 
 @pytest.mark.parametrize("aggregation", ["sum", "mean"])

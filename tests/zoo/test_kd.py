@@ -70,6 +70,22 @@ def test_gradcheck(ratio: float) -> None:
     )
 
 
+@pytest.mark.parametrize("config", [KDConfig(), KDConfig(kd_ratio=1), KDConfig(temperature=2, scale_by_t2=True)])
+def test_a_token_that_the_teacher_excludes_costs_nothing(config: KDConfig) -> None:
+    """0 · log 0/q = 0: the value and the gradient are those of a teacher with p a hair above 0."""
+    student, excluded = randn(3, 4, seed=10), randn(3, 4, seed=11)
+    excluded[:, 3] = -math.inf
+    nearly = excluded.masked_fill(excluded == -math.inf, -600.0)
+    results = []
+    for teacher in (excluded, nearly):
+        leaf = student.clone().requires_grad_()
+        values = KDLoss(config)(token_inputs(leaf, teacher, [0, 1, 2]))
+        values.sum().backward()
+        results.append((values.detach(), leaf.grad))
+    assert results[0][0].isfinite().all()
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_pure_kl_is_zero_at_match() -> None:
     logits = randn(3, 5, seed=9)
     assert PURE(token_inputs(logits, logits, [0, 1, 2])).abs().max() < 1e-15

@@ -1,8 +1,7 @@
-"""`minillm`: rewards and returns by hand, the clipping, and the gradient against exact enumeration."""
+"""`minillm`: rewards and returns by hand, the clipping, and the gradient token by token."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -15,97 +14,8 @@ from zoo_inputs import FLOAT64, one_sequence, randn, rollout_inputs
 
 from dpkd.api import Rollout, Signal, TeacherAccess
 
-EXACT = {"length_normalise": False, "clip_epsilon": None}
-VOCABULARY, EOS, LONGEST = 3, 0, 3
 
-
-def _sequences() -> list[tuple[int, ...]]:
-    """Every response over three tokens that ends with EOS or at the third token."""
-    full = itertools.product(range(VOCABULARY), repeat=LONGEST)
-    cut = {y[: y.index(EOS) + 1] if EOS in y else y for y in full}
-    return sorted(cut)
-
-
-SEQUENCES = _sequences()
-PREFIXES = sorted({y[:t] for y in SEQUENCES for t in range(len(y))})
-
-
-def _gathered(logits: Tensor, sequences: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of logits `[N, V]`, drawn ids and sequence numbers of all tokens; `logits` has a row for each prefix."""
-    where = [PREFIXES.index(y[:t]) for y in sequences for t in range(len(y))]
-    ids = [token for y in sequences for token in y]
-    number = [i for i, y in enumerate(sequences) for _ in y]
-    return logits[where], torch.tensor(ids), torch.tensor(number)
-
-
-def _surrogate_gradient(config: MiniLLMConfig, student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
-    """The surrogate's gradient, expected over every response that α p + (1-α) q can draw."""
-    theta = student.clone().requires_grad_()
-    rows, ids, number = _gathered(theta, SEQUENCES)
-    teacher_rows = _gathered(teacher, SEQUENCES)[0]
-    old, reference = (z.detach().log_softmax(-1) for z in (rows, teacher_rows))
-    mixed = (alpha * reference.exp() + (1 - alpha) * old.exp()).log()
-    each = torch.arange(len(ids))
-    rollout = Rollout(old[each, ids], mixed[each, ids], reference[each, ids], number)
-    loss = MiniLLMLoss(config)
-    advantages = loss.advantages(rollout)
-    values = loss(rollout_inputs(rows, teacher_rows, ids, rollout.rollout_logps, rollout.behaviour_logps, advantages))
-    log_drawn = torch.zeros(len(SEQUENCES), dtype=FLOAT64).index_add(0, number, rollout.behaviour_logps)
-    assert log_drawn.exp().sum().item() == pytest.approx(1)
-    (values * log_drawn.exp()[number]).sum().backward()
-    assert theta.grad is not None
-    return theta.grad
-
-
-def _sequence_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Σ_y q(y) (log q(y) - log p(y)), by enumeration."""
-    rows, ids, number = _gathered(student.log_softmax(-1), SEQUENCES)
-    teacher_rows = _gathered(teacher.log_softmax(-1), SEQUENCES)[0]
-    each = torch.arange(len(ids))
-    zeros = torch.zeros(len(SEQUENCES), dtype=FLOAT64)
-    log_q = zeros.index_add(0, number, rows[each, ids])
-    log_p = zeros.index_add(0, number, teacher_rows[each, ids])
-    return (log_q.exp() * (log_q - log_p)).sum()
-
-
-def test_the_enumeration_has_responses_of_all_lengths() -> None:
-    assert {len(y) for y in SEQUENCES} == {1, 2, 3}
-    assert len(SEQUENCES) == 1 + 2 + 4 * 3
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_expected_gradient_is_that_of_the_sequence_level_reverse_kl(seed: int) -> None:
-    student, teacher = randn(len(PREFIXES), 3, seed=seed), randn(len(PREFIXES), 3, seed=seed + 10)
-    theta = student.clone().requires_grad_()
-    _sequence_reverse_kl(theta, teacher).backward()
-    surrogate = _surrogate_gradient(MiniLLMConfig(**EXACT), student, teacher, alpha=0.0)
-    torch.testing.assert_close(surrogate, theta.grad, atol=1e-12, rtol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"single_step_weight": 0.0}, {"discount": 0.5}, {"length_normalise": True}, {"reward_scale": 2.0}]
-)
-def test_other_settings_have_another_gradient(wrong: dict[str, Any]) -> None:
-    """The enumeration sees each part: none of these reproduces the sequence-level gradient."""
-    student, teacher = randn(len(PREFIXES), 3, seed=0), randn(len(PREFIXES), 3, seed=10)
-    theta = student.clone().requires_grad_()
-    _sequence_reverse_kl(theta, teacher).backward()
-    surrogate = _surrogate_gradient(MiniLLMConfig(**{**EXACT, **wrong}), student, teacher, alpha=0.0)
-    assert theta.grad is not None
-    assert (surrogate - theta.grad).abs().max() > 1e-3
-
-
-def test_current_reward_is_an_unbiased_substitute_for_the_single_step_part() -> None:
-    """Eq. 2 against Eq. 3: R_t without the single-step part has the same expectation as R_{t+1} with it."""
-    student, teacher = randn(len(PREFIXES), 3, seed=1), randn(len(PREFIXES), 3, seed=11)
-    sampled = MiniLLMConfig(**EXACT, single_step_weight=0.0, include_current=True)
-    torch.testing.assert_close(
-        _surrogate_gradient(sampled, student, teacher, alpha=0.0),
-        _surrogate_gradient(MiniLLMConfig(**EXACT), student, teacher, alpha=0.0),
-    )
-
-
-def test_gradient_under_teacher_mixed_sampling_is_equation_7() -> None:
+def test_gradient_of_each_token_under_teacher_mixed_sampling_is_equation_7() -> None:
     """Row by row: w [q (log q/p - KL) - R (onehot - q)] with w = q/p̃, written out in loops."""
     student, teacher, targets = randn(4, 3, seed=2), randn(4, 3, seed=3), [2, 0, 1, 1]
     advantages = [0.7, -1.2, 0.0, 2.0]
@@ -142,6 +52,8 @@ def test_single_step_part_can_go_without_importance_weights() -> None:
     assert released.tolist() == pytest.approx(expected)
     paper = MiniLLMLoss(MiniLLMConfig())(x)
     assert paper.tolist() == pytest.approx([math.exp(0.2) * e for e in expected])
+    quarter = MiniLLMLoss(MiniLLMConfig(single_step_weight=0.25))(x)
+    assert quarter.tolist() == pytest.approx([math.exp(0.2) * 0.25 * e for e in expected])
 
 
 @pytest.mark.parametrize(

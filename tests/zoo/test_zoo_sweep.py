@@ -43,6 +43,23 @@ CASES = [
     for spec in SPECS
     for settings in [{}, *VARIANTS.get(spec.name, [])]
 ]
+OUTSIDE: dict[str, list[dict[str, Any]]] = {
+    "kd": [{"kd_ratio": 0.0}, {"kd_ratio": 1.1}, {"temperature": 0.0}, {"scale_by_t2": "perhaps"}],
+    "seqkd": [{"word_kd_ratio": -0.1}, {"word_kd_ratio": 1.1}],
+    "rkl": [{"temperature": 0.0}, {"temperature": -1.0}],
+    "akl": [{"mu": 0.0}, {"mu": 1.0}, {"boundary": "code"}],
+    "minillm": [
+        {"discount": 0.0}, {"discount": 1.1}, {"reward_scale": 0.0}, {"reward_clip": 0.0}, {"clip_epsilon": 0.0},
+        {"clip_epsilon": 1.0}, {"single_step_weight": -1.0},
+    ],
+    "dpkd": [{"beta": 0.0}, {"aggregation": "total"}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5}],
+    "dpkd-token": [
+        {"beta": 0.0}, {"form": "cpo"}, {"dpop_weight": -1.0}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5},
+    ],
+    "dpkd-ipo": [{"tau": 0.0}, {"aggregation": "total"}],
+    "dpkd-cpo": [{"beta": 0.0}, {"aggregation": "total"}, {"nll_weight": -1.0}, {"nll_aggregation": "total"}],
+    "dpkd-simpo": [{"beta": 0.0}, {"gamma": -0.1}],
+}  # fmt: skip
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 LOGITS = [case for case in CASES if case.values[0].family is not Family.PAIR]
 each_case = pytest.mark.parametrize(("spec", "settings"), CASES)
@@ -124,6 +141,32 @@ def test_config_is_closed_frozen_and_goes_through_json(spec: LossSpec) -> None:
         if isinstance(getattr(config, name), float):
             with pytest.raises(ValidationError):
                 spec.config(**{name: math.nan})
+
+
+@each_case
+def test_other_settings_go_through_json_too(spec: LossSpec, settings: dict[str, Any]) -> None:
+    config = spec.config(**settings)
+    assert spec.config.model_validate_json(config.model_dump_json()) == config
+    assert (config == spec.config()) == (not settings)
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [pytest.param(s, o, id=f"{s.name}-{next(iter(o.items()))}") for s in SPECS for o in OUTSIDE.get(s.name, [])],
+)
+def test_a_value_outside_its_bounds_is_refused(spec: LossSpec, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        spec.config(**settings)
+    assert [error["loc"] for error in caught.value.errors()] == [tuple(settings)]
+    assert caught.value.errors()[0]["type"] != "extra_forbidden"
+
+
+def test_every_setting_has_a_value_that_is_refused() -> None:
+    names = {(spec.name, name) for spec in SPECS for name in spec.config.model_fields}
+    switches = {(s.name, n) for s in SPECS for n, f in s.config.model_fields.items() if f.annotation is bool}
+    tried = {(loss, name) for loss, many in OUTSIDE.items() for settings in many for name in settings}
+    assert tried <= names
+    assert names - switches <= tried
 
 
 @each_spec
