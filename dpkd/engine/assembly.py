@@ -113,6 +113,7 @@ class _Models:
         student = make_student(settings.student, teacher=teacher, device=device, seed=settings.seed)
         if settings.student.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
+            student.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
         check_head(student)
         self.vocabulary = student.get_output_embeddings().weight.shape[0]
         self.teacher = None

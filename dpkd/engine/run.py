@@ -131,6 +131,8 @@ def _run(
         samples.record if samples is not None else lambda step, writers: None,
     )  # fmt: skip
     try:
+        # The teacher's responses go into the store one by one: an interrupt here may be at once.
+        assembly.writers.prepare_teacher()
         with stop_on_signal() as stop:
             done = trainer.run(start, stop)
             trainer.save(done)

@@ -48,7 +48,6 @@ class Trainer:
     def run(self, start: int, stop: StopRequest) -> int:
         """Train from a step to the end, or to a stop request; returns the number of steps done."""
         steps = self.writers.schedule.steps
-        self.writers.prepare_teacher()
         sums, clock, tokens = Sums(), time.monotonic(), 0
         done = start
         with self.display.bar("training", steps, start):

@@ -90,6 +90,8 @@ class Writers:
             self.student_responses.clear()
         if Text.STUDENT not in self.writers(step):
             return
+        if all(i in self.student_responses for i in self.schedule.window(step)):
+            return
         todo = [i for i in self._student_examples(step) if i not in self.student_responses]
         if todo:
             written = self._student(todo, self.schedule.period(step))
