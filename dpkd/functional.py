@@ -67,7 +67,8 @@ def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     p_NV = log_p_NV.exp()
     # -inf minus -inf is NaN, but a difference has a constant derivative: masking its value is enough.
     gap_NV = (log_p_NV - log_q_NV).masked_fill(p_NV == 0, 0.0)
-    return torch.linalg.vecdot(p_NV, gap_NV)
+    value_N: Tensor = torch.linalg.vecdot(p_NV, gap_NV)
+    return value_N
 
 
 def entropy(log_p_NV: Tensor) -> Tensor:
