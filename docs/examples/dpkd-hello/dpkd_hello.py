@@ -4,6 +4,8 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, Source, TokenLoss, Trai
 
 
 class HelloConfig(LossConfig):
+    """How a gap counts."""
+
     power: float = setting(1.0, description="exponent of the gap", source="made up for this example", ge=1, le=2)
 
 
