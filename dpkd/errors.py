@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["DpkdError", "SettingsError"]
+__all__ = ["DpkdError", "SettingsError", "Stopped"]
 
 
 class DpkdError(Exception):
@@ -21,3 +21,11 @@ class SettingsError(DpkdError):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class Stopped(DpkdError):
+    """A run that was asked to stop before its end; what it did is kept. The exit code is that of the signal."""
+
+    def __init__(self, text: str, signal_number: int) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from dpkd.errors import DpkdError
@@ -45,18 +47,11 @@ class RunFolder:
         return self.path / "README.md"
 
     @classmethod
-    def create(cls, output: str | None, loss: str) -> RunFolder:
-        """A new run folder: the one asked for, or the next free `runs/LOSS-N`.
-
-        Raises DpkdError when the folder holds a run already.
-        """
+    def check_new(cls, output: str | None) -> None:
+        """Raises DpkdError when the folder that is asked for holds something; nothing is made yet."""
         if output is None:
-            number = 1
-            while (Path("runs") / f"{loss}-{number}").exists():
-                number += 1
-            folder = cls(Path("runs") / f"{loss}-{number}")
-        else:
-            folder = cls(Path(output))
+            return
+        folder = cls(Path(output))
         if folder.config.exists():
             raise DpkdError(
                 f"{folder.path} holds a run already. Continue it with `dpkd train --resume {folder.path}`, "
@@ -64,8 +59,29 @@ class RunFolder:
             )
         if folder.path.exists() and not folder.path.is_dir():
             raise DpkdError(f"--output {folder.path} is a file; expected a folder that is new or empty")
-        folder.path.mkdir(parents=True, exist_ok=True)
-        return folder
+        if folder.path.exists() and (names := sorted(entry.name for entry in folder.path.iterdir())):
+            raise DpkdError(
+                f"--output {folder.path} holds {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}; "
+                "expected a folder that is new or empty"
+            )
+
+    @classmethod
+    def create(cls, output: str | None, loss: str) -> RunFolder:
+        """A new run folder: the one asked for, or the next free `runs/LOSS-N`.
+
+        Raises DpkdError when the folder holds something.
+        """
+        cls.check_new(output)
+        if output is not None:
+            Path(output).mkdir(parents=True, exist_ok=True)
+            return cls(Path(output))
+        Path("runs").mkdir(exist_ok=True)
+        for number in count(1):
+            path = Path("runs") / f"{loss}-{number}"
+            with suppress(FileExistsError):  # made by an earlier run, or just now by another one
+                path.mkdir()
+                return cls(path)
+        raise AssertionError("there is always a next number")
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:

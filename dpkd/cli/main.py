@@ -15,7 +15,7 @@ from dpkd.cli.losses import check_loss, describe_loss, list_losses
 from dpkd.cli.sample import sample
 from dpkd.cli.score import score
 from dpkd.cli.train import train
-from dpkd.errors import DpkdError
+from dpkd.errors import DpkdError, Stopped
 
 __all__ = ["app", "main"]
 
@@ -63,7 +63,10 @@ def main() -> None:
     except DpkdError as error:
         if os.environ.get("DPKD_DEBUG"):
             raise
-        _complain(str(error))
+        if isinstance(error, Stopped):
+            typer.echo(str(error), err=True)
+        else:
+            _complain(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

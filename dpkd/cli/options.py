@@ -9,8 +9,21 @@ import typer
 
 if TYPE_CHECKING:
     from dpkd.config.resolve import Resolved
+    from dpkd.data.settings import DataSettings
 
-__all__ = ["Config", "Data", "LossName", "Output", "Seed", "Set", "Student", "Teacher", "resolved"]
+__all__ = [
+    "Config",
+    "Data",
+    "LossName",
+    "Output",
+    "Seed",
+    "Set",
+    "SetData",
+    "Student",
+    "Teacher",
+    "data_settings",
+    "resolved",
+]
 
 LossName = Annotated[str | None, typer.Option("--loss", help="objective, see `dpkd list-losses`", show_default=False)]
 Teacher = Annotated[str | None, typer.Option(help="teacher: hub id or folder", show_default=False)]
@@ -25,9 +38,30 @@ Data = Annotated[
 Output = Annotated[str | None, typer.Option(help="run folder [default: runs/LOSS-N]", show_default=False)]
 Config = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings; repeatable, later wins")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="path=value, e.g. train.lr=1e-4; repeatable")]
+SetData = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="data.NAME=VALUE, e.g. data.on_bad_row=skip, data.template=chat; repeatable"),
+]
 Seed = Annotated[
     int | None, typer.Option(help="seed of order, sampling and new weights [default: 10]", show_default=False)
 ]
+
+
+def data_settings(given: dict[str, Any], assignments: list[str] | None) -> DataSettings:
+    """The block `data` alone, from flags and --set data.NAME=VALUE; flags win over what is not given there.
+
+    Raises SettingsError for every mistake.
+    """
+    from dpkd.config.layers import Layer, merge, set_layer
+    from dpkd.config.problems import checked
+    from dpkd.data.settings import DataSettings
+    from dpkd.errors import SettingsError
+
+    values = merge([Layer("flags", {"data": given}), *set_layer(assignments or [])]).values
+    others = [f"--set {block}: only settings of `data` may be set here" for block in values if block != "data"]
+    if others:
+        raise SettingsError(others)
+    return checked(DataSettings, values["data"], "data")
 
 
 def resolved(

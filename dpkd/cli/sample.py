@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dpkd.cli.options import SetData, data_settings
+
 __all__ = ["sample"]
 
 
@@ -14,7 +16,7 @@ def sample(
     model: Annotated[str, typer.Option(help="who writes: hub id, model folder or run folder")],
     output: Annotated[Path, typer.Option(help="JSONL file to write; an interrupted call is continued")],
     data: Annotated[str, typer.Option(help="prompts: a file or hub id")] = "databricks/databricks-dolly-15k",
-    template: Annotated[str, typer.Option(help="auto, alpaca, chat or none")] = "auto",
+    set_: SetData = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy", min=0.0)] = 1.0,
     top_p: Annotated[float, typer.Option(help="nucleus", min=0.0, max=1.0)] = 1.0,
     top_k: Annotated[int, typer.Option(help="0: all tokens", min=0)] = 0,
@@ -29,12 +31,11 @@ def sample(
 
     from dpkd.cli.progress import shown
     from dpkd.config.problems import checked
-    from dpkd.data.settings import DataSettings
     from dpkd.evaluation.subject import model_of
     from dpkd.text.settings import SamplingSettings
     from dpkd.text.write_file import sample_to_file
 
-    prompts = checked(DataSettings, {"path": data, "template": template, "limit": limit}, "data")
+    prompts = data_settings({"path": data, "limit": limit}, set_)
     sampling = checked(
         SamplingSettings,
         {
@@ -51,9 +52,12 @@ def sample(
             model_of(model), prompts, sampling, output=output, seed=seed, samples_per_prompt=samples,
             progress=lambda done, of: progress("responses", done, of),
         )  # fmt: skip
+    for note in report.notes:
+        typer.echo(note)
     found = f", {report.found} were there" if report.found else ""
     typer.echo(
         f"{output}: {report.written} responses written{found}; "
         f"{report.truncated} ran into the limit, {report.empty} empty"
     )
-    typer.echo(f"train on it: dpkd train --loss sft --data {output} --student ...")
+    skip = " --set data.on_bad_row=skip" if report.empty else ""
+    typer.echo(f"train on it: dpkd train --loss sft --data {output} --student ...{skip}")

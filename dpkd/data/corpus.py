@@ -13,13 +13,13 @@ from dpkd.data.encoding import encode, require_eos
 from dpkd.data.rows import BadRow, RawRow, text_rows
 from dpkd.data.settings import CorpusSettings
 from dpkd.data.shapes import check_text
-from dpkd.data.sources import Place, open_source
+from dpkd.data.sources import Place, Source, open_source
 from dpkd.errors import DpkdError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Corpus", "read_corpus"]
+__all__ = ["Corpus", "check_corpus", "read_corpus"]
 
 SETTING = "terms.pretrain.corpus"
 DOCUMENTS_AT_ONCE = 1000
@@ -52,14 +52,25 @@ class Corpus(Sequence[tuple[int, ...]]):
         return f"{self.source}: {self.documents:,} documents, {len(self):,} blocks of {self._size:,} tokens"
 
 
+def check_corpus(settings: CorpusSettings) -> None:
+    """Read the first documents of a corpus. Raises DpkdError when it cannot be found or understood."""
+    first = min(settings.limit or DOCUMENTS_AT_ONCE, DOCUMENTS_AT_ONCE)
+    for _ in _documents(islice(_rows(settings).rows, first), settings):
+        pass
+
+
+def _rows(settings: CorpusSettings) -> Source:
+    place = Place(settings.path, settings.split, f"{SETTING}.path")
+    return open_source(place, {".txt": partial(text_rows, column=settings.column)})
+
+
 def read_corpus(settings: CorpusSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Read, encode and cut a corpus; blocks start anywhere in a document, and no BOS is added.
 
     Raises DpkdError for text that cannot be found or read, and when it does not fill one block.
     """
     eos_id = require_eos(tokenizer)
-    place = Place(settings.path, settings.split, f"{SETTING}.path")
-    source = open_source(place, {".txt": partial(text_rows, column=settings.column)})
+    source = _rows(settings)
     documents = _documents(islice(source.rows, settings.limit), settings)
     ids: array[int] = array("i")
     count = 0

@@ -13,7 +13,7 @@ from dpkd.errors import DpkdError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode", "encode_continuations", "prompt_prefix", "require_eos"]
+__all__ = ["continuation", "encode", "encode_continuations", "prompt_prefix", "require_eos"]
 
 # Encoded before a response and taken off again. The empty one is tried first: most tokenizers need none.
 ANCHORS = ("", "\n", ":", "x")
@@ -80,6 +80,23 @@ def _continues(tokenizer: PreTrainedTokenizerBase, anchor: str) -> bool:
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def continuation(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int], *, special: bool = False
+) -> str:
+    """The text of ids that continue others, with the space that it begins with: SentencePiece drops it at a start.
+
+    `special`: EOS and the like are spelled out.
+    """
+
+    def decode(some: Sequence[int]) -> str:
+        text = tokenizer.decode(list(some), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    start, whole = decode(before), decode([*before, *ids])
+    # A character that is cut between the two has no text of its own yet: the plain text is the best there is.
+    return whole[len(start) :] if whole.startswith(start) else decode(ids)
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -14,10 +14,12 @@ __all__ = ["READERS", "BadRow", "RawRow", "Rows", "file_rows", "text_rows"]
 
 BOM = b"\xef\xbb\xbf"
 LONGEST_CSV_CELL = 2**31 - 1
+LINE_FEED = "\n"
 
 
 class RawRow(NamedTuple):
-    """A row as it stands in the file; the id is `FILE:NUMBER`, counted from 1."""
+    """A row as it stands in the file; the id is `FILE:NUMBER`, counted from 1: the line on which the row begins, or
+    the number of the row in a file that is not read by lines."""
 
     id: str
     value: dict[str, Any]
@@ -106,8 +108,10 @@ def _csv_rows(path: Path, name: str) -> Rows:
     limit = csv.field_size_limit(LONGEST_CSV_CELL)
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), 1):
-                where = f"{name}:{number}"
+            reader = csv.DictReader(file)
+            for row in reader:
+                cells = [str(cell) for cell in row.values()]
+                where = f"{name}:{reader.line_num - sum(cell.count(LINE_FEED) for cell in cells)}"
                 if None in row:
                     yield BadRow(where, "too many cells", f"the header has {len(row) - 1} columns")
                 else:

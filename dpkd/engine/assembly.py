@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,12 @@ from dpkd.data.tokenise import TokenisedData
 from dpkd.engine.auxiliary import LanguageModelling, LanguageModellingConfig
 from dpkd.engine.distiller import Distiller
 from dpkd.engine.optimiser import make_optimiser
-from dpkd.engine.preparation import load_data, number_of_steps, teacher_writes
+from dpkd.engine.preparation import Prepared, prepare, teacher_writes
 from dpkd.engine.progress import Display
 from dpkd.engine.step import Stepper
 from dpkd.engine.streams import LM_READS, Corpus, StreamBuilder
 from dpkd.models.head import check_head
-from dpkd.models.loading import load_model, load_tokenizer
+from dpkd.models.loading import load_model
 from dpkd.models.tokenizers import shared_vocabulary, tokenizer_fingerprint
 from dpkd.students.initialise import make_student
 from dpkd.students.lora import add_lora
@@ -58,10 +58,10 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     Raises DpkdError when models, tokenizers or data do not fit together.
     """
     settings = resolved.settings
-    tokenizer = load_tokenizer(_tokenizer_source(settings))
-    data, fingerprint = load_data(settings, tokenizer, display)
-    models = _Models(resolved, accelerator, tokenizer, display)
-    steps = number_of_steps(settings, len(data.prompts))
+    prepared = prepare(resolved, display)
+    tokenizer, data, steps = prepared.tokenizer, prepared.data, prepared.steps
+    corpus = _corpus(settings, tokenizer, steps, display)
+    models = _Models(resolved, accelerator, prepared, display)
     lengths = [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts]
     schedule = Schedule(
         lengths, batch_size=settings.train.batch_size, steps=steps, seed=settings.seed,
@@ -78,26 +78,27 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         accelerator, distiller, optimiser, models.teacher, tokenizer.pad_token_id,
         settings.train.micro_batch_size, settings.train.clip,
     )  # fmt: skip
-    writers = _writers(resolved, models, data, schedule, tokenizer, accelerator, display, losses["main"])
+    writers = _writers(resolved, models, prepared, schedule, accelerator, display, losses["main"])
     builder = StreamBuilder(
         resolved.loss.family, resolved.loss.signals(resolved.loss_config), settings.terms,
         losses["pretrain"].reads() if "pretrain" in losses else LM_READS, data.prompts,
-        _corpus(settings, tokenizer, steps),
+        corpus,
     )  # fmt: skip
     facts = {
         "steps": steps,
-        "data": {"path": settings.data.path, "fingerprint": fingerprint, **asdict(data.report)},
+        "data": prepared.data_facts,
+        "corpus": None if corpus is None else _corpus_facts(corpus),
+        "models": {
+            who: model_fingerprint(model.model, model.revision)
+            for who, model in (("student", settings.student), ("teacher", settings.teacher))
+            if model.model is not None
+        },
         "vocabulary": models.vocabulary,
         "parameters": {"student": _count(models.student), "trained": _count(models.student, trained=True)},
     }
     if models.teacher is not None:
         facts["parameters"]["teacher"] = _count(models.teacher.model)
     return Assembly(tokenizer, data, models.teacher, stepper, writers, builder, facts)
-
-
-def _tokenizer_source(settings: RunSettings) -> Any:
-    """Whose tokenizer the run uses: the student's own, or the teacher's where the student is made of it."""
-    return settings.student if settings.student.model is not None else settings.teacher
 
 
 def _count(model: nn.Module, *, trained: bool = False) -> int:
@@ -107,7 +108,7 @@ def _count(model: nn.Module, *, trained: bool = False) -> int:
 class _Models:
     """Student, teacher (where one is named) and their shared vocabulary."""
 
-    def __init__(self, resolved: Resolved, accelerator: Accelerator, tokenizer: Any, display: Display) -> None:
+    def __init__(self, resolved: Resolved, accelerator: Accelerator, prepared: Prepared, display: Display) -> None:
         settings, device = resolved.settings, accelerator.device
         teacher = _load_teacher(settings, device) if settings.teacher.model is not None else None
         student = make_student(settings.student, teacher=teacher, device=device, seed=settings.seed)
@@ -119,7 +120,7 @@ class _Models:
         self.teacher = None
         if teacher is not None:
             shared = shared_vocabulary(
-                tokenizer, load_tokenizer(settings.teacher), self.vocabulary,
+                prepared.tokenizer, prepared.teacher_tokenizer, self.vocabulary,
                 teacher.get_output_embeddings().weight.shape[0],
             )  # fmt: skip
             self.vocabulary = shared.size
@@ -147,15 +148,15 @@ def _losses(resolved: Resolved) -> dict[str, Any]:
 
 
 def _writers(
-    resolved: Resolved, models: _Models, data: TokenisedData, schedule: Schedule, tokenizer: Any,
+    resolved: Resolved, models: _Models, prepared: Prepared, schedule: Schedule,
     accelerator: Accelerator, display: Display, loss: Any,
 ) -> Writers:  # fmt: skip
-    settings = resolved.settings
+    settings, tokenizer, data = resolved.settings, prepared.tokenizer, prepared.data
     eos_ids = frozenset({tokenizer.eos_token_id})
     crew = _crew(accelerator)
     common: Mapping[str, Any] = {
         "prompts": data.prompts, "eos_ids": eos_ids, "pad_id": tokenizer.pad_token_id,
-        "vocabulary": models.vocabulary, "seed": settings.seed, "crew": crew,
+        "vocabulary": models.vocabulary, "seed": settings.seed, "crew": crew, "context": prepared.context,
     }  # fmt: skip
     student = StudentPen(
         models.student, settings=settings.text, teacher=models.teacher,
@@ -201,10 +202,20 @@ def _crew(accelerator: Accelerator) -> Crew:
     return Crew(accelerator.process_index, accelerator.num_processes, gather)
 
 
-def _corpus(settings: RunSettings, tokenizer: Any, steps: int) -> Corpus | None:
+def _corpus(settings: RunSettings, tokenizer: Any, steps: int, display: Display) -> Corpus | None:
     pretrain = settings.terms.pretrain
     if pretrain.weight == 0 or pretrain.corpus is None:
         return None
     blocks = read_corpus(pretrain.corpus, tokenizer)
+    display.say(blocks.sentence())
     size = pretrain.batch_size or settings.train.batch_size
     return Corpus(blocks, Schedule([len(b) for b in blocks], batch_size=size, steps=steps, seed=settings.seed))
+
+
+def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
+    """What run.json says of the plain text."""
+    blocks = corpus.blocks
+    return {
+        "path": blocks.source, "fingerprint": blocks.fingerprint, "documents": blocks.documents, "blocks": len(blocks),
+        "left_over_tokens": blocks.left_over,
+    }  # fmt: skip

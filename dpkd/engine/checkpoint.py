@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dpkd.errors import DpkdError
 from dpkd.text.responses import Response
 
-__all__ = ["Checkpoint", "latest", "load", "prune", "save"]
+__all__ = ["Checkpoint", "Restored", "latest", "load", "prune", "save"]
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -30,6 +30,13 @@ class Checkpoint:
 
     path: Path
     step: int
+
+
+class Restored(NamedTuple):
+    """What the loop needs beside the weights: the student's responses, and what was measured but not yet logged."""
+
+    responses: dict[int, Response]
+    window: dict[str, Any]
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -83,6 +90,7 @@ def save(
     module: nn.Module,
     optimiser: torch.optim.Optimizer,
     responses: Mapping[int, Response],
+    window: Mapping[str, Any],
     random_states: list[dict[str, Tensor]],
     is_main: bool,
 ) -> Checkpoint:
@@ -103,7 +111,8 @@ def save(
     with (temporary / "responses.jsonl").open("w", encoding="utf-8") as file:
         for index, response in responses.items():
             file.write(json.dumps({"example": index, **response.as_dict()}) + "\n")
-    (temporary / "state.json").write_text(json.dumps({"step": step, "processes": len(random_states), "format": 1}))
+    facts = {"step": step, "processes": len(random_states), "window": window, "format": 2}
+    (temporary / "state.json").write_text(json.dumps(facts))
     for path in temporary.iterdir():
         _sync(path)
     _sync(temporary)
@@ -134,8 +143,8 @@ def prune(folder: Path, keep: int) -> None:
 def load(
     checkpoint: Checkpoint, *, module: nn.Module, optimiser: torch.optim.Optimizer, rank: int, processes: int,
     device: torch.device,
-) -> dict[int, Response]:  # fmt: skip
-    """Put a checkpoint into module, optimiser and random numbers; returns the responses of the current period.
+) -> Restored:  # fmt: skip
+    """Put a checkpoint into module, optimiser and random numbers; returns what else the loop needs.
 
     Raises DpkdError when it does not fit: another model, or another number of processes.
     """
@@ -167,7 +176,8 @@ def load(
         if device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], device)
     rows = [json.loads(line) for line in lines]
-    return {row.pop("example"): Response.from_dict(row) for row in rows}
+    responses = {row.pop("example"): Response.from_dict(row) for row in rows}
+    return Restored(responses, state.get("window", {}))
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:

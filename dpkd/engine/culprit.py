@@ -50,4 +50,4 @@ def explain_gradient(distiller: Distiller) -> NotFinite:
     return NotFinite(f"the norm of the gradient is not finite. {_ADVICE}")
 
 
-_ADVICE = "Try a lower train.lr, a lower train.clip, or train.precision fp32; the last checkpoint is kept."
+_ADVICE = "Try a lower train.lr, a clipped gradient (train.clip=1, or less), or train.precision=fp32."

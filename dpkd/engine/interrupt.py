@@ -17,12 +17,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.signal_number = int(signal.SIGINT)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.asked:
             sys.stderr.write("stopping after this step, with a checkpoint; once more stops at once\n")
+            self.signal_number = number
         self.asked = True
 
 

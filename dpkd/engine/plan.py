@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +11,18 @@ from rich.table import Table
 from dpkd.api import Family, TeacherAccess, Text
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
+from dpkd.data.encoding import continuation
 from dpkd.data.order import Schedule
 from dpkd.data.tokenise import Prompt, TokenisedData
-from dpkd.engine.preparation import load_data, number_of_steps
+from dpkd.engine.preparation import prepare
 from dpkd.engine.progress import Display
 from dpkd.models.chunked import chunk_rows
-from dpkd.models.loading import config_of, count_parameters, load_tokenizer
-from dpkd.students.initialise import student_config
+from dpkd.models.loading import count_parameters
+from dpkd.run_folder import RunFolder
 
 __all__ = ["Plan", "dry_run", "make_plan", "memory_estimate"]
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ def dry_run(resolved: Resolved, *, console: Console | None = None) -> Plan:
 
 
 def make_plan(resolved: Resolved, display: Display) -> Plan:
-    """Work the plan out. Raises DpkdError for what a run would stumble over early: data, tokenizer, models' names."""
+    """Work the plan out. Raises DpkdError for all that a run would stumble over before its first step."""
     settings = resolved.settings
-    source = settings.student if settings.student.model is not None else settings.teacher
-    tokenizer = load_tokenizer(source)
-    data, fingerprint = load_data(settings, tokenizer, display)
-    teacher_config = config_of(settings.teacher) if settings.teacher.model else None
-    student_conf = student_config(settings.student, teacher_config)
-    student_size = count_parameters(student_conf)
-    steps = number_of_steps(settings, len(data.prompts))
-    teacher_size = count_parameters(teacher_config) if teacher_config is not None else 0
+    RunFolder.check_new(settings.output)
+    prepared = prepare(resolved, display)
+    data, tokenizer = prepared.data, prepared.tokenizer
+    student_size = count_parameters(prepared.student_config)
+    teacher_size = count_parameters(prepared.teacher_config) if prepared.teacher_config is not None else 0
+    memory = memory_rows(
+        resolved, prepared.student_config, student_size, prepared.teacher_config, teacher_size, prepared.data
+    )
     sections = {
         "loss": _loss_rows(resolved),
         "models": _model_rows(settings, student_size, teacher_size),
-        "text": _text_rows(resolved, data, steps),
-        "training": _training_rows(settings, data, steps, fingerprint),
-        "memory (estimate)": memory_rows(resolved, student_conf, student_size, teacher_config, teacher_size, data),
+        "text": _text_rows(resolved, data, prepared.steps),
+        "training": _training_rows(settings, data, prepared.steps, prepared.data_facts["fingerprint"]),
+        "memory (estimate)": memory,
     }
-    return Plan(sections, _rendered(data.prompts[0], tokenizer.decode))
+    return Plan(sections, _rendered(data.prompts[0], tokenizer))
 
 
 def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
@@ -176,9 +176,13 @@ def memory_estimate(
 def memory_rows(*args: Any) -> list[tuple[str, str]]:
     """The estimate as rows, with its sum."""
     parts = {name: size for name, size in memory_estimate(*args).items() if size}
-    return [(name, f"{size / GIB:.2f} GiB") for name, size in [*parts.items(), ("sum", sum(parts.values()))]]
+    return [(name, _size(size)) for name, size in [*parts.items(), ("sum", sum(parts.values()))]]
 
 
-def _rendered(prompt: Prompt, decode: Callable[[Any], str]) -> str:
-    response = decode(prompt.response_ids)
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:,.0f} MiB"
+
+
+def _rendered(prompt: Prompt, tokenizer: Any) -> str:
+    response = continuation(tokenizer, prompt.prompt_ids, prompt.response_ids, special=True)
     return f"{prompt.text}⟦{response}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"

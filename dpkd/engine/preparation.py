@@ -1,27 +1,100 @@
-"""What can be known about a run before any weight is loaded: data, number of steps, who writes."""
+"""What can be known about a run before any weight is loaded, and whatever it would stumble over later."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpkd.api import Family, Text
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
+from dpkd.data.corpus import check_corpus
 from dpkd.data.examples import read_examples
 from dpkd.data.tokenise import TokenisedData, tokenise
 from dpkd.engine.progress import Display
+from dpkd.engine.trackers import check_trackers
+from dpkd.errors import DpkdError
+from dpkd.models.loading import config_of, context_length, load_tokenizer
+from dpkd.models.tokenizers import shared_vocabulary
+from dpkd.students.initialise import student_config
 
-__all__ = ["load_data", "number_of_steps", "teacher_writes"]
+__all__ = ["Prepared", "number_of_steps", "prepare", "teacher_writes"]
 
 
-def load_data(settings: RunSettings, tokenizer: Any, display: Display) -> tuple[TokenisedData, str]:
-    """Read and tokenise the training data; says what was kept and dropped. Returns it with its fingerprint."""
+@dataclass(frozen=True)
+class Prepared:
+    """Data, tokenizers and configurations of a run; `context` is the longest sequence that both models read."""
+
+    tokenizer: Any
+    teacher_tokenizer: Any | None
+    data: TokenisedData
+    data_facts: dict[str, Any]
+    student_config: Any
+    teacher_config: Any | None
+    context: int | None
+    steps: int
+
+
+def prepare(resolved: Resolved, display: Display) -> Prepared:
+    """Read and tokenise the data and look at the configurations; says what was kept, skipped and cut.
+
+    Raises DpkdError for whatever would stop the run later: missing packages, layers that the teacher does not have,
+    different tokenizers, text that is longer than a model reads, a corpus that cannot be read.
+    """
+    settings = resolved.settings
+    check_trackers(settings.train.trackers)
+    teacher_config = config_of(settings.teacher) if settings.teacher.model else None
+    own_config = student_config(settings.student, teacher_config)
+    tokenizer = load_tokenizer(settings.student if settings.student.model is not None else settings.teacher)
+    teacher_tokenizer = load_tokenizer(settings.teacher) if settings.teacher.model else None
+    if teacher_tokenizer is not None and teacher_config is not None:
+        sizes = [config.get_text_config().vocab_size for config in (own_config, teacher_config)]
+        shared_vocabulary(tokenizer, teacher_tokenizer, *sizes)
     examples = read_examples(settings.data)
     data = tokenise(examples.examples, tokenizer, settings.data)
-    for line in data.report.lines():
+    for line in [*examples.lines()[1:], *data.report.lines()]:
         display.say(line)
-    return data, examples.fingerprint
+    context = _check_lengths(settings, data, {"student": own_config, "teacher": teacher_config})
+    if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.corpus is not None:
+        check_corpus(settings.terms.pretrain.corpus)
+    steps = number_of_steps(settings, len(data.prompts))
+    if settings.train.warmup_steps >= steps:
+        display.say(
+            f"train.warmup_steps is {settings.train.warmup_steps:,}, but there are only {steps:,} steps: "
+            "the learning rate will not reach its peak"
+        )
+    facts = {
+        "path": settings.data.path, "fingerprint": examples.fingerprint,
+        "skipped": examples.skipped_by_reason(), **asdict(data.report),
+    }  # fmt: skip
+    return Prepared(tokenizer, teacher_tokenizer, data, facts, own_config, teacher_config, context, steps)
+
+
+def _check_lengths(settings: RunSettings, data: TokenisedData, configs: dict[str, Any]) -> int | None:
+    """The longest sequence that all models read, None where none says. Raises DpkdError when text is longer."""
+    known = {who: context_length(config) for who, config in configs.items() if config is not None}
+    limits = {who: length for who, length in known.items() if length is not None}
+    if not limits:
+        return None
+    who = min(limits, key=lambda name: limits[name])
+    limit = limits[who]
+    corpus = settings.terms.pretrain.corpus if settings.terms.pretrain.weight > 0 else None
+    problems = []
+    if data.report.longest > limit:
+        prompts = f" --set data.max_prompt_tokens={limit // 2}" if settings.data.max_prompt_tokens >= limit else ""
+        problems.append(
+            f"data: the longest sequence has {data.report.longest:,} tokens, but the {who} reads at most {limit:,}. "
+            f"Cut responses there: --set data.max_tokens={limit}{prompts}"
+        )
+    if corpus is not None and corpus.max_tokens > limit:
+        problems.append(
+            f"terms.pretrain.corpus.max_tokens: is {corpus.max_tokens:,}, but the {who} reads at most {limit:,}. "
+            f"Set it to {limit} or less."
+        )
+    if problems:
+        raise DpkdError("\n".join(problems))
+    return limit
 
 
 def number_of_steps(settings: RunSettings, examples: int) -> int:

@@ -19,7 +19,7 @@ from rich.progress import (
 
 __all__ = ["Display"]
 
-# What of the metrics is shown beside the bar, with its short name.
+# What of the metrics is said at each logged step, with its short name.
 _SHOWN = {
     "loss/total": "loss",
     "kl/forward": "fKL",
@@ -41,12 +41,14 @@ class Display:
         self.console = console
         self._visible = is_main
         self._progress: Progress | None = None
+        self._side: Progress | None = None
+        self._title = ""
         self._last = time.monotonic()
 
     def say(self, text: str) -> None:
         """One line, above the bar if there is one."""
         if self._visible:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False)
 
     @contextmanager
     def bar(self, title: str, total: int, start: int = 0) -> Iterator[Display]:
@@ -55,32 +57,50 @@ class Display:
             self.say(f"{title}: {total - start} to do")
             yield self
             return
-        columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("<"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        )  # fmt: skip
-        with Progress(*columns, console=self.console, transient=False) as self._progress:
-            self._task = self._progress.add_task(title, total=total, completed=start, note="")
+        self._title = title
+        with self._bars() as self._progress:
+            self._task = self._progress.add_task(title, total=total, completed=start, speed="")
             try:
                 yield self
             finally:
                 self._progress.refresh()
-        self._progress = None
+                self._progress = None
+
+    def _bars(self) -> Progress:
+        """Whole at 70 columns: what is measured goes into lines of its own, which stay to be read."""
+        return Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(compact=True), TextColumn("{task.fields[speed]}"),
+            console=self.console,
+        )  # fmt: skip
 
     def at(self, done: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Move the bar; with metrics also say them."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done)
-            if metrics is not None:
-                self._progress.update(self._task, note=_summary(metrics))
-        elif metrics is not None:
+        if metrics is not None:
             self.say(f"step {done}  {_summary(metrics)}")
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, description=self._title)
+            if metrics is not None and "tokens_per_second" in metrics:
+                self._progress.update(self._task, speed=f"{metrics['tokens_per_second']:,.0f} tok/s")
 
     def pulse(self, done: int, total: int) -> None:
-        """A word every ten seconds of a long side task (sampling, say) under a bar that stands."""
-        now = time.monotonic()
+        """Where the writing of responses is: in place of the bar's title, or in a bar of its own."""
         if self._progress is not None:
-            self._progress.update(self._task, note=f"writing responses {done}/{total}")
-        elif now - self._last > 10:
+            self._progress.update(self._task, description=f"writing {done}/{total}")
+        elif self._visible and self.console.is_terminal:
+            if self._side is None:
+                self._side = self._bars()
+                self._side.start()
+                self._task = self._side.add_task("writing responses", total=total, speed="")
+            self._side.update(self._task, completed=done, total=total)
+            if done >= total:
+                self.close()
+        elif (now := time.monotonic()) - self._last > 10:
             self._last = now
             self.say(f"  writing responses: {done}/{total}")
+
+    def close(self) -> None:
+        """Leave the console as it was, whatever was under way."""
+        if self._side is not None:
+            self._side.stop()
+            self._side = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ from dpkd.engine.progress import Display
 from dpkd.engine.samples import SampleLog
 from dpkd.engine.trackers import Trackers
 from dpkd.engine.train import Trainer
-from dpkd.errors import DpkdError
+from dpkd.errors import DpkdError, Stopped
 from dpkd.host import load_host
 from dpkd.run_folder import RunFolder
 
@@ -39,35 +41,50 @@ __all__ = ["resume", "resume_folder", "train"]
 def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
     """Run a distillation from the start and return its folder.
 
-    Raises DpkdError for whatever the user can put right; NotFinite when numbers explode.
+    Raises DpkdError for whatever the user can put right, NotFinite when numbers explode, and Stopped when the user
+    stops it before its end.
     """
+    RunFolder.check_new(resolved.settings.output)
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
+    assembly = assemble(resolved, accelerator, display)
     folder = _shared_folder(accelerator, resolved)
     display.say(f"run folder: {folder.path}")
-    assembly = assemble(resolved, accelerator, display)
     if accelerator.is_main_process:
         write_config(resolved, folder.path)
         _write_facts(folder, resolved, assembly)
-    return _run(resolved, folder, assembly, accelerator, display, start=0)
+    return _run(resolved, folder, assembly, accelerator, display)
 
 
 def resume(resolved: Resolved, folder: RunFolder, *, console: Console | None = None) -> RunFolder:
-    """Continue a run from its newest checkpoint, bit for bit; without one, from the start."""
+    """Continue a run from its newest checkpoint, bit for bit; without one, from the start.
+
+    Raises DpkdError when data or models are not those that the run began with.
+    """
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
-    newest = checkpoint.latest(folder.checkpoints)
     assembly = assemble(resolved, accelerator, display)
-    start = 0
-    if newest is not None:
-        optimiser = getattr(assembly.stepper.optimiser, "optimizer", assembly.stepper.optimiser)
-        assembly.writers.student_responses = checkpoint.load(
-            newest, module=assembly.stepper.inner, optimiser=optimiser, rank=accelerator.process_index,
-            processes=accelerator.num_processes, device=accelerator.device,
-        )  # fmt: skip
-        start = newest.step
-    display.say(f"continuing {folder.path} after step {start} of {assembly.writers.schedule.steps}")
-    return _run(resolved, folder, assembly, accelerator, display, start=start)
+    _check_same(folder, assembly)
+    return _run(resolved, folder, assembly, accelerator, display, checkpoint.latest(folder.checkpoints))
+
+
+def _check_same(folder: RunFolder, assembly: Assembly) -> None:
+    """Compare what lies outside the run folder with what run.json says of the run's beginning."""
+    if not folder.facts.is_file():
+        return
+    before, now = json.loads(folder.facts.read_text(encoding="utf-8")), assembly.facts
+    compared: dict[str, Callable[[Any], Any]] = {
+        "the data (data.path)": lambda facts: facts["data"]["fingerprint"],
+        "the plain text (terms.pretrain.corpus)": lambda facts: (facts.get("corpus") or {}).get("fingerprint"),
+        "the student (student.model)": lambda facts: facts.get("models", {}).get("student"),
+        "the teacher (teacher.model)": lambda facts: facts.get("models", {}).get("teacher"),
+    }
+    changed = [what for what, of in compared.items() if of(before) != of(now)]
+    if changed:
+        raise DpkdError(
+            f"{folder.path} cannot be continued: since it began, {' and '.join(changed)} changed. "
+            "Put the old ones back, or start a new run."
+        )
 
 
 def resume_folder(path: Path, *, console: Console | None = None) -> RunFolder:
@@ -109,30 +126,28 @@ def _shared_folder(accelerator: Accelerator, resolved: Resolved) -> RunFolder:
 
 
 def _run(
-    resolved: Resolved,
-    folder: RunFolder,
-    assembly: Assembly,
-    accelerator: Accelerator,
-    display: Display,
-    *,
-    start: int,
-) -> RunFolder:
-    is_main = accelerator.is_main_process
-    settings = resolved.settings.train
-    log = MetricsLog(folder.metrics) if is_main else None
-    samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts) if is_main else None
-    if log is not None:
-        log.truncate_after(start)
-    if samples is not None:
-        samples.truncate_after(start)
-    trackers = Trackers(settings.trackers, folder.path, folder.path.name, resolved.as_dict()) if is_main else None
-    trainer = Trainer(
-        accelerator, assembly.stepper, assembly.writers, assembly.builder, settings, folder, log, trackers, display,
-        samples.record if samples is not None else lambda step, writers: None,
-    )  # fmt: skip
+    resolved: Resolved, folder: RunFolder, assembly: Assembly, accelerator: Accelerator, display: Display,
+    newest: checkpoint.Checkpoint | None = None,
+) -> RunFolder:  # fmt: skip
+    trainer = _trainer(resolved, folder, assembly, accelerator, display)
+    start = 0
+    if newest is not None:
+        start = newest.step
+        optimiser = getattr(assembly.stepper.optimiser, "optimizer", assembly.stepper.optimiser)
+        trainer.restore(
+            checkpoint.load(
+                newest, module=assembly.stepper.inner, optimiser=optimiser, rank=accelerator.process_index,
+                processes=accelerator.num_processes, device=accelerator.device,
+            )
+        )  # fmt: skip
+        display.say(f"continuing {folder.path} after step {start} of {assembly.writers.schedule.steps}")
+    if trainer.log is not None:
+        trainer.log.truncate_after(start)
+    if trainer.samples is not None:
+        trainer.samples.truncate_after(start)
+    again = f"continue with: dpkd train --resume {folder.path}"
     try:
-        # The teacher's responses go into the store one by one: an interrupt here may be at once.
-        assembly.writers.prepare_teacher()
+        _write_teacher_text(assembly, again)
         with stop_on_signal() as stop:
             done = trainer.run(start, stop)
             trainer.save(done)
@@ -141,16 +156,40 @@ def _run(
         where = f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet (train.save_every)"
         raise NotFinite(f"training stopped: {error}\n{where}") from error
     finally:
-        if trackers is not None:
-            trackers.close()
+        display.close()
+        if trainer.trackers is not None:
+            trainer.trackers.close()
     if done < assembly.writers.schedule.steps:
-        display.say(f"stopped after step {done}; continue with: dpkd train --resume {folder.path}")
-        return folder
+        raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
     accelerator.wait_for_everyone()
-    if is_main:
+    if accelerator.is_main_process:
         finish(resolved, folder, assembly, display)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _write_teacher_text(assembly: Assembly, again: str) -> None:
+    """The teacher's responses go into the store one by one: an interrupt here may be at once."""
+    try:
+        assembly.writers.prepare_teacher()
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped while the teacher wrote; what it wrote is kept; {again}", signal.SIGINT) from None
+
+
+def _trainer(
+    resolved: Resolved, folder: RunFolder, assembly: Assembly, accelerator: Accelerator, display: Display
+) -> Trainer:
+    """The loop with its logs, which the main process alone writes."""
+    settings = resolved.settings.train
+    log = samples = trackers = None
+    if accelerator.is_main_process:
+        log = MetricsLog(folder.metrics)
+        samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts)
+        trackers = Trackers(settings.trackers, folder.path, folder.path.name, resolved.as_dict())
+    return Trainer(
+        accelerator, assembly.stepper, assembly.writers, assembly.builder, settings, folder, log, trackers, samples,
+        display,
+    )  # fmt: skip
 
 
 def _write_facts(folder: RunFolder, resolved: Resolved, assembly: Assembly) -> None:

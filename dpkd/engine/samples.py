@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpkd.data.encoding import continuation
 from dpkd.data.tokenise import Prompt
 from dpkd.text.writers import Writers
 
@@ -25,14 +26,11 @@ class SampleLog:
         """Write up to two examples of the step that was just done (1-based)."""
         with self._path.open("a", encoding="utf-8") as file:
             for index, responses in writers.step(step - 1).responses[:PER_STEP]:
+                prompt = self._prompts[index]
                 texts = [
-                    {
-                        "writer": r.writer.value,
-                        "text": self._tokenizer.decode(r.ids, skip_special_tokens=True),
-                    }
+                    {"writer": r.writer.value, "text": continuation(self._tokenizer, prompt.prompt_ids, r.ids)}
                     for r in responses
                 ]
-                prompt = self._prompts[index]
                 line = {"step": step, "id": prompt.id, "prompt": prompt.text, "responses": texts}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -41,7 +39,7 @@ class SampleLog:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in self._path.read_text(encoding="utf-8").split("\n"):
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dpkd.api import Family, Signal, Text
 from dpkd.config.settings import TermSettings
 from dpkd.data.batches import TokenSequence
+from dpkd.data.corpus import Corpus as Blocks
 from dpkd.data.order import Schedule
 from dpkd.data.tokenise import Prompt
 from dpkd.engine.work import Stream, Term, Unit
@@ -22,7 +23,7 @@ LM_READS = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS})
 class Corpus:
     """Blocks of plain text and the order in which steps use them."""
 
-    blocks: Sequence[tuple[int, ...]]
+    blocks: Blocks
     schedule: Schedule
 
 

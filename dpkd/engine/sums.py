@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class Sums:
     def merge(self, other: Sums) -> None:
         """Add all of another."""
         for name, pair in other._pairs.items():
-            self._pairs[name] = self._pairs[name] + pair if name in self._pairs else pair
+            own = self._pairs.get(name)
+            self._pairs[name] = pair if own is None else own.to(pair.device) + pair
 
     def names(self) -> Iterable[str]:
         return sorted(self._pairs)
@@ -40,6 +41,18 @@ class Sums:
         zero = torch.zeros(2, dtype=torch.float64, device=device)
         pairs = [self._pairs.get(name, zero).to(device) for name in names]
         return torch.stack(pairs) if pairs else zero.new_zeros(0, 2)
+
+    def as_dict(self) -> dict[str, tuple[float, float]]:
+        """Sum and count of each metric, as numbers."""
+        return {name: (float(pair[0]), float(pair[1])) for name, pair in self._pairs.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Sequence[float]]) -> Sums:
+        """The inverse of `as_dict`."""
+        sums = cls()
+        for name, (total, count) in values.items():
+            sums.add(name, total, count)
+        return sums
 
     def averages(self) -> dict[str, float]:
         """Sum / count of each metric; those that nothing was added to are left out."""

@@ -6,6 +6,7 @@ Each is one class with `log` and `close`, imported only when asked for. Only the
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 from dpkd.errors import DpkdError
 
-__all__ = ["TRACKERS", "Tracker", "Trackers"]
+__all__ = ["TRACKERS", "Tracker", "Trackers", "check_trackers"]
 
 _PROJECT = "dpkd"
 
@@ -143,10 +144,21 @@ def _imported(module: str, tracker: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DpkdError(
-            f"train.trackers asks for {tracker}, which cannot be imported ({error}). "
-            f"Install it with `pip install 'dpkd[track]'`, or leave {tracker} out."
-        ) from error
+        raise _missing(tracker, str(error)) from error
+
+
+def _missing(tracker: str, why: str) -> DpkdError:
+    return DpkdError(
+        f"train.trackers asks for {tracker}, which cannot be imported ({why}). "
+        f"Install it with `pip install {tracker}`, or leave {tracker} out."
+    )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises DpkdError for a tracker whose package is not installed; nothing is imported."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise _missing(name, "it is not installed")
 
 
 TRACKERS: Mapping[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {

@@ -5,8 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from dpkd.engine.interrupt import StopRequest
 from dpkd.engine.metrics_log import MetricsLog
 from dpkd.engine.optimiser import learning_rate
 from dpkd.engine.progress import Display
+from dpkd.engine.samples import SampleLog
 from dpkd.engine.step import Stepper
 from dpkd.engine.streams import StreamBuilder
 from dpkd.engine.sums import Sums
@@ -31,6 +31,20 @@ __all__ = ["Trainer"]
 
 
 @dataclass
+class Window:
+    """What was measured since the last logged step."""
+
+    sums: Sums = field(default_factory=Sums)
+    tokens: int = 0
+    seconds: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    def elapsed(self) -> float:
+        """Seconds, those before an interruption included."""
+        return self.seconds + time.monotonic() - self.began
+
+
+@dataclass
 class Trainer:
     """The parts of a run, and its loop."""
 
@@ -42,33 +56,46 @@ class Trainer:
     folder: RunFolder
     log: MetricsLog | None  # on the main process
     trackers: Trackers | None
+    samples: SampleLog | None
     display: Display
-    record: Callable[[int, Writers], None]  # writes a few samples of a logged step
+    window: Window = field(default_factory=Window)
+    _said_equal: bool = False
+
+    def _step(self, step: int, measure: bool) -> None:
+        """One optimiser step: its text, its streams, its update."""
+        self.writers.prepare(step)
+        text = self.writers.step(step)
+        streams = self.builder.streams(step, text, self.writers.schedule.window(step))
+        lr = learning_rate(step, self.writers.schedule.steps, self.settings)
+        self.window.sums.merge(self.stepper(streams, lr=lr, measure=measure))
+        if self.accelerator.is_main_process:  # every process sees the whole text: it is counted once
+            for name, count in text.counts.items():
+                self.window.sums.add(f"text/{name}", count, 1.0)
+        self.window.tokens += sum(
+            len(s.response_ids) for stream in streams for unit in stream.units for s in unit.sequences
+        )
+        if text.responses or self._said_equal or not text.counts["equal_pairs"]:
+            return
+        self._said_equal = True
+        self.display.say(
+            f"step {step + 1}: the two responses of every pair are equal, so the step teaches nothing "
+            "(text/equal_pairs counts them; this is said once)"
+        )
 
     def run(self, start: int, stop: StopRequest) -> int:
         """Train from a step to the end, or to a stop request; returns the number of steps done."""
         steps = self.writers.schedule.steps
-        sums, clock, tokens = Sums(), time.monotonic(), 0
         done = start
         with self.display.bar("training", steps, start):
             for step in range(start, steps):
-                measure = (step + 1) % self.settings.log_every == 0 or step + 1 == steps or step == start
-                self.writers.prepare(step)
-                text = self.writers.step(step)
-                streams = self.builder.streams(step, text, self.writers.schedule.window(step))
-                lr = learning_rate(step, steps, self.settings)
-                sums.merge(self.stepper(streams, lr=lr, measure=measure))
-                for name, count in text.counts.items():
-                    sums.add(f"text/{name}", count, 1.0)
-                tokens += sum(
-                    len(s.response_ids) for stream in streams for unit in stream.units for s in unit.sequences
-                )
+                measure = (step + 1) % self.settings.log_every == 0 or step + 1 == steps or step == 0
+                self._step(step, measure)
                 done = step + 1
                 if measure:
-                    seconds = time.monotonic() - clock
-                    self._log(done, sums, {"lr": lr, "tokens_per_second": tokens / seconds, "seconds": seconds})
-                    self.record(done, self.writers)
-                    sums, clock, tokens = Sums(), time.monotonic(), 0
+                    self._log(done, learning_rate(step, steps, self.settings))
+                    if self.samples is not None:
+                        self.samples.record(done, self.writers)
+                    self.window = Window()
                 self.display.at(done)
                 if self._stops(stop):
                     break
@@ -83,8 +110,10 @@ class Trainer:
         asked = torch.tensor(float(stop.asked), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
 
-    def _log(self, step: int, sums: Sums, facts: dict[str, float]) -> None:
-        metrics = self._reduced(sums)
+    def _log(self, step: int, lr: float) -> None:
+        seconds = self.window.elapsed()
+        facts = {"lr": lr, "tokens_per_second": self.window.tokens / seconds, "seconds": seconds}
+        metrics = self._reduced(self.window.sums).averages()
         weights = {"main": self.builder.terms.main, "lm": self.builder.terms.lm.weight}
         weights["pretrain"] = self.builder.terms.pretrain.weight
         weighted = {f"weighted/{n}": metrics[f"loss/{n}"] * w for n, w in weights.items() if f"loss/{n}" in metrics}
@@ -100,15 +129,24 @@ class Trainer:
             self.trackers.log(step, line)
         self.display.at(step, line)
 
-    def _reduced(self, sums: Sums) -> dict[str, float]:
-        """Averages over all processes: sums and counts are added up once."""
+    def _reduced(self, sums: Sums) -> Sums:
+        """Sums and counts over all processes."""
         if self.accelerator.num_processes == 1:
-            return sums.averages()
+            return sums
         from accelerate.utils import gather_object
 
         names = sorted(set(gather_object(list(sums.names()))))
         packed = self.accelerator.reduce(sums.packed(names, self.accelerator.device), reduction="sum")
-        return {name: total / count for name, (total, count) in zip(names, packed.tolist(), strict=True) if count}
+        return Sums.from_dict(dict(zip(names, packed.tolist(), strict=True)))
+
+    def restore(self, restored: checkpoint.Restored) -> None:
+        """Go on with the student's responses, and with what was measured since the last logged step."""
+        self.writers.student_responses = restored.responses
+        kept = restored.window
+        if kept:
+            # What all processes measured is counted once, by the main one.
+            sums = Sums.from_dict(kept["sums"]) if self.accelerator.is_main_process else Sums()
+            self.window = Window(sums, kept["tokens"], kept["seconds"])
 
     def save(self, step: int) -> None:
         """Write a checkpoint and delete those that are no longer kept."""
@@ -119,9 +157,12 @@ class Trainer:
 
             states = gather_object([state])
         optimiser = getattr(self.stepper.optimiser, "optimizer", self.stepper.optimiser)
+        sums = self._reduced(self.window.sums).as_dict()
+        window = {"sums": sums, "tokens": self.window.tokens, "seconds": self.window.elapsed()}
         checkpoint.save(
             self.folder.checkpoints, step, module=self.stepper.inner, optimiser=optimiser,
-            responses=self.writers.student_responses, random_states=states, is_main=self.accelerator.is_main_process,
+            responses=self.writers.student_responses, window=window, random_states=states,
+            is_main=self.accelerator.is_main_process,
         )  # fmt: skip
         if self.accelerator.is_main_process:
             checkpoint.prune(self.folder.checkpoints, self.settings.keep_checkpoints)

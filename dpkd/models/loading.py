@@ -15,7 +15,16 @@ from dpkd.errors import DpkdError
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
 from dpkd.models.settings import ModelSettings
 
-__all__ = ["DTYPES", "config_of", "count_parameters", "load_model", "load_tokenizer", "new_model", "quiet_transformers"]
+__all__ = [
+    "DTYPES",
+    "config_of",
+    "context_length",
+    "count_parameters",
+    "load_model",
+    "load_tokenizer",
+    "new_model",
+    "quiet_transformers",
+]
 
 # Of the settings; `auto` is left out.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,6 +109,12 @@ def config_of(settings: ModelSettings) -> Any:
 
     with quiet_transformers(), explained(settings, "configuration"):
         return AutoConfig.from_pretrained(**location(settings))
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens a model reads at most, where its configuration says so."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
 
 
 def new_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:

@@ -52,6 +52,7 @@ class StudentPen:
     vocabulary: int
     seed: int
     crew: Crew
+    context: int | None  # the longest sequence that both models read
     teacher: LiveTeacher | None = None
     loss: RolloutLoss[Any] | None = None
     progress: Callable[[int], None] | None = None
@@ -72,6 +73,7 @@ class StudentPen:
             vocabulary=self.vocabulary,
             mix_with=self.teacher.model if mix > 0 and self.teacher is not None else None,
             mix=mix,
+            longest=self.context,
             progress=self.progress,
         )
         if self.loss is None:
@@ -123,6 +125,7 @@ class TeacherPen:
     vocabulary: int
     seed: int
     crew: Crew
+    context: int | None  # the longest sequence that both models read
     store: ResponseStore
     decode: Callable[[Sequence[int]], str]
     progress: Callable[[int, int], None] | None = None
@@ -139,7 +142,10 @@ class TeacherPen:
     def _stored(self, prompt_ids: Sequence[int]) -> Response:
         stored = self.store.get(prompt_ids)
         assert stored is not None  # written just now, if not before
-        return Response(stored.response_ids, Text.TEACHER, stored.truncated)
+        # The store keeps what the teacher wrote; a student that reads less gets less of it.
+        room = None if self.context is None else self.context - len(prompt_ids)
+        ids = stored.response_ids[:room]
+        return Response(ids, Text.TEACHER, stored.truncated or len(ids) < len(stored.response_ids))
 
     def _write(self, indices: list[int]) -> list[int]:
         """Draw responses and put each into the store as it ends: an interrupted run keeps what was written."""

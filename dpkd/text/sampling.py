@@ -34,6 +34,7 @@ def sample(
     mix: float = 0.0,
     progress: Callable[[int], None] | None = None,
     samples_per_prompt: int = 1,
+    longest: int | None = None,
     on_finished: Callable[[int, Sampled], None] | None = None,
 ) -> list[Sampled]:
     """`samples_per_prompt` responses to each prompt, in the order of `prompts`, those to one prompt together.
@@ -41,7 +42,8 @@ def sample(
     `seeds` has one non-negative number per response, in that order. Only ids below `vocabulary` are drawn;
     log-probs are normalised over these. With `mix_with`, each token is drawn from
     `mix · mix_with + (1 - mix) · model`. A response ends at EOS, after `max_new_tokens`, or where prompt and
-    response fill the model. At most `settings.batch_size` responses are written at a time.
+    response fill the model, or have `longest` tokens together. At most `settings.batch_size` responses are
+    written at a time.
 
     `progress` gets the number of responses finished since its last call; `on_finished` each response with its
     place in the result, as soon as it is known.
@@ -52,7 +54,8 @@ def sample(
     if not 0.0 <= mix <= 1.0:
         raise ValueError(f"a mixture weight lies in [0, 1], got {mix}")
     models = [model] if mix_with is None or mix == 0.0 else [model, mix_with]
-    longest = min((length for one in models if (length := longest_sequence(one))), default=None)
+    limits = [longest, *(longest_sequence(one) for one in models)]
+    longest = min((limit for limit in limits if limit), default=None)
     requests = _requests(prompts, seeds, samples_per_prompt, settings, longest)
     flights = Flights([Stream(one, vocabulary) for one in models], settings, eos_ids, pad_id, mix)
     results: dict[int, Sampled] = {}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpkd.models.head import causal_lm
+from dpkd.models.loading import context_length
 
 __all__ = ["Stream", "evaluating", "longest_sequence"]
 
@@ -80,8 +81,7 @@ def _stacked(first: Tensor, second: Tensor) -> Tensor:
 
 def longest_sequence(model: nn.Module) -> int | None:
     """How many tokens a model reads at most, where its configuration says so."""
-    length = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
+    return context_length(causal_lm(model).config)
 
 
 @contextmanager

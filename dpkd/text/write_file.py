@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from dpkd.data.encoding import continuation
 from dpkd.data.examples import Example, read_examples
 from dpkd.data.settings import DataSettings
+from dpkd.data.templates import chat_lead
 from dpkd.data.tokenise import Prompt, tokenise
 from dpkd.errors import DpkdError
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
+from dpkd.text.fingerprint import model_fingerprint
 from dpkd.text.sampling import sample
 from dpkd.text.settings import SamplingSettings
 from dpkd.text.writers import response_seed
@@ -25,12 +28,13 @@ __all__ = ["SampleReport", "sample_to_file"]
 
 @dataclass(frozen=True)
 class SampleReport:
-    """How many responses were written now, and how many were there from an interrupted call."""
+    """How many responses were written now, how many were there from an interrupted call, and which rows have none."""
 
     written: int
     found: int
     truncated: int
     empty: int
+    notes: tuple[str, ...]
 
 
 def sample_to_file(
@@ -46,21 +50,23 @@ def sample_to_file(
     """Append one JSON line per response; a second call goes on where an interrupted one stopped.
 
     A line is the row of the data set with the new response, so that it can be trained on as it is.
-    Raises DpkdError when the file was written with other settings.
+    Raises DpkdError when the file was written with other settings, by another model or for other prompts.
     """
+    examples = read_examples(data, require_response=False)
     facts = {
-        "model": model.model, "revision": model.revision, "sampling": sampling.model_dump(mode="json"),
-        "seed": seed, "template": data.template, "samples_per_prompt": samples_per_prompt,
+        "model": model.model, "weights": model_fingerprint(str(model.model), model.revision),
+        "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}), "seed": seed, "template": data.template,
+        "data": examples.fingerprint, "samples_per_prompt": samples_per_prompt,
     }  # fmt: skip
     found = _found(output, facts)
     tokenizer = load_tokenizer(model)
-    examples = read_examples(data, require_response=False).examples
-    prompts = tokenise(examples, tokenizer, data, require_response=False).prompts
-    todo = [p for p in prompts if (p.id, samples_per_prompt - 1) not in found]
-    by_id = {example.id: example for example in examples}
+    tokenised = tokenise(examples.examples, tokenizer, data, require_response=False)
+    todo = [p for p in tokenised.prompts if (p.id, samples_per_prompt - 1) not in found]
+    by_id = {example.id: example for example in examples.examples}
     lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
+    lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
     counts = {"written": 0, "truncated": 0, "empty": 0}
-    output.parent.mkdir(parents=True, exist_ok=True)
+    _settings_file(output).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     with output.open("a", encoding="utf-8") as file:
         for group in _groups(todo, 4 * sampling.batch_size):
             sampled = sample(
@@ -70,24 +76,29 @@ def sample_to_file(
             )  # fmt: skip
             for number, s in enumerate(sampled):
                 prompt, n = group[number // samples_per_prompt], number % samples_per_prompt
-                text = tokenizer.decode(s.response_ids, skip_special_tokens=True).strip()
+                # The space between prompt and response belongs to the response: no strip.
+                text = continuation(tokenizer, prompt.prompt_ids, s.response_ids)
                 counts["written"] += 1
                 counts["truncated"] += s.truncated
-                counts["empty"] += not text
+                counts["empty"] += not text.strip()
                 if (prompt.id, n) not in found:
-                    row = {**_row(by_id[prompt.id], text), "id": prompt.id, "sample": n}
+                    row = {**_row(by_id[prompt.id], text, lead), "id": prompt.id, "sample": n}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             if progress is not None:
                 progress(counts["written"], len(todo) * samples_per_prompt)
-    return SampleReport(counts["written"], len(found), counts["truncated"], counts["empty"])
+    notes = [*examples.lines()[1:], *(f"dropped {count:,}: {why}" for why, count in tokenised.report.dropped.items())]
+    return SampleReport(counts["written"], len(found), counts["truncated"], counts["empty"], tuple(notes))
 
 
-def _row(example: Example, text: str) -> dict[str, Any]:
-    """The prompt's own fields and the response, in a form that `dpkd train` reads."""
+def _row(example: Example, text: str, lead: str) -> dict[str, Any]:
+    """The prompt's own fields and the response, in a form that `dpkd train` reads.
+
+    `lead` is what a chat template puts before a response: it is put there again when the row is read.
+    """
     if example.messages is not None:
         prompt = [{"role": m.role, "content": m.content} for m in example.messages]
-        return {"messages": [*prompt, {"role": "assistant", "content": text}]}
+        return {"messages": [*prompt, {"role": "assistant", "content": text.removeprefix(lead)}]}
     if example.prompt is not None:
         return {"prompt": example.prompt, "response": text}
     return {"instruction": example.instruction, "input": example.input, "output": text}
@@ -98,21 +109,25 @@ def _groups(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
         yield list(prompts[start : start + size])
 
 
+def _settings_file(output: Path) -> Path:
+    return output.with_name(output.name + ".settings.json")
+
+
 def _found(output: Path, facts: dict[str, Any]) -> set[tuple[str, int]]:
     """What an earlier call wrote; its settings stand beside the file."""
-    settings_file = output.with_name(output.name + ".settings.json")
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
-        settings_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         return set()
-    before = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else None
-    if before != facts:
+    settings_file = _settings_file(output)
+    before = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else {}
+    changed = [name for name in facts if before.get(name) != facts[name]]
+    if changed:
         raise DpkdError(
-            f"{output} exists already, written by another model or with other settings "
-            f"({settings_file.name}). Choose another --output, or delete it."
+            f"{output} exists already, written by another model, for other prompts or with other settings: "
+            f"{', '.join(changed)} ({settings_file.name}). Choose another --output, or delete it."
         )
     kept, ids = [], set()
-    for line in output.read_text(encoding="utf-8").splitlines():
+    for line in output.read_text(encoding="utf-8").split("\n"):
         try:
             row = json.loads(line)
         except ValueError:  # the torn last line of an interrupted call

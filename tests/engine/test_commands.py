@@ -34,7 +34,7 @@ def test_the_dry_run_loads_no_weights(loss, settings_of, console_text, monkeypat
     console, text = console_text
     plan.dry_run(settings_of(loss), console=console)
     shown = text()
-    for word in (loss, "steps", "memory", "GiB", "first example", "trained:"):
+    for word in (loss, "steps", "memory", "MiB", "first example", "trained:"):
         assert word in shown
     assert ("student writes" in shown) == (loss in ("dpkd", "minillm"))
     assert ("teacher writes" in shown) == (loss in ("dpkd", "seqkd"))
@@ -83,7 +83,7 @@ def test_a_teachers_file_is_continued_and_trained_on(settings_of, toy, quiet, tm
     again = sample_to_file(model, data, sampling, output=output, seed=3)
     assert (again.written, again.found) == (14, 10)
     assert sorted(output.read_text().splitlines()) == sorted(whole.splitlines())
-    with pytest.raises(DpkdError, match="written by another model or with other settings"):
+    with pytest.raises(DpkdError, match=r"written by another model, for other prompts or with other settings: seed \("):
         sample_to_file(model, data, sampling, output=output, seed=4)
     run.train(settings_of("sft", {"data.path": str(output), "data.on_bad_row": "skip"}), console=quiet)
 
@@ -118,7 +118,7 @@ def test_an_interrupt_from_outside_leaves_a_run_that_resumes(toy, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == 130, errors
     assert "stopping after this step" in errors
     done = read_metrics(metrics)[-1]["step"]
     assert 0 < done < 4000

@@ -15,8 +15,9 @@ from dpkd.api import Family
 from dpkd.engine import checkpoint, run
 from dpkd.engine.culprit import NotFinite
 from dpkd.engine.metrics_log import read_metrics
-from dpkd.errors import DpkdError
+from dpkd.errors import DpkdError, Stopped
 from dpkd.host import load_host
+from dpkd.run_folder import RunFolder
 
 PRETRAINED = {"student.init": "pretrained", "student.layers": None}
 METRICS = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
@@ -100,6 +101,8 @@ def test_bf16_runs_with_float32_log_probs(settings_of, quiet, tmp_path):
 class _After:
     """Asks to stop once so many steps were seen."""
 
+    signal_number = 2
+
     def __init__(self, steps):
         self._left = steps
 
@@ -122,6 +125,7 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, to
     # GPT-2 with its dropout: the random numbers of training matter too.
     common = {
         "train.steps": 6,
+        "train.log_every": 2,
         "student.init": "pretrained",
         "student.layers": None,
         "student.model": str(toy / "gpt2"),
@@ -134,9 +138,10 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, to
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "stop_on_signal", stop_early)
-        stopped = run.train(
-            settings_of(loss, common | {"output": str(tmp_path / "stopped")}, teacher="gpt2"), console=quiet
-        )
+        with pytest.raises(Stopped, match="stopped after step 3; continue with: dpkd train --resume") as caught:
+            run.train(settings_of(loss, common | {"output": str(tmp_path / "stopped")}, teacher="gpt2"), console=quiet)
+    assert caught.value.exit_code == 130
+    stopped = RunFolder(tmp_path / "stopped")
     assert not stopped.model.exists()
     assert checkpoint.latest(stopped.checkpoints).step == 3
     torch.manual_seed(999)  # whatever happened between
@@ -144,8 +149,13 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, to
     one, two = (load_file(f.model / "model.safetensors") for f in (whole, continued))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    steps = [line["step"] for line in read_metrics(continued.metrics)]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    # The line of step 4 covers step 3, which was done before the interruption.
+    logged, uninterrupted = (read_metrics(folder.metrics) for folder in (continued, whole))
+    assert [line["step"] for line in logged] == [1, 2, 4, 6]
+    for line, expected in zip(logged, uninterrupted, strict=True):
+        for name in ("seconds", "tokens_per_second", "peak_memory_mib"):
+            line.pop(name), expected.pop(name)
+        assert line == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_finished_run_is_not_resumed_and_a_used_folder_not_overwritten(settings_of, quiet):
