@@ -150,6 +150,15 @@ class _Inputs:
     def __init__(self, signals: Mapping[Signal, Any], cache: dict[tuple[Signal, float], Tensor] | None = None) -> None:
         self._signals = dict(signals)
         self._cache: dict[tuple[Signal, float], Tensor] = {} if cache is None else cache
+        self.parts: dict[str, Tensor] = {}
+
+    def part(self, name: str, values: Tensor) -> Tensor:
+        """Name a part of the value, one number per position or pair, for the log; returns it unchanged.
+
+        The engine logs its mean as `part/NAME`.
+        """
+        self.parts[name] = values.detach()
+        return values
 
     def __getitem__(self, signal: Signal) -> Any:
         try:

@@ -27,4 +27,6 @@ class LanguageModelling(TokenLoss[LanguageModellingConfig]):
         likelihood_N = nll(x.student_log_probs(), x.targets)
         if ratio == 0:
             return likelihood_N
-        return (1 - ratio) * likelihood_N + ratio * kl(x.teacher_log_probs(), x.student_log_probs())
+        divergence_N = x.part("kl", kl(x.teacher_log_probs(), x.student_log_probs()))
+        # At a share of 1 an infinite likelihood times 0 would be NaN.
+        return divergence_N if ratio == 1 else (1 - ratio) * x.part("nll", likelihood_N) + ratio * divergence_N

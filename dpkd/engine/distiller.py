@@ -54,9 +54,10 @@ class Distiller(nn.Module):
             x = self._inputs(work, logits_nV, rows)
             total = logits_nV.new_zeros(())
             for term in work.terms:
-                values_n = self.losses[term.name](x.only(term.reads))
+                own = x.only(term.reads)
+                values_n = self.losses[term.name](own)
                 total = total + values_n.sum() * (term.weight * work.scale / term.denominator)
-                sums.add(f"loss/{term.name}", values_n.sum(), values_n.numel())
+                _add_term(sums, term.name, values_n, own.parts)
             if work.measure and work.stream == "main":
                 log_p_nV = x.teacher_log_probs() if Signal.TEACHER_LOGITS in x else None
                 observe_rows(x.student_log_probs(), log_p_nV, x.targets, sums, token_logps_N[:, rows])
@@ -64,13 +65,19 @@ class Distiller(nn.Module):
 
         parameters = [p for p in self.losses.parameters() if p.requires_grad]
         total = objective(chunk_loss, hidden, head, self.chunk, parameters)
-        if work.measure and work.stream == "main" and work.teacher is not None:
-            lengths = work.batch.lengths
-            log_q, log_p = (segment_sum(row, work.batch.sequence, len(lengths)) for row in token_logps_N)
-            for writer in dict.fromkeys(r.writer for r in work.responses):
-                of = torch.tensor([r.writer is writer for r in work.responses], device=log_q.device)
-                sums.mean(f"reward/{writer}", self.reward_scale * (log_q - log_p)[of])
+        if work.measure and work.stream == "main":
+            self._observe_responses(work, token_logps_N, sums)
         return total, sums
+
+    def _observe_responses(self, work: Work, token_logps_N: Tensor, sums: Sums) -> None:
+        """Lengths and implicit rewards of whole responses, by who wrote them."""
+        lengths = work.batch.lengths
+        log_q, log_p = (segment_sum(row, work.batch.sequence, len(lengths)) for row in token_logps_N)
+        for writer in dict.fromkeys(r.writer for r in work.responses):
+            of = torch.tensor([r.writer is writer for r in work.responses], device=log_q.device)
+            sums.mean(f"length/{writer}", lengths[of].float())
+            if work.teacher is not None:
+                sums.mean(f"reward/{writer}", self.reward_scale * (log_q - log_p)[of])
 
     def _inputs(self, work: Work, logits_nV: Tensor, rows: slice) -> TokenInputs:
         signals: dict[Signal, Tensor] = {
@@ -102,9 +109,17 @@ class Distiller(nn.Module):
         total = logps_N.new_zeros(())
         for term in work.terms:
             reads = {signal: value for signal, value in signals.items() if signal in term.reads}
-            values_B = self.losses[term.name](PairInputs(reads))[real_B]
+            x = PairInputs(reads)
+            values_B = self.losses[term.name](x)[real_B]
             total = total + values_B.sum() * (term.weight * work.scale / term.denominator)
-            sums.add(f"loss/{term.name}", values_B.sum(), values_B.numel())
+            _add_term(sums, term.name, values_B, {name: values[real_B] for name, values in x.parts.items()})
         if work.measure and work.responses:
             observe_pairs(student, work.teacher_logps, lengths, self.reward_scale, sums)
         return total, sums
+
+
+def _add_term(sums: Sums, name: str, values: Tensor, parts: Mapping[str, Tensor]) -> None:
+    """The value of a term, and the parts that its loss named: those of the main loss by their own name."""
+    sums.add(f"loss/{name}", values.sum(), values.numel())
+    for part, of in parts.items():
+        sums.mean(f"part/{part}" if name == "main" else f"part/{name}/{part}", of)

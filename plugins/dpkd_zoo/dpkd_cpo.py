@@ -42,7 +42,8 @@ class DPKDCPOLoss(PairLoss[DPKDCPOConfig]):
         logp_t = aggregate(x.student.preferred, x.lengths.preferred, c.aggregation)
         logp_s = aggregate(x.student.dispreferred, x.lengths.dispreferred, c.aggregation)
         likelihood = aggregate(x.student.preferred, x.lengths.preferred, c.nll_aggregation)
-        return preference(c.beta * (logp_t - logp_s)) - c.nll_weight * likelihood
+        preferred = x.part("preference", preference(c.beta * (logp_t - logp_s)))
+        return preferred - c.nll_weight * x.part("log_likelihood", likelihood)
 
 
 SPEC = LossSpec(

@@ -58,12 +58,15 @@ class DPKDTokenLoss(TokenLoss[DPKDTokenConfig]):
         h_N = _log_odds(q_NV, a_N, b_N)
         if not c.reference_free:
             h_N = h_N - _log_odds(p_NV, a_N, b_N)
+        x.part("margin", c.beta * h_N)
+        x.part("same_choice", (a_N == b_N).float())
         if c.form == "ipo":
             return (h_N - 1 / (2 * c.beta)) ** 2
         loss_N = preference(c.beta * h_N, c.label_smoothing)
-        if c.form == "dpop":
+        if c.form == "dpop" and c.dpop_weight > 0:
             fallen_N = gather_logps(x.teacher_log_probs(), a_N) - gather_logps(x.student_log_probs(), a_N)
-            loss_N = loss_N + c.dpop_weight * torch.relu(fallen_N)  # relu has no gradient at 0, clamp has
+            penalty_N = x.part("penalty", torch.relu(fallen_N))  # relu has no gradient at 0, clamp has
+            loss_N = x.part("preference", loss_N) + c.dpop_weight * penalty_N
         return loss_N
 
 

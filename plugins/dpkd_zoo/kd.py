@@ -38,12 +38,18 @@ class KDLoss(TokenLoss[KDConfig]):
 
     def forward(self, x: TokenInputs) -> Tensor:
         c = self.config
-        divergence_N = kl(x.teacher_log_probs(c.temperature), x.student_log_probs(c.temperature))
+        divergence_N = x.part("kl", kl(x.teacher_log_probs(c.temperature), x.student_log_probs(c.temperature)))
         if c.scale_by_t2:
             divergence_N = divergence_N * c.temperature**2
         if c.kd_ratio == 1.0:
             return divergence_N
-        return (1 - c.kd_ratio) * nll(x.student_log_probs(), x.targets) + c.kd_ratio * divergence_N
+        likelihood_N = x.part("nll", nll(x.student_log_probs(), x.targets))
+        return (1 - c.kd_ratio) * likelihood_N + c.kd_ratio * divergence_N
+
+
+def _reads(config: KDConfig) -> frozenset[Signal]:
+    both = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS})
+    return both if config.kd_ratio == 1 else both | {Signal.TARGETS}
 
 
 SPEC = LossSpec(
@@ -61,7 +67,7 @@ SPEC = LossSpec(
         notes="The value is a true KL, 0 where the models agree. Released code computes the soft cross-entropy "
         "-Σ p log q, which has the same gradient and differs by the teacher's entropy.",
     ),
-    reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.TARGETS}),
+    reads=_reads,
     traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
 )
 

@@ -96,10 +96,11 @@ class MiniLLMLoss(RolloutLoss[MiniLLMConfig]):
             loss_N = torch.maximum(loss_N, -x.advantages * clipped_N)
         if c.single_step_weight == 0:
             return loss_N
+        x.part("long", loss_N)
         single_N = kl(x.student_log_probs(), x.teacher_log_probs())
         if c.weigh_single_step:
             single_N = single_N * (x.rollout_logps - x.behaviour_logps).exp()
-        return loss_N + c.single_step_weight * single_N
+        return loss_N + c.single_step_weight * x.part("single_step", single_N)
 
 
 def _reads(config: MiniLLMConfig) -> frozenset[Signal]:

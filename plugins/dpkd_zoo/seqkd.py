@@ -28,7 +28,7 @@ __all__ = ["SPEC", "SeqKDConfig", "SeqKDLoss", "dpkd_losses"]
 class SeqKDConfig(LossConfig):
     """Pure likelihood, or the released mixture."""
 
-    word_kd_ratio: float = setting(
+    kd_ratio: float = setting(
         0.0, description="share of word-level forward KL mixed in, as the released scripts do at 0.5",
         source="Kim & Rush: 0 (LMOps' seqkd_base.sh passes --kd-ratio 0.5)", ge=0, le=1,
     )  # fmt: skip
@@ -38,16 +38,19 @@ class SeqKDLoss(TokenLoss[SeqKDConfig]):
     """`(1-r) · -log q(y_i) + r · KL(p‖q)` on teacher text; r = 0 is the paper's."""
 
     def forward(self, x: TokenInputs) -> Tensor:
-        ratio = self.config.word_kd_ratio
-        likelihood_N = nll(x.student_log_probs(), x.targets)
+        ratio = self.config.kd_ratio
         if ratio == 0:
-            return likelihood_N
-        return (1 - ratio) * likelihood_N + ratio * kl(x.teacher_log_probs(), x.student_log_probs())
+            return nll(x.student_log_probs(), x.targets)
+        divergence_N = x.part("kl", kl(x.teacher_log_probs(), x.student_log_probs()))
+        if ratio == 1:
+            return divergence_N
+        return (1 - ratio) * x.part("nll", nll(x.student_log_probs(), x.targets)) + ratio * divergence_N
 
 
 def _reads(config: SeqKDConfig) -> frozenset[Signal]:
-    own = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS})
-    return own | {Signal.TEACHER_LOGITS} if config.word_kd_ratio > 0 else own
+    teacher = {Signal.TEACHER_LOGITS} if config.kd_ratio > 0 else set()
+    targets = {Signal.TARGETS} if config.kd_ratio < 1 else set()
+    return frozenset({Signal.STUDENT_LOGITS, *teacher, *targets})
 
 
 SPEC = LossSpec(
@@ -65,7 +68,7 @@ SPEC = LossSpec(
         use_when="The teacher can be sampled but not scored (another tokenizer, an API), or must run only once.",
         avoid_when="Its logits are at hand: word-level losses learn more from the same text.",
         notes="The teacher's text is sampled at T = 1, top-p 1, once per prompt, and kept in a store. The released "
-        "`seqkd` scripts still pass --kd-ratio 0.5: word_kd_ratio=0.5 reproduces them.",
+        "`seqkd` scripts still pass --kd-ratio 0.5: kd_ratio=0.5 reproduces them.",
     ),
     reads=_reads,
     accepts=frozenset({Text.TEACHER, Text.DATASET}),

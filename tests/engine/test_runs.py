@@ -21,6 +21,8 @@ from dpkd.run_folder import RunFolder
 
 PRETRAINED = {"student.init": "pretrained", "student.layers": None}
 METRICS = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
+# Documented with a word in capitals for what varies.
+PATTERNS = ("reward/", "weighted/", "part/", "length/")
 LOSSES = sorted(load_host().losses)
 
 
@@ -44,10 +46,15 @@ def test_every_loss_trains_saves_and_logs(name, settings_of, quiet):
     if resolved.loss.family is Family.PAIR:
         logged |= {"reward/preferred", "reward/dispreferred", "reward/margin", "reward/accuracy", "length/preferred"}
     assert logged <= set(lines[0])
-    undocumented = [
-        key for key in lines[0] if f"`{key}`" not in METRICS and not key.startswith(("reward/", "weighted/"))
-    ]
+    undocumented = [key for key in lines[0] if f"`{key}`" not in METRICS and not key.startswith(PATTERNS)]
     assert not undocumented
+    if resolved.loss.family is not Family.PAIR:
+        writers = {
+            response["writer"]
+            for row in map(json.loads, folder.samples.read_text().splitlines())
+            for response in row["responses"]
+        }
+        assert {f"length/{writer}" for writer in writers} <= lines[-1].keys() | lines[0].keys()
     assert lines[0]["gradient_norm"] > 0
     assert {p.name for p in folder.path.iterdir()} >= {
         "config.resolved.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "README.md",
@@ -186,3 +193,16 @@ def test_a_half_written_checkpoint_is_never_chosen(tmp_path):
     (tmp_path / "step-00000004").mkdir()
     (tmp_path / "step-00000004" / "state.json").write_text("{}")
     assert checkpoint.latest(tmp_path).step == 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "parts", "total"),
+    [
+        ("kd", ("nll", "kl"), lambda nll, kl: 0.5 * nll + 0.5 * kl),
+        ("minillm", ("long", "single_step"), lambda long, single: long + single),
+        ("dpkd-cpo", ("preference", "log_likelihood"), lambda preference, likelihood: preference - likelihood),
+    ],
+)
+def test_the_parts_of_a_loss_add_up_to_it(loss, parts, total, settings_of, quiet):
+    (first, *_) = read_metrics(run.train(settings_of(loss), console=quiet).metrics)
+    assert first["loss/main"] == pytest.approx(total(*(first[f"part/{part}"] for part in parts)), rel=1e-5)

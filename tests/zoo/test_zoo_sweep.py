@@ -29,7 +29,7 @@ FILES = sorted(p for p in Path(dpkd_zoo.__file__).parent.glob("*.py") if p.stem 
 # Settings under which a loss takes another path.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "kd": [{"kd_ratio": 1.0}, {"temperature": 2.0}],
-    "seqkd": [{"word_kd_ratio": 0.5}],
+    "seqkd": [{"kd_ratio": 0.5}],
     "rkl": [{"temperature": 2.0}],
     "akl": [{"boundary": "released"}],
     "minillm": [{"clip_epsilon": None}, {"single_step_weight": 0.0}, {"weigh_single_step": False}],
@@ -45,7 +45,7 @@ CASES = [
 ]
 OUTSIDE: dict[str, list[dict[str, Any]]] = {
     "kd": [{"kd_ratio": 0.0}, {"kd_ratio": 1.1}, {"temperature": 0.0}, {"scale_by_t2": "perhaps"}],
-    "seqkd": [{"word_kd_ratio": -0.1}, {"word_kd_ratio": 1.1}],
+    "seqkd": [{"kd_ratio": -0.1}, {"kd_ratio": 1.1}],
     "rkl": [{"temperature": 0.0}, {"temperature": -1.0}],
     "akl": [{"mu": 0.0}, {"mu": 1.0}, {"boundary": "code"}],
     "minillm": [
