@@ -18,10 +18,11 @@ from enum import StrEnum
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import pluggy
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from dpkd.functional import at_least_float32, gather_logps, log_softmax
+from dpkd.settings import with_none
 
 __all__ = [
     "Card",
@@ -107,6 +108,11 @@ class LossConfig(BaseModel):
     """Base of a loss's settings: closed, frozen, finite numbers, every field described (use `setting`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_a_word(cls, values: Any) -> Any:
+        return with_none(cls, values)
 
 
 def setting(default: Any, *, description: str, source: str, **bounds: Any) -> Any:

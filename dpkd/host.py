@@ -59,6 +59,7 @@ class Host:
     broken: list[BrokenPlugin] = field(default_factory=list)
     conflicts: dict[str, list[RegisteredLoss]] = field(default_factory=dict)
     restricted: str | None = None  # the value of DPKD_PLUGINS, where it is set
+    unmatched: tuple[str, ...] = ()  # names in it that no plugin has
 
     def get(self, name: str) -> RegisteredLoss:
         """The loss of a name.
@@ -76,26 +77,33 @@ class Host:
         if self.conflicts:
             raise DpkdError("\n".join(self.conflict(name) for name in sorted(self.conflicts)))
 
+    def restriction(self) -> str:
+        """What DPKD_PLUGINS does, and which of its names are nobody's."""
+        text = f"{VARIABLE}={self.restricted!r} restricts the plugins"
+        return f"{text}, and names none by {', '.join(self.unmatched)}" if self.unmatched else text
+
     def conflict(self, name: str) -> str:
         """Who claims a name."""
         claims = " and ".join(loss.origin for loss in self.conflicts[name])
+        wanted = ",".join(dict.fromkeys(loss.distribution for loss in self.conflicts[name][:1]))
         return (
-            f"two losses are called {name!r}: {claims}. Uninstall one, or choose with {VARIABLE} "
-            "(names of distributions, with commas between)."
+            f"two losses are called {name!r}: {claims}. Uninstall one, or name the plugins to load, with commas "
+            f"between: {VARIABLE}={wanted}"
         )
 
     def unknown(self, name: str) -> str:
         """What to say of a name that no plugin has."""
-        near = difflib.get_close_matches(name, self.losses, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*self.losses, *self.conflicts], n=3, cutoff=0.5)
         parts = [f"no loss is called {name!r}"]
         if near:
             parts.append(f"did you mean {' or '.join(near)}?")
         elif self.losses:
             parts.append(f"there are: {', '.join(self.losses)}")
         if self.restricted is not None:
-            parts.append(f"{VARIABLE}={self.restricted!r} restricts the plugins")
-        own = [b for b in self.broken if b.entry_point == name]
-        parts += [f"the plugin of that name failed to load: {b.reason}" for b in own]
+            parts.append(self.restriction())
+        likely = {name, *difflib.get_close_matches(name, [b.entry_point for b in self.broken], n=1, cutoff=0.7)}
+        own = [b for b in self.broken if b.entry_point in likely]
+        parts += [f"the plugin {b.entry_point} ({b.distribution}) failed to load: {b.reason}" for b in own]
         if self.broken and not own:
             names = ", ".join(f"{b.entry_point} ({b.distribution})" for b in self.broken)
             parts.append(f"these plugins failed to load: {names}; see `dpkd list-losses --broken`")
@@ -109,7 +117,12 @@ def load_host(environment: Mapping[str, str] | None = None) -> Host:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(DpkdHooks)
     claims: dict[str, list[RegisteredLoss]] = {}
-    for point in _discover(restricted):
+    points = _discover()
+    if restricted is not None:
+        wanted = {_normal(name): name.strip() for name in restricted.split(",") if name.strip()}
+        host.unmatched = tuple(name for key, name in wanted.items() if not any(key in _names(p) for p in points))
+        points = [p for p in points if _names(p) & wanted.keys()]
+    for point in points:
         try:
             for loss in _load(manager, point):
                 claims.setdefault(loss.spec.name, []).append(loss)
@@ -128,14 +141,15 @@ class _PluginError(Exception):
     """What is wrong with a plugin, as a sentence."""
 
 
-def _discover(restricted: str | None) -> list[EntryPoint]:
+def _discover() -> list[EntryPoint]:
     """Entry points of the group, sorted, each once."""
     points = {(p.name, p.value, _distribution(p)): p for p in entry_points(group=GROUP)}
-    found = [points[key] for key in sorted(points)]
-    if restricted is None:
-        return found
-    wanted = {_normal(name) for name in restricted.split(",") if name.strip()}
-    return [p for p in found if {_normal(p.name), _normal(_distribution(p)[0])} & wanted]
+    return [points[key] for key in sorted(points)]
+
+
+def _names(point: EntryPoint) -> set[str]:
+    """What DPKD_PLUGINS may call a plugin: its entry point, or its distribution."""
+    return {_normal(point.name), _normal(_distribution(point)[0])}
 
 
 def _normal(name: str) -> str:

@@ -36,16 +36,17 @@ def list_losses(
     if broken:
         _print_broken(host, as_json)
         return
-    host.check_conflicts()
     rows = [row for row in map(_row, host.losses.values()) if _wanted(row, family, offers)]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
+        host.check_conflicts()
         return
     _print_table(rows)
     if host.restricted is not None:
-        typer.echo(f"DPKD_PLUGINS={host.restricted!r} restricts the plugins", err=True)
+        typer.echo(host.restriction(), err=True)
     if host.broken:
         typer.echo(f"{len(host.broken)} plugin(s) could not be loaded: dpkd list-losses --broken", err=True)
+    host.check_conflicts()  # after the others, which are still of use
 
 
 def _row(loss: RegisteredLoss) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table.add_column("of the teacher")
     table.add_column("paper", overflow="fold")
     for row in rows:
-        paper = row["paper"].removeprefix("https://").removeprefix("arxiv.org/abs/")
+        paper = row["paper"].removeprefix("https://").removeprefix("arxiv.org/abs/").removeprefix("github.com/")
         text = "anyone" if len(row["text"]) == 3 else ", ".join(row["text"])
         table.add_row(row["name"], row["family"], text, row["needs"], paper)
     Console().print(table)

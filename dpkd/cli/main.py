@@ -29,14 +29,14 @@ app = typer.Typer(
 )
 
 app.command("train")(train)
-app.command("eval")(evaluate)
-app.command("sample")(sample)
-app.command("score")(score)
+app.command("eval", short_help="Score a model on held-out rows.")(evaluate)
+app.command("sample", short_help="Write a model's responses to a file.")(sample)
+app.command("score", short_help="Score a file of predictions.")(score)
 app.command("list-losses")(list_losses)
-app.command("describe-loss")(describe_loss)
-app.command("check-loss")(check_loss)
+app.command("describe-loss", short_help="Explain a loss and its settings.")(describe_loss)
+app.command("check-loss", short_help="Run the conformance checks on a loss.")(check_loss)
 app.add_typer(config_app, name="config")
-app.command("demo")(demo)
+app.command("demo", short_help="Distil a real teacher, here and now.")(demo)
 
 
 def _version(asked: bool) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpkd.data.hub import local_only
 from dpkd.data.rows import READERS, BadRow, RawRow, Rows, file_rows
 from dpkd.data.settings import DEFAULT_DATA
 from dpkd.errors import DpkdError
@@ -131,7 +132,8 @@ def _hub_source(place: Place) -> Source:
 
     load = partial(datasets.load_dataset, place.path, place.subset, split=place.split, streaming=place.streaming)
     try:
-        dataset = load()
+        with local_only():
+            dataset = load()
     except Exception as error:  # the library has no common base: network, name, subset, split, format
         raise _unavailable(place, error) from error
     return Source(f"hub data set {place.path}, split {place.split}", _numbered(place, dataset))

@@ -70,7 +70,7 @@ def _plain(example: Example, form: Form) -> str:
     if len(example.messages) > 1:
         raise DpkdError(
             f"{example.id}: a conversation of {len(example.messages)} messages cannot be written with "
-            f"data.template {form!r}. Use --set data.template=chat"
+            f"data.template {form!r}. Use --set data.template=chat and a model with a chat template"
         )
     return example.messages[0].content
 
@@ -79,10 +79,15 @@ def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     messages = example.messages or (Message("user", _plain(example, "chat")),)
     if not tokenizer.chat_template:
         where = f" of {tokenizer.name_or_path}" if tokenizer.name_or_path else ""
+        turns = example.messages or ()
+        advice = (
+            "Use an instruction-tuned model, or --set data.template=alpaca"
+            if len(turns) <= 1
+            else f"Nothing else can write {len(turns)} messages as one prompt: use an instruction-tuned model"
+        )
         raise DpkdError(
             f"{example.id}: data.template is chat (auto picks it for `messages`), but the tokenizer{where} "
-            "has no chat template. Use an instruction-tuned model, or, for single turns, "
-            "--set data.template=alpaca"
+            f"has no chat template. {advice}"
         )
     return _apply(messages, tokenizer, example.id, add_generation_prompt=True)
 

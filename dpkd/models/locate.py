@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
-import socket
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
+from dpkd.data.hub import out_of_reach
 from dpkd.errors import DpkdError
 from dpkd.models.settings import ModelSettings
 
@@ -46,7 +44,7 @@ def location(settings: ModelSettings) -> dict[str, Any]:
     if not path.is_dir():
         if _is_path(name):
             raise DpkdError(f"the folder {name} does not exist.{_nearest(path)} {_EXPECTED}")
-        if _hub_out_of_reach():
+        if out_of_reach():
             options["local_files_only"] = True  # the hub's client would retry for half a minute
     return options
 
@@ -112,16 +110,3 @@ def _nearest(path: Path, pattern: str = "*/") -> str:
     names = {p.name.lower(): p.name for p in path.parent.glob(pattern)} if path.parent.is_dir() else {}
     near = difflib.get_close_matches(path.name.lower(), list(names), n=1)
     return f" Did you mean {path.parent / names[near[0]]}?" if near else ""
-
-
-def _hub_out_of_reach() -> bool:
-    """Whether the hub's address has no number here, and no proxy would find one."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
-        return False
-    try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return True
-    return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,6 +57,14 @@ class StudentSettings(ModelSettings):
     lora: LoraSettings | None = Field(None, description="train low-rank adapters only")
     dropout: Literal["keep", "off"] = Field("keep", description="dropout while training: the model's own, or none")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layers_say_enough(cls, values: Any) -> Any:
+        """`layers` alone can only mean layers of the teacher."""
+        if isinstance(values, dict) and values.get("layers") is not None and not values.get("model"):
+            return {"init": "layers", **values}
+        return values
 
     @model_validator(mode="after")
     def _init_has_what_it_needs(self) -> StudentSettings:

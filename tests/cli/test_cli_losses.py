@@ -86,12 +86,14 @@ def test_no_plugin_is_broken_here(call: Callable[..., Any]) -> None:
     assert call("list-losses", "--broken").stdout == "every plugin loaded\n"
 
 
-def test_two_losses_of_one_name_stop_the_list_and_not_the_help(
+def test_two_losses_of_one_name_are_an_error_that_hides_no_other(
     call: Callable[..., Any], install_plugin: Any, loss_source: LossSource
 ) -> None:
-    install_plugin("stranger", {"curved": loss_source("curved")})
+    install_plugin("stranger", {"curved": loss_source("curved"), "straight": loss_source("straight")})
     install_plugin("guest", {"curved": loss_source("curved")})
-    error = call("list-losses", plugins="stranger,guest").exception
+    listed = call("list-losses", plugins="stranger,guest")
+    assert "straight" in listed.stdout
+    error = listed.exception
     assert isinstance(error, DpkdError)
     assert "stranger 1.0" in str(error)
     assert "guest 1.0" in str(error)

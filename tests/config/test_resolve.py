@@ -260,3 +260,21 @@ def test_schema_holds_the_settings_of_the_loss() -> None:
     references = {line for line in json.dumps(found).split('"') if line.startswith("#/$defs/")}
     assert references
     assert {line.removeprefix("#/$defs/") for line in references} <= found["$defs"].keys()
+
+
+def test_none_is_a_word_where_a_setting_may_be_none() -> None:
+    resolved = run(base("soft"), sets=("train.clip=none", "train.save_every=None", "data.template=none"))
+    assert (resolved.settings.train.clip, resolved.settings.train.save_every) == (None, None)
+    assert resolved.settings.data.template == "none", "a text of that name stays"
+    (problem,) = problems(base("soft"), sets=("train.lr=none",))
+    assert problem.startswith("train.lr: should be a number (got 'none'")
+
+
+def test_layers_alone_are_those_of_the_teacher() -> None:
+    resolved = run(Layer("a", {"loss": "soft", "teacher": "big"}), sets=("student.layers=3",))
+    assert resolved.settings.student.init == "layers"
+
+
+def test_a_suggested_teacher_mix_goes_when_the_user_says_who_writes() -> None:
+    (problem,) = problems(base("policy"), sets=("text.source=dataset",))
+    assert problem == "text.source: the loss policy takes text by student, not by dataset (from --set)"

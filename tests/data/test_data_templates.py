@@ -79,15 +79,18 @@ def test_a_tokenizer_without_a_chat_template(byte_level):
         render(TURNS, "auto", byte_level)
     assert str(caught.value) == (
         "f:4: data.template is chat (auto picks it for `messages`), but the tokenizer has no chat template. "
-        "Use an instruction-tuned model, or, for single turns, --set data.template=alpaca"
+        "Nothing else can write 2 messages as one prompt: use an instruction-tuned model"
     )
+    with pytest.raises(DpkdError, match=r"instruction-tuned model, or --set data\.template=alpaca"):
+        render(ONE_TURN, "auto", byte_level)
 
 
 def test_a_conversation_that_a_template_cannot_write(chat):
     with pytest.raises(DpkdError) as caught:
         render(TURNS, "alpaca", chat)
     assert str(caught.value) == (
-        "f:4: a conversation of 2 messages cannot be written with data.template 'alpaca'. Use --set data.template=chat"
+        "f:4: a conversation of 2 messages cannot be written with data.template 'alpaca'. "
+        "Use --set data.template=chat and a model with a chat template"
     )
     chat.chat_template = INST
     with pytest.raises(DpkdError) as caught:

@@ -124,8 +124,18 @@ def test_unknown_name_gets_the_nearest_ones_and_what_failed(install_plugin, loss
         "no loss is called 'curve'; did you mean curved?; DPKD_PLUGINS='stranger' restricts the plugins; "
         "these plugins failed to load: flat (stranger); see `dpkd list-losses --broken`"
     )
-    with pytest.raises(DpkdError, match="the plugin of that name failed to load: ModuleNotFoundError"):
+    with pytest.raises(DpkdError, match=r"the plugin flat \(stranger\) failed to load: ModuleNotFoundError"):
         host.get("flat")
+    with pytest.raises(DpkdError, match=r"no loss is called 'flatt'.*the plugin flat \(stranger\) failed to load"):
+        host.get("flatt")
+
+
+def test_a_restriction_that_names_nobody_says_so(install_plugin, loss_source: Callable[[str], str]) -> None:
+    install_plugin("stranger", {"curved": loss_source("curved")})
+    host = load_host({"DPKD_PLUGINS": "curved, nope"})
+    assert host.unmatched == ("nope",)
+    with pytest.raises(DpkdError, match="restricts the plugins, and names none by nope"):
+        host.get("bent")
 
 
 @pytest.mark.parametrize(
