@@ -1,8 +1,13 @@
-"""Trackers: TensorBoard for real, the others through stand-ins that note every call."""
+"""Trackers: TensorBoard and trackio for real, wandb and failures through stand-ins that note every call."""
 
 from __future__ import annotations
 
+import json
+import os
+import sqlite3
+import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -80,6 +85,25 @@ def test_trackio_gets_each_step_and_a_resumed_run_continues_it(tmp_path: Path, m
         ("finish", None),
         ("init", {**common, "name": "run-given", "resume": "allow"}),
     ]
+
+
+def test_the_real_trackio_keeps_one_run_over_an_interruption(tmp_path: Path) -> None:
+    """In a process of its own, for trackio reads where its files lie when it is imported."""
+    code = """
+import sys
+from pathlib import Path
+from dpkd.engine.trackers import Trackers
+for step in (1, 2):
+    trackers = Trackers(["trackio"], Path("run"), "run", {"lr": 0.1})
+    trackers.log(step, {"loss": 1.0 / step})
+    trackers.close()
+"""
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    with closing(sqlite3.connect(tmp_path / "trackio" / "dpkd.db")) as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by step").fetchall()
+    assert {name for name, _, _ in rows} == {(tmp_path / "run" / "trackio.id").read_text().strip()}
+    assert {step: json.loads(metrics).get("loss") for _, step, metrics in rows} == {1: 1.0, 2: 0.5}
 
 
 def test_without_names_nothing_happens(tmp_path: Path) -> None:
