@@ -14,7 +14,17 @@ from typing import Any
 from dpkd.config.yaml_text import YamlError, parse
 from dpkd.errors import SettingsError
 
-__all__ = ["Layer", "Merged", "file_layer", "flag_layer", "merge", "set_layer", "suggestion_layer", "user_layers"]
+__all__ = [
+    "Layer",
+    "Merged",
+    "file_layer",
+    "flag_layer",
+    "get_path",
+    "merge",
+    "set_layer",
+    "suggestion_layer",
+    "user_layers",
+]
 
 # A text in place of one of these blocks is shorthand for one of its settings.
 SHORTHANDS = {"loss": "name", "teacher": "model", "student": "model", "data": "path"}
@@ -167,13 +177,14 @@ def _is_empty(key: str, value: Any) -> bool:
 def _outdated(below: Mapping[str, Any], above: Mapping[str, Any]) -> list[str]:
     paths: list[str] = []
     for parent, dependents in DEPENDENTS.items():
-        new = _get(above, parent)
-        if new is not None and new != _get(below, parent):
+        new = get_path(above, parent)
+        if new is not None and new != get_path(below, parent):
             paths += [path for path, meaningful in dependents.items() if new not in meaningful]
     return paths
 
 
-def _get(values: Mapping[str, Any], path: str) -> Any:
+def get_path(values: Mapping[str, Any], path: str) -> Any:
+    """The value of a dotted path; None where there is none."""
     value: Any = values
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -182,7 +193,7 @@ def _get(values: Mapping[str, Any], path: str) -> Any:
 
 def _drop(merged: Merged, path: str) -> None:
     *above, last = path.split(".")
-    block = _get(merged.values, ".".join(above)) if above else merged.values
+    block = get_path(merged.values, ".".join(above)) if above else merged.values
     if isinstance(block, dict):
         block.pop(last, None)
     _forget(merged.provenance, path)

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dpkd.api import Family, LossConfig, LossSpec, TeacherAccess, Text
-from dpkd.config.layers import Layer, Merged, merge, suggestion_layer
+from dpkd.config.layers import Layer, Merged, get_path, merge, suggestion_layer
+from dpkd.config.objective import Objective, extra_objective, schedule_problems, text_writers
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
 from dpkd.errors import DpkdError, SettingsError
@@ -29,6 +30,20 @@ class Resolved:
     registered: RegisteredLoss
     loss_config: LossConfig
     provenance: dict[str, str]
+    extras: tuple[Objective, ...] = ()
+
+    @property
+    def main(self) -> Objective:
+        """The main loss, as one of the losses of the run."""
+        settings = self.settings
+        return Objective(
+            "main", self.registered, self.loss_config, settings.terms.main, settings.text, settings.schedules
+        )
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The main loss, then those beside it."""
+        return (self.main, *self.extras)
 
     @property
     def loss(self) -> LossSpec:
@@ -69,14 +84,23 @@ def resolve(layers: Sequence[Layer], host: Host) -> Resolved:
     config = None
     if registered is not None:
         config = _validated(registered.spec.config, merged.values["loss"], merged, known, problems, "loss.")
+    extras: list[Objective] = []
     if sound is not None:
-        problems += _cross_checks(sound, registered.spec if registered else None, config, merged, damaged)
+        spec = registered.spec if registered else None
+        given = get_path(merged.values, "terms.extra") or {}
+        for name, term in sound.terms.extra.items():
+            extra, found = extra_objective(name, term, given.get(name), sound, spec, host)
+            problems += found
+            extras += [extra] if extra is not None else []
+        if spec is not None and config is not None:
+            problems += schedule_problems(spec, config, sound.schedules, "schedules")
+        problems += _cross_checks(sound, spec, config, merged, damaged, extras)
     if problems:
         raise SettingsError(problems)
     assert settings is not None
     assert registered is not None
     assert config is not None
-    return Resolved(settings, registered, config, dict(merged.provenance))
+    return Resolved(settings, registered, config, dict(merged.provenance), tuple(extras))
 
 
 def _registered(merged: Merged, host: Host, problems: list[str]) -> RegisteredLoss | None:
@@ -142,14 +166,17 @@ def _damaged(values: Mapping[str, Any]) -> set[str]:
 
 
 def _cross_checks(
-    settings: RunSettings, spec: LossSpec | None, config: LossConfig | None, merged: Merged, damaged: set[str]
-) -> list[str]:
+    settings: RunSettings, spec: LossSpec | None, config: LossConfig | None, merged: Merged, damaged: set[str],
+    extras: Sequence[Objective],
+) -> list[str]:  # fmt: skip
     """What no block can see alone: does the loss fit the text, the teacher, the student?"""
     problems: list[str] = []
     if spec is not None and "text" not in damaged:
         problems += _writer_problems(settings, spec, merged)
     if spec is not None and settings.teacher.model is None and "teacher" not in damaged:
         reasons = _teacher_reasons(settings, spec, config)
+        for extra in extras:
+            reasons += _extra_reasons(extra)
         if reasons:
             problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. Name one with --teacher.")
     return problems if "student" in damaged else [*problems, *_student_problems(settings, merged)]
@@ -171,16 +198,8 @@ def _student_problems(settings: RunSettings, merged: Merged) -> list[str]:
 
 
 def _writers(settings: RunSettings, spec: LossSpec) -> dict[str, Text]:
-    """Setting → writer, for all writers of the run."""
-    text = settings.text
-    if spec.family is Family.PAIR:
-        return {
-            "text.pairs.preferred": Text(text.pairs.preferred),
-            "text.pairs.dispreferred": Text(text.pairs.dispreferred),
-        }
-    if text.source == "mixed":
-        return {f"text.mix.{writer.value}": writer for writer, share in text.mix.items() if share > 0}
-    return {"text.source": Text(text.source)}
+    """Setting → writer, for all writers of the main loss's text."""
+    return {f"text.{name}": writer for name, writer in text_writers(settings.text, spec.family).items()}
 
 
 def _writer_problems(settings: RunSettings, spec: LossSpec, merged: Merged) -> list[str]:
@@ -210,6 +229,17 @@ def _writer_problems(settings: RunSettings, spec: LossSpec, merged: Merged) -> l
             f"text.teacher_mix: is used only where the student writes (from {merged.layer_of('text.teacher_mix')})"
         )
     return problems
+
+
+def _extra_reasons(extra: Objective) -> list[str]:
+    """Why a loss beside the main one cannot do without a teacher."""
+    reasons = []
+    needs = extra.spec.needs(extra.config)
+    if needs is not TeacherAccess.NONE:
+        reasons.append(f"terms.extra.{extra.name} ({extra.spec.name}) needs its {needs.value}")
+    if extra.text is not None and Text.TEACHER in text_writers(extra.text, extra.spec.family).values():
+        reasons.append(f"it writes the responses of terms.extra.{extra.name}")
+    return reasons
 
 
 def _teacher_reasons(settings: RunSettings, spec: LossSpec, config: LossConfig | None) -> list[str]:

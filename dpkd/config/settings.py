@@ -6,7 +6,8 @@ installed plugin, so it is held here as an already validated pair (see `dpkd.con
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,7 +16,15 @@ from dpkd.models.settings import StudentSettings, TeacherSettings
 from dpkd.settings import Block
 from dpkd.text.settings import TextSettings
 
-__all__ = ["LmTerm", "PretrainTerm", "RunSettings", "TermSettings", "TrainSettings"]
+__all__ = [
+    "ExtraTerm",
+    "LmTerm",
+    "PretrainTerm",
+    "RunSettings",
+    "ScheduleSettings",
+    "TermSettings",
+    "TrainSettings",
+]
 
 
 class LmTerm(Block):
@@ -41,12 +50,49 @@ class PretrainTerm(Block):
         return self
 
 
+class ScheduleSettings(Block):
+    """How a numeric setting of a loss follows the step."""
+
+    shape: Literal["linear", "cosine", "by-loss"] = Field(
+        "linear",
+        description="linear; cosine: slow at both ends; by-loss: faster than linear while the loss falls (TAID)",
+    )
+    start: float = Field(description="value at the first step")
+    end: float = Field(description="value at the last step of the schedule, kept from there on")
+    steps: int | None = Field(None, ge=1, description="length of the schedule; None: the whole run")
+    rate: float = Field(5e-4, gt=0, description="with by-loss: α, the largest share of the way in a step (TAID)")
+    momentum: float = Field(0.99, ge=0, lt=1, description="with by-loss: of the relative fall of the loss (TAID)")
+
+
+class ExtraTerm(Block):
+    """Another loss beside the main one, with its own weight, settings and text."""
+
+    loss: str = Field(description="name of an installed loss")
+    weight: float = Field(1.0, gt=0, description="factor of this loss")
+    settings: dict[str, Any] = Field({}, description="the loss's own settings")
+    text: TextSettings | None = Field(
+        None, description="who writes its responses; None: the main loss's text where it fits, else what it suggests"
+    )
+    schedules: dict[str, ScheduleSettings] = Field({}, description="its settings that follow the step, by name")
+
+
 class TermSettings(Block):
     """Terms added to the main loss; each is logged unweighted and weighted."""
 
     main: float = Field(1.0, gt=0, description="weight of the main loss")
+    extra: dict[str, ExtraTerm] = Field({}, description="further losses, by a name of your choice")
     lm: LmTerm = Field(LmTerm(), description="LM term on data-set responses")
     pretrain: PretrainTerm = Field(PretrainTerm(), description="pre-training term on plain text")
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> TermSettings:
+        for name in self.extra:
+            if name in ("main", "lm", "pretrain") or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+                raise ValueError(
+                    f"`extra` needs names of lower-case letters, digits and dashes, other than main, lm and pretrain; "
+                    f"got {name!r}"
+                )
+        return self
 
 
 class TrainSettings(Block):
@@ -88,5 +134,6 @@ class RunSettings(Block):
     text: TextSettings = TextSettings()
     terms: TermSettings = TermSettings()
     train: TrainSettings = TrainSettings()
+    schedules: dict[str, ScheduleSettings] = Field({}, description="settings of the loss that follow the step, by name")
     output: str | None = Field(None, description="run folder; None: runs/LOSS-N")
     seed: int = Field(10, ge=0, description="decides order, sampling and initial weights (MiniLLM's scripts: 10)")

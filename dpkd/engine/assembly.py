@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from dpkd.api import Family
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.data.corpus import read_corpus
@@ -19,18 +16,19 @@ from dpkd.data.tokenise import TokenisedData
 from dpkd.engine.auxiliary import LanguageModelling, LanguageModellingConfig
 from dpkd.engine.distiller import Distiller
 from dpkd.engine.optimiser import make_optimiser
-from dpkd.engine.preparation import Prepared, prepare, teacher_writes
+from dpkd.engine.preparation import Prepared, prepare
 from dpkd.engine.progress import Display
+from dpkd.engine.schedules import Schedules
 from dpkd.engine.step import Stepper
 from dpkd.engine.streams import LM_READS, Corpus, StreamBuilder
+from dpkd.engine.studio import Studio, make_groups
 from dpkd.models.head import check_head
 from dpkd.models.loading import load_model
-from dpkd.models.tokenizers import shared_vocabulary, tokenizer_fingerprint
+from dpkd.models.tokenizers import shared_vocabulary
 from dpkd.students.initialise import make_student
 from dpkd.students.lora import add_lora
 from dpkd.teachers.live import LiveTeacher
-from dpkd.text.pens import Crew, StudentPen, TeacherPen
-from dpkd.text.store import ResponseStore, default_folder, model_fingerprint
+from dpkd.text.store import model_fingerprint
 from dpkd.text.writers import Writers
 
 if TYPE_CHECKING:
@@ -47,9 +45,19 @@ class Assembly:
     data: TokenisedData
     teacher: LiveTeacher | None
     stepper: Stepper
-    writers: Writers
     builder: StreamBuilder
+    schedules: Schedules
     facts: dict[str, Any]
+
+    @property
+    def writers(self) -> Writers:
+        """Of the main loss's text."""
+        return self.builder.groups[0].writers
+
+    def prepare_teacher(self) -> None:
+        """Have the teacher write all that the run will use."""
+        for group in self.builder.groups:
+            group.writers.prepare_teacher()
 
 
 def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> Assembly:
@@ -62,15 +70,9 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     tokenizer, data, steps = prepared.tokenizer, prepared.data, prepared.steps
     corpus = _corpus(settings, tokenizer, steps, display)
     models = _Models(resolved, accelerator, prepared, display)
-    lengths = [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts]
-    schedule = Schedule(
-        lengths, batch_size=settings.train.batch_size, steps=steps, seed=settings.seed,
-        refresh=settings.text.refresh, every=settings.text.every, inner_epochs=settings.text.inner_epochs,
-    )  # fmt: skip
     losses = _losses(resolved)
     distiller = Distiller(
-        models.student, losses, vocabulary=models.vocabulary, chunk_mib=settings.train.chunk_mib,
-        reward_scale=float(getattr(resolved.loss_config, "beta", 1.0)),
+        models.student, losses, vocabulary=models.vocabulary, chunk_mib=settings.train.chunk_mib
     ).to(accelerator.device)  # fmt: skip
     optimiser = make_optimiser(distiller, settings.train)
     distiller, optimiser = accelerator.prepare(distiller, optimiser)
@@ -78,12 +80,12 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         accelerator, distiller, optimiser, models.teacher, tokenizer.pad_token_id,
         settings.train.micro_batch_size, settings.train.clip,
     )  # fmt: skip
-    writers = _writers(resolved, models, prepared, schedule, accelerator, display, losses["main"])
+    studio = Studio(resolved, models.student, models.teacher, models.vocabulary, prepared, accelerator, display)
     builder = StreamBuilder(
-        resolved.loss.family, resolved.loss.signals(resolved.loss_config), settings.terms,
-        losses["pretrain"].reads() if "pretrain" in losses else LM_READS, data.prompts,
-        corpus,
+        make_groups(resolved, losses, studio), settings.terms,
+        losses["pretrain"].reads() if "pretrain" in losses else LM_READS, data.prompts, corpus,
     )  # fmt: skip
+    schedules = Schedules(losses, {objective.name: objective.schedules for objective in resolved.objectives})
     facts = {
         "steps": steps,
         "data": prepared.data_facts,
@@ -98,7 +100,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     }
     if models.teacher is not None:
         facts["parameters"]["teacher"] = _count(models.teacher.model)
-    return Assembly(tokenizer, data, models.teacher, stepper, writers, builder, facts)
+    return Assembly(tokenizer, data, models.teacher, stepper, builder, schedules, facts)
 
 
 def _count(model: nn.Module, *, trained: bool = False) -> int:
@@ -139,67 +141,12 @@ def _load_teacher(settings: RunSettings, device: torch.device) -> Any:
 
 def _losses(resolved: Resolved) -> dict[str, Any]:
     terms = resolved.settings.terms
-    losses: dict[str, Any] = {"main": resolved.loss.loss(resolved.loss_config)}
+    losses: dict[str, Any] = {o.name: o.spec.loss(o.config) for o in resolved.objectives}
     if terms.lm.weight > 0:
         losses["lm"] = LanguageModelling(LanguageModellingConfig())
     if terms.pretrain.weight > 0:
         losses["pretrain"] = LanguageModelling(LanguageModellingConfig(kd_ratio=terms.pretrain.kd_ratio))
     return losses
-
-
-def _writers(
-    resolved: Resolved, models: _Models, prepared: Prepared, schedule: Schedule,
-    accelerator: Accelerator, display: Display, loss: Any,
-) -> Writers:  # fmt: skip
-    settings, tokenizer, data = resolved.settings, prepared.tokenizer, prepared.data
-    eos_ids = frozenset({tokenizer.eos_token_id})
-    crew = _crew(accelerator)
-    common: Mapping[str, Any] = {
-        "prompts": data.prompts, "eos_ids": eos_ids, "pad_id": tokenizer.pad_token_id,
-        "vocabulary": models.vocabulary, "seed": settings.seed, "crew": crew, "context": prepared.context,
-    }  # fmt: skip
-    student = StudentPen(
-        models.student, settings=settings.text, teacher=models.teacher,
-        loss=loss if resolved.loss.family is Family.ROLLOUT else None, **common,
-    )  # fmt: skip
-    teacher = _teacher_pen(settings, models, tokenizer, display, common) if teacher_writes(resolved) else _no_teacher
-    return Writers(
-        settings.text, resolved.loss.family, data.prompts, schedule,
-        seed=settings.seed, eos_ids=eos_ids, student=student, teacher=teacher,
-    )  # fmt: skip
-
-
-def _teacher_pen(
-    settings: RunSettings, models: _Models, tokenizer: Any, display: Display, common: Mapping[str, Any]
-) -> TeacherPen:
-    # Settings without a teacher are refused before.
-    assert models.teacher is not None
-    assert settings.teacher.model is not None
-    store = ResponseStore.open(
-        Path(settings.text.store) if settings.text.store else default_folder(),
-        model_fingerprint=model_fingerprint(settings.teacher.model, settings.teacher.revision),
-        # Which ids may be drawn decides the responses too.
-        tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{models.vocabulary}",
-        sampling=settings.text.teacher_sampling,
-        seed=settings.seed,
-    )
-    return TeacherPen(
-        models.teacher, sampling=settings.text.teacher_sampling, store=store,
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True), progress=display.pulse, **common,
-    )  # fmt: skip
-
-
-def _no_teacher(indices: Any) -> Any:
-    raise AssertionError("the plan lets no run without a teacher ask for its text")
-
-
-def _crew(accelerator: Accelerator) -> Crew:
-    if accelerator.num_processes == 1:
-        return Crew()
-    from accelerate.utils import gather_object
-
-    gather: Callable[[list[Any]], list[Any]] = gather_object
-    return Crew(accelerator.process_index, accelerator.num_processes, gather)
 
 
 def _corpus(settings: RunSettings, tokenizer: Any, steps: int, display: Display) -> Corpus | None:

@@ -21,6 +21,7 @@ from dpkd.text.responses import Response
 
 __all__ = ["Checkpoint", "Restored", "latest", "load", "prune", "save"]
 
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -33,10 +34,14 @@ class Checkpoint:
 
 
 class Restored(NamedTuple):
-    """What the loop needs beside the weights: the student's responses, and what was measured but not yet logged."""
+    """What the loop needs beside the weights.
 
-    responses: dict[int, Response]
-    window: dict[str, Any]
+    responses  the student's of the current period, by group of losses and example
+    loop       what was measured but not yet logged, and where schedules that follow the loss are
+    """
+
+    responses: dict[str, dict[int, Response]]
+    loop: dict[str, Any]
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -89,8 +94,8 @@ def save(
     *,
     module: nn.Module,
     optimiser: torch.optim.Optimizer,
-    responses: Mapping[int, Response],
-    window: Mapping[str, Any],
+    responses: Mapping[str, Mapping[int, Response]],
+    loop: Mapping[str, Any],
     random_states: list[dict[str, Tensor]],
     is_main: bool,
 ) -> Checkpoint:
@@ -109,9 +114,10 @@ def save(
     for rank, state in enumerate(random_states):
         save_file(state, temporary / f"random-{rank}.safetensors")
     with (temporary / "responses.jsonl").open("w", encoding="utf-8") as file:
-        for index, response in responses.items():
-            file.write(json.dumps({"example": index, **response.as_dict()}) + "\n")
-    facts = {"step": step, "processes": len(random_states), "window": window, "format": 2}
+        for group, written in responses.items():
+            for index, response in written.items():
+                file.write(json.dumps({"group": group, "example": index, **response.as_dict()}) + "\n")
+    facts = {"step": step, "processes": len(random_states), "loop": loop, "format": FORMAT}
     (temporary / "state.json").write_text(json.dumps(facts))
     for path in temporary.iterdir():
         _sync(path)
@@ -153,6 +159,8 @@ def load(
         weights = load_file(checkpoint.path / "weights.safetensors")
         optimiser_state = load_file(checkpoint.path / "optimiser.safetensors")
         lines = (checkpoint.path / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+        if state.get("format") != FORMAT:
+            raise ValueError(f"format {state.get('format')}, expected {FORMAT}: another version of dpkd wrote it")
     except (OSError, ValueError, SafetensorError) as error:
         raise DpkdError(
             f"the checkpoint {checkpoint.path} cannot be read ({error}). "
@@ -175,9 +183,11 @@ def load(
         torch.set_rng_state(random["cpu"])
         if device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], device)
-    rows = [json.loads(line) for line in lines]
-    responses = {row.pop("example"): Response.from_dict(row) for row in rows}
-    return Restored(responses, state.get("window", {}))
+    responses: dict[str, dict[int, Response]] = {}
+    for row in map(json.loads, lines):
+        group, example = row.pop("group"), row.pop("example")
+        responses.setdefault(group, {})[example] = Response.from_dict(row)
+    return Restored(responses, state["loop"])
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:

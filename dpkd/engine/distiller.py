@@ -31,14 +31,17 @@ class Distiller(nn.Module):
         *,
         vocabulary: int,
         chunk_mib: float,
-        reward_scale: float,
     ) -> None:
         super().__init__()
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.vocabulary = vocabulary
         self.chunk = chunk_rows(vocabulary, chunk_mib)
-        self.reward_scale = reward_scale
+
+    @property
+    def reward_scale(self) -> float:
+        """β of the implicit reward: the main loss's own, or 1."""
+        return float(getattr(self.losses["main"].config, "beta", 1.0))
 
     def forward(self, work: Work) -> tuple[Tensor, Sums]:
         hidden = hidden_rows(self.student, work.batch)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpkd.api import Family, TeacherAccess, Text
+from dpkd.config.objective import Objective, text_writers
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.data.encoding import continuation
@@ -76,6 +77,15 @@ def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
         ("settings", ", ".join(f"{k}={v}" for k, v in resolved.loss_config.model_dump().items()) or "none"),
         ("needs of the teacher", loss.needs(resolved.loss_config).value),
     ]
+    for extra in resolved.extras:
+        text = "the same responses" if extra.text is None else f"responses by {_by(extra)}"
+        rows.append((f"beside it: {extra.name}", f"{extra.spec.name}, weight {extra.weight:g}, on {text}"))
+    for objective in resolved.objectives:
+        for name, schedule in objective.schedules.items():
+            over = f"{schedule.steps} steps" if schedule.steps else "the whole run"
+            rows.append(
+                (f"schedule of {name}", f"{schedule.start:g} to {schedule.end:g}, {schedule.shape}, over {over}")
+            )
     if terms.lm.weight:
         rows.append(("LM term", f"data-set responses, weight {terms.lm.weight:g}"))
     if terms.pretrain.weight:
@@ -86,6 +96,11 @@ def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _by(objective: Objective) -> str:
+    assert objective.text is not None
+    return ", ".join(dict.fromkeys(w.value for w in text_writers(objective.text, objective.spec.family).values()))
 
 
 def _model_rows(settings: RunSettings, student: int, teacher: int) -> list[tuple[str, str]]:

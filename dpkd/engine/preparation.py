@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dpkd.api import Family, Text
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.data.corpus import check_corpus
@@ -19,7 +18,7 @@ from dpkd.models.loading import config_of, context_length, load_tokenizer
 from dpkd.models.tokenizers import shared_vocabulary
 from dpkd.students.initialise import student_config
 
-__all__ = ["Prepared", "number_of_steps", "prepare", "teacher_writes"]
+__all__ = ["Prepared", "number_of_steps", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,3 @@ def number_of_steps(settings: RunSettings, examples: int) -> int:
         return settings.train.steps
     per_epoch = -(-examples // settings.train.batch_size)
     return max(1, math.ceil(per_epoch * settings.train.epochs * settings.text.inner_epochs))
-
-
-def teacher_writes(resolved: Resolved) -> bool:
-    """Whether any response of the run is the teacher's."""
-    text = resolved.settings.text
-    if resolved.loss.family is Family.PAIR:
-        return Text.TEACHER.value in (text.pairs.preferred, text.pairs.dispreferred)
-    return text.source == "teacher" or text.mix.get(Text.TEACHER, 0.0) > 0

@@ -171,7 +171,7 @@ def _run(
 def _write_teacher_text(assembly: Assembly, again: str) -> None:
     """The teacher's responses go into the store one by one: an interrupt here may be at once."""
     try:
-        assembly.writers.prepare_teacher()
+        assembly.prepare_teacher()
     except KeyboardInterrupt:
         raise Stopped(f"stopped while the teacher wrote; what it wrote is kept; {again}", signal.SIGINT) from None
 
@@ -187,7 +187,7 @@ def _trainer(
         samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts)
         trackers = Trackers(settings.trackers, folder.path, folder.path.name, resolved.as_dict())
     return Trainer(
-        accelerator, assembly.stepper, assembly.writers, assembly.builder, settings, folder, log, trackers, samples,
+        accelerator, assembly.stepper, assembly.builder, assembly.schedules, settings, folder, log, trackers, samples,
         display,
     )  # fmt: skip
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dpkd.api import Family, Signal, Text
+from dpkd.api import Signal, Text
 from dpkd.config.settings import TermSettings
 from dpkd.data.batches import TokenSequence
 from dpkd.data.corpus import Corpus as Blocks
 from dpkd.data.order import Schedule
 from dpkd.data.tokenise import Prompt
 from dpkd.engine.work import Stream, Term, Unit
-from dpkd.text.writers import StepText
+from dpkd.text.writers import StepText, Writers
 
-__all__ = ["Corpus", "StreamBuilder"]
+__all__ = ["Corpus", "Group", "StreamBuilder"]
 
 LM_READS = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS})
 
@@ -33,37 +33,53 @@ def _tokens(units: Sequence[Unit]) -> int:
 
 
 @dataclass(frozen=True)
+class Group:
+    """The losses that are taken from the same responses: one forward for all of them."""
+
+    name: str  # of its first loss
+    writers: Writers
+    pairs: bool
+    losses: Mapping[str, tuple[frozenset[Signal], float]]  # name → what it reads, its weight
+
+    def stream(self, text: StepText, prompts: Sequence[Prompt]) -> Stream:
+        """Its stream of a step."""
+        units = [
+            Unit(tuple(TokenSequence(prompts[i].prompt_ids, r.ids) for r in responses), responses)
+            for i, responses in text.responses
+        ]
+        denominator = max(1, len(units) if self.pairs else _tokens(units))
+        terms = [Term(name, reads, weight, denominator) for name, (reads, weight) in self.losses.items()]
+        return Stream(self.name, units, terms, self.pairs)
+
+
+@dataclass(frozen=True)
 class StreamBuilder:
     """Builds the streams of a step. Denominators are counted here, once, after the text is final."""
 
-    family: Family
-    reads: frozenset[Signal]
+    groups: Sequence[Group]
     terms: TermSettings
     pretrain_reads: frozenset[Signal]
     prompts: Sequence[Prompt]
     corpus: Corpus | None
 
-    def streams(self, step: int, text: StepText, window: Sequence[int]) -> list[Stream]:
-        """All streams of a step, over all processes."""
-        main = self._main(text)
-        streams = [main]
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss of the run."""
+        own = {name: weight for group in self.groups for name, (_, weight) in group.losses.items()}
+        return {**own, "lm": self.terms.lm.weight, "pretrain": self.terms.pretrain.weight}
+
+    def streams(self, step: int, texts: Sequence[StepText]) -> list[Stream]:
+        """All streams of a step, over all processes; `texts` has the responses of each group."""
+        streams = [group.stream(text, self.prompts) for group, text in zip(self.groups, texts, strict=True)]
         if self.terms.lm.weight > 0:
-            streams = self._with_lm(main, window)
+            window = self.groups[0].writers.schedule.window(step)
+            streams = [*self._with_lm(streams[0], window), *streams[1:]]
         if self.terms.pretrain.weight > 0 and self.corpus is not None:
             blocks = [self.corpus.blocks[i] for i in self.corpus.schedule.window(step)]
             units = [Unit((TokenSequence((), block),)) for block in blocks]
             term = Term("pretrain", self.pretrain_reads, self.terms.pretrain.weight, max(1, _tokens(units)))
             streams.append(Stream("pretrain", units, [term]))
         return streams
-
-    def _main(self, text: StepText) -> Stream:
-        units = [
-            Unit(tuple(TokenSequence(self.prompts[i].prompt_ids, r.ids) for r in responses), responses)
-            for i, responses in text.responses
-        ]
-        pairs = self.family is Family.PAIR
-        denominator = max(1, len(units) if pairs else _tokens(units))
-        return Stream("main", units, [Term("main", self.reads, self.terms.main, denominator)], pairs)
 
     def _with_lm(self, main: Stream, window: Sequence[int]) -> list[Stream]:
         """The LM term shares the main stream where that is the data set's text, else it has its own."""

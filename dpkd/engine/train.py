@@ -17,12 +17,13 @@ from dpkd.engine.metrics_log import MetricsLog
 from dpkd.engine.optimiser import learning_rate
 from dpkd.engine.progress import Display
 from dpkd.engine.samples import SampleLog
+from dpkd.engine.schedules import Schedules
 from dpkd.engine.step import Stepper
 from dpkd.engine.streams import StreamBuilder
 from dpkd.engine.sums import Sums
 from dpkd.engine.trackers import Trackers
 from dpkd.run_folder import RunFolder
-from dpkd.text.writers import Writers
+from dpkd.text.writers import StepText, Writers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,8 +51,8 @@ class Trainer:
 
     accelerator: Accelerator
     stepper: Stepper
-    writers: Writers
     builder: StreamBuilder
+    schedules: Schedules
     settings: TrainSettings
     folder: RunFolder
     log: MetricsLog | None  # on the main process
@@ -61,19 +62,42 @@ class Trainer:
     window: Window = field(default_factory=Window)
     _said_equal: bool = False
 
+    @property
+    def writers(self) -> Writers:
+        """Of the main loss's text."""
+        return self.builder.groups[0].writers
+
     def _step(self, step: int, measure: bool) -> None:
         """One optimiser step: its text, its streams, its update."""
-        self.writers.prepare(step)
-        text = self.writers.step(step)
-        streams = self.builder.streams(step, text, self.writers.schedule.window(step))
-        lr = learning_rate(step, self.writers.schedule.steps, self.settings)
-        self.window.sums.merge(self.stepper(streams, lr=lr, measure=measure))
-        if self.accelerator.is_main_process:  # every process sees the whole text: it is counted once
-            for name, count in text.counts.items():
-                self.window.sums.add(f"text/{name}", count, 1.0)
+        steps = self.writers.schedule.steps
+        values = self.schedules.apply(step, steps)
+        texts = []
+        for group in self.builder.groups:
+            group.writers.prepare(step)
+            texts.append(group.writers.step(step))
+        streams = self.builder.streams(step, texts)
+        sums = self.stepper(streams, lr=learning_rate(step, steps, self.settings), measure=measure)
+        if self.schedules.follow_the_loss:
+            self.schedules.follow(self._losses(sums))
+        if self.accelerator.is_main_process:  # every process knows these: they are counted once
+            for name, value in values.items():
+                sums.add(f"schedule/{name}", value, 1.0)
+            for group, text in zip(self.builder.groups, texts, strict=True):
+                label = "text" if group.name == "main" else f"text/{group.name}"
+                for name, count in text.counts.items():
+                    sums.add(f"{label}/{name}", count, 1.0)
+        self.window.sums.merge(sums)
         self.window.tokens += sum(
             len(s.response_ids) for stream in streams for unit in stream.units for s in unit.sequences
         )
+        self._say_equal(step, texts[0])
+
+    def _losses(self, sums: Sums) -> dict[str, float]:
+        """The mean loss of each term of a step, over all processes."""
+        averages = self._reduced(sums).averages()
+        return {name.removeprefix("loss/"): value for name, value in averages.items() if name.startswith("loss/")}
+
+    def _say_equal(self, step: int, text: StepText) -> None:
         if text.responses or self._said_equal or not text.counts["equal_pairs"]:
             return
         self._said_equal = True
@@ -114,8 +138,7 @@ class Trainer:
         seconds = self.window.elapsed()
         facts = {"lr": lr, "tokens_per_second": self.window.tokens / seconds, "seconds": seconds}
         metrics = self._reduced(self.window.sums).averages()
-        weights = {"main": self.builder.terms.main, "lm": self.builder.terms.lm.weight}
-        weights["pretrain"] = self.builder.terms.pretrain.weight
+        weights = self.builder.weights
         weighted = {f"weighted/{n}": metrics[f"loss/{n}"] * w for n, w in weights.items() if f"loss/{n}" in metrics}
         responses = metrics.get("text/responses", 0.0)
         share = metrics.get("text/truncated_responses", 0.0) / responses if responses else 0.0
@@ -141,12 +164,13 @@ class Trainer:
 
     def restore(self, restored: checkpoint.Restored) -> None:
         """Go on with the student's responses, and with what was measured since the last logged step."""
-        self.writers.student_responses = restored.responses
-        kept = restored.window
-        if kept:
-            # What all processes measured is counted once, by the main one.
-            sums = Sums.from_dict(kept["sums"]) if self.accelerator.is_main_process else Sums()
-            self.window = Window(sums, kept["tokens"], kept["seconds"])
+        for group in self.builder.groups:
+            group.writers.student_responses = restored.responses.get(group.name, {})
+        kept = restored.loop
+        self.schedules.restore(kept["schedules"])
+        # What all processes measured is counted once, by the main one.
+        sums = Sums.from_dict(kept["sums"]) if self.accelerator.is_main_process else Sums()
+        self.window = Window(sums, kept["tokens"], kept["seconds"])
 
     def save(self, step: int) -> None:
         """Write a checkpoint and delete those that are no longer kept."""
@@ -157,12 +181,14 @@ class Trainer:
 
             states = gather_object([state])
         optimiser = getattr(self.stepper.optimiser, "optimizer", self.stepper.optimiser)
-        sums = self._reduced(self.window.sums).as_dict()
-        window = {"sums": sums, "tokens": self.window.tokens, "seconds": self.window.elapsed()}
+        loop = {
+            "sums": self._reduced(self.window.sums).as_dict(), "tokens": self.window.tokens,
+            "seconds": self.window.elapsed(), "schedules": self.schedules.state(),
+        }  # fmt: skip
+        responses = {group.name: group.writers.student_responses for group in self.builder.groups}
         checkpoint.save(
-            self.folder.checkpoints, step, module=self.stepper.inner, optimiser=optimiser,
-            responses=self.writers.student_responses, window=window, random_states=states,
-            is_main=self.accelerator.is_main_process,
+            self.folder.checkpoints, step, module=self.stepper.inner, optimiser=optimiser, responses=responses,
+            loop=loop, random_states=states, is_main=self.accelerator.is_main_process,
         )  # fmt: skip
         if self.accelerator.is_main_process:
             checkpoint.prune(self.folder.checkpoints, self.settings.keep_checkpoints)

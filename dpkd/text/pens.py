@@ -131,6 +131,7 @@ class TeacherPen:
     progress: Callable[[int, int], None] | None = None
 
     def __call__(self, indices: Sequence[int]) -> list[Response]:
+        self.store.refresh()  # another pen of this run, or another run, may have written some
         # One response per distinct prompt: the store's, so that a run is the same whether it or an earlier one wrote.
         distinct = {self.prompts[i].prompt_ids: i for i in reversed(indices)}
         missing = [i for prompt, i in distinct.items() if self.store.get(prompt) is None]

@@ -50,7 +50,7 @@ def test_every_function_exists(file, name):
 def test_the_loop_calls_its_stages_in_the_order_of_the_page():
     loop = (ROOT / "dpkd/engine/train.py").read_text(encoding="utf-8")
     stages = {
-        "Writers.prepare`": "self.writers.prepare(step)", "Writers.step`": "self.writers.step(step)",
+        "Writers.prepare`": "group.writers.prepare(step)", "Writers.step`": "group.writers.step(step)",
         "StreamBuilder.streams`": "self.builder.streams(", "Stepper`": "self.stepper(",
         "MetricsLog`": "self._log(done",
     }  # fmt: skip

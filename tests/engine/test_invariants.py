@@ -42,10 +42,12 @@ def gradients(resolved, quiet):
         stepper.teacher.model.double()
         stepper.teacher._head = stepper.teacher._head.cast(torch.float64)
     stepper.optimiser, stepper.clip = _NoStep(stepper.distiller), None
-    writers = assembly.writers
-    writers.prepare_teacher()
-    writers.prepare(0)
-    streams = assembly.builder.streams(0, writers.step(0), writers.schedule.window(0))
+    assembly.prepare_teacher()
+    texts = []
+    for group in assembly.builder.groups:
+        group.writers.prepare(0)
+        texts.append(group.writers.step(0))
+    streams = assembly.builder.streams(0, texts)
     sums = stepper(streams, lr=0.0, measure=False)
     found = {n: p.grad.clone() for n, p in stepper.distiller.named_parameters() if p.grad is not None}
     return found, sums.averages(), stepper
