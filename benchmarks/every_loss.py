@@ -17,8 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from dpkd.evaluation.evaluate import evaluate
-from dpkd.evaluation.subject import subject
+import dpkd
 from dpkd.host import load_host
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
@@ -80,9 +79,8 @@ def train(loss: str, teacher: Path, data: Path, settings: dict[str, object], out
 
 def divergences(model: str, data: Path, teacher: Path) -> dict[str, float]:
     """Held-out divergences to the teacher."""
-    sampling = SamplingSettings(max_new_tokens=1)
-    settings = subject(model, str(data), teacher=str(teacher), sampling=sampling, seed=1, limit=None, output=None)
-    return evaluate(settings).divergences.as_dict()
+    result = dpkd.evaluate(model, str(data), teacher=str(teacher), greedy=True, max_new_tokens=1)
+    return {name: metric.mean for name, metric in result.metrics.items()}
 
 
 def on_stories(losses: list[str], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""All that a loss plugin imports: specs, configs, base classes, signals and the hook marker.
+"""All that a plugin imports: specs, configs, base classes, signals and the hook marker.
 
 A plugin is one module with a frozen config, a loss class, one `SPEC` and one hook:
 
@@ -12,7 +12,7 @@ moves devices and logs. Shapes in names: N response positions, V vocabulary, B p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -25,10 +25,12 @@ from dpkd.functional import at_least_float32, gather_logps, log_softmax
 from dpkd.settings import with_none
 
 __all__ = [
+    "Answers",
     "Card",
     "Family",
     "LossConfig",
     "LossSpec",
+    "MetricSpec",
     "Pair",
     "PairInputs",
     "PairLoss",
@@ -370,3 +372,39 @@ class LossSpec:
         if Signal.TEACHER_LOGPS in signals:
             return TeacherAccess.TOKEN_LOGPS
         return TeacherAccess.NONE
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's answers to the rows of a set, under one seed; all of one length, in the order of the rows.
+
+    predictions  the answers as text, white space around them taken off
+    references   the accepted answers of each row, at least one
+    tokens       tokens of each answer, EOS included
+    truncated    whether an answer ran into the length limit
+    """
+
+    predictions: Sequence[str]
+    references: Sequence[Sequence[str]]
+    tokens: Sequence[int]
+    truncated: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """A metric of answers: one value per row, averaged over the rows that have one, or one value of all rows.
+
+    name     lower-case, with underscores: the key in scores.json
+    unit     what the number counts: "× 100", "words"
+    better   `higher`, `lower`, or empty where neither is
+    summary  one line
+    per_row  a function from answers to a value for each row (None: the row has none)
+    overall  a function from answers to one value, where it is no mean over rows
+    """
+
+    name: str
+    unit: str
+    better: str
+    summary: str
+    per_row: Callable[[Answers], Sequence[float | None]] | None = None
+    overall: Callable[[Answers], float | None] | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pluggy
 
-from dpkd.api import LossSpec
+from dpkd.api import LossSpec, MetricSpec
 
 __all__ = ["DpkdHooks"]
 
@@ -25,4 +25,15 @@ class DpkdHooks:
             @hookimpl
             def dpkd_losses():
                 return [SPEC]
+        """
+
+    @hookspec
+    def dpkd_metrics(self) -> Iterable[MetricSpec]:  # type: ignore[empty-body]
+        """The metrics of this plugin, which `dpkd eval` takes of a model's answers.
+
+        Example:
+
+            @hookimpl
+            def dpkd_metrics():
+                return [MetricSpec("letters", "letters", "", "Length.", per_row=lambda a: map(len, a.predictions))]
         """

@@ -16,13 +16,14 @@ from typing import Any
 
 import pluggy
 
-from dpkd.api import LossConfig, LossSpec, PairLoss, RolloutLoss, TokenLoss
+from dpkd.api import LossConfig, LossSpec, MetricSpec, PairLoss, RolloutLoss, TokenLoss
 from dpkd.errors import DpkdError
 from dpkd.hookspecs import DpkdHooks
 
-__all__ = ["GROUP", "BrokenPlugin", "Host", "RegisteredLoss", "load_host"]
+__all__ = ["GROUP", "METRICS_GROUP", "BrokenPlugin", "Host", "RegisteredLoss", "load_host", "load_metrics"]
 
 GROUP = "dpkd"
+METRICS_GROUP = "dpkd.metrics"
 VARIABLE = "DPKD_PLUGINS"
 
 
@@ -117,7 +118,7 @@ def load_host(environment: Mapping[str, str] | None = None) -> Host:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(DpkdHooks)
     claims: dict[str, list[RegisteredLoss]] = {}
-    points = _discover()
+    points = _discover(GROUP)
     if restricted is not None:
         wanted = {_normal(name): name.strip() for name in restricted.split(",") if name.strip()}
         host.unmatched = tuple(name for key, name in wanted.items() if not any(key in _names(p) for p in points))
@@ -141,9 +142,9 @@ class _PluginError(Exception):
     """What is wrong with a plugin, as a sentence."""
 
 
-def _discover() -> list[EntryPoint]:
-    """Entry points of the group, sorted, each once."""
-    points = {(p.name, p.value, _distribution(p)): p for p in entry_points(group=GROUP)}
+def _discover(group: str) -> list[EntryPoint]:
+    """Entry points of a group, sorted, each once."""
+    points = {(p.name, p.value, _distribution(p)): p for p in entry_points(group=group)}
     return [points[key] for key in sorted(points)]
 
 
@@ -161,24 +162,65 @@ def _distribution(point: EntryPoint) -> tuple[str, str]:
 
 
 def _load(manager: pluggy.PluginManager, point: EntryPoint) -> list[RegisteredLoss]:
-    plugin = point.load()
+    plugin, specs = _called(manager, point, "dpkd_losses", "LossSpec")
     distribution, version = _distribution(point)
-    unique = f"{distribution}:{point.name}"
+    file = getattr(plugin, "__file__", None) or point.value
+    return [RegisteredLoss(_checked(spec), distribution, version, point.name, str(file)) for spec in specs]
+
+
+def _called(manager: pluggy.PluginManager, point: EntryPoint, hook: str, wanted: str) -> tuple[Any, list[Any]]:
+    """A plugin, and what its hook returns: a list."""
+    plugin = point.load()
+    unique = f"{_distribution(point)[0]}:{point.name}"
     _check_hook_names(manager, plugin)
     manager.register(plugin, name=unique)
-    callers = manager.get_hookcallers(plugin) or []
-    if not callers:
+    names = [caller.name for caller in manager.get_hookcallers(plugin) or []]
+    if hook not in names:
         raise _PluginError(
-            f"{point.value} implements no hook: expected a function `dpkd_losses` with the decorator @hookimpl "
+            f"{point.value} implements no hook: expected a function `{hook}` with the decorator @hookimpl "
             "from dpkd.api"
         )
-    file = getattr(plugin, "__file__", None) or point.value
     others = [other for name, other in manager.list_name_plugin() if name != unique]
-    results = manager.subset_hook_caller("dpkd_losses", remove_plugins=others)()
+    results = manager.subset_hook_caller(hook, remove_plugins=others)()
     if not results:  # pluggy leaves out a hook's None
-        raise _PluginError("dpkd_losses must return a list of LossSpec, but returned None")
-    specs = [spec for result in results for spec in _listed(result)]
-    return [RegisteredLoss(_checked(spec), distribution, version, point.name, str(file)) for spec in specs]
+        raise _PluginError(f"{hook} must return a list of {wanted}, but returned None")
+    return plugin, [spec for result in results for spec in _listed(result, hook, wanted)]
+
+
+def load_metrics() -> tuple[dict[str, MetricSpec], list[BrokenPlugin]]:
+    """The metrics of all installed plugins by name, and the plugins that could not be used.
+
+    Raises DpkdError when two plugins have a metric of one name.
+    """
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(DpkdHooks)
+    metrics: dict[str, MetricSpec] = {}
+    owners: dict[str, str] = {}
+    broken = []
+    for point in _discover(METRICS_GROUP):
+        owner = f"{point.value} ({_distribution(point)[0]})"
+        try:
+            specs = [_checked_metric(spec) for spec in _called(manager, point, "dpkd_metrics", "MetricSpec")[1]]
+        except (Exception, SystemExit) as error:
+            broken.append(BrokenPlugin(point.name, _distribution(point)[0], _reason(error)))
+            continue
+        for spec in specs:
+            if spec.name in metrics:
+                raise DpkdError(
+                    f"two metrics are called {spec.name!r}: {owners[spec.name]} and {owner}. Uninstall one."
+                )
+            metrics[spec.name], owners[spec.name] = spec, owner
+    return metrics, broken
+
+
+def _checked_metric(spec: Any) -> MetricSpec:
+    if not isinstance(spec, MetricSpec):
+        raise _PluginError(f"dpkd_metrics must return MetricSpecs, but the list holds {type(spec).__name__}")
+    if not spec.name.isidentifier() or spec.name != spec.name.lower():
+        raise _PluginError(f"the name {spec.name!r} should be lower-case letters and digits with underscores between")
+    if (spec.per_row is None) == (spec.overall is None):
+        raise _PluginError(f"the metric {spec.name!r} needs one of `per_row` and `overall`")
+    return spec
 
 
 def _check_hook_names(manager: pluggy.PluginManager, plugin: ModuleType | Any) -> None:
@@ -191,9 +233,9 @@ def _check_hook_names(manager: pluggy.PluginManager, plugin: ModuleType | Any) -
             raise _PluginError(f"there is no hook {name!r}{hint} (hooks: {', '.join(sorted(known))})")
 
 
-def _listed(result: Any) -> Iterable[Any]:
-    if isinstance(result, LossSpec) or not isinstance(result, Iterable):
-        raise _PluginError(f"dpkd_losses must return a list of LossSpec, but returned {type(result).__name__}")
+def _listed(result: Any, hook: str, wanted: str) -> Iterable[Any]:
+    if isinstance(result, LossSpec | MetricSpec) or not isinstance(result, Iterable):
+        raise _PluginError(f"{hook} must return a list of {wanted}, but returned {type(result).__name__}")
     return result
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpkd.evaluation.evaluate import Evaluation
+    from dpkd.evaluation.results import Evaluation
     from dpkd.run_folder import RunFolder
 
 __all__ = ["evaluate", "train"]
@@ -44,14 +44,27 @@ def train(
 
 
 def evaluate(
-    model: str, data: str, *, teacher: str | None = None, greedy: bool = False, max_new_tokens: int = 256,
-    limit: int | None = None, seed: int = 10, output: str | Path | None = None,
+    model: str, data: str, *, teacher: str | None = None, seeds: Sequence[int] | None = None, greedy: bool = False,
+    max_new_tokens: int = 256, batch_size: int = 32, limit: int | None = None, rewards: bool = False,
+    output: str | Path | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Score a run, model folder or hub id on held-out rows, as `dpkd eval` does."""
-    from dpkd.evaluation.evaluate import evaluate as run
-    from dpkd.evaluation.subject import subject
+    """Score a run, model folder or hub id on a set, as `dpkd eval` does; nothing is written without `output`.
+
+    `evaluate(...)["rouge_l"]` is the mean over seeds.
+    """
+    from dpkd.data.settings import DataSettings
+    from dpkd.evaluation.evaluate import PAPER_SEEDS, Bench, EvaluationSettings
+    from dpkd.evaluation.sets import find_set
+    from dpkd.evaluation.subject import find_subject
     from dpkd.text.settings import SamplingSettings
 
-    sampling = SamplingSettings(temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens)
-    where = Path(output) if output is not None else None
-    return run(subject(model, data, teacher=teacher, sampling=sampling, seed=seed, limit=limit, output=where))
+    one, subject = find_set(data), find_subject(model, teacher)
+    sampling = SamplingSettings(
+        temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    own = {**subject.data, **({"template": one.template} if one.template else {})}
+    return Bench(subject.model, subject.teacher).evaluate(
+        one, DataSettings(**{**own, "path": one.path, "limit": limit}),
+        EvaluationSettings(sampling, tuple(seeds or PAPER_SEEDS), rewards),
+        output=Path(output) if output is not None else None,
+    )  # fmt: skip

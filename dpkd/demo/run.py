@@ -21,12 +21,13 @@ from rich.text import Text
 
 from dpkd.config.layers import Layer, flag_layer
 from dpkd.config.resolve import Resolved, resolve
-from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
-from dpkd.data.tokenise import Prompt, tokenise
 from dpkd.engine.run import train
-from dpkd.evaluation.evaluate import Evaluation, evaluate_model
+from dpkd.evaluation.evaluate import EvaluationSettings, evaluate_model, metric_specs
+from dpkd.evaluation.inputs import read_inputs
 from dpkd.evaluation.predictions import Prediction
+from dpkd.evaluation.results import Evaluation
+from dpkd.evaluation.sets import EvalSet
 from dpkd.host import load_host
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
@@ -35,6 +36,7 @@ from dpkd.students.initialise import make_student
 from dpkd.teachers.live import LiveTeacher
 from dpkd.text.settings import SamplingSettings
 from dpkd.text.store import default_folder
+from dpkd.text.stream import longest_sequence
 
 __all__ = ["DemoScore", "run_demo", "show"]
 
@@ -117,20 +119,21 @@ def _scores(resolved: Resolved, trained: Path, held_out: Path, console: Console)
     settings = resolved.settings
     tokenizer = load_tokenizer(settings.teacher)
     data = DataSettings(**{**settings.data.model_dump(), "path": str(held_out)})
-    prompts: list[Prompt] = tokenise(read_examples(data).examples, tokenizer, data).prompts
+    how = EvaluationSettings(SamplingSettings(temperature=0.0, max_new_tokens=48, batch_size=40), (settings.seed,))
+    held = EvalSet("held-out", data.path)
     teacher_model = load_model(settings.teacher, device="cpu", dtype=torch.float32)
     vocabulary = teacher_model.get_output_embeddings().weight.shape[0]
     teacher = LiveTeacher(teacher_model, vocabulary, torch.device("cpu"))
     untrained = make_student(settings.student, teacher=teacher_model, device="cpu", seed=settings.seed)
     distilled = load_model(ModelSettings(model=str(trained)), device="cpu", dtype=torch.float32)
+    inputs = read_inputs(held, data, tokenizer, context=longest_sequence(teacher_model), max_new_tokens=48)
     scores = []
     for name, model in (("teacher", teacher_model), ("untrained student", untrained), ("distilled student", distilled)):
-        console.print(f"scoring the {name} on {len(prompts)} held-out prompts", highlight=False)
-        evaluation, answers = evaluate_model(
-            model, prompts, tokenizer, teacher=teacher, vocabulary=vocabulary,
-            sampling=SamplingSettings(temperature=0.0, max_new_tokens=48, batch_size=40), seed=settings.seed,
-        )  # fmt: skip
-        scores.append(DemoScore(name, evaluation, answers))
+        console.print(f"scoring the {name} on {len(inputs.prompts)} held-out prompts", highlight=False)
+        evaluation, answers, _ = evaluate_model(
+            model, inputs, tokenizer, teacher=teacher, vocabulary=vocabulary, settings=how, specs=metric_specs()
+        )
+        scores.append(DemoScore(name, evaluation, answers[settings.seed]))
     return scores
 
 
@@ -140,14 +143,12 @@ def show(scores: Sequence[DemoScore], console: Console) -> None:
     table.add_column("held-out")
     for score in scores:
         table.add_column(score.name, justify="right")
-    rows: list[tuple[str, list[float | None]]] = [
-        ("NLL (nats per token)", [s.evaluation.divergences.nll for s in scores]),
-        ("forward KL to the teacher", [s.evaluation.divergences.forward_kl for s in scores]),
-        ("reverse KL to the teacher", [s.evaluation.divergences.reverse_kl for s in scores]),
-        ("Rouge-L of greedy answers", [s.evaluation.text.overall.rouge_l for s in scores]),
-    ]
-    for name, values in rows:
-        table.add_row(name, *("–" if value is None else f"{value:.2f}" for value in values))
+    rows = {
+        "NLL (nats per token)": "nll", "forward KL to the teacher": "forward_kl",
+        "reverse KL to the teacher": "reverse_kl", "Rouge-L of greedy answers": "rouge_l",
+    }  # fmt: skip
+    for title, metric in rows.items():
+        table.add_row(title, *(f"{score.evaluation[metric]:.2f}" for score in scores))
     console.print(table)
     shown = min(range(len(scores[0].answers)), key=lambda i: len(scores[0].answers[i].prompt or ""))
     console.print(

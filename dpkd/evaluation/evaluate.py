@@ -1,159 +1,227 @@
-"""Scores of a model on held-out data: text metrics of its own answers, likelihood and divergences on the references."""
+"""Scores of a model on held-out data: metrics of its own answers, likelihood and divergences on the references."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpkd.api import MetricSpec
 from dpkd.data.batches import TokenSequence
-from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
-from dpkd.data.tokenise import Prompt, tokenise
 from dpkd.errors import DpkdError
+from dpkd.evaluation.answers import Desk, answer, as_answers
 from dpkd.evaluation.divergences import Divergences, measure
-from dpkd.evaluation.predictions import Prediction, write_predictions
-from dpkd.evaluation.text_metrics import TextScores, score_texts
+from dpkd.evaluation.inputs import Inputs, read_inputs
+from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure
+from dpkd.evaluation.predictions import Prediction
+from dpkd.evaluation.results import Evaluation, Metric, score, write_scores
+from dpkd.evaluation.sets import EvalSet
+from dpkd.host import load_metrics
 from dpkd.models.head import check_head
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import shared_vocabulary
 from dpkd.teachers.live import LiveTeacher
-from dpkd.text.sampling import sample
 from dpkd.text.settings import SamplingSettings
-from dpkd.text.writers import response_seed
+from dpkd.text.store import model_fingerprint
+from dpkd.text.stream import longest_sequence
 
-__all__ = ["Evaluation", "EvaluationSettings", "answer", "evaluate", "evaluate_model"]
+__all__ = ["PAPER_SEEDS", "Bench", "EvaluationSettings", "evaluate_model", "metric_specs"]
 
+PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
 Progress = Callable[[str, int, int], None]  # what, done, of
+
+DIVERGENCE_UNITS = {
+    "nll": "nats per token", "perplexity": "", "bits_per_byte": "bits", "teacher_nll": "nats per token",
+    "forward_kl": "nats per token", "reverse_kl": "nats per token", "first_token_forward_kl": "nats",
+    "first_token_reverse_kl": "nats", "reward_sum": "nats per response", "reward_mean": "nats per token",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is evaluated, and how answers are drawn."""
+    """How a model is scored on a set.
 
-    model: ModelSettings
-    data: DataSettings
-    teacher: TeacherSettings | None = None
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    seed: int = 10
-    output: Path | None = None  # folder for predictions.jsonl and scores.json
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores on one set; `rows` were read, and every one of them was scored."""
-
-    rows: int
-    text: TextScores
-    divergences: Divergences
-    truncated: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For scores.json."""
-        return {
-            "rows": self.rows,
-            "text": self.text.as_dict(),
-            **self.divergences.as_dict(),
-            "truncated_answers": self.truncated,
-        }
-
-
-def evaluate(settings: EvaluationSettings, *, progress: Progress | None = None) -> Evaluation:
-    """Load model, teacher and data, score, and write predictions and scores.
-
-    Raises DpkdError when something cannot be found or does not fit.
+    rewards  also take the implicit reward of the model's own answers, and of the teacher's
+    cuts     ends of the buckets of reference length, in the unit of `lengths`
     """
-    tokenizer = load_tokenizer(settings.model)
-    examples = read_examples(settings.data)
-    prompts = tokenise(examples.examples, tokenizer, settings.data).prompts
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(settings.model, device=device, dtype=None)
-    check_head(model)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    teacher = None
-    if settings.teacher is not None and settings.teacher.model is not None:
-        loaded = load_model(settings.teacher, device=device, dtype=None)
-        size = loaded.get_output_embeddings().weight.shape[0]
-        vocabulary = shared_vocabulary(tokenizer, load_tokenizer(settings.teacher), vocabulary, size).size
-        teacher = LiveTeacher(loaded, vocabulary, torch.device(device))
-    evaluation, predictions = evaluate_model(
-        model, prompts, tokenizer, teacher=teacher, vocabulary=vocabulary, sampling=settings.sampling,
-        seed=settings.seed, progress=progress,
-    )  # fmt: skip
-    if settings.output is not None:
-        _write(settings, evaluation, predictions, examples.fingerprint)
-    return evaluation
+
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    seeds: Sequence[int] = PAPER_SEEDS
+    rewards: bool = False
+    cuts: Sequence[int] = DEFAULT_CUTS
+    lengths: LengthMeasure = WORDS
+
+    @property
+    def drawn_seeds(self) -> tuple[int, ...]:
+        """Greedy answers are the same under every seed."""
+        return tuple(self.seeds[:1]) if self.sampling.temperature == 0 else tuple(self.seeds)
+
+
+def metric_specs(say: Callable[[str], None] | None = None) -> dict[str, MetricSpec]:
+    """All installed metrics; what could not be loaded is said."""
+    specs, broken = load_metrics()
+    for plugin in broken if say is not None else ():
+        assert say is not None
+        say(f"the metrics of {plugin.entry_point} ({plugin.distribution}) could not be loaded: {plugin.reason}")
+    return specs
+
+
+class Bench:
+    """A model, and its teacher where there is one, loaded once for all sets."""
+
+    def __init__(self, model: ModelSettings, teacher: TeacherSettings | None) -> None:
+        """Raises DpkdError when something cannot be found or does not fit."""
+        self.names = (model.model, teacher.model if teacher is not None else None)
+        self.tokenizer = load_tokenizer(model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(model, device=device, dtype=None)
+        check_head(self.model)
+        self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        self.teacher = None
+        if teacher is not None and teacher.model is not None:
+            loaded = load_model(teacher, device=device, dtype=None)
+            size = loaded.get_output_embeddings().weight.shape[0]
+            shared = shared_vocabulary(self.tokenizer, load_tokenizer(teacher), self.vocabulary, size)
+            self.vocabulary = shared.size
+            self.teacher = LiveTeacher(loaded, self.vocabulary, torch.device(device))
+        self.fingerprint = model_fingerprint(str(model.model), model.revision)
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that both models read."""
+        models = [self.model, *([self.teacher.model] if self.teacher is not None else [])]
+        return min((length for model in models if (length := longest_sequence(model))), default=None)
+
+    def inputs(self, one: EvalSet, data: DataSettings, max_new_tokens: int) -> Inputs:
+        """The rows of a set, ready for this model."""
+        return read_inputs(one, data, self.tokenizer, context=self.context, max_new_tokens=max_new_tokens)
+
+    def evaluate(
+        self, one: EvalSet, data: DataSettings, settings: EvaluationSettings, *, output: Path | None = None,
+        progress: Progress | None = None, say: Callable[[str], None] | None = None,
+    ) -> Evaluation:  # fmt: skip
+        """Score the model on a set; with `output`, answers and scores are written there, and resumed from there.
+
+        Raises DpkdError unless every row was answered and scored.
+        """
+        inputs = self.inputs(one, data, settings.sampling.max_new_tokens)
+        for line in inputs.lines() if say is not None else ():
+            assert say is not None
+            say(line)
+        generation = {
+            **settings.sampling.model_dump(mode="json", exclude={"batch_size"}), "template": data.template,
+            "max_prompt_tokens": one.max_prompt_tokens, "min_reference_words": one.min_reference_words,
+        }  # fmt: skip
+        desk = None
+        if output is not None:
+            drawn = {"weights": self.fingerprint, "vocabulary": self.vocabulary, "data": inputs.fingerprint}
+            desk = Desk(output, {**drawn, "rows": len(inputs.prompts), "generation": generation})
+        evaluation, predictions, rows = evaluate_model(
+            self.model, inputs, self.tokenizer, teacher=self.teacher, vocabulary=self.vocabulary, settings=settings,
+            specs=metric_specs(say), desk=desk, progress=progress,
+        )  # fmt: skip
+        facts = {
+            "set": one.name, "greedy": settings.sampling.temperature == 0, "model": self.names[0],
+            "teacher": self.names[1], "generation": generation, "cut_references": inputs.cut,
+            "data": {"path": data.path, "fingerprint": inputs.fingerprint, "rows_read": inputs.rows_read,
+                     "left_out": inputs.left_out},
+            "dpkd": version("dpkd"),
+        }  # fmt: skip
+        evaluation = Evaluation(**{**vars(evaluation), "facts": facts})
+        if desk is not None:
+            for seed, own in predictions.items():
+                desk.finish(seed, [_scored(p, values) for p, values in zip(own, rows[seed], strict=True)])
+            write_scores(evaluation, desk.folder)
+        return evaluation
+
+
+def _scored(prediction: Prediction, values: dict[str, float]) -> Prediction:
+    kept = {name: values[name] for name in ("rouge_l", "exact_match") if name in values}
+    return Prediction(**{**vars(prediction), "extra": {**prediction.extra, "scores": kept}})
 
 
 def evaluate_model(
-    model: Any, prompts: Sequence[Prompt], tokenizer: Any, *, teacher: LiveTeacher | None, vocabulary: int,
-    sampling: SamplingSettings, seed: int, progress: Progress | None = None,
-) -> tuple[Evaluation, list[Prediction]]:  # fmt: skip
-    """Scores of a model in memory. Raises DpkdError unless every row was answered and scored."""
-    predictions, truncated = answer(model, prompts, tokenizer, vocabulary, sampling, seed, progress)
-    scores = score_texts([p.prediction for p in predictions], [p.references for p in predictions])
-    if scores.overall.rows != len(prompts):
-        raise DpkdError(f"{scores.overall.rows} rows were scored, but there are {len(prompts)}: no score is given")
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress("divergences", done, len(prompts))
-
-    divergences = measure(
-        model, [TokenSequence(p.prompt_ids, p.response_ids) for p in prompts], teacher=teacher,
-        vocabulary=vocabulary, pad_id=tokenizer.pad_token_id, progress=advance,
-    )  # fmt: skip
-    return Evaluation(len(prompts), scores, divergences, truncated), predictions
-
-
-def answer(
-    model: Any, prompts: Sequence[Prompt], tokenizer: Any, vocabulary: int, sampling: SamplingSettings, seed: int,
+    model: Any, inputs: Inputs, tokenizer: Any, *, teacher: LiveTeacher | None, vocabulary: int,
+    settings: EvaluationSettings, specs: dict[str, MetricSpec], desk: Desk | None = None,
     progress: Progress | None = None,
-) -> tuple[list[Prediction], int]:  # fmt: skip
-    """The model's answer to every prompt, in their order, and how many ran into the length limit."""
-    done = 0
+) -> tuple[Evaluation, dict[int, list[Prediction]], dict[int, list[dict[str, float]]]]:  # fmt: skip
+    """Scores of a model in memory, its answers by seed, and each answer's own scores.
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress("answers", done, len(prompts))
+    Raises DpkdError unless every row was answered and scored.
+    """
+    tell = progress or (lambda what, done, of: None)
+    predictions = {}
+    for seed in settings.drawn_seeds:
+        what = f"answers, seed {seed}"
+        predictions[seed] = answer(
+            model, inputs.prompts, tokenizer, vocabulary=vocabulary, sampling=settings.sampling, seed=seed, desk=desk,
+            progress=lambda done, of, what=what: tell(what, done, of),  # type: ignore[misc]
+        )  # fmt: skip
+        if len(predictions[seed]) != len(inputs.prompts):
+            raise DpkdError(f"{len(predictions[seed])} rows were answered, but there are {len(inputs.prompts)}")
+    answers = {seed: as_answers(own) for seed, own in predictions.items()}
+    metrics, buckets, rows = score(answers, specs, cuts=settings.cuts, measure=settings.lengths)
+    gauge = _Gauge(model, teacher, tokenizer, vocabulary, tell)
+    metrics |= _as_metrics(gauge(inputs.sequences, "divergences"))
+    if settings.rewards and teacher is not None:
+        metrics |= _rewards(gauge, inputs, predictions[settings.drawn_seeds[0]], settings)
+    evaluation = Evaluation(len(inputs.prompts), settings.drawn_seeds, metrics, buckets, settings.lengths.unit)
+    return evaluation, predictions, rows
 
-    sampled = sample(
-        model, [p.prompt_ids for p in prompts], sampling, eos_ids={tokenizer.eos_token_id},
-        pad_id=tokenizer.pad_token_id, seeds=[response_seed(seed, 0, p.id) for p in prompts],
-        vocabulary=vocabulary, progress=advance,
+
+def _as_metrics(found: Divergences) -> dict[str, Metric]:
+    values = found.as_dict()
+    return {name: Metric((values[name],), unit) for name, unit in DIVERGENCE_UNITS.items() if name in values}
+
+
+@dataclass
+class _Gauge:
+    """Divergences of a model to its teacher, on whatever responses."""
+
+    model: Any
+    teacher: LiveTeacher | None
+    tokenizer: Any
+    vocabulary: int
+    tell: Progress
+
+    def __call__(self, sequences: Sequence[TokenSequence], what: str) -> Divergences:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.tell(what, done, len(sequences))
+
+        texts = [self.tokenizer.decode(list(s.response_ids), skip_special_tokens=True) for s in sequences]
+        return measure(
+            self.model, sequences, teacher=self.teacher, vocabulary=self.vocabulary,
+            pad_id=self.tokenizer.pad_token_id, text_bytes=sum(len(text.encode()) for text in texts), progress=advance,
+        )  # fmt: skip
+
+
+def _rewards(
+    gauge: _Gauge, inputs: Inputs, own: Sequence[Prediction], settings: EvaluationSettings
+) -> dict[str, Metric]:
+    """Implicit reward log q/p of the student's own answers and of the teacher's, under the first seed."""
+    assert gauge.teacher is not None
+    teachers = answer(
+        gauge.teacher.model, inputs.prompts, gauge.tokenizer, vocabulary=gauge.vocabulary, sampling=settings.sampling,
+        seed=settings.drawn_seeds[0], progress=lambda done, of: gauge.tell("the teacher's answers", done, of),
     )  # fmt: skip
-    predictions = [
-        Prediction(
-            tokenizer.decode(s.response_ids, skip_special_tokens=True).strip(), p.id, p.text, p.references, seed,
-            {"tokens": len(s.response_ids), "truncated": s.truncated},
-        )
-        for p, s in zip(prompts, sampled, strict=True)
-    ]  # fmt: skip
-    return predictions, sum(s.truncated for s in sampled)
-
-
-def _write(
-    settings: EvaluationSettings, evaluation: Evaluation, predictions: Sequence[Prediction], fingerprint: str
-) -> None:
-    assert settings.output is not None
-    settings.output.mkdir(parents=True, exist_ok=True)
-    write_predictions(settings.output / "predictions.jsonl", predictions)
-    facts = {
-        **evaluation.as_dict(),
-        "model": settings.model.model,
-        "teacher": settings.teacher.model if settings.teacher else None,
-        "data": {"path": settings.data.path, "fingerprint": fingerprint},
-        "sampling": settings.sampling.model_dump(mode="json"),
-        "seed": settings.seed,
-    }
-    (settings.output / "scores.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    metrics = {}
+    for who, answers in (("student", own), ("teacher", teachers)):
+        sequences = [
+            TokenSequence(prompt.prompt_ids, tuple(p.extra["ids"]))
+            for prompt, p in zip(inputs.prompts, answers, strict=True)
+        ]
+        found = gauge(sequences, f"rewards of the {who}'s answers")
+        for name, value in (("sum", found.reward_sum), ("mean", found.reward_mean)):
+            assert value is not None
+            metrics[f"{who}_answer_reward_{name}"] = Metric((value,), DIVERGENCE_UNITS[f"reward_{name}"])
+    return metrics

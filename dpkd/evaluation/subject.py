@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
-from dpkd.evaluation.evaluate import EvaluationSettings
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.run_folder import RunFolder
-from dpkd.text.settings import SamplingSettings
 
-__all__ = ["model_of", "subject"]
+__all__ = ["Subject", "find_subject", "model_of"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate.
+
+    data    what its run says about reading data (columns and template), as given values of the block `data`
+    folder  where its results go
+    """
+
+    name: str
+    model: ModelSettings
+    teacher: TeacherSettings | None
+    data: Mapping[str, Any]
+    folder: Path
 
 
 def _run(name: str) -> RunFolder | None:
@@ -23,43 +37,32 @@ def _run(name: str) -> RunFolder | None:
 
 
 def model_of(name: str) -> ModelSettings:
-    """The model of a run folder, or the model itself. Raises DpkdError for a run that is not finished."""
+    """The model of a run folder, or the model itself.
+
+    Raises DpkdError for a run that is not finished, and for the adapter or the checkpoints of one.
+    """
     run = _run(name)
     if run is None:
+        _refuse_parts_of_runs(Path(name))
         return ModelSettings(model=name)
     if not run.model.is_dir():
         raise DpkdError(f"{name} has no model yet: finish the run with `dpkd train --resume {name}`")
     return ModelSettings(model=str(run.model))
 
 
-def subject(
-    model: str,
-    data: str,
-    *,
-    teacher: str | None,
-    sampling: SamplingSettings,
-    seed: int,
-    limit: int | None,
-    output: Path | None,
-) -> EvaluationSettings:
-    """Evaluation settings of a model; a run's own teacher, template and lengths are used where nothing else is said."""
-    run = _run(model)
+def _refuse_parts_of_runs(path: Path) -> None:
+    above = next((p for p in (path.parent, path.parent.parent) if _run(str(p)) is not None), None)
+    if above is not None and path.is_dir() and path.name != "model":
+        raise DpkdError(f"{path} is part of a run and no model of its own: name the run, {above}")
+
+
+def find_subject(name: str, teacher: str | None) -> Subject:
+    """A model with its teacher; a run's own teacher and template are used where nothing else is said."""
+    run = _run(name)
     saved: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run is not None else {}
-    own_data = {
-        key: value
-        for key, value in saved.get("data", {}).items()
-        if key in ("template", "max_prompt_tokens", "max_tokens", "columns")
-    }
-    teacher_settings = TeacherSettings(model=teacher) if teacher else None
+    own = {key: value for key, value in saved.get("data", {}).items() if key in ("template", "columns")}
+    settings = TeacherSettings(model=teacher) if teacher else None
     if teacher is None and saved.get("teacher", {}).get("model"):
-        teacher_settings = TeacherSettings.model_validate(saved["teacher"])
-    if output is None:
-        output = (run.path if run is not None else Path("runs") / "eval" / Path(model).name) / "eval" / Path(data).stem
-    return EvaluationSettings(
-        model_of(model),
-        DataSettings(**{**own_data, "path": data, "limit": limit}),
-        teacher_settings,
-        sampling,
-        seed,
-        output,
-    )
+        settings = TeacherSettings.model_validate(saved["teacher"])
+    folder = run.path / "eval" if run is not None else Path("runs") / "eval" / Path(name).name
+    return Subject(name, model_of(name), settings, own, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,8 +15,6 @@ from dpkd.data.settings import DataSettings
 from dpkd.engine import plan, run
 from dpkd.engine.metrics_log import read_metrics
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.evaluation.evaluate import evaluate
-from dpkd.evaluation.subject import subject
 from dpkd.models.settings import ModelSettings
 from dpkd.text.settings import SamplingSettings
 from dpkd.text.write_file import sample_to_file
@@ -47,28 +44,6 @@ def console_text():
     console = Console(record=True, width=140, file=open(os.devnull, "w"))  # noqa: SIM115
     yield console, console.export_text
     console.file.close()
-
-
-def test_a_run_is_evaluated_and_every_row_scored(settings_of, toy, quiet):
-    folder = run.train(settings_of("kd", {"train.steps": 1}), console=quiet)
-    sampling = SamplingSettings(temperature=0.0, max_new_tokens=5)
-    settings = subject(
-        str(folder.path), str(toy / "data.jsonl"), teacher=None, sampling=sampling, seed=1, limit=None, output=None
-    )
-    result = evaluate(settings)
-    assert result.rows == result.text.overall.rows == 24
-    assert result.divergences.forward_kl > 0 < result.divergences.reverse_kl
-    rows = [json.loads(line) for line in (folder.path / "eval/data/predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == 24
-    scores = json.loads((folder.path / "eval/data/scores.json").read_text())
-    assert scores["nll"] == pytest.approx(result.divergences.nll)
-    # The teacher beside itself: no divergence, the same likelihood.
-    same = evaluate(
-        subject(str(toy / "teacher"), str(toy / "data.jsonl"), teacher=str(toy / "teacher"), sampling=sampling, seed=1,
-                limit=None, output=folder.path / "own")
-    )  # fmt: skip
-    assert same.divergences.forward_kl == pytest.approx(0.0, abs=1e-6)
-    assert same.divergences.nll == pytest.approx(same.divergences.teacher_nll)
 
 
 def test_a_teachers_file_is_continued_and_trained_on(settings_of, toy, quiet, tmp_path):

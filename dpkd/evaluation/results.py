@@ -1,0 +1,152 @@
+"""The result of an evaluation: metrics with mean and spread over seeds, by length too, and their file."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpkd.api import Answers, MetricSpec
+from dpkd.errors import DpkdError
+from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, bucket_labels, bucket_of
+
+__all__ = ["Bucket", "Evaluation", "Metric", "score", "write_scores"]
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One value per seed (a single one where seeds play no part)."""
+
+    values: tuple[float, ...]
+    unit: str = ""
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation over seeds; None for one seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "sd": self.sd, "values": list(self.values)}
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The rows whose first reference has a length in `label`."""
+
+    label: str
+    rows: int
+    metrics: Mapping[str, Metric]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one model on one set; `rows` were to be scored, and every one of them was, under each seed."""
+
+    rows: int
+    seeds: tuple[int, ...]
+    metrics: Mapping[str, Metric]
+    buckets: tuple[Bucket, ...] = ()
+    length_unit: str = WORDS.unit
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        """The mean of a metric."""
+        return self.metrics[name].mean
+
+    def as_dict(self) -> dict[str, Any]:
+        """For scores.json."""
+        return {
+            "format": FORMAT, "rows": self.rows, "seeds": list(self.seeds),
+            "metrics": {name: metric.as_dict() for name, metric in self.metrics.items()},
+            "units": {name: metric.unit for name, metric in self.metrics.items()},
+            "lengths": {
+                "unit": self.length_unit,
+                "buckets": [
+                    {"label": b.label, "rows": b.rows, "metrics": {n: m.as_dict() for n, m in b.metrics.items()}}
+                    for b in self.buckets
+                ],
+            },
+            **self.facts,
+        }  # fmt: skip
+
+
+def score(
+    answers: Mapping[int, Answers], specs: Mapping[str, MetricSpec], *, cuts: Sequence[int] = DEFAULT_CUTS,
+    measure: LengthMeasure = WORDS,
+) -> tuple[dict[str, Metric], tuple[Bucket, ...], dict[int, list[dict[str, float]]]]:  # fmt: skip
+    """All metrics over seeds, the row metrics again by length of the first reference, and the rows' own values.
+
+    Raises DpkdError when a metric does not give one value per row.
+    """
+    first = [name for name in ("rouge_l", "exact_match") if name in specs]  # what the papers report
+    specs = {name: specs[name] for name in [*first, *specs]}
+    rows: dict[int, list[dict[str, float]]] = {seed: [{} for _ in own.predictions] for seed, own in answers.items()}
+    values: dict[str, list[float]] = {}
+    for name, spec in specs.items():
+        for seed, own in answers.items():
+            found = _overall(spec, own) if spec.overall is not None else _of_rows(spec, own, rows[seed])
+            if found is not None:
+                values.setdefault(name, []).append(found)
+    metrics = {name: Metric(tuple(found), specs[name].unit) for name, found in values.items()}
+    return metrics, _buckets(answers, rows, specs, cuts, measure), rows
+
+
+def _overall(spec: MetricSpec, answers: Answers) -> float | None:
+    assert spec.overall is not None
+    return spec.overall(answers)
+
+
+def _of_rows(spec: MetricSpec, answers: Answers, rows: list[dict[str, float]]) -> float | None:
+    """The mean over rows; each row's value is noted in `rows`."""
+    assert spec.per_row is not None
+    found = list(spec.per_row(answers))
+    if len(found) != len(rows):
+        raise DpkdError(f"the metric {spec.name} gave {len(found)} values for {len(rows)} rows: no score is given")
+    for row, value in zip(rows, found, strict=True):
+        if value is not None:
+            row[spec.name] = float(value)
+    known = [value for value in found if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _buckets(
+    answers: Mapping[int, Answers], rows: Mapping[int, list[dict[str, float]]], specs: Mapping[str, MetricSpec],
+    cuts: Sequence[int], measure: LengthMeasure,
+) -> tuple[Bucket, ...]:  # fmt: skip
+    if not cuts:
+        return ()
+    references = next(iter(answers.values())).references
+    place = [bucket_of(measure.count(wanted[0]), cuts) for wanted in references]
+    buckets = []
+    for number, label in enumerate(bucket_labels(cuts)):
+        inside = [i for i, own in enumerate(place) if own == number]
+        metrics = {}
+        for name, spec in specs.items():
+            means = [_mean([own[i][name] for i in inside if name in own[i]]) for own in rows.values()]
+            if spec.per_row is not None and all(mean is not None for mean in means):
+                metrics[name] = Metric(tuple(mean for mean in means if mean is not None), spec.unit)
+        buckets.append(Bucket(label, len(inside), metrics))
+    if sum(bucket.rows for bucket in buckets) != len(references):
+        raise DpkdError(f"{len(references)} rows were scored, but {sum(b.rows for b in buckets)} lie in a bucket")
+    return tuple(buckets)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def write_scores(evaluation: Evaluation, folder: Path) -> Path:
+    """Write scores.json, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "scores.json.part"
+    unfinished.write_text(json.dumps(evaluation.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return unfinished.replace(folder / "scores.json")
