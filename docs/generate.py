@@ -1,35 +1,30 @@
-"""Write the generated parts of the documentation: `python docs/generate.py` (a test compares them with the files)."""
+"""Write the generated parts of the documentation: `python docs/generate.py` (a test compares them with the files).
+
+With `--reference` also docs/reference/, which is not kept in git: `make docs` writes it for the site.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
-from dpkd.cli.losses import _row
-from dpkd.host import load_host
+import cards
+import reference
+
+from dpkd.scaffold import names_of, rendered
 
 ROOT = Path(__file__).parents[1]
-
-
-def losses_table() -> str:
-    """The built-in losses, a line each."""
-    lines = ["| loss | family | text by | needs of the teacher | what |", "|---|---|---|---|---|"]
-    for loss in load_host({}).losses.values():
-        if loss.distribution == "dpkd":
-            row = _row(loss)
-            lines.append(
-                f"| `{row['name']}` | {row['family']} | {', '.join(row['text'])} | {row['needs']} | {row['summary']} |"
-            )
-    return "\n".join(lines)
+EXAMPLE = Path("docs/examples/dpkd-hello")
 
 
 def example() -> str:
     """The example package's module, as a code block."""
-    source = (ROOT / "docs/examples/dpkd-hello/dpkd_hello.py").read_text(encoding="utf-8")
+    source = rendered(names_of("hello", {}), "token")["dpkd_hello.py"]
     return f"```python\n{source.strip()}\n```"
 
 
-PARTS = {"losses": losses_table, "example": example}
+PARTS = {"losses": cards.losses_table, "example": example, "zoo": cards.zoo}
 
 
 def generated(text: str) -> str:
@@ -41,9 +36,38 @@ def generated(text: str) -> str:
     return re.sub(r"(<!-- generated: (\w+) -->)\n.*?\n?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
+def pages() -> dict[Path, str]:
+    """Every generated file that is kept in git, by its path from the project's root."""
+    mixed = [Path("README.md"), Path("docs/zoo.md")]
+    files = {path: generated((ROOT / path).read_text(encoding="utf-8")) for path in mixed}
+    files |= {EXAMPLE / name: text for name, text in rendered(names_of("hello", {}), "token").items()}
+    return files | {Path("docs/losses") / f"{name}.md": text for name, text in cards.pages().items()}
+
+
+def stale() -> set[Path]:
+    """Files that are not as they would be written now, and cards of losses that are no more."""
+    fresh = pages()
+    there = {path.relative_to(ROOT) for path in (ROOT / "docs/losses").glob("*.md")}
+    same = {path for path, text in fresh.items() if _text(ROOT / path) == text}
+    return (set(fresh) | there) - same
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(generated(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    fresh = pages()
+    for path in stale():
+        if path in fresh:
+            (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+            (ROOT / path).write_text(fresh[path], encoding="utf-8")
+        else:
+            (ROOT / path).unlink()
+    if "--reference" in sys.argv[1:]:
+        (ROOT / "docs/reference").mkdir(exist_ok=True)
+        for name, text in reference.pages().items():
+            (ROOT / f"docs/reference/{name}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

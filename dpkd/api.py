@@ -66,6 +66,8 @@ class TeacherAccess(StrEnum):
     NONE = "nothing"
     TEXT = "text"
     TOKEN_LOGPS = "token log-probs"
+    SAMPLED = "sampled tokens"
+    TOP_K = "top-k log-probs"
     LOGITS = "logits"
 
 
@@ -91,6 +93,7 @@ class Trait(StrEnum):
     NON_NEGATIVE = "non-negative"
     SHIFT_INVARIANT = "shift invariant"  # a constant added to all logits of a position changes nothing
     SCORE_FUNCTION = "score function"  # the gradient is right in expectation only; the value means nothing
+    LINEAR_IN_TEACHER = "linear in the teacher"  # a mean of teachers gives the mean gradient: samples of it will do
     DETACHED_WEIGHTS = "detached weights"  # autograd differs from finite differences by design
 
 
@@ -341,6 +344,7 @@ class LossSpec:
 
     reads     the signals it reads, or a function from its config to them
     accepts   who may have written the text (for pairs: either response)
+    top_k     how many of the teacher's likeliest tokens, beside the mass of the rest, decide the value; None: all
     suggests  run settings that the paper used, as a nested mapping; any layer of the user overrides them
     traits    promises that the conformance kit verifies
     """
@@ -353,6 +357,7 @@ class LossSpec:
     accepts: frozenset[Text] = frozenset(Text)
     suggests: Mapping[str, Any] = field(default_factory=dict)
     traits: frozenset[Trait] = frozenset()
+    top_k: Callable[[Any], int] | None = None
 
     @property
     def family(self) -> Family:
@@ -368,7 +373,7 @@ class LossSpec:
         """What the loss itself needs of the teacher; the text may need more."""
         signals = self.signals(config)
         if Signal.TEACHER_LOGITS in signals:
-            return TeacherAccess.LOGITS
+            return TeacherAccess.LOGITS if self.top_k is None else TeacherAccess.TOP_K
         if Signal.TEACHER_LOGPS in signals:
             return TeacherAccess.TOKEN_LOGPS
         return TeacherAccess.NONE

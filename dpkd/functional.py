@@ -19,9 +19,11 @@ __all__ = [
     "cross_entropy",
     "entropy",
     "gather_logps",
+    "jensen_shannon",
     "kl",
     "log_mix",
     "log_softmax",
+    "log_total",
     "nll",
     "preference",
     "returns_to_go",
@@ -125,6 +127,30 @@ def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float) -> Tensor:
         return torch.logaddexp(a_NV, b_NV)
     mixed = torch.logaddexp(a_NV.masked_fill(impossible_NV, 0.0), b_NV.masked_fill(impossible_NV, 0.0))
     return mixed.masked_fill(impossible_NV, -math.inf)
+
+
+def jensen_shannon(log_p_NV: Tensor, log_q_NV: Tensor, beta: float) -> Tensor:
+    """`β KL(p‖m) + (1-β) KL(q‖m)` with `m = β p + (1-β) q`, `[N]` in nats: GKD's generalised divergence (2306.13649).
+
+    At most the entropy of the coin (β, 1-β); 0 for β = 0 and β = 1. Raises ValueError when β is outside [0, 1].
+
+    >>> log_p, log_q = torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.0, 1.0]]).log()
+    >>> jensen_shannon(log_p, log_q, 0.5)                   # apart: ln 2
+    tensor([0.6931])
+    """
+    log_m_NV = log_mix(log_p_NV, log_q_NV, beta)
+    return beta * kl(log_p_NV, log_m_NV) + (1 - beta) * kl(log_q_NV, log_m_NV)
+
+
+def log_total(log_NV: Tensor) -> Tensor:
+    """Log of the summed mass of each row `[N]`; -inf, without a NaN in the gradient, where no token has any.
+
+    >>> log_total(torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.0]]).log()).exp()
+    tensor([0.7500, 0.0000])
+    """
+    none_N1 = (log_NV == -math.inf).all(-1, keepdim=True)
+    total_N: Tensor = log_NV.masked_fill(none_N1, 0.0).logsumexp(-1)
+    return total_N.masked_fill(none_N1.squeeze(-1), -math.inf)
 
 
 def aggregate(logps_B: Tensor, lengths_B: Tensor, how: str) -> Tensor:

@@ -118,11 +118,7 @@ def load_host(environment: Mapping[str, str] | None = None) -> Host:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(DpkdHooks)
     claims: dict[str, list[RegisteredLoss]] = {}
-    points = _discover(GROUP)
-    if restricted is not None:
-        wanted = {_normal(name): name.strip() for name in restricted.split(",") if name.strip()}
-        host.unmatched = tuple(name for key, name in wanted.items() if not any(key in _names(p) for p in points))
-        points = [p for p in points if _names(p) & wanted.keys()]
+    points, host.unmatched = _allowed(_discover(GROUP), restricted)
     for point in points:
         try:
             for loss in _load(manager, point):
@@ -146,6 +142,15 @@ def _discover(group: str) -> list[EntryPoint]:
     """Entry points of a group, sorted, each once."""
     points = {(p.name, p.value, _distribution(p)): p for p in entry_points(group=group)}
     return [points[key] for key in sorted(points)]
+
+
+def _allowed(points: list[EntryPoint], restricted: str | None) -> tuple[list[EntryPoint], tuple[str, ...]]:
+    """The plugins that DPKD_PLUGINS allows, and the names in it that are nobody's."""
+    if restricted is None:
+        return points, ()
+    wanted = {_normal(name): name.strip() for name in restricted.split(",") if name.strip()}
+    unmatched = tuple(name for key, name in wanted.items() if not any(key in _names(p) for p in points))
+    return [p for p in points if _names(p) & wanted.keys()], unmatched
 
 
 def _names(point: EntryPoint) -> set[str]:
@@ -176,9 +181,10 @@ def _called(manager: pluggy.PluginManager, point: EntryPoint, hook: str, wanted:
     manager.register(plugin, name=unique)
     names = [caller.name for caller in manager.get_hookcallers(plugin) or []]
     if hook not in names:
+        if names and point.group == GROUP:  # a plugin of metrics alone has no losses, and is none the worse for it
+            return plugin, []
         raise _PluginError(
-            f"{point.value} implements no hook: expected a function `{hook}` with the decorator @hookimpl "
-            "from dpkd.api"
+            f"{point.value} implements no hook: expected a function `{hook}` with the decorator @hookimpl from dpkd.api"
         )
     others = [other for name, other in manager.list_name_plugin() if name != unique]
     results = manager.subset_hook_caller(hook, remove_plugins=others)()
@@ -187,17 +193,22 @@ def _called(manager: pluggy.PluginManager, point: EntryPoint, hook: str, wanted:
     return plugin, [spec for result in results for spec in _listed(result, hook, wanted)]
 
 
-def load_metrics() -> tuple[dict[str, MetricSpec], list[BrokenPlugin]]:
+def load_metrics(environment: Mapping[str, str] | None = None) -> tuple[dict[str, MetricSpec], list[BrokenPlugin]]:
     """The metrics of all installed plugins by name, and the plugins that could not be used.
 
-    Raises DpkdError when two plugins have a metric of one name.
+    They stand in a group of their own, which DPKD_PLUGINS does not restrict, or beside losses in the group `dpkd`,
+    which it does. Raises DpkdError when two plugins have a metric of one name.
     """
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(DpkdHooks)
     metrics: dict[str, MetricSpec] = {}
     owners: dict[str, str] = {}
     broken = []
-    for point in _discover(METRICS_GROUP):
+    restricted = (os.environ if environment is None else environment).get(VARIABLE)
+    own = _discover(METRICS_GROUP)
+    known = {point.value for point in own}
+    beside = [p for p in _allowed(_discover(GROUP), restricted)[0] if p.value not in known and _has_metrics(manager, p)]
+    for point in (*own, *beside):
         owner = f"{point.value} ({_distribution(point)[0]})"
         try:
             specs = [_checked_metric(spec) for spec in _called(manager, point, "dpkd_metrics", "MetricSpec")[1]]
@@ -211,6 +222,14 @@ def load_metrics() -> tuple[dict[str, MetricSpec], list[BrokenPlugin]]:
                 )
             metrics[spec.name], owners[spec.name] = spec, owner
     return metrics, broken
+
+
+def _has_metrics(manager: pluggy.PluginManager, point: EntryPoint) -> bool:
+    """Whether a plugin of the group of losses has metrics too; one that cannot be loaded is a matter of `load_host`."""
+    try:
+        return manager.parse_hookimpl_opts(point.load(), "dpkd_metrics") is not None
+    except (Exception, SystemExit):
+        return False
 
 
 def _checked_metric(spec: Any) -> MetricSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from dpkd.evaluation.results import Evaluation
@@ -45,13 +45,16 @@ def train(
 
 def evaluate(
     model: str, data: str, *, teacher: str | None = None, seeds: Sequence[int] | None = None, greedy: bool = False,
-    max_new_tokens: int = 256, batch_size: int = 32, limit: int | None = None, rewards: bool = False,
+    max_new_tokens: int = 256, batch_size: int = 32, dtype: str = "float32", limit: int | None = None,
+    rewards: bool = False, long_prompts: Literal["error", "skip"] = "error", settings: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score a run, model folder or hub id on a set, as `dpkd eval` does; nothing is written without `output`.
 
-    `evaluate(...)["rouge_l"]` is the mean over seeds.
+    `settings` maps names of the block `data` to values (`{"template": "chat"}`). `evaluate(...)["rouge_l"]` is the
+    mean over seeds. Raises SettingsError for mistakes in the settings, DpkdError when a row cannot be scored.
     """
+    from dpkd.config.problems import checked
     from dpkd.data.settings import DataSettings
     from dpkd.evaluation.evaluate import PAPER_SEEDS, Bench, EvaluationSettings
     from dpkd.evaluation.sets import find_set
@@ -59,12 +62,11 @@ def evaluate(
     from dpkd.text.settings import SamplingSettings
 
     one, subject = find_set(data), find_subject(model, teacher)
+    rows = checked(DataSettings, one.given(subject.data, {"limit": limit, **(settings or {})}), "data")
     sampling = SamplingSettings(
         temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    own = {**subject.data, **({"template": one.template} if one.template else {})}
-    return Bench(subject.model, subject.teacher).evaluate(
-        one, DataSettings(**{**own, "path": one.path, "limit": limit}),
-        EvaluationSettings(sampling, tuple(seeds or PAPER_SEEDS), rewards),
-        output=Path(output) if output is not None else None,
-    )  # fmt: skip
+    how = EvaluationSettings(sampling, tuple(seeds or PAPER_SEEDS), rewards, long_prompts=long_prompts)
+    return Bench(subject.model, subject.teacher, dtype=dtype).evaluate(
+        one.name, rows, how, output=Path(output) if output is not None else None
+    )

@@ -14,7 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from dpkd.host import RegisteredLoss
 
-__all__ = ["print_card"]
+__all__ = ["facts", "print_card", "range_text", "value_text"]
 
 
 def print_card(loss: RegisteredLoss, row: Mapping[str, Any], console: Console | None = None) -> None:
@@ -24,28 +24,31 @@ def print_card(loss: RegisteredLoss, row: Mapping[str, Any], console: Console | 
     console.print(Text.assemble((spec.name, "bold"), f"  {card.title}"))
     console.print(card.summary, highlight=False)
     console.print(Padding(Text(card.formula), (1, 4)))
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column()
-    for key, value in (
-        ("family", spec.family.value),
-        ("text by", ", ".join(row["text"])),
-        ("needs of the teacher", row["needs"]),
-        ("use when", card.use_when),
-        ("avoid when", card.avoid_when),
-        ("notes", card.notes),
-        ("promises", ", ".join(sorted(spec.traits))),
-        (
-            "sources",
-            "\n".join(f"{s.title}{f', {s.where}' if s.where else ''}\n{s.url}" for s in card.sources),
-        ),
-        ("suggests", "\n".join(f"{path}={value}" for path, value in _leaves(spec.suggests))),
-        ("from", loss.origin),
-    ):
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for key, value in facts(loss, row).items():
         if value:
-            facts.add_row(key, Text(value))
-    console.print(facts)
+            table.add_row(key, Text(value))
+    console.print(table)
     _print_settings(spec.config.model_json_schema(), console)
+
+
+def facts(loss: RegisteredLoss, row: Mapping[str, Any]) -> dict[str, str]:
+    """What a card says beside title, summary, formula and settings, in order; empty where it says nothing."""
+    spec, card = loss.spec, loss.spec.card
+    return {
+        "family": spec.family.value,
+        "text by": ", ".join(row["text"]),
+        "needs of the teacher": row["needs"],
+        "use when": card.use_when,
+        "avoid when": card.avoid_when,
+        "notes": card.notes,
+        "promises": ", ".join(sorted(spec.traits)),
+        "sources": "\n".join(f"{s.title}{f', {s.where}' if s.where else ''}\n{s.url}" for s in card.sources),
+        "suggests": "\n".join(f"{path}={value}" for path, value in _leaves(spec.suggests)),
+        "from": loss.origin,
+    }
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,26 +70,27 @@ def _print_settings(schema: Mapping[str, Any], console: Console) -> None:
     for name, field in fields.items():
         table.add_row(
             name,
-            _value(field.get("default")),
-            _range(field),
+            value_text(field.get("default")),
+            range_text(field),
             field.get("description", ""),
             field.get("source", ""),
         )
     console.print(table)
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A setting's value as a user would write it."""
     if value is None or isinstance(value, bool):  # not a dict of these: 1.0 == True
         return "none" if value is None else str(value).lower()
     return str(value)
 
 
-def _range(field: Mapping[str, Any]) -> str:
+def range_text(field: Mapping[str, Any]) -> str:
     """Type and bounds of a field, from its JSON schema."""
     if "enum" in field:
         return " | ".join(map(str, field["enum"]))
     if "anyOf" in field:
-        return " or ".join(_range(option) for option in field["anyOf"])
+        return " or ".join(range_text(option) for option in field["anyOf"])
     bounds = [
         f"{sign} {field[key]:g}"
         for key, sign in (

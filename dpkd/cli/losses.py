@@ -24,7 +24,7 @@ def list_losses(
     offers: Annotated[
         str | None,
         typer.Option(
-            help="only losses that a teacher with this can serve: text, token-logps or logits",
+            help="only losses that a teacher with this can serve: text, token-logps, top-k or logits",
             show_default=False,
         ),
     ] = None,
@@ -67,7 +67,7 @@ def _row(loss: RegisteredLoss) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_ACCESS = ["nothing", "text", "token log-probs", "logits"]
+_ACCESS = ["nothing", "text", "token log-probs", "sampled tokens", "top-k log-probs", "logits"]
 
 
 def _wanted(row: dict[str, Any], family: str | None, offers: str | None) -> bool:
@@ -75,7 +75,7 @@ def _wanted(row: dict[str, Any], family: str | None, offers: str | None) -> bool
 
     if family not in (None, "token", "pair", "rollout"):
         raise SettingsError([f"--family {family}: should be token, pair or rollout"])
-    names = {"text": 1, "token-logps": 2, "logits": 3}
+    names = {"text": 1, "token-logps": 2, "top-k": 4, "logits": 5}
     if offers not in (None, *names):
         raise SettingsError([f"--offers {offers}: should be one of {', '.join(names)}"])
     fits = offers is None or _ACCESS.index(row["needs"]) <= names[offers]
@@ -121,13 +121,24 @@ def _print_broken(host: Host, as_json: bool) -> None:
 
 
 def describe_loss(
-    name: Annotated[str, typer.Argument(help="name of a loss")],
+    name: Annotated[str | None, typer.Argument(help="name of a loss", show_default=False)] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="two losses side by side instead, differences marked", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the card and the JSON schema of the settings")] = False,
 ) -> None:
     """Explain a loss: formula, when to use it, and every setting."""
+    from dpkd.errors import SettingsError
     from dpkd.host import load_host
 
-    loss = load_host().get(name)
+    if (name is None) == (compare is None):
+        raise SettingsError(["name one loss, or two with --compare A B"])
+    host = load_host()
+    if compare is not None:
+        _compare(host, compare, as_json)
+        return
+    loss = host.get(str(name))
     if as_json:
         from dataclasses import asdict
 
@@ -144,6 +155,17 @@ def describe_loss(
     from dpkd.cli.describe import print_card
 
     print_card(loss, _row(loss))
+
+
+def _compare(host: Host, names: tuple[str, str], as_json: bool) -> None:
+    from dpkd.cli import compare as comparison
+
+    first, second = (host.get(name) for name in names)
+    rows = comparison.compare(first, _row(first), second, _row(second))
+    if as_json:
+        typer.echo(json.dumps(comparison.as_json(names, rows), indent=2, ensure_ascii=False))
+        return
+    comparison.print_comparison(names, rows)
 
 
 def check_loss(

@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from dpkd.cli.cache import cache
 from dpkd.cli.config import config_app
 from dpkd.cli.demo import demo
 from dpkd.cli.evaluate import evaluate
+from dpkd.cli.judge import judge
 from dpkd.cli.losses import check_loss, describe_loss, list_losses
+from dpkd.cli.new_loss import new_loss
 from dpkd.cli.sample import sample
 from dpkd.cli.score import score
 from dpkd.cli.train import train
@@ -31,10 +34,13 @@ app = typer.Typer(
 app.command("train")(train)
 app.command("eval", short_help="Score a model on held-out rows.")(evaluate)
 app.command("sample", short_help="Write a model's responses to a file.")(sample)
+app.command("cache", short_help="Store what the teacher says of a run's text.")(cache)
 app.command("score", short_help="Score a file of predictions.")(score)
+app.command("judge", short_help="Have a language model score answers.")(judge)
 app.command("list-losses")(list_losses)
 app.command("describe-loss", short_help="Explain a loss and its settings.")(describe_loss)
 app.command("check-loss", short_help="Run the conformance checks on a loss.")(check_loss)
+app.command("new-loss", short_help="Write a package for a loss of your own.")(new_loss)
 app.add_typer(config_app, name="config")
 app.command("demo", short_help="Distil a real teacher, here and now.")(demo)
 

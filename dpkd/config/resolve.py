@@ -16,6 +16,8 @@ from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.host import Host, RegisteredLoss
+from dpkd.teachers.manifest import read_manifest
+from dpkd.teachers.serving import why_not
 
 __all__ = ["Resolved", "resolve"]
 
@@ -173,13 +175,35 @@ def _cross_checks(
     problems: list[str] = []
     if spec is not None and "text" not in damaged:
         problems += _writer_problems(settings, spec, merged)
-    if spec is not None and settings.teacher.model is None and "teacher" not in damaged:
+    if spec is not None and config is not None and settings.teacher.store is not None:
+        problems += _store_problems(settings, spec, config, extras)
+    elif spec is not None and settings.teacher.model is None and "teacher" not in damaged:
         reasons = _teacher_reasons(settings, spec, config)
         for extra in extras:
             reasons += _extra_reasons(extra)
         if reasons:
             problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. Name one with --teacher.")
     return problems if "student" in damaged else [*problems, *_student_problems(settings, merged)]
+
+
+def _store_problems(
+    settings: RunSettings, spec: LossSpec, config: LossConfig, extras: Sequence[Objective]
+) -> list[str]:
+    """What a store in the teacher's place cannot do for this run."""
+    assert settings.teacher.store is not None
+    try:
+        manifest = read_manifest(settings.teacher.store)
+    except DpkdError as error:
+        return [str(error)]
+    reasons = _model_reasons(settings)
+    problems = [f"teacher.store: {'; '.join(reasons)}: that takes the teacher's model"] if reasons else []
+    main = text_writers(settings.text, spec.family)
+    wanted = [(spec, config, spec.signals(config), main)]
+    wanted += [
+        (e.spec, e.config, e.reads, main if e.text is None else text_writers(e.text, e.spec.family)) for e in extras
+    ]
+    found = [why_not(one, own, reads, set(writers.values()), manifest) for one, own, reads, writers in wanted]
+    return [*problems, *(f"teacher.store: {reason}" for reason in found if reason is not None)]
 
 
 def _student_problems(settings: RunSettings, merged: Merged) -> list[str]:
@@ -251,6 +275,12 @@ def _teacher_reasons(settings: RunSettings, spec: LossSpec, config: LossConfig |
     writes = [path for path, writer in _writers(settings, spec).items() if writer is Text.TEACHER]
     if writes:
         reasons.append(f"it writes responses ({', '.join(writes)})")
+    return [*reasons, *_model_reasons(settings)]
+
+
+def _model_reasons(settings: RunSettings) -> list[str]:
+    """Why a run needs the teacher's model, whatever its loss reads."""
+    reasons = []
     if settings.text.teacher_mix > 0:
         reasons.append("text.teacher_mix mixes it into the student's sampling")
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.kd_ratio > 0:

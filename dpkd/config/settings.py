@@ -17,6 +17,7 @@ from dpkd.settings import Block
 from dpkd.text.settings import TextSettings
 
 __all__ = [
+    "DevSettings",
     "ExtraTerm",
     "LmTerm",
     "PretrainTerm",
@@ -125,6 +126,20 @@ class TrainSettings(Block):
         return self
 
 
+class DevSettings(Block):
+    """Evaluation while training, on held-out rows; the best model by one metric becomes the run's model."""
+
+    path: str | None = Field(None, description="held-out rows (file or hub id), never the test set; None: off")
+    split: str = Field("validation", description="split of a hub data set")
+    limit: int = Field(64, ge=1, description="only the first rows: the fixed probe set")
+    every: int = Field(100, ge=1, description="optimiser steps between evaluations")
+    metric: str = Field("rouge_l", description="what decides which model is the best")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations that are no better")
+    temperature: float = Field(1.0, ge=0, description="of the answers, as in `dpkd eval`; 0 is greedy")
+    max_new_tokens: int = Field(128, ge=1, description="length limit of an answer")
+    batch_size: int = Field(32, ge=1, description="answers written together")
+
+
 class RunSettings(Block):
     """Everything that decides a run, but for the loss's own settings."""
 
@@ -134,6 +149,7 @@ class RunSettings(Block):
     text: TextSettings = TextSettings()
     terms: TermSettings = TermSettings()
     train: TrainSettings = TrainSettings()
+    dev: DevSettings = DevSettings()
     schedules: dict[str, ScheduleSettings] = Field({}, description="settings of the loss that follow the step, by name")
     output: str | None = Field(None, description="run folder; None: runs/LOSS-N")
     seed: int = Field(10, ge=0, description="decides order, sampling and initial weights (MiniLLM's scripts: 10)")

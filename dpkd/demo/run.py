@@ -27,7 +27,6 @@ from dpkd.evaluation.evaluate import EvaluationSettings, evaluate_model, metric_
 from dpkd.evaluation.inputs import read_inputs
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation
-from dpkd.evaluation.sets import EvalSet
 from dpkd.host import load_host
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
@@ -120,13 +119,12 @@ def _scores(resolved: Resolved, trained: Path, held_out: Path, console: Console)
     tokenizer = load_tokenizer(settings.teacher)
     data = DataSettings(**{**settings.data.model_dump(), "path": str(held_out)})
     how = EvaluationSettings(SamplingSettings(temperature=0.0, max_new_tokens=48, batch_size=40), (settings.seed,))
-    held = EvalSet("held-out", data.path)
     teacher_model = load_model(settings.teacher, device="cpu", dtype=torch.float32)
     vocabulary = teacher_model.get_output_embeddings().weight.shape[0]
     teacher = LiveTeacher(teacher_model, vocabulary, torch.device("cpu"))
     untrained = make_student(settings.student, teacher=teacher_model, device="cpu", seed=settings.seed)
     distilled = load_model(ModelSettings(model=str(trained)), device="cpu", dtype=torch.float32)
-    inputs = read_inputs(held, data, tokenizer, context=longest_sequence(teacher_model), max_new_tokens=48)
+    inputs = read_inputs(data, tokenizer, context=longest_sequence(teacher_model), max_new_tokens=48)
     scores = []
     for name, model in (("teacher", teacher_model), ("untrained student", untrained), ("distilled student", distilled)):
         console.print(f"scoring the {name} on {len(inputs.prompts)} held-out prompts", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +23,16 @@ from dpkd.engine.schedules import Schedules
 from dpkd.engine.step import Stepper
 from dpkd.engine.streams import LM_READS, Corpus, StreamBuilder
 from dpkd.engine.studio import Studio, make_groups
+from dpkd.errors import DpkdError
+from dpkd.evaluation.inputs import Inputs
 from dpkd.models.head import check_head
 from dpkd.models.loading import load_model
 from dpkd.models.tokenizers import shared_vocabulary
 from dpkd.students.initialise import make_student
 from dpkd.students.lora import add_lora
 from dpkd.teachers.live import LiveTeacher
+from dpkd.teachers.manifest import read_manifest
+from dpkd.teachers.stored import StoredTeacher
 from dpkd.text.store import model_fingerprint
 from dpkd.text.writers import Writers
 
@@ -43,11 +48,13 @@ class Assembly:
 
     tokenizer: Any
     data: TokenisedData
-    teacher: LiveTeacher | None
+    teacher: LiveTeacher | StoredTeacher | None
     stepper: Stepper
     builder: StreamBuilder
     schedules: Schedules
     facts: dict[str, Any]
+    dev: Inputs | None
+    vocabulary: int
 
     @property
     def writers(self) -> Writers:
@@ -98,9 +105,13 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         "vocabulary": models.vocabulary,
         "parameters": {"student": _count(models.student), "trained": _count(models.student, trained=True)},
     }
-    if models.teacher is not None:
+    if isinstance(models.teacher, StoredTeacher):
+        facts["models"]["teacher"] = models.teacher.manifest.model
+    elif models.teacher is not None:
         facts["parameters"]["teacher"] = _count(models.teacher.model)
-    return Assembly(tokenizer, data, models.teacher, stepper, builder, schedules, facts)
+    return Assembly(
+        tokenizer, data, models.teacher, stepper, builder, schedules, facts, prepared.dev, models.vocabulary
+    )  # fmt: skip
 
 
 def _count(model: nn.Module, *, trained: bool = False) -> int:
@@ -119,7 +130,10 @@ class _Models:
             student.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
         check_head(student)
         self.vocabulary = student.get_output_embeddings().weight.shape[0]
-        self.teacher = None
+        self.teacher: LiveTeacher | StoredTeacher | None = None
+        if settings.teacher.store is not None:
+            self.teacher = _open_store(settings.teacher.store, self.vocabulary, device)
+            self.vocabulary = self.teacher.vocabulary
         if teacher is not None:
             shared = shared_vocabulary(
                 prepared.tokenizer, prepared.teacher_tokenizer, self.vocabulary,
@@ -131,6 +145,17 @@ class _Models:
             self.teacher = LiveTeacher(teacher, self.vocabulary, device)
         self.student = add_lora(student, settings.student.lora) if settings.student.lora else student
         self.student.train()
+
+
+def _open_store(folder: str, student_rows: int, device: torch.device) -> StoredTeacher:
+    """Raises DpkdError when the student's head is too small for the ids of the store."""
+    store = StoredTeacher(Path(folder), read_manifest(folder).vocabulary, device)
+    if store.vocabulary > student_rows:
+        raise DpkdError(
+            f"teacher.store: {folder} has ids up to {store.vocabulary - 1:,}, but the student's output head has only "
+            f"{student_rows:,} rows"
+        )
+    return store
 
 
 def _load_teacher(settings: RunSettings, device: torch.device) -> Any:

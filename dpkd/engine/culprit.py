@@ -9,6 +9,7 @@ from dpkd.engine.distiller import Distiller
 from dpkd.engine.work import Work
 from dpkd.errors import DpkdError
 from dpkd.models.head import head_of, hidden_rows
+from dpkd.teachers.live import TeacherRows
 
 __all__ = ["NotFinite", "explain", "explain_gradient"]
 
@@ -32,7 +33,7 @@ def explain(distiller: Distiller, work: Work) -> NotFinite:
         return NotFinite(f"the student's hidden states are not finite in the stream `{work.stream}`. {_ADVICE}")
     if _bad(head_of(distiller.student, distiller.vocabulary).logits(hidden[:64])):
         return NotFinite(f"the student's logits are not finite in the stream `{work.stream}`. {_ADVICE}")
-    if work.teacher is not None and (_bad(work.teacher.hidden) or _bad(work.teacher.logits(slice(0, 64)))):
+    if isinstance(work.teacher, TeacherRows) and (_bad(work.teacher.hidden) or _bad(work.teacher.logits(slice(0, 64)))):
         return NotFinite(
             "the teacher's logits are not finite. Try another teacher.dtype (float32) or teacher.attention."
         )

@@ -17,6 +17,7 @@ from dpkd.engine.work import Work
 from dpkd.functional import log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, objective, token_logps
 from dpkd.models.head import Head, head_of, hidden_rows
+from dpkd.teachers.live import TeacherRows
 
 __all__ = ["Distiller"]
 
@@ -62,7 +63,8 @@ class Distiller(nn.Module):
                 total = total + values_n.sum() * (term.weight * work.scale / term.denominator)
                 _add_term(sums, term.name, values_n, own.parts)
             if work.measure and work.stream == "main":
-                log_p_nV = x.teacher_log_probs() if Signal.TEACHER_LOGITS in x else None
+                # What a store has is no whole distribution: it serves the loss, and no divergence is measured.
+                log_p_nV = x.teacher_log_probs() if isinstance(work.teacher, TeacherRows) else None
                 observe_rows(x.student_log_probs(), log_p_nV, x.targets, sums, token_logps_N[:, rows])
             return total
 
@@ -79,7 +81,7 @@ class Distiller(nn.Module):
         for writer in dict.fromkeys(r.writer for r in work.responses):
             of = torch.tensor([r.writer is writer for r in work.responses], device=log_q.device)
             sums.mean(f"length/{writer}", lengths[of].float())
-            if work.teacher is not None:
+            if isinstance(work.teacher, TeacherRows):
                 sums.mean(f"reward/{writer}", self.reward_scale * (log_q - log_p)[of])
 
     def _inputs(self, work: Work, logits_nV: Tensor, rows: slice) -> TokenInputs:
@@ -89,7 +91,7 @@ class Distiller(nn.Module):
             **{signal: values[rows] for signal, values in work.extra.items()},
         }
         if work.teacher is not None:
-            signals[Signal.TEACHER_LOGITS] = work.teacher.logits(rows)
+            signals[Signal.TEACHER_LOGITS] = work.teacher.logits(rows).to(logits_nV.dtype)
         return RolloutInputs(signals) if work.extra else TokenInputs(signals)
 
     def _pairs(self, work: Work, hidden: Tensor, head: Head) -> tuple[Tensor, Sums]:

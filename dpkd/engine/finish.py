@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.config.resolve import Resolved
+from dpkd.engine.dev import Dev
 from dpkd.engine.progress import Display
 from dpkd.report.card import CardFacts, write_model_card
 from dpkd.run_folder import RunFolder
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["finish"]
 
 
-def finish(resolved: Resolved, folder: RunFolder, assembly: Assembly, display: Display) -> None:
+def finish(resolved: Resolved, folder: RunFolder, assembly: Assembly, display: Display, dev: Dev | None = None) -> None:
     """Save the student where `AutoModelForCausalLM.from_pretrained` finds it, and write the card."""
     save_model(assembly.stepper.inner.student, assembly.tokenizer, folder.model)
+    if dev is not None and dev.lines:
+        display.say(dev.finish())
     facts = json.loads(folder.facts.read_text(encoding="utf-8"))
     write_model_card(folder.path, _card_facts(resolved, folder, facts))
     display.say(

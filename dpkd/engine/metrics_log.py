@@ -14,11 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpkd.errors import DpkdError
+from dpkd.run_metrics import metric_lines, parsed_line, read_metrics
 
 __all__ = ["MetricsLog", "read_metrics"]
-
-_NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
@@ -41,7 +39,7 @@ class MetricsLog:
         """Drop the lines of later steps, which a resumed run writes again; returns how many went."""
         if not self.path.exists():
             return 0
-        rows = _rows(self.path)
+        rows = metric_lines(self.path)
         kept = [line for line, row in rows if row["step"] <= step]
         if len(kept) < len(rows):
             unfinished = self.path.with_name(self.path.name + ".part")
@@ -53,40 +51,6 @@ class MetricsLog:
         return len(rows) - len(kept)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a file of metrics, in order, without a torn last line.
-
-    Raises DpkdError, with file and line, when another line is damaged, or the file cannot be read.
-    """
-    return [_read(row) for _, row in _rows(path)]
-
-
-def _rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DpkdError(f"{path}: the metrics of a run cannot be read ({error.strerror})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        row = _parsed(line)
-        if row is not None:
-            rows.append((line, row))
-        elif line.strip() and number < len(lines):
-            raise DpkdError(
-                f"{path}:{number}: expected one JSON object with a whole number `step` on this line. "
-                "Only the last line of a run that was killed may be damaged; remove this one to go on."
-            )
-    return rows
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
 def _cut_torn_line(path: Path) -> None:
     """Make the file end at the end of a line: a whole last line gets its line feed, half a line goes."""
     if not path.exists():
@@ -95,7 +59,7 @@ def _cut_torn_line(path: Path) -> None:
         content = file.read()
         end = content.rfind(b"\n") + 1
         tail = content[end:]
-        if tail.strip() and _parsed(tail) is not None:
+        if tail.strip() and parsed_line(tail) is not None:
             file.write(b"\n")
         elif tail:
             file.truncate(end)
@@ -107,11 +71,3 @@ def _written(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _written(item) for name, item in value.items()}
     return [_written(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _read(value: Any) -> Any:
-    if isinstance(value, str):
-        return _NAMES.get(value, value)
-    if isinstance(value, dict):
-        return {name: _read(item) for name, item in value.items()}
-    return [_read(item) for item in value] if isinstance(value, list) else value

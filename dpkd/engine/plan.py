@@ -20,6 +20,7 @@ from dpkd.engine.progress import Display
 from dpkd.models.chunked import chunk_rows
 from dpkd.models.loading import count_parameters
 from dpkd.run_folder import RunFolder
+from dpkd.teachers.manifest import read_manifest
 
 __all__ = ["Plan", "dry_run", "make_plan", "memory_estimate"]
 
@@ -117,6 +118,9 @@ def _model_rows(settings: RunSettings, student: int, teacher: int) -> list[tuple
                 f"{settings.teacher.model}, {teacher / 1e6:,.1f} M parameters, offers {TeacherAccess.LOGITS.value}",
             )
         )
+    elif settings.teacher.store:
+        manifest = read_manifest(settings.teacher.store)
+        rows.append(("teacher", f"none in memory; the store {settings.teacher.store} has {manifest.sentence()}"))
     else:
         rows.append(("teacher", "none"))
     return rows

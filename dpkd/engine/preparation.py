@@ -11,12 +11,15 @@ from dpkd.config.settings import RunSettings
 from dpkd.data.corpus import check_corpus
 from dpkd.data.examples import read_examples
 from dpkd.data.tokenise import TokenisedData, tokenise
+from dpkd.engine.dev import direction_of
 from dpkd.engine.progress import Display
 from dpkd.engine.trackers import check_trackers
 from dpkd.errors import DpkdError
+from dpkd.evaluation.inputs import Inputs, read_inputs
 from dpkd.models.loading import config_of, context_length, load_tokenizer
-from dpkd.models.tokenizers import shared_vocabulary
+from dpkd.models.tokenizers import shared_vocabulary, tokenizer_fingerprint
 from dpkd.students.initialise import student_config
+from dpkd.teachers.manifest import read_manifest
 
 __all__ = ["Prepared", "number_of_steps", "prepare"]
 
@@ -33,6 +36,7 @@ class Prepared:
     teacher_config: Any | None
     context: int | None
     steps: int
+    dev: Inputs | None
 
 
 def prepare(resolved: Resolved, display: Display) -> Prepared:
@@ -50,6 +54,8 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     if teacher_tokenizer is not None and teacher_config is not None:
         sizes = [config.get_text_config().vocab_size for config in (own_config, teacher_config)]
         shared_vocabulary(tokenizer, teacher_tokenizer, *sizes)
+    if settings.teacher.store is not None:
+        _check_store(settings.teacher.store, tokenizer)
     examples = read_examples(settings.data)
     data = tokenise(examples.examples, tokenizer, settings.data)
     for line in [*examples.lines()[1:], *data.report.lines()]:
@@ -63,11 +69,36 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
             f"train.warmup_steps is {settings.train.warmup_steps:,}, but there are only {steps:,} steps: "
             "the learning rate will not reach its peak"
         )
+    dev = _dev_inputs(settings, tokenizer, context, display)
     facts = {
         "path": settings.data.path, "fingerprint": examples.fingerprint,
         "skipped": examples.skipped_by_reason(), **asdict(data.report),
     }  # fmt: skip
-    return Prepared(tokenizer, teacher_tokenizer, data, facts, own_config, teacher_config, context, steps)
+    return Prepared(tokenizer, teacher_tokenizer, data, facts, own_config, teacher_config, context, steps, dev)
+
+
+def _dev_inputs(settings: RunSettings, tokenizer: Any, context: int | None, display: Display) -> Inputs | None:
+    """The rows of the development set. Raises DpkdError when they, or the metric, are not to be had."""
+    dev = settings.dev
+    if dev.path is None:
+        return None
+    direction_of(dev.metric)
+    data = settings.data.model_copy(
+        update={"path": dev.path, "split": dev.split, "limit": dev.limit, "min_response_words": 0}
+    )
+    inputs = read_inputs(data, tokenizer, context=context, max_new_tokens=dev.max_new_tokens, long_prompts="skip")
+    for line in (f"dev: {len(inputs.prompts):,} rows of {inputs.source}", *inputs.lines()):
+        display.say(line)
+    return inputs
+
+
+def _check_store(folder: str, tokenizer: Any) -> None:
+    """Raises DpkdError when a store was written with another tokenizer."""
+    manifest = read_manifest(folder)
+    if manifest.tokenizer != tokenizer_fingerprint(tokenizer):
+        raise DpkdError(
+            f"teacher.store: {folder} was written with another tokenizer than the student's: its ids mean other tokens"
+        )
 
 
 def _check_lengths(settings: RunSettings, data: TokenisedData, configs: dict[str, Any]) -> int | None:

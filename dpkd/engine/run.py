@@ -21,6 +21,7 @@ from dpkd.config.write import write_config
 from dpkd.engine import checkpoint
 from dpkd.engine.assembly import Assembly, assemble
 from dpkd.engine.culprit import NotFinite
+from dpkd.engine.dev import Dev
 from dpkd.engine.finish import finish
 from dpkd.engine.interrupt import stop_on_signal
 from dpkd.engine.metrics_log import MetricsLog
@@ -31,6 +32,7 @@ from dpkd.engine.train import Trainer
 from dpkd.errors import DpkdError, Stopped
 from dpkd.host import load_host
 from dpkd.run_folder import RunFolder
+from dpkd.teachers.live import LiveTeacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -145,6 +147,8 @@ def _run(
         trainer.log.truncate_after(start)
     if trainer.samples is not None:
         trainer.samples.truncate_after(start)
+    if trainer.dev is not None:
+        trainer.dev.restore(start)
     again = f"continue with: dpkd train --resume {folder.path}"
     try:
         _write_teacher_text(assembly, again)
@@ -159,11 +163,11 @@ def _run(
         display.close()
         if trainer.trackers is not None:
             trainer.trackers.close()
-    if done < assembly.writers.schedule.steps:
+    if done < assembly.writers.schedule.steps and trainer.ended is None:
         raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(resolved, folder, assembly, display)
+        finish(resolved, folder, assembly, display, trainer.dev)
     accelerator.wait_for_everyone()
     return folder
 
@@ -186,9 +190,16 @@ def _trainer(
         log = MetricsLog(folder.metrics)
         samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts)
         trackers = Trackers(settings.trackers, folder.path, folder.path.name, resolved.as_dict())
+    dev = None
+    if assembly.dev is not None:
+        live = assembly.teacher if isinstance(assembly.teacher, LiveTeacher) else None
+        dev = Dev(
+            resolved.settings.dev, assembly.dev, assembly.tokenizer, live, assembly.vocabulary, resolved.settings.seed,
+            folder, accelerator.is_main_process,
+        )  # fmt: skip
     return Trainer(
         accelerator, assembly.stepper, assembly.builder, assembly.schedules, settings, folder, log, trackers, samples,
-        display,
+        display, dev,
     )  # fmt: skip
 
 

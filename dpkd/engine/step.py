@@ -16,7 +16,8 @@ from dpkd.engine.sums import Sums
 from dpkd.engine.work import Stream, Work, cut
 from dpkd.functional import segment_sum
 from dpkd.models.chunked import token_logps
-from dpkd.teachers.live import LiveTeacher
+from dpkd.teachers.live import LiveTeacher, TeacherRows
+from dpkd.teachers.stored import StoredTeacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,7 +32,7 @@ class Stepper:
     accelerator: Accelerator
     distiller: torch.nn.Module  # the Distiller, perhaps wrapped for several processes
     optimiser: Any
-    teacher: LiveTeacher | None
+    teacher: LiveTeacher | StoredTeacher | None
     pad_id: int
     micro_batch_size: int
     clip: float | None
@@ -65,18 +66,22 @@ class Stepper:
         """The teacher's part of a micro-batch: one forward, and only where a loss or a metric reads it."""
         if self.teacher is None:
             return work
-        measured = work.measure and work.stream == "main"
+        # Divergences are measured against the whole distribution: a store has none.
+        measured = work.measure and work.stream == "main" and isinstance(self.teacher, LiveTeacher)
         if not work.pairs:
             if work.needs_teacher(Signal.TEACHER_LOGITS) or measured:
                 return replace(work, teacher=self.teacher.rows(work.batch))
             return work
         if not (work.needs_teacher(Signal.TEACHER_LOGPS) or measured):
             return work
-        rows = self.teacher.rows(work.batch)
-        with torch.no_grad():
-            logps = token_logps(rows.hidden, rows.head, work.batch.targets, self.inner.chunk)
+        rows = self.teacher.rows(work.batch) if measured else None
+        if isinstance(rows, TeacherRows):
+            with torch.no_grad():
+                logps = token_logps(rows.hidden, rows.head, work.batch.targets, self.inner.chunk)
+        else:
+            logps = self.teacher.logps(work.batch, self.inner.chunk)
         sums = segment_sum(logps, work.batch.sequence, len(work.batch.lengths)).chunk(2)
-        return replace(work, teacher=rows if measured else None, teacher_logps=Pair(*sums))
+        return replace(work, teacher=rows, teacher_logps=Pair(*sums))
 
     def _micro_step(self, work: Work) -> Sums:
         with self.accelerator.autocast():

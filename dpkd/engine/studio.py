@@ -18,6 +18,7 @@ from dpkd.engine.progress import Display
 from dpkd.engine.streams import Group
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.teachers.live import LiveTeacher
+from dpkd.teachers.stored import StoredTeacher
 from dpkd.text.pens import Crew, StudentPen, TeacherPen
 from dpkd.text.settings import TextSettings
 from dpkd.text.store import ResponseStore, default_folder, model_fingerprint
@@ -53,7 +54,7 @@ class Studio:
 
     resolved: Resolved
     student: nn.Module
-    teacher: LiveTeacher | None
+    teacher: LiveTeacher | StoredTeacher | None
     vocabulary: int
     prepared: Prepared
     accelerator: Accelerator
@@ -68,7 +69,8 @@ class Studio:
             "vocabulary": self.vocabulary, "seed": settings.seed, "crew": _crew(self.accelerator),
             "context": self.prepared.context,
         }  # fmt: skip
-        student = StudentPen(self.student, settings=text, teacher=self.teacher, loss=rollout_loss, **common)
+        live = self.teacher if isinstance(self.teacher, LiveTeacher) else None
+        student = StudentPen(self.student, settings=text, teacher=live, loss=rollout_loss, **common)
         writes = Text.TEACHER in text_writers(text, family).values()
         teacher = self._teacher_pen(text, common) if writes else _no_teacher
         schedule = Schedule(
@@ -81,20 +83,25 @@ class Studio:
         )
 
     def _teacher_pen(self, text: TextSettings, common: Mapping[str, Any]) -> TeacherPen:
+        """Its responses are in the store of log-probs, where there is one, else in the store of responses."""
         settings, tokenizer = self.resolved.settings, self.prepared.tokenizer
-        # Settings without a teacher are refused before.
-        assert self.teacher is not None
-        assert settings.teacher.model is not None
+        if isinstance(self.teacher, StoredTeacher):
+            live, folder, weights = None, self.teacher.folder / "responses", self.teacher.manifest.model
+        else:
+            # Settings without a teacher are refused before.
+            assert settings.teacher.model is not None
+            live, weights = self.teacher, model_fingerprint(settings.teacher.model, settings.teacher.revision)
+            folder = Path(text.store) if text.store else default_folder()
         store = ResponseStore.open(
-            Path(text.store) if text.store else default_folder(),
-            model_fingerprint=model_fingerprint(settings.teacher.model, settings.teacher.revision),
+            folder,
+            model_fingerprint=weights,
             # Which ids may be drawn decides the responses too.
             tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{self.vocabulary}",
             sampling=text.teacher_sampling,
             seed=settings.seed,
         )
         return TeacherPen(
-            self.teacher, sampling=text.teacher_sampling, store=store,
+            live, sampling=text.teacher_sampling, store=store,
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True), progress=self.display.pulse, **common,
         )  # fmt: skip
 

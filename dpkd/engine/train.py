@@ -12,6 +12,7 @@ import torch
 
 from dpkd.config.settings import TrainSettings
 from dpkd.engine import checkpoint
+from dpkd.engine.dev import Dev
 from dpkd.engine.interrupt import StopRequest
 from dpkd.engine.metrics_log import MetricsLog
 from dpkd.engine.optimiser import learning_rate
@@ -59,7 +60,9 @@ class Trainer:
     trackers: Trackers | None
     samples: SampleLog | None
     display: Display
+    dev: Dev | None = None
     window: Window = field(default_factory=Window)
+    ended: int | None = None  # the step at which the run ended early, of its own accord
     _said_equal: bool = False
 
     @property
@@ -121,11 +124,28 @@ class Trainer:
                         self.samples.record(done, self.writers)
                     self.window = Window()
                 self.display.at(done)
+                if self.dev is not None and self.dev.due(done, steps) and self._develop(done, self.dev):
+                    return done
                 if self._stops(stop):
                     break
                 if self.settings.save_every and done % self.settings.save_every == 0 and done < steps:
                     self.save(done)
         return done
+
+    def _develop(self, done: int, dev: Dev) -> bool:
+        """Evaluate on the development set; whether to end the run here."""
+        line = dev.evaluate(done, self.stepper.inner.student)
+        shown = [name for name in ("rouge_l", "nll", "forward_kl", "reverse_kl") if name in line]
+        self.display.say(f"dev {done}  " + "  ".join(f"{name} {line[name]:.3f}" for name in shown))
+        if self.trackers is not None:
+            self.trackers.log(done, {f"dev/{name}": value for name, value in line.items() if name != "step"})
+        if dev.is_hopeless:
+            self.display.say(
+                f"stopped early: {dev.settings.metric} was best at step {dev.best_step}, {dev.settings.patience} "
+                "evaluations ago"
+            )
+        self.ended = done if dev.is_hopeless else None
+        return dev.is_hopeless
 
     def _stops(self, stop: StopRequest) -> bool:
         """Whether any process was asked to stop: all stop at the same step."""

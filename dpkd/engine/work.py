@@ -16,6 +16,7 @@ from torch import Tensor
 from dpkd.api import Pair, Signal
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.teachers.live import TeacherRows
+from dpkd.teachers.stored import StoredRows
 from dpkd.text.responses import Response
 
 __all__ = ["Stream", "Term", "Unit", "Work", "cut"]
@@ -59,7 +60,7 @@ class Work:
     measure: bool
     responses: Sequence[Response] = ()
     extra: Mapping[Signal, Tensor] = field(default_factory=dict)
-    teacher: TeacherRows | None = None
+    teacher: TeacherRows | StoredRows | None = None
     teacher_logps: Pair | None = None
 
     def needs_teacher(self, signal: Signal) -> bool:

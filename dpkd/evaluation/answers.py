@@ -13,6 +13,7 @@ from dpkd.api import Answers
 from dpkd.data.tokenise import Prompt
 from dpkd.errors import DpkdError
 from dpkd.evaluation.predictions import Prediction, read_predictions, write_predictions
+from dpkd.evaluation.results import write_json
 from dpkd.text.flight import Sampled
 from dpkd.text.sampling import sample
 from dpkd.text.settings import SamplingSettings
@@ -25,7 +26,7 @@ class Desk:
     """The folder of an evaluation: which answers are there already, under the same settings."""
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        """Raises DpkdError when the folder holds answers that were drawn otherwise."""
+        """Raises DpkdError when the folder holds answers that were drawn otherwise: by another model, say."""
         self.folder = folder
         manifest = folder / "answers.json"
         if manifest.exists():
@@ -37,8 +38,7 @@ class Desk:
                     f"({manifest.name}). Choose another --output, or delete that folder."
                 )
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            manifest.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            write_json(manifest, facts)
 
     def file(self, seed: int) -> Path:
         """Where the answers of a seed are, once they are whole."""
@@ -93,6 +93,8 @@ def answer(
 
     Each row has its own seed, so that neither order nor batch nor an interruption changes an answer.
     """
+    if len({p.id for p in prompts}) != len(prompts):
+        raise DpkdError("two rows of the set have one id and cannot be told apart: give each of its files another name")
     known = desk.found(seed) if desk is not None else {}
     todo = [p for p in prompts if p.id not in known]
     done = len(prompts) - len(todo)
@@ -113,7 +115,10 @@ def answer(
             pad_id=tokenizer.pad_token_id, seeds=[response_seed(seed, 0, p.id) for p in todo], vocabulary=vocabulary,
             on_finished=finished,
         )  # fmt: skip
-    return [known[p.id] for p in prompts]
+    answers = [known[p.id] for p in prompts]
+    if desk is not None and (todo or not desk.file(seed).exists()):
+        desk.finish(seed, answers)
+    return answers
 
 
 def _written(prompt: Prompt, sampled: Sampled, tokenizer: Any, seed: int) -> Prediction:

@@ -16,14 +16,13 @@ from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
 from dpkd.evaluation.answers import Desk, answer, as_answers
 from dpkd.evaluation.divergences import Divergences, measure
-from dpkd.evaluation.inputs import Inputs, read_inputs
-from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure
+from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
+from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, score, write_scores
-from dpkd.evaluation.sets import EvalSet
 from dpkd.host import load_metrics
 from dpkd.models.head import check_head
-from dpkd.models.loading import load_model, load_tokenizer
+from dpkd.models.loading import DTYPES, load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import shared_vocabulary
 from dpkd.teachers.live import LiveTeacher
@@ -37,9 +36,11 @@ PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, to
 Progress = Callable[[str, int, int], None]  # what, done, of
 
 DIVERGENCE_UNITS = {
-    "nll": "nats per token", "perplexity": "", "bits_per_byte": "bits", "teacher_nll": "nats per token",
-    "forward_kl": "nats per token", "reverse_kl": "nats per token", "first_token_forward_kl": "nats",
-    "first_token_reverse_kl": "nats", "reward_sum": "nats per response", "reward_mean": "nats per token",
+    "nll": "nats per response token", "perplexity": "per response token", "bits_per_byte": "bits per byte",
+    "teacher_nll": "nats per response token", "forward_kl": "nats per response token",
+    "reverse_kl": "nats per response token", "first_token_forward_kl": "nats at the first token",
+    "first_token_reverse_kl": "nats at the first token", "reward_sum": "nats per response",
+    "reward_mean": "nats per token of a response",
 }  # fmt: skip
 
 
@@ -47,15 +48,17 @@ DIVERGENCE_UNITS = {
 class EvaluationSettings:
     """How a model is scored on a set.
 
-    rewards  also take the implicit reward of the model's own answers, and of the teacher's
-    cuts     ends of the buckets of reference length, in the unit of `lengths`
+    rewards       also take the implicit reward of the model's own answers, and of the teacher's
+    cuts          ends of the buckets of reference length, in the unit of `lengths` (None: the model's tokens)
+    long_prompts  a prompt beyond the limits is an error, or left out and counted
     """
 
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     seeds: Sequence[int] = PAPER_SEEDS
     rewards: bool = False
     cuts: Sequence[int] = DEFAULT_CUTS
-    lengths: LengthMeasure = WORDS
+    lengths: LengthMeasure | None = WORDS
+    long_prompts: LongPrompts = "error"
 
     @property
     def drawn_seeds(self) -> tuple[int, ...]:
@@ -75,21 +78,27 @@ def metric_specs(say: Callable[[str], None] | None = None) -> dict[str, MetricSp
 class Bench:
     """A model, and its teacher where there is one, loaded once for all sets."""
 
-    def __init__(self, model: ModelSettings, teacher: TeacherSettings | None) -> None:
-        """Raises DpkdError when something cannot be found or does not fit."""
+    def __init__(self, model: ModelSettings, teacher: TeacherSettings | None, *, dtype: str = "float32") -> None:
+        """`dtype` is that of the weights where the settings say `auto`; `auto`: as stored.
+
+        In half precision an answer depends on the rows beside it in its batch; in float32 all but never.
+        Raises DpkdError when something cannot be found or does not fit.
+        """
         self.names = (model.model, teacher.model if teacher is not None else None)
         self.tokenizer = load_tokenizer(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(model, device=device, dtype=None)
+        self.model = load_model(model, device=device, dtype=DTYPES.get(dtype))
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
         check_head(self.model)
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.teacher = None
         if teacher is not None and teacher.model is not None:
-            loaded = load_model(teacher, device=device, dtype=None)
+            loaded = load_model(teacher, device=device, dtype=DTYPES.get(dtype))
             size = loaded.get_output_embeddings().weight.shape[0]
             shared = shared_vocabulary(self.tokenizer, load_tokenizer(teacher), self.vocabulary, size)
             self.vocabulary = shared.size
             self.teacher = LiveTeacher(loaded, self.vocabulary, torch.device(device))
+            self.teacher_fingerprint = model_fingerprint(teacher.model, teacher.revision)
         self.fingerprint = model_fingerprint(str(model.model), model.revision)
 
     @property
@@ -98,39 +107,51 @@ class Bench:
         models = [self.model, *([self.teacher.model] if self.teacher is not None else [])]
         return min((length for model in models if (length := longest_sequence(model))), default=None)
 
-    def inputs(self, one: EvalSet, data: DataSettings, max_new_tokens: int) -> Inputs:
+    def inputs(self, data: DataSettings, settings: EvaluationSettings) -> Inputs:
         """The rows of a set, ready for this model."""
-        return read_inputs(one, data, self.tokenizer, context=self.context, max_new_tokens=max_new_tokens)
+        return read_inputs(
+            data, self.tokenizer, context=self.context, max_new_tokens=settings.sampling.max_new_tokens,
+            long_prompts=settings.long_prompts,
+        )  # fmt: skip
 
     def evaluate(
-        self, one: EvalSet, data: DataSettings, settings: EvaluationSettings, *, output: Path | None = None,
+        self, name: str, data: DataSettings, settings: EvaluationSettings, *, output: Path | None = None,
         progress: Progress | None = None, say: Callable[[str], None] | None = None,
     ) -> Evaluation:  # fmt: skip
-        """Score the model on a set; with `output`, answers and scores are written there, and resumed from there.
+        """Score the model on the set of a name; with `output`, answers and scores are written and resumed there.
 
         Raises DpkdError unless every row was answered and scored.
         """
-        inputs = self.inputs(one, data, settings.sampling.max_new_tokens)
-        for line in inputs.lines() if say is not None else ():
-            assert say is not None
-            say(line)
+        inputs = self.inputs(data, settings)
+        tell = say or (lambda text: None)
+        tell(f"{name}: {inputs.rows_read:,} rows of {inputs.source}")
+        for line in inputs.lines():
+            tell(line)
         generation = {
-            **settings.sampling.model_dump(mode="json", exclude={"batch_size"}), "template": data.template,
-            "max_prompt_tokens": one.max_prompt_tokens, "min_reference_words": one.min_reference_words,
+            **settings.sampling.model_dump(mode="json", exclude={"batch_size"}),
+            "max_prompt_tokens": data.max_prompt_tokens, "template": data.template, "dtype": self.dtype,
         }  # fmt: skip
-        desk = None
+        desk = teacher_desk = None
         if output is not None:
-            drawn = {"weights": self.fingerprint, "vocabulary": self.vocabulary, "data": inputs.fingerprint}
-            desk = Desk(output, {**drawn, "rows": len(inputs.prompts), "generation": generation})
+            drawn = {
+                "weights": self.fingerprint, "vocabulary": self.vocabulary, "data": inputs.fingerprint,
+                "rows": len(inputs.prompts), "generation": generation,
+            }  # fmt: skip
+            desk = Desk(output, drawn)
+            if settings.rewards and self.teacher is not None:
+                teacher_desk = Desk(output / "teacher", {**drawn, "weights": self.teacher_fingerprint})
         evaluation, predictions, rows = evaluate_model(
             self.model, inputs, self.tokenizer, teacher=self.teacher, vocabulary=self.vocabulary, settings=settings,
-            specs=metric_specs(say), desk=desk, progress=progress,
+            specs=metric_specs(say), desk=desk, teacher_desk=teacher_desk, progress=progress,
         )  # fmt: skip
         facts = {
-            "set": one.name, "greedy": settings.sampling.temperature == 0, "model": self.names[0],
-            "teacher": self.names[1], "generation": generation, "cut_references": inputs.cut,
-            "data": {"path": data.path, "fingerprint": inputs.fingerprint, "rows_read": inputs.rows_read,
-                     "left_out": inputs.left_out},
+            "set": name, "greedy": settings.sampling.temperature == 0, "model": self.names[0],
+            "teacher": self.names[1], "generation": generation,
+            "data": {
+                "path": data.path, "source": inputs.source, "fingerprint": inputs.fingerprint,
+                "rows_read": inputs.rows_read, "skipped": inputs.skipped, "cut_references": inputs.cut,
+                "min_response_words": data.min_response_words, "max_tokens": data.max_tokens,
+            },
             "dpkd": version("dpkd"),
         }  # fmt: skip
         evaluation = Evaluation(**{**vars(evaluation), "facts": facts})
@@ -149,7 +170,7 @@ def _scored(prediction: Prediction, values: dict[str, float]) -> Prediction:
 def evaluate_model(
     model: Any, inputs: Inputs, tokenizer: Any, *, teacher: LiveTeacher | None, vocabulary: int,
     settings: EvaluationSettings, specs: dict[str, MetricSpec], desk: Desk | None = None,
-    progress: Progress | None = None,
+    teacher_desk: Desk | None = None, progress: Progress | None = None,
 ) -> tuple[Evaluation, dict[int, list[Prediction]], dict[int, list[dict[str, float]]]]:  # fmt: skip
     """Scores of a model in memory, its answers by seed, and each answer's own scores.
 
@@ -166,12 +187,13 @@ def evaluate_model(
         if len(predictions[seed]) != len(inputs.prompts):
             raise DpkdError(f"{len(predictions[seed])} rows were answered, but there are {len(inputs.prompts)}")
     answers = {seed: as_answers(own) for seed, own in predictions.items()}
-    metrics, buckets, rows = score(answers, specs, cuts=settings.cuts, measure=settings.lengths)
+    lengths = settings.lengths or tokens_by(tokenizer)
+    metrics, buckets, rows = score(answers, specs, cuts=settings.cuts, measure=lengths)
     gauge = _Gauge(model, teacher, tokenizer, vocabulary, tell)
     metrics |= _as_metrics(gauge(inputs.sequences, "divergences"))
     if settings.rewards and teacher is not None:
-        metrics |= _rewards(gauge, inputs, predictions[settings.drawn_seeds[0]], settings)
-    evaluation = Evaluation(len(inputs.prompts), settings.drawn_seeds, metrics, buckets, settings.lengths.unit)
+        metrics |= _rewards(gauge, inputs, predictions[settings.drawn_seeds[0]], settings, teacher_desk)
+    evaluation = Evaluation(len(inputs.prompts), settings.drawn_seeds, metrics, buckets, lengths.unit)
     return evaluation, predictions, rows
 
 
@@ -206,13 +228,14 @@ class _Gauge:
 
 
 def _rewards(
-    gauge: _Gauge, inputs: Inputs, own: Sequence[Prediction], settings: EvaluationSettings
+    gauge: _Gauge, inputs: Inputs, own: Sequence[Prediction], settings: EvaluationSettings, desk: Desk | None
 ) -> dict[str, Metric]:
     """Implicit reward log q/p of the student's own answers and of the teacher's, under the first seed."""
     assert gauge.teacher is not None
     teachers = answer(
         gauge.teacher.model, inputs.prompts, gauge.tokenizer, vocabulary=gauge.vocabulary, sampling=settings.sampling,
-        seed=settings.drawn_seeds[0], progress=lambda done, of: gauge.tell("the teacher's answers", done, of),
+        seed=settings.drawn_seeds[0], desk=desk,
+        progress=lambda done, of: gauge.tell("the teacher's answers", done, of),
     )  # fmt: skip
     metrics = {}
     for who, answers in (("student", own), ("teacher", teachers)):

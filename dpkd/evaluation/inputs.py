@@ -1,33 +1,40 @@
-"""The rows of a set as prompts: every row that was read is scored, or left out by a rule and counted."""
+"""The rows of a set as prompts: every row that was read is scored, or left out by a rule of the user and counted."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from dpkd.data.batches import TokenSequence
 from dpkd.data.examples import Example, read_examples
 from dpkd.data.settings import DataSettings
 from dpkd.data.tokenise import Prompt, tokenise
 from dpkd.errors import DpkdError
-from dpkd.evaluation.sets import EvalSet
 
-__all__ = ["Inputs", "read_inputs"]
+__all__ = ["Inputs", "LongPrompts", "read_inputs"]
 
+LongPrompts = Literal["error", "skip"]
 UNLIMITED = 10**9
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Prompts in the order of the data; what was left out, by reason; references cut for the divergences."""
+    """Prompts in the order of the data, and what is to be known of them.
+
+    skipped  rows left out, by reason
+    cut      references that were cut, for the divergences only
+    tight    prompts that leave less room for an answer than its length limit
+    """
 
     prompts: list[Prompt]
-    left_out: dict[str, int]
+    skipped: dict[str, int]
     cut: int
+    tight: int
     rows_read: int
     fingerprint: str
+    source: str
 
     @property
     def sequences(self) -> list[TokenSequence]:
@@ -36,60 +43,79 @@ class Inputs:
 
     def lines(self) -> list[str]:
         """For printing."""
-        lines = [f"left out {count:,}: {reason}" for reason, count in self.left_out.items()]
+        lines = [f"left out {count:,} of {self.rows_read:,} rows: {reason}" for reason, count in self.skipped.items()]
         if self.cut:
-            lines.append(f"cut {self.cut:,}: references that the model cannot read to their end, for the divergences")
+            lines.append(f"cut {self.cut:,} references for the likelihood and the divergences; scores see them whole")
+        if self.tight:
+            lines.append(f"{self.tight:,} prompts leave less room for an answer in the model than the length limit")
         return lines
 
 
 def read_inputs(
-    one: EvalSet, data: DataSettings, tokenizer: Any, *, context: int | None, max_new_tokens: int
-) -> Inputs:
-    """Read, filter and tokenise a set; `context` is the longest sequence that the models read.
+    data: DataSettings, tokenizer: Any, *, context: int | None, max_new_tokens: int,
+    long_prompts: LongPrompts = "error",
+) -> Inputs:  # fmt: skip
+    """Read and tokenise a set; `context` is the longest sequence that the models read.
 
-    Raises DpkdError when a row cannot be scored: a prompt that leaves no room for an answer, or one that is longer than
-    the set's rule without being left out by it.
+    Rows are left out, and counted, by `data.on_bad_row=skip`, `data.min_response_words` and `long_prompts="skip"`, and
+    by nothing else. Raises DpkdError when a prompt is longer than `data.max_prompt_tokens`, or leaves no room for an
+    answer, and when no row is left.
     """
     found = read_examples(data)
-    examples = [e for e in found.examples if _words(e) >= one.min_reference_words]
-    left_out = Counter(found.skipped_by_reason())
-    if short := len(found.examples) - len(examples):
-        left_out[f"references of fewer than {one.min_reference_words} words"] = short
-    wide = data.model_copy(
-        update={"max_prompt_tokens": UNLIMITED - 1, "max_tokens": UNLIMITED, "min_response_words": 0}
-    )
-    prompts = tokenise(examples, tokenizer, wide).prompts if examples else []
-    if one.max_prompt_tokens is not None:
-        kept = [p for p in prompts if len(p.prompt_ids) <= one.max_prompt_tokens]
-        if dropped := len(prompts) - len(kept):
-            left_out[f"prompts longer than {one.max_prompt_tokens:,} tokens"] = dropped
-        prompts = kept
+    skipped = Counter(found.skipped_by_reason())
+    read = _encoded(found.examples, tokenizer, data, skipped)
+    longest = min(data.max_prompt_tokens, context - 1 if context is not None else UNLIMITED)
+    prompts = [p for p in read if len(p.prompt_ids) <= longest]
+    if len(prompts) < len(read):
+        if long_prompts == "error":
+            raise _too_long([p for p in read if len(p.prompt_ids) > longest], len(read), data, context)
+        skipped[f"prompts longer than {longest:,} tokens"] = len(read) - len(prompts)
+    rows_read = len(found.examples) + len(found.skipped)
     if not prompts:
-        raise DpkdError(f"{one.path}: no row is left to score: {dict(left_out) or 'it is empty'}")
-    _check_room(one, prompts, context)
-    limit = min(limit for limit in (context, one.max_tokens, UNLIMITED) if limit is not None)
-    cut = [_cut(p, limit) for p in prompts]
-    count = sum(len(a.response_ids) < len(b.response_ids) for a, b in zip(cut, prompts, strict=True))
-    return Inputs(cut, dict(left_out), count, len(found.examples) + len(found.skipped), found.fingerprint)
+        why = "; ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+        raise DpkdError(f"{data.path}: no row of {rows_read:,} is left to score: {why}")
+    if len(prompts) + skipped.total() != rows_read:
+        raise DpkdError(f"{data.path}: {rows_read} rows were read, but {len(prompts)} kept and {skipped} left out")
+    most = min(data.max_tokens, context if context is not None else UNLIMITED)
+    fitting = [replace(p, response_ids=p.response_ids[: most - len(p.prompt_ids)]) for p in prompts]
+    cut = sum(len(a.response_ids) < len(b.response_ids) for a, b in zip(fitting, prompts, strict=True))
+    tight = sum(context is not None and len(p.prompt_ids) + max_new_tokens > context for p in prompts)
+    return Inputs(fitting, dict(skipped), cut, tight, rows_read, found.fingerprint, found.source)
+
+
+def _encoded(found: Sequence[Example], tokenizer: Any, data: DataSettings, skipped: Counter[str]) -> list[Prompt]:
+    """Prompts of any length, but for those with too short a reference, which are counted in `skipped`."""
+    examples = [e for e in found if _words(e) > data.min_response_words or not data.min_response_words]
+    if short := len(found) - len(examples):
+        skipped[f"first references of at most {data.min_response_words:,} words"] = short
+    if not examples:
+        return []
+    wide = {"max_prompt_tokens": UNLIMITED - 1, "max_tokens": UNLIMITED, "min_response_words": 0}
+    tokenised = tokenise(examples, tokenizer, data.model_copy(update=wide))
+    skipped.update(tokenised.report.dropped)
+    return tokenised.prompts
 
 
 def _words(example: Example) -> int:
-    return len(example.references[0].split()) if example.references else 0
+    return len(example.references[0].split())
 
 
-def _check_room(one: EvalSet, prompts: Sequence[Prompt], context: int | None) -> None:
-    too_long = [p for p in prompts if context is not None and len(p.prompt_ids) >= context]
-    if too_long:
-        first = too_long[0]
-        raise DpkdError(
-            f"{one.path}: {len(too_long)} of {len(prompts)} prompts leave no room for an answer: {first.id} has "
-            f"{len(first.prompt_ids):,} tokens, and the model reads at most {context:,}. Every row is to be scored: "
-            f"leave them out, and have them counted, with --max-prompt-tokens {(context or 2) // 2}"
+def _too_long(long: Sequence[Prompt], count: int, data: DataSettings, context: int | None) -> DpkdError:
+    """Which prompts, and what to set so that they are scored, or left out."""
+    most = max(len(p.prompt_ids) for p in long)
+    first = f"the first is {long[0].id} with {len(long[0].prompt_ids):,} tokens, the longest has {most:,}"
+    verb = "is" if len(long) == 1 else "are"
+    skip = "To leave such rows out, and have them counted: --long-prompts skip"
+    beyond = [p for p in long if context is not None and len(p.prompt_ids) >= context]
+    if beyond:
+        return DpkdError(
+            f"{data.path}: {len(long):,} of {count:,} prompts {verb} too long, and {len(beyond):,} of them leave no "
+            f"room for an answer in a model that reads {context:,} tokens ({first}). Every row that is read is to be "
+            f"scored. {skip}"
         )
-
-
-def _cut(prompt: Prompt, limit: int) -> Prompt:
-    room = limit - len(prompt.prompt_ids)
-    if len(prompt.response_ids) <= room:
-        return prompt
-    return Prompt(prompt.id, prompt.prompt_ids, prompt.response_ids[: max(1, room)], prompt.references, prompt.text)
+    room = f" --set data.max_tokens={most + 256}" if most >= data.max_tokens else ""
+    return DpkdError(
+        f"{data.path}: {len(long):,} of {count:,} prompts {verb} longer than data.max_prompt_tokens="
+        f"{data.max_prompt_tokens:,} ({first}). Every row that is read is to be scored: --set "
+        f"data.max_prompt_tokens={most}{room}. {skip}"
+    )

@@ -25,6 +25,7 @@ __all__ = [
     "bucket_of",
     "checked_cuts",
     "parse_cuts",
+    "tokens_by",
     "tokens_of",
     "word_count",
 ]
@@ -69,6 +70,11 @@ def tokens_of(folder: Path | str) -> LengthMeasure:
             f"--tokenizer {folder}: no tokenizer could be loaded from this folder ({reason}). "
             "Expected tokenizer.json, or the vocabulary files, beside tokenizer_config.json."
         ) from error
+    return tokens_by(tokenizer)
+
+
+def tokens_by(tokenizer: Any) -> LengthMeasure:
+    """Length in tokens of a tokenizer, without special tokens."""
     # verbose=False: texts longer than the model's context are counted, not warned about.
     encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
     return LengthMeasure("tokens", lambda text: len(encode(text)))

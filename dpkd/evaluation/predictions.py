@@ -68,7 +68,7 @@ class References:
 def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
     """Write JSON lines; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
+    unfinished = path.with_name(path.name + ".new")  # `.part` is where answers wait that are not all there yet
     # Half a surrogate pair has no UTF-8; "backslashreplace" writes it as \udXXX, which is its JSON escape.
     with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for row in rows:

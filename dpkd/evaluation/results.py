@@ -13,7 +13,7 @@ from dpkd.api import Answers, MetricSpec
 from dpkd.errors import DpkdError
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, bucket_labels, bucket_of
 
-__all__ = ["Bucket", "Evaluation", "Metric", "score", "write_scores"]
+__all__ = ["Bucket", "Evaluation", "Metric", "score", "write_json", "write_scores"]
 
 FORMAT = 2
 
@@ -146,7 +146,12 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def write_scores(evaluation: Evaluation, folder: Path) -> Path:
     """Write scores.json, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "scores.json.part"
-    unfinished.write_text(json.dumps(evaluation.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return unfinished.replace(folder / "scores.json")
+    return write_json(folder / "scores.json", evaluation.as_dict())
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> Path:
+    """Write a JSON file for people and programs; it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return unfinished.replace(path)

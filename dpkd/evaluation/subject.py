@@ -64,5 +64,11 @@ def find_subject(name: str, teacher: str | None) -> Subject:
     settings = TeacherSettings(model=teacher) if teacher else None
     if teacher is None and saved.get("teacher", {}).get("model"):
         settings = TeacherSettings.model_validate(saved["teacher"])
-    folder = run.path / "eval" if run is not None else Path("runs") / "eval" / Path(name).name
+    folder = run.path / "eval" if run is not None else Path("runs") / "eval" / _filed_under(Path(name))
     return Subject(name, model_of(name), settings, own, folder)
+
+
+def _filed_under(path: Path) -> str:
+    """The last part of a model's path that says which it is: `kd-1` of `runs/kd-1/model`."""
+    path = path.resolve() if path.exists() else path
+    return path.parent.name if path.name in ("model", "final") and path.parent.name else path.name

@@ -28,6 +28,15 @@ class TeacherSettings(ModelSettings):
 
     device: str | None = Field(None, description="device of the teacher, e.g. cuda:1; None: the student's")
     tokenizer: str | None = Field(None, description="hub id or folder of the tokenizer; None: the model's")
+    store: str | None = Field(
+        None, description="folder of a store of its log-probs (`dpkd cache`), in place of the model"
+    )
+
+    @model_validator(mode="after")
+    def _model_or_store(self) -> TeacherSettings:
+        if self.store is not None and self.model is not None:
+            raise ValueError("name either `model` or `store`: a store takes the model's place")
+        return self
 
 
 class LoraSettings(Block):

@@ -17,7 +17,7 @@ from dpkd.testing.subject import Check, Subject, fail, require
 
 __all__ = ["CHECKS"]
 
-SUGGESTED = ("data", "text", "terms", "train", "student", "teacher")
+SUGGESTED = ("data", "text", "terms", "train", "student", "teacher", "schedules")
 
 
 def config_is_closed(subject: Subject) -> None:

@@ -74,9 +74,30 @@ def shift_invariant(subject: Subject) -> None:
         )  # fmt: skip
 
 
+def linear_in_the_teacher(subject: Subject) -> None:
+    """The gradient under the mean of two teachers is the mean of the gradients under each: samples will do."""
+    for seed in range(3):
+        batch, other = subject.batch(seed=seed), subject.batch(seed=seed + 100)
+        one, two = (b.signals[Signal.TEACHER_LOGITS] for b in (batch, other))
+        assert isinstance(one, torch.Tensor)
+        assert isinstance(two, torch.Tensor)
+        mean = (0.5 * one.softmax(-1) + 0.5 * two.softmax(-1)).log()
+        gradients = [subject.evaluate(batch.having(Signal.TEACHER_LOGITS, p))[1] for p in (one, two, mean)]
+        require_close(
+            gradients[2], 0.5 * gradients[0] + 0.5 * gradients[1],
+            "the gradient is not linear in the teacher's probabilities: samples of them would bias it",
+        )  # fmt: skip
+
+
 CHECKS = (
     Check(zero_at_match, trait=Trait.ZERO_AT_MATCH, requires=WITH_GRADIENT),
     Check(stationary_at_match, trait=Trait.STATIONARY_AT_MATCH, requires=WITH_GRADIENT),
+    Check(
+        linear_in_the_teacher,
+        families=frozenset({Family.TOKEN}),
+        trait=Trait.LINEAR_IN_TEACHER,
+        requires=WITH_GRADIENT,
+    ),
     Check(non_negative, trait=Trait.NON_NEGATIVE, requires=FOUNDATION),
     Check(
         shift_invariant,

@@ -12,6 +12,7 @@ from torch import nn
 from dpkd.api import Rollout, RolloutLoss, Text
 from dpkd.data.batches import TokenSequence, collate, micro_batches
 from dpkd.data.tokenise import Prompt
+from dpkd.errors import DpkdError
 from dpkd.models.chunked import chunk_rows
 from dpkd.teachers.live import LiveTeacher
 from dpkd.text.responses import Response
@@ -117,7 +118,7 @@ def _with_advantages(responses: list[Response], loss: RolloutLoss[Any]) -> list[
 class TeacherPen:
     """Gives the teacher's responses: from the store where they are, else drawn and put there."""
 
-    teacher: LiveTeacher
+    teacher: LiveTeacher | None  # None: all that is wanted must be in the store
     prompts: Sequence[Prompt]
     sampling: SamplingSettings
     eos_ids: frozenset[int]
@@ -135,6 +136,12 @@ class TeacherPen:
         # One response per distinct prompt: the store's, so that a run is the same whether it or an earlier one wrote.
         distinct = {self.prompts[i].prompt_ids: i for i in reversed(indices)}
         missing = [i for prompt, i in distinct.items() if self.store.get(prompt) is None]
+        if missing and self.teacher is None:
+            raise DpkdError(
+                f"{len(missing):,} of {len(distinct):,} responses of the teacher are not in the store "
+                f"{self.store.folder.parent.parent}: it was written for other data, another seed or other "
+                "text.teacher_sampling. Write it with `dpkd cache` under the settings of the run."
+            )
         if missing:
             self.crew.share(missing, self._write)
             self.store.refresh()  # what other processes wrote
@@ -160,6 +167,7 @@ class TeacherPen:
             if self.progress is not None:
                 self.progress(done, len(indices))
 
+        assert self.teacher is not None
         sample(
             self.teacher.model,
             prompts,

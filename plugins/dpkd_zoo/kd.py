@@ -68,7 +68,7 @@ SPEC = LossSpec(
         "-Σ p log q, which has the same gradient and differs by the teacher's entropy.",
     ),
     reads=_reads,
-    traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
+    traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER}),
 )
 
 

@@ -6,7 +6,49 @@ from dataclasses import replace
 
 from dpkd.api import Source
 
-__all__ = ["AKL", "CPO", "DPKD", "DPKD_CODE", "HINTON", "IPO", "LMOPS", "MINILLM", "SEQKD", "SIMPO", "at"]
+__all__ = [
+    "ABKD",
+    "AKL",
+    "APO",
+    "BA_CARUANA",
+    "BILD",
+    "CPO",
+    "DADPO",
+    "DISTILLM",
+    "DKD",
+    "DPKD",
+    "DPKD_CODE",
+    "DPO",
+    "EXO",
+    "FDISTILL",
+    "GKD",
+    "HINTON",
+    "IMITKD",
+    "IPO",
+    "JEFFREYS",
+    "KIM_MSE",
+    "KLMSE",
+    "KL_APPROXIMATION",
+    "KL_PITFALLS",
+    "LMOPS",
+    "MINILLM",
+    "ON_POLICY",
+    "ORPO",
+    "PLAD",
+    "RDPO",
+    "RSKD",
+    "RSO",
+    "SAMPLED_KD",
+    "SEQKD",
+    "SIMPO",
+    "SLIC",
+    "SMAUG",
+    "TAID",
+    "TODI",
+    "TRL",
+    "TRL_PREFERENCE",
+    "at",
+]
 
 
 def _source(title: str, url: str, key: str, authors: str, year: int) -> Source:
@@ -62,4 +104,146 @@ CPO = _source(
 SIMPO = _source(
     "SimPO: Simple Preference Optimization with a Reference-Free Reward",
     "https://arxiv.org/abs/2405.14734", "meng2024simpo", "Meng, Yu and Xia, Mengzhou and Chen, Danqi", 2024,
+)  # fmt: skip
+GKD = _source(
+    "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+    "https://arxiv.org/abs/2306.13649", "agarwal2024gkd",
+    "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and Ramos, Sabela and Geist, Matthieu "
+    "and Bachem, Olivier", 2024,
+)  # fmt: skip
+TRL = Source("TRL, GKDTrainer and its generalised JSD", "https://github.com/huggingface/trl")
+DISTILLM = _source(
+    "DistiLLM: Towards Streamlined Distillation for Large Language Models",
+    "https://arxiv.org/abs/2402.03898", "ko2024distillm",
+    "Ko, Jongwoo and Kim, Sungnyun and Chen, Tianyi and Yun, Se-Young", 2024,
+)  # fmt: skip
+FDISTILL = _source(
+    "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
+    "https://arxiv.org/abs/2307.15190", "wen2023fdistill",
+    "Wen, Yuqiao and Li, Zichao and Du, Wenyu and Mou, Lili", 2023,
+)  # fmt: skip
+ABKD = _source(
+    "ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge Distillation via α-β-Divergence",
+    "https://arxiv.org/abs/2505.04560", "wang2025abkd",
+    "Wang, Guanghui and Yang, Zhiyong and Wang, Zitai and Wang, Shi and Xu, Qianqian and Huang, Qingming", 2025,
+)  # fmt: skip
+JEFFREYS = _source(
+    "An invariant form for the prior probability in estimation problems",
+    "https://doi.org/10.1098/rspa.1946.0056", "jeffreys1946invariant", "Jeffreys, Harold", 1946,
+)  # fmt: skip
+SAMPLED_KD = _source(
+    "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs",
+    "https://arxiv.org/abs/2503.16870", "anshumann2025sparse",
+    "Anshumann and Zaidi, Mohd Abbas and Kedia, Akhil and Ahn, Jinwoo and Kwon, Taehwak and Lee, Kangwook and Lee, "
+    "Haejun and Lee, Joohyung", 2025,
+)  # fmt: skip
+TODI = _source(
+    "ToDi: Token-wise Distillation via Fine-Grained Divergence Control",
+    "https://arxiv.org/abs/2505.16297", "jung2025todi",
+    "Jung, Seongryong and Yoon, Suwan and Kim, DongGeon and Lee, Hwanhee", 2025,
+)  # fmt: skip
+DKD = _source(
+    "Decoupled Knowledge Distillation",
+    "https://arxiv.org/abs/2203.08679", "zhao2022dkd",
+    "Zhao, Borui and Cui, Quan and Song, Renjie and Qiu, Yiyu and Liang, Jiajun", 2022,
+)  # fmt: skip
+TAID = _source(
+    "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in Language Models",
+    "https://arxiv.org/abs/2501.16937", "shing2025taid",
+    "Shing, Makoto and Misaki, Kou and Bao, Han and Yokoi, Sho and Akiba, Takuya", 2025,
+)  # fmt: skip
+IMITKD = _source(
+    "Autoregressive Knowledge Distillation through Imitation Learning",
+    "https://arxiv.org/abs/2009.07253", "lin2020imitkd",
+    "Lin, Alexander and Wohlwend, Jeremy and Chen, Howard and Lei, Tao", 2020,
+)  # fmt: skip
+BA_CARUANA = _source(
+    "Do Deep Nets Really Need to be Deep?",
+    "https://arxiv.org/abs/1312.6184", "ba2014deep", "Ba, Lei Jimmy and Caruana, Rich", 2014,
+)  # fmt: skip
+KIM_MSE = _source(
+    "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation",
+    "https://arxiv.org/abs/2105.08919", "kim2021comparing",
+    "Kim, Taehyeon and Oh, Jaehoon and Kim, NakYil and Cho, Sangwook and Yun, Se-Young", 2021,
+)  # fmt: skip
+BILD = _source(
+    "BiLD: Bi-directional Logits Difference Loss for Large Language Model Distillation",
+    "https://arxiv.org/abs/2406.13555", "li2024bild",
+    "Li, Minchong and Zhou, Feng and Song, Xiaohui", 2024,
+)  # fmt: skip
+APO = _source(
+    "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
+    "https://arxiv.org/abs/2408.06266", "doosterlinck2024apo",
+    "D'Oosterlinck, Karel and others", 2024,
+)  # fmt: skip
+KLMSE = _source(
+    "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation",
+    "https://arxiv.org/abs/2105.08919", "kim2021comparing",
+    "Kim, Taehyeon and Oh, Jaehoon and Kim, NakYil and Cho, Sangwook and Yun, Se-Young", 2021,
+)  # fmt: skip
+ORPO = _source(
+    "ORPO: Monolithic Preference Optimization without Reference Model",
+    "https://arxiv.org/abs/2403.07691", "hong2024orpo",
+    "Hong, Jiwoo and Lee, Noah and Thorne, James", 2024,
+)  # fmt: skip
+PLAD = _source(
+    "PLaD: Preference-based Large Language Model Distillation with Pseudo-Preference Pairs",
+    "https://arxiv.org/abs/2406.02886", "zhang2024plad",
+    "Zhang, Rongzhi and others", 2024,
+)  # fmt: skip
+RDPO = _source(
+    "Provably Robust DPO: Aligning Language Models with Noisy Feedback",
+    "https://arxiv.org/abs/2403.00409", "chowdhury2024robust",
+    "Ray Chowdhury, Sayak and Kini, Anush and Natarajan, Nagarajan", 2024,
+)  # fmt: skip
+RSKD = _source(
+    "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs",
+    "https://arxiv.org/abs/2503.16870", "anshumann2025sparse",
+    "Anshumann and others", 2025,
+)  # fmt: skip
+SLIC = _source(
+    "SLiC-HF: Sequence Likelihood Calibration with Human Feedback",
+    "https://arxiv.org/abs/2305.10425", "zhao2023slichf",
+    "Zhao, Yao and Joshi, Rishabh and Liu, Tianqi and Khalman, Misha and Saleh, Mohammad and Liu, Peter J.", 2023,
+)  # fmt: skip
+SMAUG = _source(
+    "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive",
+    "https://arxiv.org/abs/2402.13228", "pal2024smaug",
+    "Pal, Arka and Karkhanis, Deep and Dooley, Samuel and Roberts, Manley and Naidu, Siddartha and White, Colin", 2024,
+)  # fmt: skip
+ON_POLICY = Source(
+    "On-Policy Distillation (Thinking Machines, blog of October 2025)",
+    "https://thinkingmachines.ai/blog/on-policy-distillation",
+)
+TRL_PREFERENCE = Source("TRL, DPOTrainer, CPOTrainer and ORPOTrainer", "https://github.com/huggingface/trl")
+DPO = _source(
+    "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+    "https://arxiv.org/abs/2305.18290", "rafailov2023dpo",
+    "Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Ermon, Stefano and Manning, Christopher D. and Finn, "
+    "Chelsea", 2023,
+)  # fmt: skip
+EXO = _source(
+    "Towards Efficient Exact Optimization of Language Model Alignment",
+    "https://arxiv.org/abs/2402.00856", "ji2024exo",
+    "Ji, Haozhe and Lu, Cheng and Niu, Yilin and Ke, Pei and Wang, Hongning and Zhu, Jun and Tang, Jie and Huang, "
+    "Minlie", 2024,
+)  # fmt: skip
+RSO = _source(
+    "Statistical Rejection Sampling Improves Preference Optimization",
+    "https://arxiv.org/abs/2309.06657", "liu2023rso",
+    "Liu, Tianqi and Zhao, Yao and Joshi, Rishabh and Khalman, Misha and Saleh, Mohammad and Liu, Peter J. and Liu, "
+    "Jialu", 2023,
+)  # fmt: skip
+DADPO = _source(
+    "daDPO: Distribution-Aware DPO for Distilling Conversational Abilities",
+    "https://arxiv.org/abs/2506.15717", "zhang2025dadpo",
+    "Zhang, Zhengze and Wang, Shiqi and Shen, Yiqun and Guo, Simin and Lin, Dahua and Wang, Xiaoliang and Nguyen, "
+    "Cam-Tu and Tan, Fei", 2025,
+)  # fmt: skip
+KL_APPROXIMATION = Source(
+    "Approximating KL Divergence (John Schulman, blog of March 2020)", "https://joschu.net/blog/kl-approx.html"
+)
+KL_PITFALLS = _source(
+    "On a few pitfalls in KL divergence gradient estimation for RL",
+    "https://arxiv.org/abs/2506.09477", "tang2025pitfalls", "Tang, Yunhao and Munos, Rémi", 2025,
 )  # fmt: skip

@@ -272,6 +272,12 @@ def penalty_on_logits(self: Any, x: Any) -> Tensor:
     return kl(x.teacher_log_probs(), x.student_log_probs()) + 0.1 * x.student_logits[:, 0] ** 2
 
 
+@bad("linear_in_the_teacher", Trait.LINEAR_IN_TEACHER)
+def reverse_kl_on_samples(self: Any, x: Any) -> Tensor:
+    """log p of an empirical distribution is biased: reverse KL cannot be had from samples of the teacher."""
+    return kl(x.student_log_probs(), x.teacher_log_probs())
+
+
 # --- against the paper
 
 

@@ -123,7 +123,8 @@ class Tempered(TokenLoss[Settings]):
 
 
 FORWARD_KL = spec_of(
-    "forward-kl", ForwardKL, BOTH, Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT,
+    "forward-kl", ForwardKL, BOTH,
+    Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER,
     suggests={"text": {"source": "teacher"}},
 )  # fmt: skip
 DPO_SPEC = spec_of("dpo", DPO, PAIRS, Trait.NON_NEGATIVE)

@@ -51,7 +51,7 @@ COMMANDS = [words for words in LINES if words[0] == "dpkd"]
 
 def test_there_are_commands():
     assert len(COMMANDS) > 6
-    assert {words[0] for words in LINES} == {"dpkd", "mkdir", "cd", "python"}
+    assert {words[0] for words in LINES} == {"dpkd", "cd", "python"}
     modules = {words[2] for words in LINES if words[0] == "python"}
     assert modules == {"pip", "pytest", "build", "twine"}
 

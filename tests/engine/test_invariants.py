@@ -17,6 +17,7 @@ from dpkd.engine.metrics_log import read_metrics
 from dpkd.engine.progress import Display
 from dpkd.engine.work import Stream, Term, Unit, cut
 from dpkd.models.head import hidden_rows
+from dpkd.teachers.live import LiveTeacher
 
 
 class _NoStep:
@@ -38,7 +39,7 @@ def gradients(resolved, quiet):
     assembly = assemble(resolved, accelerator, Display(quiet))
     stepper = assembly.stepper
     stepper.distiller.double()
-    if stepper.teacher is not None:
+    if isinstance(stepper.teacher, LiveTeacher):
         stepper.teacher.model.double()
         stepper.teacher._head = stepper.teacher._head.cast(torch.float64)
     stepper.optimiser, stepper.clip = _NoStep(stepper.distiller), None

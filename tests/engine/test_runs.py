@@ -22,7 +22,7 @@ from dpkd.run_folder import RunFolder
 PRETRAINED = {"student.init": "pretrained", "student.layers": None}
 METRICS = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
 # Documented with a word in capitals for what varies.
-PATTERNS = ("reward/", "weighted/", "part/", "length/")
+PATTERNS = ("reward/", "weighted/", "part/", "length/", "schedule/")
 LOSSES = sorted(load_host().losses)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from dpkd.api import Answers, MetricSpec
 from dpkd.data.batches import TokenSequence
+from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
 from dpkd.evaluation import evaluate as module
@@ -19,47 +21,12 @@ from dpkd.evaluation.answers import Desk
 from dpkd.evaluation.divergences import measure
 from dpkd.evaluation.evaluate import Bench, EvaluationSettings, metric_specs
 from dpkd.evaluation.results import score
-from dpkd.evaluation.sets import EvalSet, find_set
+from dpkd.evaluation.sets import find_set
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.teachers.live import LiveTeacher
 from dpkd.text.settings import SamplingSettings
 
-WORDS = ["red", "blue", "green", "old", "new", "big", "small", "cat", "dog", "tree", "house", "river", "sings", "runs"]
 DRAWN = EvaluationSettings(SamplingSettings(max_new_tokens=6, batch_size=3), (1, 2, 3), cuts=(2,))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two byte-level Llamas of different weights, and a set with short and long references."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("evaluation")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
-    config = LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=257,
-        bos_token_id=256, eos_token_id=256, max_position_embeddings=128,
-    )  # fmt: skip
-    for seed, name in enumerate(("student", "teacher")):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(4)
-        model.save_pretrained(folder / name)
-        fast.save_pretrained(folder / name)
-    rows = [
-        {"prompt": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 3]), "response": " ".join(WORDS[i % 5 : i % 5 + 1 + i % 4])}
-        for i in range(12)
-    ]
-    _write(folder / "rows.jsonl", rows)
-    return folder
 
 
 def _write(path: Path, rows: list[dict[str, object]]) -> None:
@@ -71,12 +38,9 @@ def bench(folder: Path, *, teacher: bool = True) -> Bench:
     return Bench(ModelSettings(model=str(folder / "student")), other)
 
 
-def run(
-    folder: Path, name: str = "rows.jsonl", settings: EvaluationSettings = DRAWN, one: EvalSet | None = None, **more
-):
-    path = str(folder / name)
-    data = DataSettings(path=path, **more.pop("data", {}))
-    return bench(folder).evaluate(one or EvalSet("rows", path), data, settings, **more)
+def run(folder: Path, name: str = "rows.jsonl", settings: EvaluationSettings = DRAWN, **more):
+    data = DataSettings(path=str(folder / name), **more.pop("data", {}))
+    return bench(folder).evaluate("rows", data, settings, **more)
 
 
 def test_every_row_is_scored_under_every_seed(folder, tmp_path):
@@ -147,24 +111,65 @@ def test_neither_order_nor_batch_changes_a_greedy_answer(folder, tmp_path, batch
         assert two.metrics[name].mean == pytest.approx(metric.mean, rel=1e-5), name
 
 
-def test_no_row_is_left_out_silently(folder, tmp_path):
-    long = [{"prompt": "a", "response": "b"}, {"prompt": "x" * 130, "response": "b"}]
-    _write(folder / "long.jsonl", long)
-    with pytest.raises(
-        DpkdError, match=r"1 of 2 prompts leave no room for an answer: long.jsonl:2 has 130 tokens, and"
-    ):
-        run(folder, "long.jsonl")
+def test_half_precision_is_read_as_float32_so_that_batches_change_nothing(folder, tmp_path):
+    """In bfloat16 the rows beside it in the batch would change an answer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(folder / "student").save_pretrained(tmp_path / "half")
+    half = ModelSettings(model=str(tmp_path / "half"))
+    data = DataSettings(path=str(folder / "rows.jsonl"))
+    found = [
+        Bench(half, None).evaluate(
+            "rows", data, replace(DRAWN, sampling=SamplingSettings(max_new_tokens=6, batch_size=n))
+        )
+        for n in (1, 5)
+    ]
+    assert found[0].facts["generation"]["dtype"] == "float32"
+    for name in ("rouge_l", "tokens", "distinct_1"):
+        assert found[0].metrics[name] == found[1].metrics[name], name
+    assert Bench(half, None, dtype="auto").dtype == "bfloat16"
+
+
+LONG = [{"prompt": "a", "response": "b"}, {"prompt": "x" * 130, "response": "b"}, {"prompt": "y" * 40, "response": "b"}]
+
+
+def test_a_prompt_beyond_a_limit_is_an_error_that_says_what_to_set(folder):
+    _write(folder / "long.jsonl", LONG)
+    with pytest.raises(DpkdError) as caught:
+        run(folder, "long.jsonl", data={"max_prompt_tokens": 20})
+    assert str(caught.value) == (
+        f"{folder / 'long.jsonl'}: 2 of 3 prompts are too long, and 1 of them leave no room for an answer in a model "
+        "that reads 128 tokens (the first is long.jsonl:2 with 130 tokens, the longest has 130). Every row that is "
+        "read is to be scored. To leave such rows out, and have them counted: --long-prompts skip"
+    )
+    _write(folder / "longish.jsonl", LONG[::2])
+    with pytest.raises(DpkdError) as caught:
+        run(folder, "longish.jsonl", data={"max_prompt_tokens": 20, "max_tokens": 30})
+    assert str(caught.value) == (
+        f"{folder / 'longish.jsonl'}: 1 of 2 prompts is longer than data.max_prompt_tokens=20 (the first is "
+        "longish.jsonl:2 with 40 tokens, the longest has 40). Every row that is read is to be scored: --set "
+        "data.max_prompt_tokens=40 --set data.max_tokens=296. To leave such rows out, and have them counted: "
+        "--long-prompts skip"
+    )
+    assert run(folder, "longish.jsonl", data={"max_prompt_tokens": 40, "max_tokens": 296}).rows == 2
+
+
+def test_long_prompts_are_left_out_when_asked_and_counted(folder):
+    _write(folder / "long.jsonl", LONG)
     said: list[str] = []
-    rule = EvalSet("long", str(folder / "long.jsonl"), max_prompt_tokens=64)
-    result = run(folder, "long.jsonl", one=rule, say=said.append)
-    assert said == ["left out 1: prompts longer than 64 tokens"]
-    assert result.rows == 1
-    assert result.facts["data"] == {
-        "path": str(folder / "long.jsonl"), "fingerprint": result.facts["data"]["fingerprint"], "rows_read": 2,
-        "left_out": {"prompts longer than 64 tokens": 1},
-    }  # fmt: skip
-    # The filters of training play no part here.
-    assert run(folder, data={"max_prompt_tokens": 2, "max_tokens": 4, "min_response_words": 9}).rows == 12
+    skipping = replace(DRAWN, long_prompts="skip")
+    result = run(folder, "long.jsonl", skipping, say=said.append)
+    assert said == [
+        f"rows: 3 rows of {folder / 'long.jsonl'}",
+        "left out 1 of 3 rows: prompts longer than 127 tokens",
+    ]
+    assert result.rows == 2
+    assert result.facts["data"]["rows_read"] == 3
+    assert result.facts["data"]["skipped"] == {"prompts longer than 127 tokens": 1}
+    _write(folder / "longest.jsonl", LONG[1:2])
+    with pytest.raises(DpkdError, match=r"no row of 1 is left to score: 1 prompts longer than 127 tokens"):
+        run(folder, "longest.jsonl", skipping)
 
 
 def test_bad_rows_and_short_references_are_counted(folder, tmp_path):
@@ -172,27 +177,35 @@ def test_bad_rows_and_short_references_are_counted(folder, tmp_path):
     (folder / "bad.jsonl").write_text(text)
     with pytest.raises(DpkdError, match=r"bad.jsonl:13: not JSON"):
         run(folder, "bad.jsonl")
-    rule = EvalSet("bad", str(folder / "bad.jsonl"), min_reference_words=2)
-    result = run(folder, "bad.jsonl", one=rule, data={"on_bad_row": "skip"})
-    assert result.facts["data"]["left_out"] == {"not JSON": 1, "references of fewer than 2 words": 3}
-    assert result.rows == 13 - 4
+    result = run(folder, "bad.jsonl", data={"on_bad_row": "skip", "min_response_words": 1})
+    assert result.facts["data"]["skipped"] == {"not JSON": 1, "first references of at most 1 words": 3}
+    assert (result.rows, result.facts["data"]["rows_read"]) == (13 - 4, 13)
 
 
 def test_references_beyond_the_context_are_cut_and_counted(folder, tmp_path):
-    _write(folder / "big.jsonl", [{"prompt": "a", "response": "b" * 300}, {"prompt": "a", "response": "c"}])
+    rows = [
+        {"prompt": "a", "response": "b" * 300},
+        {"prompt": "a", "response": "c"},
+        {"prompt": "d" * 125, "response": "e"},
+    ]
+    _write(folder / "big.jsonl", rows)
     said: list[str] = []
     result = run(folder, "big.jsonl", say=said.append)
-    assert said == ["cut 1: references that the model cannot read to their end, for the divergences"]
-    assert result.facts["cut_references"] == 1
+    assert said[1:] == [
+        "cut 1 references for the likelihood and the divergences; scores see them whole",
+        "1 prompts leave less room for an answer in the model than the length limit",
+    ]
+    assert result.facts["data"]["cut_references"] == 1
     assert math.isfinite(result["forward_kl"])
 
 
-def test_a_teacher_beside_itself_has_no_divergence(folder):
+def test_a_teacher_beside_itself_has_no_divergence(folder, tmp_path):
     own = str(folder / "student")
     same = Bench(ModelSettings(model=own), TeacherSettings(model=own)).evaluate(
-        EvalSet("rows", "rows"),
+        "rows",
         DataSettings(path=str(folder / "rows.jsonl")),
-        EvaluationSettings(seeds=(1,), rewards=True),
+        replace(DRAWN, seeds=(1,), rewards=True),
+        output=tmp_path / "out",
     )
     for name in ("forward_kl", "reverse_kl", "first_token_forward_kl", "reward_sum", "reward_mean"):
         assert same[name] == pytest.approx(0.0, abs=1e-6), name
@@ -200,6 +213,9 @@ def test_a_teacher_beside_itself_has_no_divergence(folder):
         assert same[name] == pytest.approx(0.0, abs=1e-6), name
     assert same["nll"] == pytest.approx(same["teacher_nll"])
     assert same["perplexity"] == pytest.approx(math.exp(same["nll"]))
+    own_answers, teachers = (tmp_path / "out" / name for name in ("predictions-1.jsonl", "teacher/predictions-1.jsonl"))
+    ids = [[json.loads(line)["ids"] for line in path.read_text().splitlines()] for path in (own_answers, teachers)]
+    assert ids[0] == ids[1]
 
 
 def _log_probs(model, sequence: TokenSequence) -> np.ndarray:
@@ -260,14 +276,38 @@ def test_a_metric_that_loses_rows_gives_no_score():
         score({1: ANSWERS}, lossy)
 
 
-def test_the_papers_sets_by_name(tmp_path):
+def test_the_papers_sets_by_name(tmp_path, monkeypatch):
     assert find_set("sinst").path == "MiniLLM/sinst"
-    assert (find_set("sinst").min_reference_words, find_set("dolly").min_reference_words) == (11, 0)
+    assert [find_set(name).defaults.get("min_response_words") for name in ("sinst", "uinst", "dolly")] == [10, 10, None]
     (tmp_path / "dolly.jsonl").write_text("{}")
     assert find_set("dolly", str(tmp_path)).path == str(tmp_path / "dolly.jsonl")
     with pytest.raises(DpkdError, match=r"the set vicuna is not in .*: expected vicuna.jsonl or a folder vicuna"):
         find_set("vicuna", str(tmp_path))
-    assert find_set("some/where/eval.jsonl").name == "where"
+    names = [find_set(f"some/where/{file}.jsonl").name for file in ("eval", "dev", "rows")]
+    assert names == ["where", "where-dev", "rows"]
+    # What is here wins over a name, and flags over the set over the run.
+    (tmp_path / "vicuna").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_set("vicuna", str(tmp_path)).defaults == {}
+    given = find_set("dolly", str(tmp_path)).given({"template": "chat", "columns": {"output": "x"}}, {"limit": None})
+    assert (given["template"], given["columns"], given["max_prompt_tokens"]) == ("alpaca", {}, 256)
+    assert "limit" not in given
+
+
+@pytest.mark.parametrize(
+    ("files", "split"),
+    [
+        (("train", "dev", "eval"), "eval"), (("train", "valid"), "valid"), (("train",), "train"),
+        (("test-00000-of-00001", "train"), "test"), (("rows",), None),
+    ],
+)  # fmt: skip
+def test_of_a_folder_the_held_out_split_is_read(tmp_path, files, split):
+    for name in files:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "a", "response": name}) + "\n")
+    one = find_set(str(tmp_path))
+    assert one.defaults.get("split") == split
+    (example,) = read_examples(DataSettings(**one.given({}, {}))).examples
+    assert example.references == (next(f for f in files if f.startswith(split or "rows")),)
 
 
 def test_plugins_that_break_are_said(folder, monkeypatch):

@@ -12,6 +12,7 @@ def softmax(logits_NV):
 
 
 def reference(*, student_logits, teacher_logits, config):
+    """The formula once more, [N]: from the paper, not from the loss's code."""
     gaps_NV = np.abs(softmax(teacher_logits) - softmax(student_logits))
     return (gaps_NV**config.power).sum(-1) / 2
 

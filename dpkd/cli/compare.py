@@ -1,0 +1,80 @@
+"""Two losses side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dpkd.cli.describe import facts, range_text, value_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dpkd.host import RegisteredLoss
+
+__all__ = ["ABSENT", "Difference", "as_json", "compare", "print_comparison"]
+
+ABSENT = "—"  # the loss has no such setting
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One aspect of two losses: what each says, and whether that is the same."""
+
+    what: str
+    first: str
+    second: str
+
+    @property
+    def same(self) -> bool:
+        return self.first == self.second
+
+
+def compare(
+    first: RegisteredLoss, first_row: Mapping[str, Any], second: RegisteredLoss, second_row: Mapping[str, Any]
+) -> list[Difference]:
+    """Formula, family, text, needs, promises, advice and every setting of two losses, the same aspects of both."""
+    one, other = _aspects(first, first_row), _aspects(second, second_row)
+    ordered = [*one, *(what for what in other if what not in one)]
+    return [Difference(what, one.get(what, ABSENT), other.get(what, ABSENT)) for what in ordered]
+
+
+def _aspects(loss: RegisteredLoss, row: Mapping[str, Any]) -> dict[str, str]:
+    card = loss.spec.card
+    told = {"title": card.title, "summary": card.summary, "formula": card.formula}
+    told |= {"reads": ", ".join(sorted(loss.spec.signals())), **facts(loss, row)}
+    told["from"] = f"{loss.distribution} {loss.version}"
+    return told | _settings(loss.spec.config.model_json_schema())
+
+
+def _settings(schema: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        f"loss.{name}": f"{value_text(field.get('default'))}\n[{range_text(field)}]\n{field.get('description', '')}"
+        for name, field in schema.get("properties", {}).items()
+    }
+
+
+def as_json(names: tuple[str, str], rows: list[Difference]) -> dict[str, Any]:
+    """The comparison as plain data."""
+    return {"losses": list(names), "rows": [{**asdict(row), "same": row.same} for row in rows]}
+
+
+def print_comparison(names: tuple[str, str], rows: list[Difference], console: Console | None = None) -> None:
+    """Print the two beside each other; ≠ marks what differs."""
+    from rich import box
+    from rich.console import Console as Terminal
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", style="dim", min_width=12, max_width=24)
+    for name in names:
+        table.add_column(name, ratio=1, overflow="fold")
+    for row in rows:
+        style = "dim" if row.same else ""
+        table.add_row("" if row.same else "≠", row.what, Text(row.first, style), Text(row.second, style))
+    (console or Terminal()).print(table)
+    different = sum(not row.same for row in rows)
+    (console or Terminal()).print(f"{different} of {len(rows)} differ (≠); {ABSENT}: has no such setting")

@@ -1,0 +1,37 @@
+"""`dpkd new-loss`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["new_loss"]
+
+
+def new_loss(
+    name: Annotated[str, typer.Argument(help="name of the loss: what --loss will take")],
+    kind: Annotated[
+        str,
+        typer.Option(help="what it works on: token (logits), pair (two responses) or rollout (policy gradients)"),
+    ] = "token",
+    output: Annotated[
+        Path | None, typer.Option(help="folder to write [default: dpkd-NAME, here]", show_default=False)
+    ] = None,
+) -> None:
+    """Write a package for a loss of your own: module, test, pyproject and README, which work as they are."""
+    from dpkd.host import load_host
+    from dpkd.scaffold import names_of, write_package
+
+    host = load_host()
+    taken = {loss: registered.origin for loss, registered in host.losses.items()}
+    taken |= {loss: " and ".join(c.origin for c in claims) for loss, claims in host.conflicts.items()}
+    names = names_of(name, taken)
+    folder = output if output is not None else Path(names.package)
+    for path in write_package(names, kind, folder):
+        typer.echo(path)
+    typer.echo(
+        f"\nIt works as it is. Next:\n  cd {folder}\n  pip install --editable .\n  dpkd check-loss {name}\n  pytest\n"
+        f"then write your own formula into {names.test}.py and {names.module}.py (README.md says in which order)"
+    )

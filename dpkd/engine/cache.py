@@ -1,0 +1,164 @@
+"""`dpkd cache`: write down what the teacher says of a run's fixed text, so that the run needs no teacher in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dpkd.api import Signal, Text, Trait
+from dpkd.config.objective import Objective, text_writers
+from dpkd.config.resolve import Resolved
+from dpkd.data.batches import TokenSequence
+from dpkd.data.templates import template_fingerprint
+from dpkd.engine.preparation import Prepared, prepare
+from dpkd.engine.progress import Display
+from dpkd.errors import DpkdError
+from dpkd.models.head import check_head
+from dpkd.models.loading import load_model
+from dpkd.models.tokenizers import tokenizer_fingerprint
+from dpkd.teachers.caching import write_store
+from dpkd.teachers.live import LiveTeacher
+from dpkd.teachers.manifest import Kind, Manifest
+from dpkd.teachers.serving import why_not
+from dpkd.text.pens import Crew, TeacherPen
+from dpkd.text.store import ResponseStore, model_fingerprint
+
+__all__ = ["CacheSettings", "cache"]
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where to write what; `kind` and `k` None: what the loss needs."""
+
+    output: Path
+    kind: Kind | None = None
+    k: int | None = None
+    dtype: str = "float16"
+    batch_size: int = 16
+
+
+def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | None = None) -> Manifest:
+    """Write the store of a run. An interrupted call is continued by the next.
+
+    Raises DpkdError when no store can serve the run, or the folder holds other numbers.
+    """
+    run = resolved.settings
+    display = Display(console or Console())
+    if run.teacher.model is None:
+        raise DpkdError("a store is written by a teacher: name its model with --teacher")
+    writers = _writers(resolved)
+    kind, k = _kind(resolved, settings)
+    prepared = prepare(resolved, display)
+    vocabulary = max(prepared.tokenizer.get_vocab().values()) + 1
+    manifest = Manifest(
+        kind, k, model_fingerprint(run.teacher.model, run.teacher.revision), Path(run.teacher.model).name,
+        tokenizer_fingerprint(prepared.tokenizer), vocabulary, tuple(sorted(writers)),
+        prepared.data_facts["fingerprint"], template_fingerprint(run.data.template, prepared.tokenizer),
+        settings.dtype, run.seed,
+    )  # fmt: skip
+    for objective in resolved.objectives:
+        own = set(_own_writers(objective, resolved).values())
+        if problem := why_not(objective.spec, objective.config, objective.reads, own, manifest):
+            raise DpkdError(problem)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(run.teacher, device=device, dtype=None)
+    check_head(model)
+    teacher = LiveTeacher(model, vocabulary, device)
+    sequences = _sequences(resolved, prepared, teacher, manifest, settings.output, display)
+    _write(settings, teacher, sequences, manifest, prepared, display)
+    display.say(
+        f"train without the teacher: the same command with `--set teacher.store={settings.output}` for --teacher"
+    )
+    return manifest
+
+
+def _own_writers(objective: Objective, resolved: Resolved) -> dict[str, Text]:
+    text = objective.text if objective.text is not None else resolved.settings.text
+    return text_writers(text, objective.spec.family if objective.text is not None else resolved.loss.family)
+
+
+def _writers(resolved: Resolved) -> set[Text]:
+    """Who writes the text that a loss reads the teacher on."""
+    reading = {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS}
+    found = {w for o in resolved.objectives if o.reads & reading for w in _own_writers(o, resolved).values()}
+    if not found:
+        raise DpkdError(f"{resolved.loss.name} reads no number of the teacher: it needs no store")
+    return found
+
+
+def _kind(resolved: Resolved, settings: CacheSettings) -> tuple[Kind, int]:
+    """What is asked for, or the least that serves the main loss."""
+    spec, config = resolved.loss, resolved.loss_config
+    kind: Kind
+    if settings.kind is not None:
+        kind = settings.kind
+    elif Signal.TEACHER_LOGITS not in resolved.main.reads:
+        kind = "tokens"
+    else:
+        kind = "sampled" if spec.top_k is None and Trait.LINEAR_IN_TEACHER in spec.traits else "topk"
+    enough = spec.top_k(config) if spec.top_k is not None else None
+    default = {"tokens": 0, "topk": enough or 64, "sampled": 50}[kind]
+    return kind, default if settings.k is None or kind == "tokens" else settings.k
+
+
+def _sequences(
+    resolved: Resolved, prepared: Prepared, teacher: LiveTeacher, manifest: Manifest, output: Path, display: Display
+) -> list[TokenSequence]:
+    """All fixed text of the run: the data set's responses, and the teacher's, which are written here if need be."""
+    prompts = prepared.data.prompts
+    sequences = []
+    if Text.DATASET in manifest.text:
+        sequences += [TokenSequence(p.prompt_ids, p.response_ids) for p in prompts]
+    if Text.TEACHER in manifest.text:
+        pen = _pen(resolved, prepared, teacher, manifest, output, display)
+        written = pen(range(len(prompts)))
+        sequences += [TokenSequence(p.prompt_ids, r.ids) for p, r in zip(prompts, written, strict=True)]
+    return sequences
+
+
+def _pen(
+    resolved: Resolved, prepared: Prepared, teacher: LiveTeacher, manifest: Manifest, output: Path, display: Display
+) -> TeacherPen:
+    run, tokenizer = resolved.settings, prepared.tokenizer
+    text = next(
+        o.text or run.text for o in resolved.objectives if Text.TEACHER in _own_writers(o, resolved).values()
+    )  # fmt: skip
+    store = ResponseStore.open(
+        output / "responses", model_fingerprint=manifest.model,
+        tokenizer_fingerprint=f"{manifest.tokenizer}/{manifest.vocabulary}", sampling=text.teacher_sampling,
+        seed=run.seed,
+    )  # fmt: skip
+    common: Mapping[str, Any] = {
+        "eos_ids": frozenset({tokenizer.eos_token_id}), "pad_id": tokenizer.pad_token_id,
+        "vocabulary": manifest.vocabulary, "seed": run.seed, "crew": Crew(), "context": prepared.context,
+    }  # fmt: skip
+    return TeacherPen(
+        teacher, prepared.data.prompts, text.teacher_sampling, store=store,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True), progress=display.pulse, **common,
+    )  # fmt: skip
+
+
+def _write(
+    settings: CacheSettings, teacher: LiveTeacher, sequences: list[TokenSequence], manifest: Manifest,
+    prepared: Prepared, display: Display,
+) -> None:  # fmt: skip
+    tokens = sum(len(s.response_ids) for s in {(*s.prompt_ids, -1, *s.response_ids): s for s in sequences}.values())
+    size = tokens * manifest.bytes_per_token / 2**20
+    display.say(
+        f"{manifest.sentence()}\n{tokens:,} tokens of {manifest.bytes_per_token:,} bytes: about {size:,.1f} MiB in "
+        f"{settings.output}"
+    )
+    began = time.monotonic()
+    with display.bar("caching", len(sequences)):
+        written = write_store(
+            settings.output, teacher, sequences, manifest, pad_id=prepared.tokenizer.pad_token_id,
+            batch_size=settings.batch_size, progress=lambda done, of: display.at(done),
+        )  # fmt: skip
+    found = f", {len(sequences) - written:,} were there" if written < len(sequences) else ""
+    display.say(f"{written:,} responses written{found}, {time.monotonic() - began:.0f} s")

@@ -1,0 +1,210 @@
+"""The numbers of runs, sorted into charts.
+
+With one run a chart overlays metrics (forward and reverse KL); with several, every metric has a chart of its own and
+the runs are overlaid, so that a colour means one thing throughout a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from dpkd.report.names import title
+from dpkd.report.panels import Bar, BarPanel, Chapter, Curve, LinePanel, Point, ScatterPanel, Trail
+from dpkd.report.reading import Run
+from dpkd.report.scales import finite, thin
+
+__all__ = ["chapters", "length_panels", "metric_label"]
+
+
+@dataclass(frozen=True)
+class _Chart:
+    """What a chart shows: metrics by pattern, of metrics.jsonl or of dev.jsonl."""
+
+    key: str
+    title: str
+    metrics: tuple[str, ...]
+    note: str = ""
+    dev: bool = False
+    but: tuple[str, ...] = ()
+
+
+_LOSS = (
+    _Chart("loss-unweighted", "Loss terms, unweighted", ("loss/*",), "nats per token, or per pair",
+           but=("loss/total",)),
+    _Chart("loss-weighted", "Loss terms, weighted", ("weighted/*", "loss/total"), "their total is minimised"),
+    _Chart("loss-parts", "Parts that the loss names", ("part/*",), "before their weights"),
+)  # fmt: skip
+_DIVERGENCE = (
+    _Chart("kl", "KL on the text trained on", ("kl/forward", "kl/reverse"), "nats per token, full vocabulary"),
+    _Chart("dev-kl", "KL on the dev slice", ("forward_kl", "reverse_kl"), "nats per token of the references", dev=True),
+    _Chart("nll", "Likelihood of the text trained on", ("nll/student", "nll/teacher"), "nats per token"),
+    _Chart("dev-nll", "Likelihood of the dev references", ("nll", "teacher_nll"), "nats per token", dev=True),
+    _Chart("agreement", "Same likeliest token", ("agreement/top1",), "share of positions"),
+)
+_REWARD = (
+    _Chart("reward", "Implicit reward", ("reward/preferred", "reward/dispreferred", "reward/dataset",
+           "reward/teacher", "reward/student"), "β log q(y|x) / p(y|x), nats per response"),
+    _Chart("dev-reward", "Implicit reward on the dev slice", ("*reward*",), "log q/p", dev=True),
+    _Chart("margin", "Reward margin", ("reward/margin",), "preferred minus dispreferred, nats"),
+    _Chart("accuracy", "Preference accuracy", ("reward/accuracy",), "share of pairs with the preferred one above"),
+    _Chart("logp", "Log-probability of the pairs", ("logp/*",), "under the student, nats per response"),
+)  # fmt: skip
+_SCORES = (
+    _Chart("dev-rouge", "Rouge-L on the dev slice", ("rouge_l",), "× 100, of generated answers", dev=True),
+    _Chart("dev-exact", "Exact match on the dev slice", ("exact_match",), "%", dev=True),
+)
+_TEXT = (
+    _Chart("length", "Length of the responses", ("length/*",), "tokens, EOS included"),
+    _Chart("truncated", "Responses cut off", ("text/truncated_share",), "share without EOS"),
+)
+_PACE = (
+    _Chart("lr", "Learning rate", ("lr",)),
+    _Chart("gradient-norm", "Gradient norm", ("gradient_norm",), "before clipping"),
+    _Chart("schedules", "Scheduled settings", ("schedule/*",)),
+    _Chart("speed", "Speed", ("tokens_per_second",), "response tokens trained per second"),
+)
+
+_LABELS = {
+    "kl/forward": "forward KL", "kl/reverse": "reverse KL", "nll/student": "student", "nll/teacher": "teacher",
+    "reward/margin": "margin", "reward/accuracy": "preference accuracy", "agreement/top1": "agreement",
+    "text/truncated_share": "share", "lr": "learning rate", "gradient_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+}  # fmt: skip
+
+
+def chapters(runs: Sequence[Run]) -> list[Chapter]:
+    """All charts over steps that these runs have numbers for."""
+    found = [
+        Chapter("scores-over-steps", "Scores while training", "Answers to rows that were held out of training.",
+                (*_drawn(_SCORES, runs), *_trails(runs))),
+        Chapter("divergence", "Divergence from the teacher",
+                "Forward KL(teacher‖student) asks the student to cover the teacher; reverse KL(student‖teacher) asks "
+                "it to stay where the teacher is.", _drawn(_DIVERGENCE, runs)),
+        Chapter("reward", "Implicit reward",
+                "What the student has come to prefer over its teacher: r̂ = β log q(y|x) / p(y|x) of whole responses.",
+                _drawn(_REWARD, runs)),
+        Chapter("loss", "Loss", "What was minimised, and what it is made of.", _drawn(_LOSS, runs)),
+        Chapter("text", "Text trained on", "Who wrote how much.", _drawn(_TEXT, runs)),
+        Chapter("pace", "Optimisation", "Schedule, gradients and speed.", _drawn(_PACE, runs)),
+    ]  # fmt: skip
+    return [chapter for chapter in found if chapter.panels]
+
+
+def _drawn(charts: Sequence[_Chart], runs: Sequence[Run]) -> tuple[LinePanel, ...]:
+    return tuple(panel for chart in charts for panel in _panels(chart, runs))
+
+
+def _panels(chart: _Chart, runs: Sequence[Run]) -> list[LinePanel]:
+    rows = [run.dev if chart.dev else run.metrics for run in runs]
+    names = [name for name in _matching(chart.metrics, rows) if name not in chart.but]
+    if len(runs) == 1:
+        curves = [_curve(rows[0], name, metric_label(name), i, chart.dev) for i, name in enumerate(names)]
+        kept = tuple(curve for curve in curves if curve.last is not None)
+        return [LinePanel(chart.key, chart.title, kept, chart.note)] if kept else []
+    panels = []
+    for name in names:
+        curves = [
+            _curve(own, name, run.name, i, chart.dev) for i, (run, own) in enumerate(zip(runs, rows, strict=True))
+        ]
+        kept = tuple(curve for curve in curves if curve.last is not None)
+        if kept:
+            what = (
+                chart.title if len(chart.metrics) == 1 and len(names) == 1 else f"{chart.title}: {metric_label(name)}"
+            )
+            panels.append(LinePanel(f"{chart.key}-{_slug(name)}", what, kept, chart.note))
+    return panels
+
+
+def _matching(patterns: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Names of metrics in the order of the patterns, then as found."""
+    known = list(dict.fromkeys(name for own in rows for row in own for name in row))
+    found = [name for pattern in patterns for name in known if fnmatchcase(name, pattern)]
+    return list(dict.fromkeys(found))
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], name: str, label: str, colour: int, dots: bool) -> Curve:
+    own = [row for row in rows if name in row]
+    steps, values = thin([row["step"] for row in own], [finite(row[name]) for row in own])
+    return Curve(label, colour, steps, values, dots or len(steps) < 3)
+
+
+def metric_label(name: str) -> str:
+    """A metric's name in a legend.
+
+    >>> metric_label("loss/lm"), metric_label("part/pretrain/kl"), metric_label("rouge_l")
+    ('lm', 'pretrain kl', 'Rouge-L')
+    """
+    if name in _LABELS:
+        return _LABELS[name]
+    return name.partition("/")[2].replace("/", " ").replace("_", " ") if "/" in name else title(name)
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def _trails(runs: Sequence[Run]) -> tuple[ScatterPanel, ...]:
+    """Reward against reverse KL, with Rouge-L as colour, of the steps that were evaluated."""
+    trails = tuple(Trail(run.name, i, _points(run)) for i, run in enumerate(runs))
+    if not any(trail.points for trail in trails):
+        return ()
+    return (
+        ScatterPanel(
+            "reward-against-kl", "Reward against reverse KL", "reverse KL, nats per token", "implicit reward",
+            "Rouge-L", tuple(trail for trail in trails if trail.points), "on the dev slice; the line follows training",
+        ),
+    )  # fmt: skip
+
+
+def _points(run: Run) -> tuple[Point, ...]:
+    points = []
+    for row in run.dev:
+        x, value = finite(row.get("reverse_kl")), finite(row.get("rouge_l"))
+        y = _reward(run, row)
+        if x is not None and y is not None and value is not None:
+            points.append(Point(row["step"], x, y, value))
+    return tuple(points)
+
+
+def _reward(run: Run, row: Mapping[str, Any]) -> float | None:
+    """The reward of an evaluated step: as measured on the dev slice, else that of the nearest logged step."""
+    for name in ("reward_mean", "reward_sum", "reward"):
+        if (value := finite(row.get(name))) is not None:
+            return value
+    for name in ("reward/preferred", "reward/dataset", "reward/teacher", "reward/student"):
+        logged = [line for line in run.metrics if finite(line.get(name)) is not None]
+        if logged:
+            return finite(min(logged, key=lambda line: abs(line["step"] - row["step"]))[name])
+    return None
+
+
+def length_panels(runs: Sequence[Run]) -> list[BarPanel]:
+    """Rouge-L and exact match by length of the reference: one chart per set and metric."""
+    panels = []
+    for name in dict.fromkeys(name for run in runs for name in run.evaluations):
+        for metric in ("rouge_l", "exact_match"):
+            panel = _length_panel(runs, name, metric)
+            if panel is not None:
+                panels.append(panel)
+    return panels
+
+
+def _length_panel(runs: Sequence[Run], name: str, metric: str) -> BarPanel | None:
+    groups: dict[str, tuple[int, list[Bar]]] = {}
+    units = set()
+    for colour, run in enumerate(runs):
+        lengths = run.evaluations[name].scores.get("lengths", {}) if name in run.evaluations else {}
+        for bucket in lengths.get("buckets", []):
+            _, bars = groups.setdefault(bucket["label"], (bucket["rows"], []))
+            found = bucket.get("metrics", {}).get(metric)
+            if found is not None and finite(found["mean"]) is not None:
+                units.add(lengths.get("unit", "words"))
+                bars.append(Bar(run.name, colour, found["mean"], finite(found.get("sd"))))
+    if not any(bar.mean for _, bars in groups.values() for bar in bars):
+        return None  # an exact match of 0 everywhere is a chart of nothing
+    shown = tuple((label, f"{rows:,} rows", tuple(bars)) for label, (rows, bars) in groups.items())
+    note = f"by {' and '.join(sorted(units))} of the reference; whiskers: sd over seeds"
+    return BarPanel(f"length-{_slug(name)}-{_slug(metric)}", f"{title(metric)} on {name}", shown, note)

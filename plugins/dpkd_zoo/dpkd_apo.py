@@ -1,0 +1,82 @@
+"""Anchored preference (APO, D'Oosterlinck et al., 2408.06266) with the teacher as anchor.
+
+DPKD looks at the difference of two rewards only; both responses may become unlikely. APO looks at each reward by itself
+and says in which direction the likelihood of each response goes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, Trait, hookimpl, setting
+from dpkd.functional import aggregate
+from dpkd_zoo.papers import APO, DPKD, TRL_PREFERENCE, at
+
+__all__ = ["SPEC", "DPKDAPOConfig", "DPKDAPOLoss", "dpkd_losses"]
+
+
+class DPKDAPOConfig(LossConfig):
+    """Strength, and where the likelihoods go."""
+
+    beta: float = setting(0.1, description="β of the implicit reward", source="TRL's DPO trainer", gt=0)
+    form: Literal["zero", "down"] = setting(
+        "zero", description="zero: y_t up, y_s down; down: both down, y_s more (only where the student outdoes y_t)",
+        source="APO: zero where the preferred response is better than the model's own",
+    )  # fmt: skip
+    aggregation: Literal["sum", "mean"] = setting(
+        "sum", description="log-ratios of whole responses, or per token", source="APO and TRL: sums"
+    )
+
+
+class DPKDAPOLoss(PairLoss[DPKDAPOConfig]):
+    """zero: `1 - σ(r_t) + σ(r_s)`; down: `σ(r_t) + 1 - σ(r_t - r_s)`; `r = β log q/p`."""
+
+    def forward(self, x: PairInputs) -> Tensor:
+        c = self.config
+        ratio_t = aggregate(x.student.preferred - x.teacher.preferred, x.lengths.preferred, c.aggregation)
+        ratio_s = aggregate(x.student.dispreferred - x.teacher.dispreferred, x.lengths.dispreferred, c.aggregation)
+        reward_t, reward_s = c.beta * ratio_t, c.beta * ratio_s
+        # 1 - σ(z) is written σ(-z), which keeps its digits where it is small.
+        if c.form == "zero":
+            return x.part("preferred", (-reward_t).sigmoid()) + x.part("dispreferred", reward_s.sigmoid())
+        return x.part("preferred", reward_t.sigmoid()) + x.part("margin", (reward_s - reward_t).sigmoid())
+
+
+SPEC = LossSpec(
+    name="dpkd-apo",
+    loss=DPKDAPOLoss,
+    config=DPKDAPOConfig,
+    card=Card(
+        title="DPKD, anchored (APO)",
+        summary="Raises the teacher's response and lowers the student's, each by itself, between 0 and 2.",
+        formula="zero: 1 - σ(r(yₜ)) + σ(r(yₛ));  down: σ(r(yₜ)) + 1 - σ(r(yₜ) - r(yₛ));  r(y) = β·log(q(y)/p(y))",
+        sources=(
+            at(APO, "Eq. 7 (zero) and Eq. 8 (down)"),
+            at(TRL_PREFERENCE, "DPOTrainer, loss_type apo_zero and apo_down"),
+            at(DPKD, "Eq. 29: r with the teacher as reference"),
+        ),
+        use_when="Under dpkd the likelihood of the teacher's response falls: form zero raises it at every pair.",
+        avoid_when="yₜ is far less likely to the student than to the teacher (β·log q/p below about -5, soon so for "
+        "long responses): its part of the gradient dies with σ'. Lower β, or take aggregation=mean. form=down for "
+        "distillation: it makes the teacher's response less likely, which is right only where the student writes "
+        "better than the writer of yₜ.",
+        notes="APO's anchor is the model before training, so that every reward starts at 0, where σ' is largest; with "
+        "the teacher as anchor r(yₜ) starts below 0 and r(yₛ) above. Bounded, with a gradient of at most β/4 per "
+        "response. Costs what dpkd costs: two responses per prompt through student and teacher, about twice kd, "
+        "and sampling.",
+    ),
+    reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
+    suggests={
+        "text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"},
+        "terms": {"lm": {"weight": 1.0}},
+    },
+    traits=frozenset({Trait.NON_NEGATIVE}),
+)
+
+
+@hookimpl
+def dpkd_losses() -> list[LossSpec]:
+    """This module's loss."""
+    return [SPEC]

@@ -1,0 +1,81 @@
+"""Odds-ratio preference (ORPO, Hong et al., 2403.07691) of the teacher's response over the student's; no reference.
+
+A response's probability is P = exp(mean log-prob per token), its odds P/(1-P).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, Trait, hookimpl, setting
+from dpkd.functional import aggregate, preference
+from dpkd_zoo.papers import ORPO, TRL_PREFERENCE, at
+
+__all__ = ["SPEC", "DPKDORPOConfig", "DPKDORPOLoss", "dpkd_losses"]
+
+CERTAIN = -1e-6  # mean log-probs above it count as it where 1 - P is taken: the odds stay finite
+
+
+class DPKDORPOConfig(LossConfig):
+    """The weight of the preference beside the likelihood."""
+
+    odds_weight: float = setting(
+        0.1, description="λ of the odds-ratio part", source="TRL's ORPO trainer (there: beta); ORPO (from memory)", gt=0
+    )
+
+
+def _log_of_rest(logp: Tensor) -> Tensor:
+    """`log(1 - exp(logp))` for logp < 0, without cancellation at either end."""
+    near_one = (-torch.expm1(logp)).log()
+    return torch.where(logp > -math.log(2), near_one, torch.log1p(-logp.exp()))
+
+
+def _log_odds(logp: Tensor) -> Tensor:
+    return logp - _log_of_rest(logp.clamp(max=CERTAIN))
+
+
+class DPKDORPOLoss(PairLoss[DPKDORPOConfig]):
+    """`-log P(y_t) - λ log σ(log odds(y_t) - log odds(y_s))`."""
+
+    def forward(self, x: PairInputs) -> Tensor:
+        logp_t = aggregate(x.student.preferred, x.lengths.preferred, "mean")
+        logp_s = aggregate(x.student.dispreferred, x.lengths.dispreferred, "mean")
+        log_ratio = x.part("log_odds_ratio", _log_odds(logp_t) - _log_odds(logp_s))
+        likelihood = x.part("log_likelihood", logp_t)
+        return self.config.odds_weight * preference(log_ratio) - likelihood
+
+
+SPEC = LossSpec(
+    name="dpkd-orpo",
+    loss=DPKDORPOLoss,
+    config=DPKDORPOConfig,
+    card=Card(
+        title="DPKD, ORPO form",
+        summary="Likelihood of the teacher's response, plus a preference by the odds of both; no reference.",
+        formula="-log P(yₜ) - λ·log σ(log(P(yₜ)/(1-P(yₜ))) - log(P(yₛ)/(1-P(yₛ)))),  P(y) = q(y)^(1/|y|)",
+        sources=(
+            at(ORPO, "§4, the odds-ratio loss (Eq. 6 and 7, from memory)"),
+            at(TRL_PREFERENCE, "ORPOTrainer"),
+        ),
+        use_when="Only the teacher's text is to be had, and one run should do both fine-tuning and preference: it "
+        "needs no SFT start, no reference and no LM term.",
+        avoid_when="The teacher can score: dpkd uses what it knows. λ = 0.1 leaves the preference a nudge beside the "
+        "likelihood.",
+        notes="The idea of ORPO-Distill (2509.25100, known to us by title only). TRL takes the likelihood over prompt "
+        "and response, its mean over all tokens of the batch; here over the response, each pair alike, as the paper. "
+        "Where P rounds to 1 the odds are infinite and TRL returns a NaN; here log(1-P) ends at -13.8. Costs two "
+        "responses per prompt through the student, none through the teacher, and the sampling of both.",
+    ),
+    reads=frozenset({Signal.STUDENT_LOGPS, Signal.LENGTHS}),
+    suggests={"text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"}},
+    traits=frozenset({Trait.NON_NEGATIVE}),
+)
+
+
+@hookimpl
+def dpkd_losses() -> list[LossSpec]:
+    """This module's loss."""
+    return [SPEC]

@@ -1,0 +1,59 @@
+"""Forward KL over the whole vocabulary, at every position: `kd` without its cross-entropy.
+
+Hinton et al. (2015), the soft part alone; in the LLM literature FKL, or plain "KD".
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
+from dpkd.functional import kl
+from dpkd_zoo.papers import AKL, HINTON, at
+
+__all__ = ["SPEC", "FKLConfig", "FKLLoss", "dpkd_losses"]
+
+
+class FKLConfig(LossConfig):
+    """Temperature, and Hinton's correction for it."""
+
+    temperature: float = setting(1.0, description="divides both models' logits", source="AKL's experiments: none", gt=0)
+    scale_by_t2: bool = setting(
+        False, description="multiply by temperature², so that the gradient keeps its size",
+        source="on in Hinton et al. §2; does nothing at temperature 1",
+    )  # fmt: skip
+
+
+class FKLLoss(TokenLoss[FKLConfig]):
+    """`KL(p‖q) = Σ_v p(v) log(p(v)/q(v))`."""
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        c = self.config
+        value_N = kl(x.teacher_log_probs(c.temperature), x.student_log_probs(c.temperature))
+        return value_N * c.temperature**2 if c.scale_by_t2 else value_N
+
+
+SPEC = LossSpec(
+    name="fkl",
+    loss=FKLLoss,
+    config=FKLConfig,
+    card=Card(
+        title="Forward KL",
+        summary="Full-vocabulary KL(p‖q) alone: the student covers all that the teacher finds likely.",
+        formula="Σᵥ p(v)·log(p(v)/q(v))",
+        sources=(at(HINTON, "§2"), at(AKL, "§3")),
+        use_when="The pure divergence is wanted, as a baseline or beside other terms; kd adds cross-entropy.",
+        avoid_when="The student is far too small to cover the teacher: it spreads its mass; try rkl, skl or jsd.",
+        notes="The same as kd with kd_ratio=1, at the same cost. Other toolkits log the soft cross-entropy -Σ p log "
+        "q: equal gradients, but a value with the teacher's entropy in it. Infinite where the student excludes "
+        "a token (a logit of -inf) that the teacher does not.",
+    ),
+    reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
+    traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER}),
+)
+
+
+@hookimpl
+def dpkd_losses() -> list[LossSpec]:
+    """This module's loss."""
+    return [SPEC]

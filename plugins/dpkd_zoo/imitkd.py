@@ -1,0 +1,65 @@
+"""ImitKD (Lin et al., 2009.07253): the student writes, the teacher says what it would have said next.
+
+Imitation learning (DAgger) for text: responses by data set and student in turn, and at each position either the
+teacher's likeliest token as a label, or its whole distribution.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
+from dpkd.functional import kl, nll
+from dpkd_zoo.papers import GKD, IMITKD, at
+
+__all__ = ["SPEC", "ImitKDConfig", "ImitKDLoss", "dpkd_losses"]
+
+
+class ImitKDConfig(LossConfig):
+    """What the teacher says at each position."""
+
+    target: Literal["choice", "distribution"] = setting(
+        "choice", description="the teacher's likeliest token as a label, or its distribution (forward KL)",
+        source="the paper's ImitKD is the choice, ImitKD + Full the distribution (from memory)",
+    )  # fmt: skip
+
+
+class ImitKDLoss(TokenLoss[ImitKDConfig]):
+    """`-log q(argmax p)`, or `KL(p‖q)`."""
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        log_q_NV = x.student_log_probs()
+        if self.config.target == "distribution":
+            return kl(x.teacher_log_probs(), log_q_NV)
+        return nll(log_q_NV, x.teacher_logits.argmax(-1))
+
+
+SPEC = LossSpec(
+    name="imitkd",
+    loss=ImitKDLoss,
+    config=ImitKDConfig,
+    card=Card(
+        title="Imitation learning KD",
+        summary="The teacher's next token, or its distribution, along text that the student partly writes.",
+        formula="-log q(v*),  v* = argmax p   (target=distribution: Σᵥ p(v)·log(p(v)/q(v)))",
+        sources=(at(IMITKD, "§3, Algorithm 1 (numbers from memory)"), at(GKD, "§3, as a baseline")),
+        use_when="Hard labels are wanted on the student's own prefixes: greedy decoding of translations or summaries.",
+        avoid_when="The student is to be sampled from: labels make it over-confident; target=distribution or gkd.",
+        notes="In the paper the share of data-set text falls exponentially over the run, and responses are decoded "
+        "greedily or with beams (from memory); here it is fixed at one half (text.mix) and responses are "
+        "sampled: text.sampling.temperature=0 is greedy. GKD calls forward KL at λ = 0.5 ImitKD: "
+        "target=distribution. The loss itself takes about 0.4 times kd's time, and more goes into the sampling "
+        "of every student step. Infinite where the student excludes the teacher's choice (a logit of -inf).",
+    ),
+    reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
+    suggests={"text": {"source": "mixed", "mix": {"dataset": 0.5, "student": 0.5}}},
+    traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
+)
+
+
+@hookimpl
+def dpkd_losses() -> list[LossSpec]:
+    """This module's loss."""
+    return [SPEC]

@@ -1,0 +1,56 @@
+"""Skew reverse KL (Ko et al., DistiLLM, 2402.03898): reverse KL to a teacher with a little of the student mixed in.
+
+`KL(q ‖ (1-α) p + α q)`: never above -log α, so that a token which the teacher finds impossible has a finite price.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
+from dpkd.functional import kl, log_mix
+from dpkd_zoo.papers import DISTILLM, at
+
+__all__ = ["SPEC", "SRKLConfig", "SRKLLoss", "dpkd_losses"]
+
+
+class SRKLConfig(LossConfig):
+    """How much of the student is mixed in."""
+
+    skew: float = setting(
+        0.1, description="α: share of the student in the mixture; 0 is reverse KL",
+        source="DistiLLM §3.1 and losses.py", ge=0, lt=1,
+    )  # fmt: skip
+
+
+class SRKLLoss(TokenLoss[SRKLConfig]):
+    """`KL(q ‖ (1-α) p + α q)`, with the gradient through both places of q."""
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        log_q_NV = x.student_log_probs()
+        return kl(log_q_NV, log_mix(log_q_NV, x.teacher_log_probs(), self.config.skew))
+
+
+SPEC = LossSpec(
+    name="srkl",
+    loss=SRKLLoss,
+    config=SRKLConfig,
+    card=Card(
+        title="Skew reverse KL",
+        summary="Reverse KL to a mix of teacher and student: mode seeking, but bounded.",
+        formula="Σᵥ q(v)·log(q(v)/m(v)),  m = (1-α)·p + α·q",
+        sources=(at(DISTILLM, "§3.1; losses.py, skewed_reverse_kl"),),
+        use_when="Reverse KL is wanted, on any text: tokens that the teacher excludes do not blow it up.",
+        avoid_when="Variety matters: it is still mode seeking.",
+        notes="Between 0 and -log α (2.3 nats at 0.1). The gradient flows through the q in the mixture too, as in the "
+        "paper's formula; DistiLLM-2's code detaches it there. The loss itself takes about 1.9 times kd's time.",
+    ),
+    reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
+    traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
+)
+
+
+@hookimpl
+def dpkd_losses() -> list[LossSpec]:
+    """This module's loss."""
+    return [SPEC]

@@ -1,0 +1,163 @@
+"""`dpkd eval` as a user calls it: models by sets, over seeds, in the agreed files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import dpkd
+from dpkd.cli.main import app
+from dpkd.errors import DpkdError, SettingsError
+
+QUICK = ("--seeds", "1,2", "--max-new-tokens", "4", "--limit", "4")
+
+
+def call(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["eval", *map(str, arguments)], env={"COLUMNS": "160"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def here(folder, tmp_path, monkeypatch) -> Path:
+    """A working folder with the models and two sets."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("student", "teacher"):
+        (tmp_path / name).symlink_to(folder / name)
+    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "one.jsonl").write_text("".join(rows[:5]))
+    (tmp_path / "two.jsonl").write_text("".join(rows[5:]))
+    return tmp_path
+
+
+def scores(path: str) -> dict:
+    return json.loads(Path(path, "scores.json").read_text())
+
+
+def test_models_by_sets_over_seeds(here):
+    output = call("--model", "student", "--model", "teacher", "--data", "one.jsonl", "--data", "two.jsonl", *QUICK,
+                  "--teacher", "teacher", "--cuts", "2")  # fmt: skip
+    assert output.count("4 rows read, 4 scored under each of 2 seeds") == 4
+    overview = [line.split() for line in output.splitlines() if re.match(r" ?(student|teacher) +(one|two) ", line)]
+    assert [(line[0], line[1], line[2]) for line in overview] == [
+        (model, name, "4") for model in ("student", "teacher") for name in ("one", "two")
+    ]
+    for model in ("student", "teacher"):
+        for name in ("one", "two"):
+            found = scores(f"runs/eval/{model}/{name}")
+            assert (found["set"], found["rows"], found["seeds"], found["greedy"]) == (name, 4, [1, 2], False)
+            assert (found["model"], found["teacher"]) == (model, "teacher")
+            assert found["generation"] == {
+                "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 4, "max_prompt_tokens": 256,
+                "template": "auto", "dtype": "float32",
+            }  # fmt: skip
+            assert found["data"]["skipped"] == {}
+            assert [len(found["metrics"][m]["values"]) for m in ("rouge_l", "nll", "forward_kl")] == [2, 1, 1]
+            assert set(found["units"]) == set(found["metrics"])
+            lines = Path(f"runs/eval/{model}/{name}/predictions-2.jsonl").read_text().splitlines()
+            assert {"id", "prompt", "prediction", "references", "seed", "tokens", "truncated", "scores"} <= set(
+                json.loads(lines[0])
+            )
+            assert len(lines) == 4
+    assert scores("runs/eval/teacher/one")["metrics"]["forward_kl"]["mean"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_greedy_is_one_pass_and_python_agrees(here):
+    (result,) = json.loads(
+        call("--model", "student", "--data", "one.jsonl", "--greedy", "--max-new-tokens", 4, "--json")
+    )
+    assert (result["greedy"], result["seeds"]) == (True, [10])
+    assert result["metrics"]["rouge_l"]["sd"] is None
+    same = dpkd.evaluate("student", "one.jsonl", greedy=True, max_new_tokens=4)
+    assert same.as_dict() == result
+    assert call("--model", "student", "--data", "one.jsonl", "--greedy", "--max-new-tokens", 4).count("greedy") == 1
+
+
+def test_rows_are_read_as_asked(here):
+    with Path("one.jsonl").open("a") as file:
+        file.write('{"prompt": 3, "response": "x"}\n')
+    with pytest.raises(DpkdError, match=r"one.jsonl:6: wrong type"):
+        call("--model", "student", "--data", "one.jsonl", "--seeds", "1", "--max-new-tokens", 2)
+    asked = ("--on-bad-row", "skip", "--template", "alpaca", "--set", "data.columns={instruction: prompt}")
+    # Alpaca's frame is longer than the toy's context: the template was heeded, and so was the bad row.
+    with pytest.raises(
+        DpkdError, match=r"no row of 6 is left to score: 1 wrong type; 5 prompts longer than 126 tokens"
+    ):
+        call("--model", "student", "--data", "one.jsonl", *asked, "--long-prompts", "skip",
+             "--set", "data.max_prompt_tokens=126")  # fmt: skip
+
+
+def test_rows_left_out_are_shown(here):
+    with Path("one.jsonl").open("a") as file:
+        file.write('{"prompt": 3, "response": "x"}\n')
+    output = call("--model", "student", "--data", "one.jsonl", "--seeds", "1", "--max-new-tokens", 2,
+                  "--on-bad-row", "skip", "--unit", "tokens", "--cuts", "8")  # fmt: skip
+    assert "6 rows read, 1 left out (wrong type), 5 scored" in output
+    assert "by tokens of the first reference" in output
+    assert scores("runs/eval/student/one")["lengths"]["unit"] == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--seeds", "1,1"), "--seeds '1,1': expected different whole numbers"),
+        (("--seeds", "a"), "--seeds 'a': expected different whole numbers"),
+        (("--cuts", "5,2"), "length cuts 5,2: expected"),
+        (("--set", "train.lr=1"), "only settings of `data`"),
+        (("--set", "data.max_promt_tokens=1"), "did you mean data.max_prompt_tokens"),
+        (("--data", "sub/one.jsonl"), "one.jsonl, sub/one.jsonl would all be filed under one"),
+        (("--model", "sub/student"), "student, sub/student would all be filed under runs/eval/student"),
+        (("--model", "teacher", "--output", "x"), "--output x: names the folder of one model"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_loaded(here, monkeypatch, arguments, problem):
+    monkeypatch.setattr("dpkd.evaluation.evaluate.load_model", lambda *_, **__: pytest.fail("too late"))
+    Path("sub").mkdir()
+    shutil.copy("one.jsonl", "sub/one.jsonl")
+    with pytest.raises(SettingsError, match=re.escape(problem)):
+        call("--model", "student", "--data", "one.jsonl", *arguments)
+
+
+def test_a_folder_that_is_no_whole_model_is_said(here):
+    bare = Path("bare")
+    shutil.copytree("student", bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(DpkdError, match=r"bare.* tokenizer"):
+        call("--model", "bare", "--data", "one.jsonl")
+    run = Path("runs/kd-1")
+    (run / "adapter").mkdir(parents=True)
+    (run / "config.resolved.yaml").write_text("loss: {name: kd}\n")
+    with pytest.raises(DpkdError, match=r"adapter is part of a run and no model of its own: name the run, runs/kd-1"):
+        call("--model", "runs/kd-1/adapter", "--data", "one.jsonl")
+    with pytest.raises(DpkdError, match=r"runs/kd-1 has no model yet"):
+        call("--model", "runs/kd-1", "--data", "one.jsonl")
+
+
+def test_a_run_brings_its_teacher_and_its_template(here):
+    run = Path("runs/kd-1")
+    shutil.copytree("student", run / "model")
+    (run / "config.resolved.yaml").write_text(
+        "teacher: {model: teacher}\ndata: {template: none, max_prompt_tokens: 1}\n"
+    )
+    output = call("--model", run, "--data", "one.jsonl", *QUICK)
+    assert "forward kl" in output
+    assert scores("runs/kd-1/eval/one")["generation"]["template"] == "none"
+    call("--model", "runs/kd-1/model", "--data", "one.jsonl", *QUICK)
+    assert Path("runs/eval/kd-1/one/scores.json").exists()
+
+
+def test_a_set_of_the_papers_from_a_folder(here):
+    rows = [{"instruction": "a", "input": "", "output": f"{'word ' * count}"} for count in (10, 11, 12)]
+    Path("sets").mkdir()
+    Path("sets/sinst.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = ("--long-prompts", "skip", "--seeds", "1", "--max-new-tokens", 2)
+    with pytest.raises(
+        DpkdError, match=r"no row of 3 is left to score: 1 first references of at most 10 words; 2 prompts"
+    ):
+        call("--model", "student", "--data", "sinst", "--sets-folder", "sets", *long)

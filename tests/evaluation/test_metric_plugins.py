@@ -1,0 +1,73 @@
+"""Metrics of strangers: found beside losses or in their own group, checked, and never in the way of others."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from dpkd.api import Answers
+from dpkd.errors import DpkdError
+from dpkd.evaluation.results import score
+from dpkd.host import load_host, load_metrics
+
+METRIC = """
+from dpkd.api import MetricSpec, hookimpl
+
+@hookimpl
+def dpkd_metrics():
+    return [MetricSpec("letters", "letters", "", "Letters.", per_row=lambda a: [len(p) for p in a.predictions])]
+"""
+BUILT_IN = {"rouge_l", "exact_match", "words", "tokens", "eos_rate", "repetition", "distinct_1", "distinct_2"}
+STRANGER = {"DPKD_PLUGINS": "stranger"}
+
+
+def test_the_built_in_metrics_need_no_permission():
+    for environment in ({}, {"DPKD_PLUGINS": "nobody"}):
+        specs, broken = load_metrics(environment)
+        assert set(specs) == BUILT_IN
+        assert broken == []
+
+
+def test_a_stranger_brings_a_metric_alone_or_beside_a_loss(install_plugin, loss_source):
+    install_plugin("stranger", {"alone": METRIC, "both": loss_source("curved") + METRIC.replace("letters", "signs")})
+    specs, broken = load_metrics(STRANGER)
+    assert set(specs) - BUILT_IN == {"letters", "signs"}
+    assert broken == []
+    host = load_host(STRANGER)
+    assert list(host.losses) == ["curved"]
+    assert host.broken == []
+    assert set(load_metrics({"DPKD_PLUGINS": "nobody"})[0]) == BUILT_IN
+    answers = Answers(["abc", "d"], [["x"], ["y"]], [1, 1], [False, False])
+    assert score({1: answers}, specs)[0]["letters"].mean == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("[MetricSpec(", "['x' or MetricSpec("), "must return MetricSpecs, but the list holds str"),
+        (('"letters", "letters"', '"Let-ters", "x"'), "the name 'Let-ters' should be lower-case letters"),
+        ((", per_row=lambda a: [len(p) for p in a.predictions]", ""), "needs one of `per_row` and `overall`"),
+        (("return [", "return 3 and 4 or ["), "must return a list of MetricSpec, but returned int"),
+        (("    return", "    raise OSError('no disk')\n    return"), "OSError: no disk"),
+    ],
+    ids=["not-a-spec", "name", "nothing-to-compute", "not-a-list", "raises"],
+)
+def test_a_broken_one_is_listed_with_its_reason(install_plugin, change, reason):
+    install_plugin("stranger", {"x": METRIC.replace(*change)})
+    specs, broken = load_metrics(STRANGER)
+    assert set(specs) == BUILT_IN
+    assert reason in broken[0].reason
+    assert broken[0].distribution == "stranger"
+
+
+def test_a_name_that_is_taken_is_an_error_that_names_both(install_plugin):
+    install_plugin("stranger", {"x": METRIC.replace('"letters", "letters"', '"rouge_l", "x"')})
+    with pytest.raises(DpkdError, match=re.escape("two metrics are called 'rouge_l': dpkd.evaluation.metrics.rouge_l")):
+        load_metrics(STRANGER)
+
+
+def test_a_broken_loss_is_not_told_twice(install_plugin):
+    install_plugin("stranger", {"x": "1 / 0"})
+    assert load_metrics(STRANGER)[1] == []
+    assert [b.entry_point for b in load_host(STRANGER).broken] == ["x"]
