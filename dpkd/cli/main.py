@@ -17,6 +17,7 @@ from dpkd.cli.losses import check_loss, describe_loss, list_losses
 from dpkd.cli.new_loss import new_loss
 from dpkd.cli.sample import sample
 from dpkd.cli.score import score
+from dpkd.cli.sweep import sweep
 from dpkd.cli.train import train
 from dpkd.errors import DpkdError, Stopped
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 
 app.command("train")(train)
+app.command("sweep", short_help="Run a matrix of settings.")(sweep)
 app.command("eval", short_help="Score a model on held-out rows.")(evaluate)
 app.command("sample", short_help="Write a model's responses to a file.")(sample)
 app.command("cache", short_help="Store what the teacher says of a run's text.")(cache)
