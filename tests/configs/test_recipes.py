@@ -25,3 +25,13 @@ def test_a_recipe_is_valid_and_explained(path):
     assert head.startswith("# ")
     assert f"# Run: dpkd train --config configs/{path.relative_to(FOLDER)}" in head
     assert "Needs" in head
+
+
+def test_every_row_of_the_papers_is_on_the_page():
+    page = (FOLDER.parent / "docs/reproduce.md").read_text(encoding="utf-8")
+    rows = [path for path in RECIPES if path.parent.name == "paper"]
+    assert len(rows) == page.count("\n| ") - 2
+    for path in rows:
+        head = path.read_text(encoding="utf-8").splitlines()
+        published = head[1].removeprefix("# Published: ").removesuffix(".")
+        assert f"| `{path.stem}` | {published} |" in page
