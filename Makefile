@@ -2,15 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-EXTRAS := demo,peft,dev
+EXTRAS := demo,peft,dev,docs
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: demo test lint types imports format clean
+.PHONY: demo test lint types imports docs format clean
 
 demo: $(STAMP)
 	$(BIN)/dpkd demo
 
-test: lint types imports
+test: lint types imports docs
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(STAMP)
@@ -22,6 +22,11 @@ types: $(STAMP)
 
 imports: $(STAMP)
 	$(BIN)/lint-imports
+
+# The site, in site/: strict, so that a broken link stops it.
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py --reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

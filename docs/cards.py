@@ -72,9 +72,8 @@ def _card(loss: RegisteredLoss) -> Iterator[str]:
     yield f"**Use it when:** {escaped(card.use_when)}"
     yield f"**Not when:** {escaped(card.avoid_when)}"
     yield table(
-        ("", ""),
+        ("family", f"[{spec.family.value}](../zoo.md)"),
         [
-            ("family", f"[{spec.family.value}](../zoo.md)"),
             *((key, escaped(value)) for key, value in told.items() if value and key not in OWN_LINE),
             ("reads", ", ".join(f"`{signal}`" for signal in sorted(spec.signals()))),
             ("file", f"`{os.path.relpath(loss.file, _root())}`"),

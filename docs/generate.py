@@ -63,7 +63,7 @@ def main() -> None:
             (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
             (ROOT / path).write_text(fresh[path], encoding="utf-8")
         else:
-            (ROOT / path).unlink()
+            (ROOT / path).unlink(missing_ok=True)
     if "--reference" in sys.argv[1:]:
         (ROOT / "docs/reference").mkdir(exist_ok=True)
         for name, text in reference.pages().items():

@@ -79,6 +79,7 @@ class Signal(StrEnum):
     TEACHER_LOGITS = "teacher_logits"  # [N, V]
     STUDENT_LOGPS = "student_logps"  # of whole responses, preferred and dispreferred [B]
     TEACHER_LOGPS = "teacher_logps"  # of whole responses [B]; in a RolloutLoss of the drawn tokens [N]
+    REFERENCE_LOGPS = "reference_logps"  # of whole responses, under the student as it was at the start of the run [B]
     LENGTHS = "lengths"  # tokens of each response, EOS included [B]
     ADVANTAGES = "advantages"  # what RolloutLoss.advantages returned [N]
     ROLLOUT_LOGPS = "rollout_logps"  # student log-prob of the token when it was sampled [N]
@@ -264,6 +265,11 @@ class PairInputs(_Inputs):
     def teacher(self) -> Pair:
         """log p(y_t|x) and log p(y_s|x), summed over tokens, without gradient."""
         return self[Signal.TEACHER_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def reference(self) -> Pair:
+        """log-probs of y_t and y_s under the student as it was at the start, summed over tokens, without gradient."""
+        return self[Signal.REFERENCE_LOGPS]  # type: ignore[no-any-return]
 
     @property
     def lengths(self) -> Pair:

@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from dpkd.cli.cache import cache
+from dpkd.cli.compare_runs import compare_runs
 from dpkd.cli.config import config_app
 from dpkd.cli.demo import demo
 from dpkd.cli.evaluate import evaluate
 from dpkd.cli.judge import judge
 from dpkd.cli.losses import check_loss, describe_loss, list_losses
 from dpkd.cli.new_loss import new_loss
+from dpkd.cli.report import report
 from dpkd.cli.sample import sample
 from dpkd.cli.score import score
 from dpkd.cli.sweep import sweep
@@ -37,6 +39,8 @@ app.command("sweep", short_help="Run a matrix of settings.")(sweep)
 app.command("eval", short_help="Score a model on held-out rows.")(evaluate)
 app.command("sample", short_help="Write a model's responses to a file.")(sample)
 app.command("cache", short_help="Store what the teacher says of a run's text.")(cache)
+app.command("compare", short_help="Compare runs: scores, significance, cost.")(compare_runs)
+app.command("report", short_help="Write a page about runs: curves, scores, samples.")(report)
 app.command("score", short_help="Score a file of predictions.")(score)
 app.command("judge", short_help="Have a language model score answers.")(judge)
 app.command("list-losses")(list_losses)

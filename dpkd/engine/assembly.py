@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dpkd.api import Signal
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.data.corpus import read_corpus
@@ -84,7 +86,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     optimiser = make_optimiser(distiller, settings.train)
     distiller, optimiser = accelerator.prepare(distiller, optimiser)
     stepper = Stepper(
-        accelerator, distiller, optimiser, models.teacher, tokenizer.pad_token_id,
+        accelerator, distiller, optimiser, models.teacher, models.reference, tokenizer.pad_token_id,
         settings.train.micro_batch_size, settings.train.clip,
     )  # fmt: skip
     studio = Studio(resolved, models.student, models.teacher, models.vocabulary, prepared, accelerator, display)
@@ -143,6 +145,11 @@ class _Models:
             if shared.note:
                 display.say(shared.note)
             self.teacher = LiveTeacher(teacher, self.vocabulary, device)
+        reads = frozenset().union(*(objective.reads for objective in resolved.objectives))
+        self.reference = None
+        if Signal.REFERENCE_LOGPS in reads:
+            # The student as it starts: a resumed run makes it anew, before it loads what was trained.
+            self.reference = LiveTeacher(deepcopy(student), self.vocabulary, device)
         self.student = add_lora(student, settings.student.lora) if settings.student.lora else student
         self.student.train()
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dpkd.api import Pair, PairInputs, RolloutInputs, Signal, TokenInputs
+from dpkd.api import Pair, PairInputs, PairLoss, RolloutInputs, Signal, TokenInputs
 from dpkd.engine.measure import observe_pairs, observe_rows
 from dpkd.engine.sums import Sums
 from dpkd.engine.work import Work
@@ -41,8 +41,9 @@ class Distiller(nn.Module):
 
     @property
     def reward_scale(self) -> float:
-        """β of the implicit reward: the main loss's own, or 1."""
-        return float(getattr(self.losses["main"].config, "beta", 1.0))
+        """β of the implicit reward: that of a pair loss, else 1 (other losses call other things β)."""
+        main = self.losses["main"]
+        return float(getattr(main.config, "beta", 1.0)) if isinstance(main, PairLoss) else 1.0
 
     def forward(self, work: Work) -> tuple[Tensor, Sums]:
         hidden = hidden_rows(self.student, work.batch)
@@ -111,6 +112,8 @@ class Distiller(nn.Module):
         signals: dict[Signal, Pair] = {Signal.STUDENT_LOGPS: student, Signal.LENGTHS: lengths}
         if work.teacher_logps is not None:
             signals[Signal.TEACHER_LOGPS] = work.teacher_logps
+        if work.reference_logps is not None:
+            signals[Signal.REFERENCE_LOGPS] = work.reference_logps
         total = logps_N.new_zeros(())
         for term in work.terms:
             reads = {signal: value for signal, value in signals.items() if signal in term.reads}

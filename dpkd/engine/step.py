@@ -33,6 +33,7 @@ class Stepper:
     distiller: torch.nn.Module  # the Distiller, perhaps wrapped for several processes
     optimiser: Any
     teacher: LiveTeacher | StoredTeacher | None
+    reference: LiveTeacher | None  # the student as it was at the start, where a loss reads it
     pad_id: int
     micro_batch_size: int
     clip: float | None
@@ -64,6 +65,9 @@ class Stepper:
 
     def _with_teacher(self, work: Work) -> Work:
         """The teacher's part of a micro-batch: one forward, and only where a loss or a metric reads it."""
+        if self.reference is not None and work.needs_teacher(Signal.REFERENCE_LOGPS):
+            logps = self.reference.logps(work.batch, self.inner.chunk)
+            work = replace(work, reference_logps=self._by_response(work, logps))
         if self.teacher is None:
             return work
         # Divergences are measured against the whole distribution: a store has none.
@@ -80,8 +84,11 @@ class Stepper:
                 logps = token_logps(rows.hidden, rows.head, work.batch.targets, self.inner.chunk)
         else:
             logps = self.teacher.logps(work.batch, self.inner.chunk)
-        sums = segment_sum(logps, work.batch.sequence, len(work.batch.lengths)).chunk(2)
-        return replace(work, teacher=rows, teacher_logps=Pair(*sums))
+        return replace(work, teacher=rows, teacher_logps=self._by_response(work, logps))
+
+    def _by_response(self, work: Work, logps_N: torch.Tensor) -> Pair:
+        """Log-probs of tokens as sums over the preferred and the dispreferred responses."""
+        return Pair(*segment_sum(logps_N, work.batch.sequence, len(work.batch.lengths)).chunk(2))
 
     def _micro_step(self, work: Work) -> Sums:
         with self.accelerator.autocast():

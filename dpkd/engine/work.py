@@ -62,6 +62,7 @@ class Work:
     extra: Mapping[Signal, Tensor] = field(default_factory=dict)
     teacher: TeacherRows | StoredRows | None = None
     teacher_logps: Pair | None = None
+    reference_logps: Pair | None = None
 
     def needs_teacher(self, signal: Signal) -> bool:
         """Whether a term of this work reads a signal."""

@@ -84,6 +84,8 @@ class Bench:
         In half precision an answer depends on the rows beside it in its batch; in float32 all but never.
         Raises DpkdError when something cannot be found or does not fit.
         """
+        if dtype not in ("auto", *DTYPES):
+            raise DpkdError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
         self.names = (model.model, teacher.model if teacher is not None else None)
         self.tokenizer = load_tokenizer(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ import yaml
 
 from dpkd.api import Card
 
-__all__ = ["CardFacts", "ScoreLine", "model_card", "write_model_card"]
+__all__ = ["CardFacts", "ScoreLine", "model_card", "scores_section", "write_model_card"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def model_card(facts: CardFacts) -> str:
         _summary(facts),
         _loss(facts),
         _training(facts),
-        _scores(facts),
+        scores_section(facts.scores),
         _loading(facts),
         _versions(facts),
         _sources(facts),
@@ -119,8 +119,9 @@ def _training(facts: CardFacts) -> str:
     return f"## Training\n\n{table}\n\nSettings that differ from the defaults:\n\n{differing}"
 
 
-def _scores(facts: CardFacts) -> str:
-    if not facts.scores:
+def scores_section(scores: Sequence[ScoreLine]) -> str:
+    """The table of scores under its heading; empty without scores."""
+    if not scores:
         return ""
     rows = [
         (
@@ -129,7 +130,7 @@ def _scores(facts: CardFacts) -> str:
             _value(line),
             *("" if n is None else str(n) for n in (line.rows, line.seeds)),
         )
-        for line in facts.scores
+        for line in scores
     ]
     return "## Scores\n\n" + _table(("data", "metric", "value", "rows", "seeds"), rows)
 

@@ -21,7 +21,7 @@ __all__ = ["chapters", "length_panels", "metric_label"]
 
 @dataclass(frozen=True)
 class _Chart:
-    """What a chart shows: metrics by pattern, of metrics.jsonl or of dev.jsonl."""
+    """What a chart shows: metrics by pattern (`but` some), of metrics.jsonl or of dev.jsonl."""
 
     key: str
     title: str
@@ -29,12 +29,14 @@ class _Chart:
     note: str = ""
     dev: bool = False
     but: tuple[str, ...] = ()
+    share: bool = False  # between 0 and 1
 
 
 _LOSS = (
-    _Chart("loss-unweighted", "Loss terms, unweighted", ("loss/*",), "nats per token, or per pair",
-           but=("loss/total",)),
-    _Chart("loss-weighted", "Loss terms, weighted", ("weighted/*", "loss/total"), "their total is minimised"),
+    _Chart("loss-unweighted", "Loss terms, unweighted", ("loss/main", "loss/lm", "loss/*"),
+           "nats per token, or per pair", but=("loss/total",)),
+    _Chart("loss-weighted", "Loss terms, weighted", ("weighted/main", "weighted/lm", "weighted/*", "loss/total"),
+           "their total is minimised"),
     _Chart("loss-parts", "Parts that the loss names", ("part/*",), "before their weights"),
 )  # fmt: skip
 _DIVERGENCE = (
@@ -42,24 +44,31 @@ _DIVERGENCE = (
     _Chart("dev-kl", "KL on the dev slice", ("forward_kl", "reverse_kl"), "nats per token of the references", dev=True),
     _Chart("nll", "Likelihood of the text trained on", ("nll/student", "nll/teacher"), "nats per token"),
     _Chart("dev-nll", "Likelihood of the dev references", ("nll", "teacher_nll"), "nats per token", dev=True),
-    _Chart("agreement", "Same likeliest token", ("agreement/top1",), "share of positions"),
+    _Chart("agreement", "Same likeliest token", ("agreement/top1",), "share of positions", share=True),
 )
 _REWARD = (
-    _Chart("reward", "Implicit reward", ("reward/preferred", "reward/dispreferred", "reward/dataset",
-           "reward/teacher", "reward/student"), "β log q(y|x) / p(y|x), nats per response"),
-    _Chart("dev-reward", "Implicit reward on the dev slice", ("*reward*",), "log q/p", dev=True),
+    _Chart("reward", "Implicit reward", ("reward/preferred", "reward/dispreferred", "reward/student",
+           "reward/teacher", "reward/dataset"), "β log q(y|x) / p(y|x), nats per response"),
+    _Chart("dev-reward", "Implicit reward on the dev slice", ("reward_mean",),
+           "log q/p of the references, nats per token", dev=True),
     _Chart("margin", "Reward margin", ("reward/margin",), "preferred minus dispreferred, nats"),
-    _Chart("accuracy", "Preference accuracy", ("reward/accuracy",), "share of pairs with the preferred one above"),
-    _Chart("logp", "Log-probability of the pairs", ("logp/*",), "under the student, nats per response"),
+    _Chart("accuracy", "Preference accuracy", ("reward/accuracy",), "share of pairs with the preferred one above",
+           share=True),
+    _Chart("logp", "Log-probability of the pairs", ("logp/preferred", "logp/dispreferred"),
+           "under the student, nats per response"),
 )  # fmt: skip
 _SCORES = (
     _Chart("dev-rouge", "Rouge-L on the dev slice", ("rouge_l",), "× 100, of generated answers", dev=True),
     _Chart("dev-exact", "Exact match on the dev slice", ("exact_match",), "%", dev=True),
 )
 _TEXT = (
-    _Chart("length", "Length of the responses", ("length/*",), "tokens, EOS included"),
-    _Chart("truncated", "Responses cut off", ("text/truncated_share",), "share without EOS"),
-)
+    _Chart("length", "Length of the responses",
+           ("length/preferred", "length/dispreferred", "length/student", "length/teacher", "length/*"),
+           "tokens, EOS included"),
+    _Chart("dev-length", "Length of the dev answers", ("tokens",), "tokens, EOS included", dev=True),
+    _Chart("dev-shape", "Shape of the dev answers", ("eos_rate", "repetition"), "%", dev=True),
+    _Chart("truncated", "Responses cut off", ("text/truncated_share",), "share without EOS", share=True),
+)  # fmt: skip
 _PACE = (
     _Chart("lr", "Learning rate", ("lr",)),
     _Chart("gradient-norm", "Gradient norm", ("gradient_norm",), "before clipping"),
@@ -103,9 +112,9 @@ def _panels(chart: _Chart, runs: Sequence[Run]) -> list[LinePanel]:
     if len(runs) == 1:
         curves = [_curve(rows[0], name, metric_label(name), i, chart.dev) for i, name in enumerate(names)]
         kept = tuple(curve for curve in curves if curve.last is not None)
-        return [LinePanel(chart.key, chart.title, kept, chart.note)] if kept else []
+        return [LinePanel(chart.key, chart.title, kept, chart.note, _limits(chart))] if kept else []
     panels = []
-    for name in names:
+    for name in names if chart.key != "loss-weighted" else _reweighted(names, rows):
         curves = [
             _curve(own, name, run.name, i, chart.dev) for i, (run, own) in enumerate(zip(runs, rows, strict=True))
         ]
@@ -114,8 +123,22 @@ def _panels(chart: _Chart, runs: Sequence[Run]) -> list[LinePanel]:
             what = (
                 chart.title if len(chart.metrics) == 1 and len(names) == 1 else f"{chart.title}: {metric_label(name)}"
             )
-            panels.append(LinePanel(f"{chart.key}-{_slug(name)}", what, kept, chart.note))
+            panels.append(LinePanel(f"{chart.key}-{_slug(name)}", what, kept, chart.note, _limits(chart), by_run=True))
     return panels
+
+
+def _reweighted(names: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Without the weighted terms that are, in all runs, what they are unweighted: their charts would be twins."""
+
+    def same(name: str) -> bool:
+        plain = name.replace("weighted/", "loss/")
+        return plain != name and all(row.get(name) == row.get(plain) for own in rows for row in own)
+
+    return [name for name in names if not same(name)]
+
+
+def _limits(chart: _Chart) -> tuple[float, float] | None:
+    return (0.0, 1.0) if chart.share else None
 
 
 def _matching(patterns: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:

@@ -14,7 +14,7 @@ from dpkd.report.scales import Scale, label, ticks, value_range
 __all__ = ["PALETTE", "chart", "legend"]
 
 PALETTE = 8  # colours; more lines than that are dashed
-WIDTH, HEIGHT = 400, 230
+WIDTH, HEIGHT = 400, 236
 LEFT, RIGHT, TOP, BOTTOM = 44, 390, 10, 202
 FEW_BARS = 9  # up to here each bar bears its value
 
@@ -29,7 +29,7 @@ def chart(panel: Panel) -> Markup:
 def legend(panel: Panel) -> Markup | None:
     """Names and last values of the curves, names of the bars, or the scale of the colours."""
     if isinstance(panel, LinePanel):
-        if len(panel.curves) == 1:
+        if len(panel.curves) == 1 and not panel.by_run:
             return element("div", element("span", "last ", element("b", number(panel.curves[0].last))), class_="legend")
         return _keys([(c.label, c.colour, number(c.last)) for c in panel.curves])
     if isinstance(panel, BarPanel):
@@ -90,7 +90,7 @@ def _x_axis(scale: Scale, name: str, whole: bool = False) -> list[Markup]:
     for tick in places:
         parts.append(_rule(scale(tick), BOTTOM, scale(tick), BOTTOM + 4, "axis"))
         parts.append(_text(scale(tick), BOTTOM + 15, label(tick), "tick middle"))
-    return [*parts, _text((LEFT + RIGHT) / 2, HEIGHT - 1, name, "tick middle")]
+    return [*parts, _text((LEFT + RIGHT) / 2, HEIGHT - 5, name, "tick middle")]
 
 
 def _lines(panel: LinePanel) -> Markup:
@@ -98,7 +98,7 @@ def _lines(panel: LinePanel) -> Markup:
     values = [value for curve in panel.curves for value in curve.values if value is not None]
     low, high = min(steps), max(steps)
     x = Scale(low, high if high > low else low + 1, LEFT, RIGHT)
-    y = Scale(*value_range(values), BOTTOM, TOP)
+    y = Scale(*(panel.limits or value_range(values)), BOTTOM, TOP)
     drawn = [part for curve in panel.curves for part in _curve(curve, x, y)]
     series = [
         {"label": c.label, "colour": _colour(c.colour), "steps": [round(s, 2) for s in c.steps],

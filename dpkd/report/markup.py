@@ -15,7 +15,7 @@ class Markup(str):
     __slots__ = ()
 
 
-def element(name: str, *children: str | None, **attributes: object) -> Markup:
+def element(name: str, /, *children: str | None, **attributes: object) -> Markup:
     """One element; children that are no Markup are escaped, attributes of None are left out.
 
     `class_` becomes `class`, other underscores become hyphens.

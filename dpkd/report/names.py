@@ -63,13 +63,17 @@ def ordered(metrics: Iterable[str]) -> list[str]:
 def number(value: float | None) -> str:
     """Enough digits to tell runs apart, no more.
 
-    >>> number(24.618), number(1.0426), number(12345.6), number(None)
-    ('24.62', '1.043', '12,346', '–')
+    >>> number(24.618), number(-1.0426), number(12345.6), number(1e-07), number(None)
+    ('24.62', '−1.043', '12,346', '1.0e−07', '–')
     """
     if value is None or value != value:
         return "–"
     size = abs(value)
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
+    if 0 < size < 0.001:
+        text = f"{value:.1e}"
+    else:
+        text = f"{value:,.0f}" if size >= 1000 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
+    return text.replace("-", "−")
 
 
 def spread(mean: float | None, sd: float | None) -> str:

@@ -25,12 +25,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class LinePanel:
-    """Curves over optimiser steps; `key` names its file."""
+    """Curves over optimiser steps; `key` names its file, `limits` are the ends of the axis (None: what fits).
+
+    `by_run`: the curves are runs, and their names say which.
+    """
 
     key: str
     title: str
     curves: tuple[Curve, ...]
     note: str = ""
+    limits: tuple[float, float] | None = None
+    by_run: bool = False
 
 
 @dataclass(frozen=True)

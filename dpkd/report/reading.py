@@ -44,7 +44,7 @@ class Scored:
     @property
     def metrics(self) -> Mapping[str, Mapping[str, Any]]:
         """By name: `mean`, `sd` (None for one seed) and `values`."""
-        return self.scores.get("metrics", {})
+        return self.scores.get("metrics", {})  # type: ignore[no-any-return]
 
     def predictions(self) -> dict[int, list[dict[str, Any]]]:
         """The rows of each seed, in the order of the data; empty where the files are not there."""

@@ -49,10 +49,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def value_range(values: Sequence[float], *, zero: bool = False) -> tuple[float, float]:
     """Ends of an axis: the values with a little room; with zero where it is asked for, or not far away.
 
-    >>> value_range([1.0, 10.0]), value_range([]), value_range([5.0])
-    ((0.0, 10.5), (0.0, 1.0), (4.5, 5.5))
+    >>> value_range([1.0, 10.0]), value_range([5.0]), value_range([0.0])
+    ((0.0, 10.5), (4.5, 5.5), (0.0, 1.0))
     """
-    if not values:
+    if not any(values):
         return 0.0, 1.0
     low, high = min(values), max(values)
     if zero or 0 < low < 0.35 * high:

@@ -118,7 +118,12 @@ def _pairs(rows: int, scale: float, generator: torch.Generator) -> dict[Signal, 
         each = (torch.rand(rows, generator=generator, dtype=torch.float64) for _ in range(2))
         return Pair(*(-scale * n * share for n, share in zip(lengths, each, strict=True)))
 
-    return {Signal.STUDENT_LOGPS: logps(), Signal.TEACHER_LOGPS: logps(), Signal.LENGTHS: lengths}
+    return {
+        Signal.STUDENT_LOGPS: logps(),
+        Signal.TEACHER_LOGPS: logps(),
+        Signal.LENGTHS: lengths,
+        Signal.REFERENCE_LOGPS: logps(),  # drawn last: what other losses see stays as it was
+    }
 
 
 def _drawn(student_NV: Tensor, teacher_NV: Tensor, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:

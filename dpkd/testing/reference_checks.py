@@ -3,7 +3,7 @@
 It is called with float64 arrays as keyword arguments and returns one value per row `[N]`:
 
     token and rollout losses   reference(student_logits=..., teacher_logits=..., targets=..., config=...)
-    pair losses                reference(student=(t, s), teacher=(t, s), lengths=(t, s), config=...)
+    pair losses                reference(student=(t, s), teacher=(t, s), reference=(t, s), lengths=(t, s), config=...)
 
 It gets what the loss declares and nothing else; rows for which it returns NaN are not compared.
 """
@@ -22,7 +22,12 @@ from dpkd.testing.subject import FOUNDATION, Check, Subject, require, require_cl
 
 __all__ = ["CHECKS"]
 
-PAIR_NAMES = {Signal.STUDENT_LOGPS: "student", Signal.TEACHER_LOGPS: "teacher", Signal.LENGTHS: "lengths"}
+PAIR_NAMES = {
+    Signal.STUDENT_LOGPS: "student",
+    Signal.TEACHER_LOGPS: "teacher",
+    Signal.REFERENCE_LOGPS: "reference",
+    Signal.LENGTHS: "lengths",
+}
 
 
 def matches_reference(subject: Subject) -> None:

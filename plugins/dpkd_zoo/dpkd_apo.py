@@ -64,8 +64,8 @@ SPEC = LossSpec(
         "better than the writer of yₜ.",
         notes="APO's anchor is the model before training, so that every reward starts at 0, where σ' is largest; with "
         "the teacher as anchor r(yₜ) starts below 0 and r(yₛ) above. Bounded, with a gradient of at most β/4 per "
-        "response. Costs what dpkd costs: two responses per prompt through student and teacher, about twice kd, "
-        "and sampling.",
+        "response. Costs what dpkd costs: two responses per prompt through student and teacher, about twice kd, and "
+        "sampling.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={

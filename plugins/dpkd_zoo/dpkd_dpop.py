@@ -55,8 +55,8 @@ SPEC = LossSpec(
     card=Card(
         title="DPKD with the DPOP penalty",
         summary="Preference over the teacher as reference, with a penalty where yₜ is less likely than to the teacher.",
-        formula="-log σ(β·(h - λ·max(0, log(p(yₜ)/q(yₜ))))),  h = log(q(yₜ)/p(yₜ)) - log(q(yₛ)/p(yₛ)), "
-        "log-ratios divided by |y|",
+        formula="-log σ(β·(h - λ·max(0, log(p(yₜ)/q(yₜ))))),  h = log(q(yₜ)/p(yₜ)) - log(q(yₛ)/p(yₛ)), log-ratios "
+        "divided by |y|",
         sources=(
             at(SMAUG, "the DPOP loss (Eq. 3, from memory)"),
             at(DPKD, "Eq. 9; DPOP is cited in §4.4"),
@@ -64,12 +64,13 @@ SPEC = LossSpec(
         ),
         use_when="Under dpkd both likelihoods fall: part/penalty holds the teacher's response up inside the loss.",
         avoid_when="The student is far below the teacher on yₜ, which is usual at the start: the penalty then "
-        "outweighs the preference by λ to 1, and the loss is little more than likelihood of yₜ. Lower λ, or take dpkd with an "
-        "LM term.",
+        "outweighs the preference by λ to 1, and the loss is little more than likelihood of yₜ. Lower λ, or take dpkd "
+        "with an LM term.",
         notes="Smaug's reference is the model before training, so that its penalty starts at 0; the teacher as "
         "reference makes it a floor at the teacher's own likelihood, which it starts below. DPKD's released code has "
         "the penalty per token, outside σ and not times β (dpkd-token with form=dpop); here as in Smaug. λ = 0 is "
-        "dpkd. Costs what dpkd costs: two responses per prompt through student and teacher, about twice kd, and sampling.",
+        "dpkd. Costs what dpkd costs: two responses per prompt through student and teacher, about twice kd, and "
+        "sampling.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={

@@ -60,9 +60,8 @@ SPEC = LossSpec(
         "factor σ(m)·σ(-m) and dies there, just where dpkd's is largest. Start from an SFT student.",
         notes="EXO's proof is for responses all drawn from the reference. Here yₛ comes from the student and the "
         "reference is the teacher, so that what is left is the bounded shape, not the proof. Never above -log ε. TRL "
-        "replaces ε = 0 by 0.001; here 0 is refused. Per token (mean) with β = 0.1 the margin of 6.9 is out of "
-        "reach. Costs what dpkd costs: two responses per prompt through student and teacher, about twice kd, and "
-        "sampling.",
+        "replaces ε = 0 by 0.001; here 0 is refused. Per token (mean) with β = 0.1 the margin of 6.9 is out of reach. "
+        "Costs what dpkd costs: two responses per prompt through student and teacher, about twice kd, and sampling.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={

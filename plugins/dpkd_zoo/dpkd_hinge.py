@@ -1,4 +1,4 @@
-"""Hinge form of DPKD: SLiC's calibration loss (Zhao et al., 2305.10425), with the teacher as reference (RSO, 2309.06657).
+"""Hinge form of DPKD: SLiC's calibration (Zhao et al., 2305.10425), the teacher its reference (as in RSO, 2309.06657).
 
 A pair whose margin has reached 1/β gives no gradient any more: the loss does not push for ever.
 """

@@ -60,8 +60,8 @@ SPEC = LossSpec(
         use_when="Pairs were made by writer, not by a judge, and you can say how often the student's response is the "
         "better one.",
         avoid_when="ε is a guess, or the run is long: the loss falls without bound as the margin grows, and its "
-        "gradient never vanishes. dpkd with label_smoothing is the careful way: biased, but with a lowest point at a finite "
-        "margin.",
+        "gradient never vanishes. dpkd with label_smoothing is the careful way: biased, but with a lowest point at a "
+        "finite margin.",
         notes="Not label smoothing, whose second part has the other sign: that one aims at m = log((1-ε)/ε), this one "
         "at ∞. Values may be negative. ε = 0 is dpkd. TRL calls ε label_smoothing in both. Costs what dpkd costs: two "
         "responses per prompt through student and teacher, about twice kd, and sampling.",

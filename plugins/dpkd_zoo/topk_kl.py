@@ -36,13 +36,10 @@ def _renormalised(log_NK: Tensor) -> Tensor:
 
 
 def _with_rest(log_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """Log-probabilities of the chosen tokens and of the rest `[N, K+1]`; without the rest where there is none."""
-    chosen_NK = log_NV.gather(-1, ids_NK)
-    if ids_NK.shape[-1] == log_NV.shape[-1]:
-        return chosen_NK
+    """Log-probabilities of the chosen tokens and of the rest `[N, K+1]`."""
     # Summing what is left, not 1 - Σ: that would be rounding where the k tokens hold nearly all.
     rest_N = log_total(log_NV.scatter(-1, ids_NK, -math.inf))
-    return torch.cat([chosen_NK, rest_N.unsqueeze(-1)], dim=-1)
+    return torch.cat([log_NV.gather(-1, ids_NK), rest_N.unsqueeze(-1)], dim=-1)
 
 
 class TopKKLLoss(TokenLoss[TopKKLConfig]):

@@ -17,7 +17,7 @@ from dpkd.host import load_host
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in
-         ("life-of-a-batch", "footguns", "hooks", "write-a-loss")}  # fmt: skip
+         ("life-of-a-batch", "footguns", "hooks", "write-a-loss", "zoo", "concepts", "cookbook")}  # fmt: skip
 EVERYTHING = "\n".join(PAGES.values())
 CODE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", EVERYTHING, flags=re.DOTALL | re.MULTILINE))
 

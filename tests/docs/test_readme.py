@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 from pathlib import Path
 
+import generate
 import pytest
 from typer.main import get_command
 
@@ -21,8 +21,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_generated_parts_are_fresh():
-    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
-    assert generate["generated"](README) == README, "run: python docs/generate.py"
+    assert generate.generated(README) == README, "run: python docs/generate.py"
     assert README.count("<!-- generated:") == 2
 
 

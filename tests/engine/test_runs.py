@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -206,3 +207,24 @@ def test_a_half_written_checkpoint_is_never_chosen(tmp_path):
 def test_the_parts_of_a_loss_add_up_to_it(loss, parts, total, settings_of, quiet):
     (first, *_) = read_metrics(run.train(settings_of(loss), console=quiet).metrics)
     assert first["loss/main"] == pytest.approx(total(*(first[f"part/{part}"] for part in parts)), rel=1e-5)
+
+
+def test_the_reference_is_the_student_as_it_started(settings_of, toy, quiet, monkeypatch, tmp_path):
+    """The first loss of dpo is log 2 at every pair; a resumed run compares with the same start."""
+    changes = {"train.steps": 4, "train.lr": 1e-2, "loss.beta": 1.0, "terms.lm.weight": 0.0}
+    whole = run.train(settings_of("dpo", changes), console=quiet)
+    losses = [line["loss/main"] for line in read_metrics(whole.metrics)]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[1] != losses[0]
+
+    @contextmanager
+    def stop_early():
+        yield _After(2)
+
+    resolved = settings_of("dpo", changes | {"output": str(tmp_path / "stopped")})
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "stop_on_signal", stop_early)
+        with pytest.raises(Stopped):
+            run.train(resolved, console=quiet)
+    continued = run.resume_folder(tmp_path / "stopped", console=quiet)
+    assert [line["loss/main"] for line in read_metrics(continued.metrics)] == losses

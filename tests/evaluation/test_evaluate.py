@@ -129,6 +129,8 @@ def test_half_precision_is_read_as_float32_so_that_batches_change_nothing(folder
     for name in ("rouge_l", "tokens", "distinct_1"):
         assert found[0].metrics[name] == found[1].metrics[name], name
     assert Bench(half, None, dtype="auto").dtype == "bfloat16"
+    with pytest.raises(DpkdError, match="dtype 'fp16': expected auto, float32, bfloat16, float16"):
+        Bench(half, None, dtype="fp16")
 
 
 LONG = [{"prompt": "a", "response": "b"}, {"prompt": "x" * 130, "response": "b"}, {"prompt": "y" * 40, "response": "b"}]

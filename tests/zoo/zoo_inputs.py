@@ -39,7 +39,10 @@ def token_inputs(
 
 
 def pair_inputs(
-    student: tuple[Any, Any], lengths: tuple[Any, Any], teacher: tuple[Any, Any] | None = None
+    student: tuple[Any, Any],
+    lengths: tuple[Any, Any],
+    teacher: tuple[Any, Any] | None = None,
+    reference: tuple[Any, Any] | None = None,
 ) -> PairInputs:
     """Pair inputs that hold what is given, and nothing else."""
 
@@ -49,6 +52,8 @@ def pair_inputs(
     signals: dict[Signal, Any] = {Signal.STUDENT_LOGPS: pair(student), Signal.LENGTHS: pair(lengths)}
     if teacher is not None:
         signals[Signal.TEACHER_LOGPS] = pair(teacher)
+    if reference is not None:
+        signals[Signal.REFERENCE_LOGPS] = pair(reference)
     return PairInputs(signals)
 
 
@@ -92,6 +97,7 @@ def inputs_of(
         signals: dict[Signal, Any] = {
             Signal.STUDENT_LOGPS: Pair(student[:, 0], student[:, 1]),
             Signal.TEACHER_LOGPS: Pair(teacher[:, 0], teacher[:, 1]),
+            Signal.REFERENCE_LOGPS: Pair(teacher[:, 0] - 0.5, teacher[:, 1] - 0.25),
             Signal.LENGTHS: Pair(lengths, lengths + 1),
         }
         return PairInputs({k: v for k, v in signals.items() if k in spec.signals(config)})

@@ -1,0 +1,52 @@
+"""`dpkd report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["report"]
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or folders of evaluations")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="HTML file [default: RUN/report.html; of several runs: report.html]", show_default=False),
+    ] = None,
+    figures: Annotated[bool, typer.Option(help="also PNG files of the figures, beside the page")] = True,
+    token_rewards: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="load teacher and student of each run, and shade each token of this many answers by its reward",
+        ),
+    ] = 0,
+) -> None:
+    """One HTML page about runs, to open from disk or to send to a colleague: curves, scores, samples, settings, cost.
+
+    Several runs are overlaid. The page needs no network, and no model unless --token-rewards asks for it.
+    """
+    from dpkd.report.figures import write_figures
+    from dpkd.report.page import write_page
+    from dpkd.report.reading import read_runs
+
+    read = read_runs(runs)
+    if token_rewards:
+        from dpkd.report.token_rewards import write_token_rewards
+
+        for run in read:
+            typer.echo(f"token rewards  {write_token_rewards(run, token_rewards)}")
+        read = read_runs(runs)
+    target = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_page(read, target)
+    typer.echo(f"report   {target}")
+    if figures:
+        folder = target.with_name(f"{target.stem}-figures")
+        written = write_figures(read, folder)
+        if written is None:
+            typer.echo("figures  no PNG files: matplotlib is not installed (pip install 'dpkd[report]')", err=True)
+        else:
+            typer.echo(f"figures  {folder} ({len(written)} PNG files)")

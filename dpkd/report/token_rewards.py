@@ -1,0 +1,162 @@
+"""The implicit reward of every token of an answer: where the student departs from its teacher, and to which side.
+
+r̂_t = β · log q(y_t | x, y_<t) / p(y_t | x, y_<t) (DPKD, §4.3, by token); β is the loss's own, or 1. Their sum over an
+answer is the implicit reward of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpkd.errors import DpkdError
+from dpkd.report.reading import Run, Scored
+
+if TYPE_CHECKING:
+    from dpkd.data.batches import TokenSequence
+    from dpkd.teachers.live import LiveTeacher
+
+__all__ = ["Answer", "answers_of", "token_rewards", "write_token_rewards"]
+
+FILE = "token_rewards.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text to look at; `ids` are its tokens where the file has them, EOS included."""
+
+    prompt: str
+    writer: str
+    text: str
+    ids: tuple[int, ...] = ()
+
+
+def write_token_rewards(run: Run, count: int) -> Path:
+    """Load teacher and student of a finished run and write RUN/token_rewards.json for `count` of its prompts.
+
+    Raises DpkdError when the run has no teacher, no model yet, or no answer to look at.
+    """
+    from dpkd.evaluation.results import write_json
+    from dpkd.evaluation.subject import find_subject
+
+    answers = answers_of(run, count)
+    subject = find_subject(str(run.path), None)
+    if subject.teacher is None or subject.teacher.model is None:
+        raise DpkdError(f"--token-rewards: {run.path} was trained without a teacher; there is no reward to show")
+    rows = _rewards(subject.model, subject.teacher, answers, run.config)
+    return write_json(run.path / FILE, rows)  # type: ignore[arg-type]
+
+
+def answers_of(run: Run, count: int) -> list[Answer]:
+    """Answers to the first `count` prompts of the first evaluation, else of the last step in samples.jsonl.
+
+    Raises DpkdError when there are none.
+    """
+    answers = [
+        answer for scored in list(run.evaluations.values())[:1] for answer in _evaluated(scored, count)
+    ] or _sampled(run, count)  # fmt: skip
+    if not answers:
+        raise DpkdError(
+            f"--token-rewards: {run.path} has no answers to look at; write some with "
+            f"`dpkd eval --model {run.path} --data FILE`"
+        )
+    return answers
+
+
+def _evaluated(scored: Scored, count: int) -> list[Answer]:
+    own = next(iter(scored.predictions().values()), [])[:count]
+    teachers = next(iter(Scored(scored.folder / "teacher", scored.scores).predictions().values()), [])
+    by_id = {row.get("id"): row for row in teachers}
+    answers = []
+    for row in own:
+        pairs = [("student", row)] + ([("teacher", by_id[row.get("id")])] if row.get("id") in by_id else [])
+        answers += [
+            Answer(str(r.get("prompt", "")), writer, str(r.get("prediction", "")), tuple(r.get("ids", ())))
+            for writer, r in pairs
+        ]
+    return answers
+
+
+def _sampled(run: Run, count: int) -> list[Answer]:
+    last = max((row["step"] for row in run.samples), default=None)
+    rows = [row for row in run.samples if row.get("step") == last][:count]
+    return [
+        Answer(str(row.get("prompt", "")), str(r.get("writer", "")), str(r.get("text", "")))
+        for row in rows
+        for r in row.get("responses", [])
+    ]
+
+
+def _rewards(student: Any, teacher: Any, answers: Sequence[Answer], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from dpkd.evaluation.evaluate import Bench
+
+    bench = Bench(student, teacher)
+    assert bench.teacher is not None
+    sequences = [
+        _sequence(answer, bench.tokenizer, config.get("data", {}).get("template", "auto")) for answer in answers
+    ]
+    beta = config.get("loss", {}).get("beta", 1.0)
+    found = token_rewards(
+        bench.model, bench.teacher, sequences, vocabulary=bench.vocabulary, pad_id=bench.tokenizer.pad_token_id,
+        beta=float(beta),
+    )  # fmt: skip
+    return [
+        {"prompt": answer.prompt, "writer": answer.writer, "tokens": _tokens(sequence, values, bench.tokenizer)}
+        for answer, sequence, values in zip(answers, sequences, found, strict=True)
+    ]
+
+
+def _sequence(answer: Answer, tokenizer: Any, template: str) -> TokenSequence:
+    from dpkd.data.batches import TokenSequence
+    from dpkd.data.encoding import encode, encode_continuations, prompt_prefix
+
+    (prompt,) = encode(tokenizer, [answer.prompt], special=template != "alpaca")
+    prefix = prompt_prefix(tokenizer)
+    if template != "chat" and tuple(prompt[: len(prefix)]) != prefix:
+        prompt = [*prefix, *prompt]
+    ids = answer.ids or tuple(encode_continuations(tokenizer, [answer.text])[0])
+    return TokenSequence(prompt, ids)
+
+
+def _tokens(sequence: TokenSequence, rewards: Sequence[float], tokenizer: Any) -> list[dict[str, Any]]:
+    """The text of each token as it continues those before it; a character of several tokens shows at its last one."""
+    from dpkd.data.encoding import continuation
+
+    rows: list[dict[str, Any]] = []
+    told = ""
+    for end, reward in enumerate(rewards, start=1):
+        text = continuation(tokenizer, sequence.prompt_ids, sequence.response_ids[:end], special=True)
+        cut = text.endswith("\ufffd")
+        rows.append({"text": "" if cut else text[len(told) :], "reward": reward})
+        told = told if cut else text
+    return rows
+
+
+def token_rewards(
+    student: Any, teacher: LiveTeacher, sequences: Sequence[TokenSequence], *, vocabulary: int, pad_id: int,
+    beta: float = 1.0, chunk_mib: float = 32.0,
+) -> list[list[float]]:  # fmt: skip
+    """`β · (log q - log p)` in nats of each response token of each sequence, at temperature 1, in eval mode."""
+    import torch
+
+    from dpkd.data.batches import collate
+    from dpkd.models.chunked import chunk_rows, token_logps
+    from dpkd.models.head import head_of, hidden_rows
+
+    was_training = student.training
+    student.eval()
+    device = next(student.parameters()).device
+    rows = chunk_rows(vocabulary, chunk_mib)
+    results = []
+    try:
+        with torch.no_grad():
+            for sequence in sequences:  # a handful, one by one: no row is padded
+                batch = collate([sequence], pad_id=pad_id).to(device)
+                logq_N = token_logps(hidden_rows(student, batch), head_of(student, vocabulary), batch.targets, rows)
+                logp_N = teacher.logps(batch, rows)
+                results.append([float(value) for value in beta * (logq_N.double() - logp_N.double()).cpu()])
+    finally:
+        student.train(was_training)
+    return results

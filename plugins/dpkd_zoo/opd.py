@@ -1,0 +1,171 @@
+"""On-policy distillation (Thinking Machines, 2025): reverse KL on the student's own text, from the drawn tokens alone.
+
+With ℓ = log q(y) - log p(y) of a token that the student drew, Schulman's estimators of KL(q‖p) are k1 = ℓ, k2 = ℓ²/2
+and k3 = p/q - 1 + ℓ. A right value is no right gradient. Per token, in expectation over what the student draws:
+
+    k1 as a loss             0: E[∇log q] = 0; so k1 enters here as the reward -ℓ of a policy gradient
+    k1 as a reward           ∇KL(q‖p)
+    k2 as a loss             ∇KL(q‖p): ℓ·∇log q, the policy gradient with discount 0 in another dress
+    k3 as a loss             ∇KL(p‖q), the *forward* KL: (1 - p/q)·∇log q
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from dpkd.api import (
+    Card,
+    LossConfig,
+    LossSpec,
+    Rollout,
+    RolloutInputs,
+    RolloutLoss,
+    Signal,
+    Text,
+    Trait,
+    hookimpl,
+    setting,
+)
+from dpkd.functional import returns_to_go
+from dpkd_zoo.papers import KL_APPROXIMATION, KL_PITFALLS, ON_POLICY, at
+
+__all__ = ["SPEC", "OPDConfig", "OPDLoss", "dpkd_losses"]
+
+FAR = 20.0  # e^20 lies far above any useful ratio: the bound only keeps an overflow out
+
+
+class OPDConfig(LossConfig):
+    """Which estimator, what a reward looks ahead to, and importance weights."""
+
+    estimator: Literal["k1", "k2", "k3"] = setting(
+        "k1", description="k1: reward of a policy gradient; k2, k3: a loss of the drawn token (k3: of the forward KL)",
+        source="tinker-cookbook, train_on_policy.py: advantage log p - log q_old",
+    )  # fmt: skip
+    discount: float = setting(
+        0.0, description="γ: a token's worth is its own reward plus γ times the worth of the next (k1)",
+        source="tinker-cookbook: 0.0", ge=0, le=1,
+    )  # fmt: skip
+    reward_clip: float | None = setting(
+        None, description="largest absolute reward (k1); none: off", source="tinker-cookbook: none", gt=0
+    )
+    importance: bool = setting(
+        True, description="weigh a token by q/q_drawn: how likely it is now against when it was drawn",
+        source="tinker-cookbook: loss_fn importance_sampling",
+    )  # fmt: skip
+    clip_epsilon: float | None = setting(
+        None, description="ε of the PPO clipping of that ratio (k1); none: off",
+        source="tinker-cookbook: none (PPO: 0.2)", gt=0, lt=1,
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _of_use(self) -> OPDConfig:
+        if self.estimator != "k1" and (self.discount > 0 or self.reward_clip is not None or self.clip_epsilon):
+            raise ValueError(
+                f"discount, reward_clip and clip_epsilon belong to the policy gradient (estimator=k1), not to "
+                f"estimator={self.estimator}: leave them at 0.0, none and none"
+            )
+        if self.clip_epsilon is not None and not self.importance:
+            raise ValueError("clip_epsilon clips the importance ratio, which importance=false leaves out")
+        return self
+
+
+def _k3(gap_N: Tensor) -> Tensor:
+    """`exp(-ℓ) - 1 + ℓ`, a straight line where the exponential would overflow."""
+    return torch.expm1((-gap_N).clamp(max=FAR)) + torch.relu(-gap_N - FAR) * math.exp(FAR) + gap_N
+
+
+class OPDLoss(RolloutLoss[OPDConfig]):
+    """k1: `-A · q/q_drawn`, `A = Σ γᵏ (log p - log q_old)`; k2, k3: `q/q_drawn` (held fixed) times the estimator."""
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        rewards_N = (rollout.teacher_logps - rollout.rollout_logps).detach()
+        if self.config.reward_clip is not None:
+            rewards_N = rewards_N.clamp(-self.config.reward_clip, self.config.reward_clip)
+        if self.config.discount == 0:
+            return rewards_N  # not returns_to_go: 0 times an infinite reward is no number
+        return returns_to_go(rewards_N, rollout.sequence, self.config.discount)
+
+    def forward(self, x: RolloutInputs) -> Tensor:
+        log_q_N = x.student_logps()
+        if self.config.estimator == "k1":
+            return self._policy_gradient(x, log_q_N)
+        gap_N = x.part("log_ratio", log_q_N - x.teacher_logps)
+        value_N = gap_N.square() / 2 if self.config.estimator == "k2" else _k3(gap_N)
+        return value_N * _ratio(x, log_q_N.detach()) if self.config.importance else value_N
+
+    def _policy_gradient(self, x: RolloutInputs, log_q_N: Tensor) -> Tensor:
+        worth_N = x.part("advantage", x.advantages)
+        if not self.config.importance:
+            return -worth_N * log_q_N
+        ratio_N = _ratio(x, log_q_N)
+        loss_N, epsilon = -worth_N * ratio_N, self.config.clip_epsilon
+        if epsilon is None:
+            return loss_N
+        return torch.maximum(loss_N, -worth_N * ratio_N.clamp(1 - epsilon, 1 + epsilon))
+
+
+def _ratio(x: RolloutInputs, log_q_N: Tensor) -> Tensor:
+    return (log_q_N - x.behaviour_logps).clamp(max=FAR).exp()
+
+
+def _reads(config: OPDConfig) -> frozenset[Signal]:
+    reads = {Signal.STUDENT_LOGITS, Signal.TARGETS, Signal.TEACHER_LOGPS}
+    if config.estimator == "k1":
+        reads |= {Signal.ADVANTAGES, Signal.ROLLOUT_LOGPS}
+    if config.importance:
+        reads |= {Signal.BEHAVIOUR_LOGPS}
+    return frozenset(reads)
+
+
+SPEC = LossSpec(
+    name="opd",
+    loss=OPDLoss,
+    config=OPDConfig,
+    card=Card(
+        title="On-policy distillation",
+        summary="Policy gradient on the student's own text: each token is worth log p - log q under the teacher.",
+        formula="-Aₜ·q(yₜ)/q_drawn(yₜ),  Aₜ = Σₖ γᵏ·(log p(yₜ₊ₖ) - log q_old(yₜ₊ₖ));  k2: ℓ²/2,  k3: p/q - 1 + ℓ,  ℓ "
+        "= log q - log p",
+        sources=(
+            at(ON_POLICY, "loss and tinker-cookbook's train_on_policy.py"),
+            at(KL_APPROXIMATION, "k1, k2, k3 as estimators of the value"),
+            at(KL_PITFALLS, "what their gradients are"),
+        ),
+        use_when="The teacher can give log-probs of given tokens only (a server), and the student already writes well "
+        "enough to learn from its own text.",
+        avoid_when="The teacher's logits are at hand: rkl on student text (text.source=student) has the gradient of "
+        "discount 0 exactly, where this samples it. estimator=k3 for the reverse KL: its gradient is the forward "
+        "KL's.",
+        notes="Which gradient, in expectation over fresh text. k1, discount 0 (default): the reverse KL at every "
+        "prefix that the student writes, what a token does to later ones left out. k1, discount 1: the reverse KL of "
+        "whole responses, exactly, with more variance. k2: as k1 with discount 0, but with the log-ratio of now, not "
+        "of when the text was drawn. k3: the forward KL(p‖q) at the student's prefixes, whatever its good name as an "
+        "estimator of the reverse KL's value; GRPO's KL term is of this kind. k1 as a plain loss has gradient 0 and "
+        "is not offered. With importance=true the same holds, at the prefixes really drawn, for text of another "
+        "policy (teacher_mix; later passes, where k1 keeps the reward of when the text was drawn). tinker-cookbook "
+        "multiplies rewards by kl_penalty_coef = 1 (here terms.main) and sums over tokens where dpkd takes the mean; "
+        "its learning rate is 1e-4 with LoRA, 5e-5 without. Unlike minillm: no single-step part, no length "
+        "normalisation, no clipping. A token that the teacher excludes is worth -∞: set reward_clip where its "
+        "log-probs are cut off. Costs one log-prob per token of the teacher instead of a distribution; the student's "
+        "sampling decides the time of a step, many times kd's.",
+    ),
+    reads=_reads,
+    accepts=frozenset({Text.STUDENT}),
+    suggests={
+        "text": {"source": "student", "refresh": "every_step"},
+        "student": {"dropout": "off"},
+        "train": {"lr": 5e-5},
+    },
+    traits=frozenset({Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT}),
+)
+
+
+@hookimpl
+def dpkd_losses() -> list[LossSpec]:
+    """This module's loss."""
+    return [SPEC]
