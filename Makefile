@@ -23,10 +23,10 @@ types: $(STAMP)
 imports: $(STAMP)
 	$(BIN)/lint-imports
 
-# The site, in site/: strict, so that a broken link stops it.
+# The site, in site/: strict, so that a broken link stops it (never with --quiet: that counts no warnings).
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py --reference
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

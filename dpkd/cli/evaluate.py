@@ -105,6 +105,7 @@ def evaluate(
     from dpkd.cli.scores_table import print_overview, print_scores
     from dpkd.evaluation.sets import find_set
     from dpkd.evaluation.subject import find_subject
+    from dpkd.report.rescore import rescore
 
     sampling = {
         "temperature": 0.0 if greedy else temperature, "top_p": top_p, "top_k": top_k,
@@ -124,6 +125,8 @@ def evaluate(
             results.append((subject.name, result))
             if not as_json:
                 print_scores(subject.name, result, folders[subject.name, name], console)
+        if output is None:
+            rescore(subject.folder.parent)  # a run's card has the scores of all its sets
     if as_json:
         typer.echo(json.dumps([result.as_dict() for _, result in results], indent=2))
     elif len(results) > 1:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from dpkd.evaluation.results import Evaluation, Metric
 
@@ -34,19 +35,32 @@ def print_scores(name: str, result: Evaluation, folder: Path, console: Console) 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
-    for bucket in result.buckets:
-        table.add_column(bucket.label, justify="right", no_wrap=True)
     table.add_column("", style="dim", overflow="fold")
     for key, metric in result.metrics.items():
-        cells = [_cell(bucket.metrics.get(key)) for bucket in result.buckets]
-        table.add_row(key.replace("_", " "), _cell(metric), *cells, ABOUT.get(key, metric.unit))
-    if result.buckets:
-        about = f"by {result.length_unit} of the first reference"
-        table.add_row("rows", str(result.rows), *(str(b.rows) for b in result.buckets), about)
+        table.add_row(key.replace("_", " "), _cell(metric), ABOUT.get(key, metric.unit))
     console.print(f"{name} on {result.facts['set']}: {seeds}", highlight=False, markup=False, style="bold")
     console.print(table)
+    if result.buckets:
+        console.print(_by_length(result))
     console.print(counted(result), highlight=False, markup=False, soft_wrap=True)
     console.print(f"answers and scores: {folder}\n", highlight=False, markup=False, soft_wrap=True)
+
+
+def _by_length(result: Evaluation) -> Table:
+    """The metrics of rows again, by length of the first reference."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"by reference length ({result.length_unit})")
+    for bucket in result.buckets:
+        table.add_column(bucket.label, justify="right", no_wrap=True)
+    for key in result.metrics:
+        if all(key in bucket.metrics for bucket in result.buckets if bucket.rows):
+            cells = [_cell(bucket.metrics.get(key)) for bucket in result.buckets]
+            table.add_row(key.replace("_", " "), *cells)
+    table.add_row("rows", *(str(bucket.rows) for bucket in result.buckets))
+    return table
 
 
 def counted(result: Evaluation) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, Trait, hookimpl, setting
-from dpkd.functional import aggregate
+from dpkd.functional import aggregate, preference
 from dpkd_zoo.papers import DPKD, EXO, TRL_PREFERENCE, at
 
 __all__ = ["SPEC", "DPKDEXOConfig", "DPKDEXOLoss", "dpkd_losses"]
@@ -40,8 +39,9 @@ class DPKDEXOLoss(PairLoss[DPKDEXOConfig]):
         ratio_t = aggregate(x.student.preferred - x.teacher.preferred, x.lengths.preferred, c.aggregation)
         ratio_s = aggregate(x.student.dispreferred - x.teacher.dispreferred, x.lengths.dispreferred, c.aggregation)
         margin = c.beta * (ratio_t - ratio_s)
-        right = margin.sigmoid() * (F.logsigmoid(margin) - math.log1p(-c.label_smoothing))
-        wrong = (-margin).sigmoid() * (F.logsigmoid(-margin) - math.log(c.label_smoothing))
+        # log σ(m) is -preference(m).
+        right = margin.sigmoid() * (-preference(margin) - math.log1p(-c.label_smoothing))
+        wrong = (-margin).sigmoid() * (-preference(-margin) - math.log(c.label_smoothing))
         return right + wrong
 
 

@@ -5,8 +5,6 @@ A response's probability is P = exp(mean log-prob per token), its odds P/(1-P).
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -27,14 +25,9 @@ class DPKDORPOConfig(LossConfig):
     )
 
 
-def _log_of_rest(logp: Tensor) -> Tensor:
-    """`log(1 - exp(logp))` for logp < 0, without cancellation at either end."""
-    near_one = (-torch.expm1(logp)).log()
-    return torch.where(logp > -math.log(2), near_one, torch.log1p(-logp.exp()))
-
-
 def _log_odds(logp: Tensor) -> Tensor:
-    return logp - _log_of_rest(logp.clamp(max=CERTAIN))
+    """`log P - log(1-P)`; expm1 keeps the digits of 1-P where P is nearly 1, and elsewhere they do not count."""
+    return logp - (-torch.expm1(logp.clamp(max=CERTAIN))).log()
 
 
 class DPKDORPOLoss(PairLoss[DPKDORPOConfig]):

@@ -27,7 +27,6 @@ __all__ = [
     "IPO",
     "JEFFREYS",
     "KIM_MSE",
-    "KLMSE",
     "KL_APPROXIMATION",
     "KL_PITFALLS",
     "LMOPS",
@@ -36,7 +35,6 @@ __all__ = [
     "ORPO",
     "PLAD",
     "RDPO",
-    "RSKD",
     "RSO",
     "SAMPLED_KD",
     "SEQKD",
@@ -176,11 +174,6 @@ APO = _source(
     "https://arxiv.org/abs/2408.06266", "doosterlinck2024apo",
     "D'Oosterlinck, Karel and others", 2024,
 )  # fmt: skip
-KLMSE = _source(
-    "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation",
-    "https://arxiv.org/abs/2105.08919", "kim2021comparing",
-    "Kim, Taehyeon and Oh, Jaehoon and Kim, NakYil and Cho, Sangwook and Yun, Se-Young", 2021,
-)  # fmt: skip
 ORPO = _source(
     "ORPO: Monolithic Preference Optimization without Reference Model",
     "https://arxiv.org/abs/2403.07691", "hong2024orpo",
@@ -195,11 +188,6 @@ RDPO = _source(
     "Provably Robust DPO: Aligning Language Models with Noisy Feedback",
     "https://arxiv.org/abs/2403.00409", "chowdhury2024robust",
     "Ray Chowdhury, Sayak and Kini, Anush and Natarajan, Nagarajan", 2024,
-)  # fmt: skip
-RSKD = _source(
-    "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs",
-    "https://arxiv.org/abs/2503.16870", "anshumann2025sparse",
-    "Anshumann and others", 2025,
 )  # fmt: skip
 SLIC = _source(
     "SLiC-HF: Sequence Likelihood Calibration with Human Feedback",

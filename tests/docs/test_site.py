@@ -29,6 +29,8 @@ def test_every_page_is_in_the_navigation():
 def test_the_build_is_strict():
     assert CONFIG["strict"] is True
     assert set(CONFIG["validation"]["links"].values()) == {"warn"}
+    recipe = (site_hooks.DOCS.parent / "Makefile").read_text(encoding="utf-8")
+    assert "mkdocs build --strict\n" in recipe  # with --quiet it would count no warning, and so stop for none
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith(("reference/", "adr/"))])

@@ -100,7 +100,7 @@ def test_rows_left_out_are_shown(here):
     output = call("--model", "student", "--data", "one.jsonl", "--seeds", "1", "--max-new-tokens", 2,
                   "--on-bad-row", "skip", "--unit", "tokens", "--cuts", "8")  # fmt: skip
     assert "6 rows read, 1 left out (wrong type), 5 scored" in output
-    assert "by tokens of the first reference" in output
+    assert "by reference length (tokens)" in output
     assert scores("runs/eval/student/one")["lengths"]["unit"] == "tokens"
 
 

@@ -24,6 +24,7 @@ NAMES = {
     "sft", "kd", "seqkd", "rkl", "akl", "minillm", "dpkd", "dpkd-token", "dpkd-ipo", "dpkd-cpo", "dpkd-simpo",
     "fkl", "jsd", "gkd", "skl", "srkl", "tvd", "symmetric-kl", "hellinger", "alpha-beta", "topk-kl", "sampled-kl",
     "todi", "dkd", "taid", "distillm", "imitkd", "logits-mse", "bild",
+    "dpkd-dpop", "dpkd-orpo", "dpkd-hinge", "dpkd-robust", "dpkd-exo", "dpkd-apo", "plad", "opd", "dpo", "dadpo",
 }  # fmt: skip
 POINTS = [p for p in entry_points(group="dpkd") if p.value.startswith("dpkd_zoo.")]
 SPECS: list[LossSpec] = [spec for point in POINTS for spec in point.load().dpkd_losses()]
@@ -57,6 +58,21 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "distillm": [{"divergence": "srkl"}],
     "imitkd": [{"target": "distribution"}],
     "bild": [{"k": 4, "temperature": 1.0}],
+    "dpkd-dpop": [{"aggregation": "sum"}, {"dpop_weight": 0.0}],
+    "dpkd-hinge": [{"aggregation": "mean"}, {"reference": "none"}],
+    "dpkd-robust": [{"aggregation": "sum"}, {"flipped": 0.0}],
+    "dpkd-exo": [{"aggregation": "mean"}],
+    "dpkd-apo": [{"form": "down"}, {"aggregation": "mean"}],
+    "plad": [{"form": "margin"}],
+    "opd": [
+        {"discount": 1.0},
+        {"clip_epsilon": 0.2},
+        {"importance": False},
+        {"estimator": "k2"},
+        {"estimator": "k3", "importance": False},
+    ],
+    "dpo": [{"aggregation": "mean"}, {"label_smoothing": 0.1}],
+    "dadpo": [{"aggregation": "mean"}],
 }
 CASES = [
     pytest.param(spec, settings, id=f"{spec.name}-{'-'.join(f'{k}={v}' for k, v in settings.items()) or 'default'}")
@@ -96,6 +112,19 @@ OUTSIDE: dict[str, list[dict[str, Any]]] = {
     "distillm": [{"divergence": "kl"}, {"skew": 1.0}],
     "imitkd": [{"target": "text"}],
     "bild": [{"k": 2}, {"k": 129}, {"temperature": 0.0}],
+    "dpkd-dpop": [{"beta": 0.0}, {"dpop_weight": -1.0}, {"aggregation": "total"}],
+    "dpkd-orpo": [{"odds_weight": 0.0}],
+    "dpkd-hinge": [{"beta": 0.0}, {"reference": "start"}, {"aggregation": "total"}],
+    "dpkd-robust": [{"beta": 0.0}, {"flipped": -0.1}, {"flipped": 0.5}, {"aggregation": "total"}],
+    "dpkd-exo": [{"beta": 0.0}, {"label_smoothing": 0.0}, {"label_smoothing": 0.5}, {"aggregation": "total"}],
+    "dpkd-apo": [{"beta": 0.0}, {"form": "up"}, {"aggregation": "total"}],
+    "plad": [{"form": "hinge"}, {"margin": 0.0}],
+    "opd": [
+        {"estimator": "k4"}, {"discount": -0.1}, {"discount": 1.1}, {"reward_clip": 0.0}, {"clip_epsilon": 0.0},
+        {"clip_epsilon": 1.0},
+    ],
+    "dpo": [{"beta": 0.0}, {"aggregation": "total"}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5}],
+    "dadpo": [{"beta_start": 0.0}, {"beta_teacher": 0.0}, {"aggregation": "total"}],
 }  # fmt: skip
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 LOGITS = [case for case in CASES if case.values[0].family is not Family.PAIR]
@@ -325,5 +354,5 @@ def test_traits_are_not_left_unsaid(spec: LossSpec) -> None:
     assert (Trait.SHIFT_INVARIANT in spec.traits) == (spec.family is not Family.PAIR)
 
 
-def test_minillm_is_the_only_score_function() -> None:
-    assert [s.name for s in SPECS if Trait.SCORE_FUNCTION in s.traits] == ["minillm"]
+def test_these_are_the_only_score_functions() -> None:
+    assert {s.name for s in SPECS if Trait.SCORE_FUNCTION in s.traits} == {"minillm", "opd"}

@@ -1,0 +1,83 @@
+"""`dpkd report`, its PNG files, and the model card's scores."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from report_folders import add_dev, add_scores, make_run
+from typer.testing import CliRunner
+
+from dpkd.cli.main import app
+from dpkd.report import figures
+from dpkd.report.reading import read_runs
+from dpkd.report.rescore import rescore
+
+
+def test_the_page_goes_into_the_run_and_of_several_where_one_says(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / name) for name in ("a", "b")]
+    runner = CliRunner()
+    assert runner.invoke(app, ["report", str(paths[0]), "--no-figures"]).exit_code == 0
+    assert (paths[0] / "report.html").is_file()
+    target = tmp_path / "both.html"
+    result = runner.invoke(app, ["report", *map(str, paths), "--output", str(target), "--no-figures"])
+    assert result.exit_code == 0, result.output
+    assert "2 runs compared" in target.read_text(encoding="utf-8")
+    assert not (tmp_path / "both-figures").exists()
+
+
+def test_without_matplotlib_the_page_is_written_and_the_lack_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    path = make_run(tmp_path / "a")
+    result = CliRunner().invoke(app, ["report", str(path)])
+    assert result.exit_code == 0
+    assert "matplotlib is not installed" in result.output
+    assert (path / "report.html").is_file()
+    assert not (path / "report-figures").exists()
+
+
+def test_png_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
+    monkeypatch.setattr(figures, "DPI", 40)
+    path = make_run(tmp_path / "a")
+    add_dev(path)
+    add_scores(path / "eval", {10: [20.0, 30.0], 20: [22.0, 31.0]})
+    written = figures.write_figures(read_runs([path]), tmp_path / "png")
+    assert written is not None
+    names = {file.name for file in written}
+    assert {"kl.png", "reward-against-kl.png", "length-dolly-rouge-l.png", "dev-rouge.png"} <= names
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
+    assert "matplotlib.pyplot" not in sys.modules, "pyplot keeps figures and picks a backend for the whole process"
+
+
+def test_rescore_writes_the_scores_and_leaves_the_rest(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a")
+    before = (path / "README.md").read_text(encoding="utf-8")
+    assert not rescore(path), "no scores yet"
+    assert (path / "README.md").read_text(encoding="utf-8") == before
+    add_scores(path / "eval", {10: [20.0, 30.0], 20: [22.0, 31.0]})
+    assert rescore(path)
+    text = (path / "README.md").read_text(encoding="utf-8")
+    assert "| dolly | Rouge-L | 25.75 ± 1.06 | 2 | 2 |" in text
+    assert "| dolly | NLL | 2.00 | 2 |  |" in text
+    assert text.index("## Scores") < text.index("## How to load it") < text.rindex("## Scores"), "one is code"
+    start, end = text.index("## Scores"), text.index("## How to load it")
+    assert text[:start] + text[end:] == before
+    assert rescore(path)
+    assert (path / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_rescore_replaces_older_scores(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a")
+    add_scores(path / "eval", {10: [20.0]})
+    rescore(path)
+    add_scores(path / "eval", {10: [40.0]}, name="vicuna")
+    rescore(path)
+    text = (path / "README.md").read_text(encoding="utf-8")
+    assert text.count("## Scores") == 2, "the new section, and the line in a code fence"
+    assert "| vicuna | Rouge-L | 40.00 | 1 | 1 |" in text
+    (path / "README.md").unlink()
+    assert not rescore(path), "no card"
