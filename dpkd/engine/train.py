@@ -13,6 +13,7 @@ import torch
 from dpkd.config.settings import TrainSettings
 from dpkd.engine import checkpoint
 from dpkd.engine.dev import Dev
+from dpkd.engine.guard import RunawayGuard
 from dpkd.engine.interrupt import StopRequest
 from dpkd.engine.metrics_log import MetricsLog
 from dpkd.engine.optimiser import learning_rate
@@ -61,6 +62,7 @@ class Trainer:
     samples: SampleLog | None
     display: Display
     dev: Dev | None = None
+    guard: RunawayGuard = field(default_factory=RunawayGuard)
     window: Window = field(default_factory=Window)
     ended: int | None = None  # the step at which the run ended early, of its own accord
     _said_equal: bool = False
@@ -171,6 +173,8 @@ class Trainer:
         if self.trackers is not None:
             self.trackers.log(step, line)
         self.display.at(step, line)
+        if word := self.guard.look(line):
+            self.display.say(f"warning, step {step}: {word}")
 
     def _reduced(self, sums: Sums) -> Sums:
         """Sums and counts over all processes."""
