@@ -17,6 +17,7 @@ from dpkd.errors import SettingsError
 __all__ = [
     "Layer",
     "Merged",
+    "drop",
     "file_layer",
     "flag_layer",
     "get_path",
@@ -149,12 +150,12 @@ def merge(layers: Iterable[Layer]) -> Merged:
         values = {key: _expanded(key, value) for key, value in layer.values.items() if not _is_empty(key, value)}
         for path in _outdated(merged.values, values):
             if merged.layer_of(path) != layer.name:  # two --set that contradict each other are a mistake
-                _drop(merged, path)
+                drop(merged, path)
         for block in NAMED & values.keys():
             new, old = values[block], merged.values.get(block)
             names = [values["name"] for values in (old, new) if isinstance(values, dict) and "name" in values]
             if len(names) == 2 and names[0] != names[1]:
-                _drop(merged, block)
+                drop(merged, block)
         _merge_into(merged.values, values, "", layer.name, merged.provenance)
     return merged
 
@@ -191,7 +192,8 @@ def get_path(values: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _drop(merged: Merged, path: str) -> None:
+def drop(merged: Merged, path: str) -> None:
+    """Forget a setting and where it came from."""
     *above, last = path.split(".")
     block = get_path(merged.values, ".".join(above)) if above else merged.values
     if isinstance(block, dict):

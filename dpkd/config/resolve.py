@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dpkd.api import Family, LossConfig, LossSpec, TeacherAccess, Text
-from dpkd.config.layers import Layer, Merged, get_path, merge, suggestion_layer
+from dpkd.config.layers import Layer, Merged, drop, get_path, merge, suggestion_layer
 from dpkd.config.objective import Objective, extra_objective, schedule_problems, text_writers
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
@@ -73,6 +73,7 @@ def resolve(layers: Sequence[Layer], host: Host) -> Resolved:
     registered = _registered(merged, host, problems)
     if registered is not None:
         merged = merge([suggestion_layer(registered.spec.name, registered.spec.suggests), *layers])
+        _leave_set_values_alone(merged, registered.spec.name)
     loss_values = merged.values.pop("loss", {})
     known = [*all_paths(RunSettings), "loss.name"]
     if registered is not None:
@@ -103,6 +104,17 @@ def resolve(layers: Sequence[Layer], host: Host) -> Resolved:
     assert registered is not None
     assert config is not None
     return Resolved(settings, registered, config, dict(merged.provenance), tuple(extras))
+
+
+def _leave_set_values_alone(merged: Merged, loss: str) -> None:
+    """A setting of the loss that the user gives does not follow a schedule that the loss only suggests."""
+    suggested, given = f"{loss}'s suggestions", merged.values.get("loss")
+    schedules = merged.values.get("schedules")
+    if not isinstance(schedules, dict) or not isinstance(given, dict):
+        return
+    for name in list(schedules):
+        if name in given and merged.layer_of(f"schedules.{name}") == suggested:
+            drop(merged, f"schedules.{name}")
 
 
 def _registered(merged: Merged, host: Host, problems: list[str]) -> RegisteredLoss | None:

@@ -47,6 +47,10 @@ SPECS = [
         "hard", TokenLoss, LossConfig, CARD, frozenset({Signal.TARGETS}),
         accepts=frozenset({Text.DATASET, Text.TEACHER}),
     ),
+    LossSpec(
+        "moving", TokenLoss, Config, CARD, TOKEN_READS,
+        suggests={"schedules": {"beta": {"start": 0.1, "end": 0.9}}},
+    ),
     LossSpec("choice", PairLoss, Config, CARD, PAIR_READS, suggests={"train": {"lr": 1e-5}}),
     LossSpec(
         "policy", RolloutLoss, LossConfig, CARD, frozenset({Signal.TEACHER_LOGPS, Signal.ADVANTAGES}),
@@ -120,7 +124,7 @@ WRONG = {
     "infinite": (["train.lr=.inf"], "train.lr: should be a finite number (got inf, from --set)"),
     "loss is a number": (
         ["loss=5"],
-        "loss: no loss is named (got 5, from --set); choose one with --loss: soft, hard, choice, policy",
+        "loss: no loss is named (got 5, from --set); choose one with --loss: soft, hard, moving, choice, policy",
     ),
     "unknown loss": (["loss=sofd"], "loss: no loss is called 'sofd'; did you mean soft? (from --set)"),
     "pair loss with a source": (
@@ -167,7 +171,7 @@ def test_all_mistakes_of_all_layers_are_reported_at_once() -> None:
 
 def test_nothing_at_all_says_what_is_needed() -> None:
     assert problems() == (
-        "loss: no loss is named; choose one with --loss: soft, hard, choice, policy",
+        "loss: no loss is named; choose one with --loss: soft, hard, moving, choice, policy",
         "student.model: is missing. Name one with --student, or make it from the teacher: "
         "--set student.init=layers --set student.layers=12",
     )
@@ -278,3 +282,12 @@ def test_layers_alone_are_those_of_the_teacher() -> None:
 def test_a_suggested_teacher_mix_goes_when_the_user_says_who_writes() -> None:
     (problem,) = problems(base("policy"), sets=("text.source=dataset",))
     assert problem == "text.source: the loss policy takes text by student, not by dataset (from --set)"
+
+
+def test_a_given_setting_does_not_follow_a_suggested_schedule() -> None:
+    assert set(run(base("moving")).settings.schedules) == {"beta"}
+    fixed = run(base("moving"), sets=("loss.beta=0.3",))
+    assert fixed.settings.schedules == {}
+    assert fixed.loss_config.beta == 0.3  # type: ignore[attr-defined]
+    own = run(base("moving"), sets=("loss.beta=0.3", "schedules.beta.end=0.5"))
+    assert own.settings.schedules["beta"].end == 0.5, "a schedule that the user touches is the user's"
