@@ -41,7 +41,7 @@ __all__ = ["DemoScore", "run_demo", "show"]
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 LAYERS = 20
-STEPS = 100
+STEPS = 75
 # What suits this student and these few prompts, whatever the loss; a loss's own suggestions for text stay.
 SETTINGS: dict[str, Any] = {
     "student": {"init": "layers", "layers": LAYERS, "dropout": "off"},
