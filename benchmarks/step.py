@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -239,10 +238,16 @@ def growth_mib(name: str) -> float:
 
 def measure_growth(name: str) -> float:
     step = VARIANTS[name]()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_mib()
     for _ in range(2):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return _peak_mib() - before
+
+
+def _peak_mib() -> float:
+    """Peak of this process since it was started (ru_maxrss also counts the process that started it)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10
 
 
 def table(names: list[str], repeats: int) -> str:
