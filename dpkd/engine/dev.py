@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Dev:
                 save_model(student, self.tokenizer, self.best_folder / "model")
         return line
 
-    @property
+    @cached_property
     def _sign(self) -> int:
         return direction_of(self.settings.metric)
 

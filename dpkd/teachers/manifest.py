@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dpkd.api import TeacherAccess
 from dpkd.errors import DpkdError
 
 __all__ = ["Kind", "Manifest", "read_manifest", "write_manifest"]
@@ -42,12 +41,6 @@ class Manifest:
     template: str
     dtype: str
     seed: int
-
-    @property
-    def offers(self) -> TeacherAccess:
-        """What a loss may ask of it."""
-        kinds = {"tokens": TeacherAccess.TOKEN_LOGPS, "topk": TeacherAccess.TOP_K, "sampled": TeacherAccess.SAMPLED}
-        return kinds[self.kind]
 
     @property
     def bytes_per_token(self) -> int:

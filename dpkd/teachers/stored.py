@@ -49,10 +49,6 @@ class StoredTeacher:
         self._shards = Shards(folder)
         self._device = device
 
-    @property
-    def offers(self) -> str:
-        return self.manifest.offers
-
     def _read(self, batch: Batch) -> dict[str, Tensor]:
         """The rows of a batch, packed like its own. Raises DpkdError for text that the store does not have."""
         ids, mask, lengths = batch.input_ids.cpu(), batch.attention_mask.cpu().bool(), batch.lengths.tolist()
@@ -75,13 +71,12 @@ class StoredTeacher:
             return StoredRows(empty.long(), empty, empty[:, 0], self.vocabulary)
         if self.manifest.kind == "topk":
             return StoredRows(found["ids"].long(), found["top"], found["rest"], self.vocabulary)
-        ids_NK, counts_NK = _counted(found["ids"].long())
-        logps_NK = (counts_NK / self.manifest.k).log()
+        ids_NK = found["ids"].long()
+        logps_NK = (_counts(ids_NK) / self.manifest.k).log()
         rest_N = torch.full((len(ids_NK),), -math.inf, device=self._device)
         return StoredRows(ids_NK, logps_NK, rest_N, self.vocabulary)
 
 
-def _counted(ids_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """For each drawn id how often its row has it: equal ids stand for one token with one count."""
-    counts_NK = (ids_NK.unsqueeze(2) == ids_NK.unsqueeze(1)).sum(-1).float()
-    return ids_NK, counts_NK
+def _counts(ids_NK: Tensor) -> Tensor:
+    """How often the row of each drawn id has it `[N, K]`: equal ids stand for one token with one count."""
+    return (ids_NK.unsqueeze(2) == ids_NK.unsqueeze(1)).sum(-1).float()
