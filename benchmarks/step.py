@@ -28,7 +28,7 @@ from dpkd.api import Family, Text
 from dpkd.data.batches import TokenSequence, collate
 from dpkd.engine.distiller import Distiller
 from dpkd.engine.step import Stepper
-from dpkd.engine.work import Stream, Term, Unit
+from dpkd.engine.work import Cutter, Stream, Term, Unit
 from dpkd.host import load_host
 from dpkd.models.head import hidden_rows
 from dpkd.teachers.live import LiveTeacher
@@ -103,7 +103,7 @@ def ours(name: str, stored: bool = False, **settings) -> Step:
     term = Term("main", spec.signals(config), 1.0, len(units) if pairs else tokens)
     stream = Stream("main", units, [term], pairs)
     source = _Known(live) if stored else live
-    stepper = Stepper(accelerator, distiller, _NoUpdate(distiller), source, None, EOS, 2 * ROWS, 1.0)
+    stepper = Stepper(accelerator, distiller, _NoUpdate(distiller), source, None, Cutter(2 * ROWS, EOS), 1.0)
     return lambda: stepper([stream], lr=0.0, measure=False)
 
 

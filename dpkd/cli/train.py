@@ -23,6 +23,9 @@ def train(
     set_: Set = None,
     seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; load no weights")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="run the longest batch first: memory runs out at once or never")
+    ] = False,
     resume: Annotated[
         Path | None, typer.Option(help="continue this run folder with its own settings", show_default=False)
     ] = None,
@@ -31,6 +34,7 @@ def train(
     flags = {
         "--loss": ("loss.name", loss), "--teacher": ("teacher.model", teacher), "--student": ("student.model", student),
         "--data": ("data.path", data), "--output": ("output", output), "--seed": ("seed", seed),
+        "--probe": ("batch.probe", True if probe else None),
     }  # fmt: skip
     if resume is not None:
         given = [flag for flag, (_, value) in flags.items() if value is not None]

@@ -17,6 +17,7 @@ from dpkd.settings import Block
 from dpkd.text.settings import TextSettings
 
 __all__ = [
+    "BatchSettings",
     "DevSettings",
     "ExtraTerm",
     "LmTerm",
@@ -126,6 +127,24 @@ class TrainSettings(Block):
         return self
 
 
+class BatchSettings(Block):
+    """How the sequences of a step are laid out for the forward passes; never changes a result."""
+
+    tokens: int | None = Field(
+        None, ge=1,
+        description="tokens per forward pass and process, padding included (beside train.micro_batch_size); None: any",
+    )  # fmt: skip
+    shared_prompts: bool = Field(
+        True, description="the responses of a pair stand behind one copy of their prompt, where the models allow it"
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto", description="the sequences of a forward pass in one row, without padding; auto: with flash attention"
+    )
+    probe: bool = Field(
+        False, description="run the longest forward and backward pass first: memory runs out at once or never"
+    )
+
+
 class DevSettings(Block):
     """Evaluation while training, on held-out rows; the best model by one metric becomes the run's model."""
 
@@ -149,6 +168,7 @@ class RunSettings(Block):
     text: TextSettings = TextSettings()
     terms: TermSettings = TermSettings()
     train: TrainSettings = TrainSettings()
+    batch: BatchSettings = BatchSettings()
     dev: DevSettings = DevSettings()
     schedules: dict[str, ScheduleSettings] = Field({}, description="settings of the loss that follow the step, by name")
     output: str | None = Field(None, description="run folder; None: runs/LOSS-N")

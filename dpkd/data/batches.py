@@ -1,6 +1,6 @@
 """Sequences to tensors: the one place where prompts and responses are joined, padded, shifted and masked.
 
-Shapes: B sequences, T tokens of the longest, N response tokens of the whole batch.
+Shapes: B sequences, R rows of tokens, T tokens of the longest row, N response tokens of the whole batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "TokenSequence", "collate", "micro_batches"]
+__all__ = ["PLAIN", "Batch", "Layout", "TokenSequence", "collate", "micro_batches"]
 
 
 class TokenSequence(NamedTuple):
@@ -25,28 +25,59 @@ class TokenSequence(NamedTuple):
         return f"TokenSequence({len(self.prompt_ids)} + {len(self.response_ids)} ids)"
 
 
+class Layout(NamedTuple):
+    """How sequences become rows of tokens; it never changes a value.
+
+    shared   the sequences that follow one prompt stand in one row, behind one copy of it
+    packed   all sequences stand in one row, without padding
+    """
+
+    shared: bool = False
+    packed: bool = False
+
+
+PLAIN = Layout()
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Padded sequences, and the packed rows of their response tokens.
+    """Rows of tokens, and the packed rows of their response tokens.
 
-    input_ids, attention_mask, position_ids  [B, T]
-    rows      [N] flat index (b · T + t) of the hidden state that predicts each response token
-    targets   [N] that token
-    sequence  [N] the sequence that it belongs to
-    lengths   [B] response tokens of each sequence
+    input_ids, attention_mask, position_ids  [R, T]
+    spans      [2, R, T] which prompt a token belongs to, and which of its responses (0: the prompt itself);
+               None where each row is one sequence
+    rows       [N] flat index (r · T + t) of the hidden state that predicts each response token
+    targets    [N] that token
+    sequence   [N] the sequence that it belongs to, ascending
+    lengths    [B] response tokens of each sequence
+    sequences  the B sequences themselves
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
+    spans: Tensor | None
     rows: Tensor
     targets: Tensor
     sequence: Tensor
     lengths: Tensor
+    sequences: tuple[TokenSequence, ...]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return Batch(**{**values, **moved})
+
+
+class _Place(NamedTuple):
+    """Where a sequence stands: its row, the columns where its prompt and its response begin, and its marks."""
+
+    row: int
+    prompt_at: int
+    response_at: int
+    tree: int
+    branch: int
 
 
 def collate(
@@ -55,40 +86,96 @@ def collate(
     pad_id: int,
     side: Literal["right", "left"] = "right",
     extra: int = 0,
+    layout: Layout = PLAIN,
 ) -> Batch:
-    """One batch, padded to its longest sequence (plus `extra`); side and extra never change a value.
+    """One batch, padded to its longest row (plus `extra`); side, extra and layout never change a value.
 
     A token is trained because of its place, never because of its id: a pad that equals EOS hides no EOS. The hidden
-    state at position t predicts token t + 1: this is the only shift in dpkd. A response token with nothing before it
-    (an empty prompt) has no row.
+    state that predicts a token is the one before it, for the first token of a response the last one of its prompt:
+    this is the only shift in dpkd. A response token with nothing before it (an empty prompt) has no row.
     """
-    longest = max((len(s.prompt_ids) + len(s.response_ids) for s in sequences), default=0) + extra
-    shape = (len(sequences), longest)
+    places, widths = _places(sequences, layout)
+    longest = max(widths, default=0) + extra
+    starts = [0 if side == "right" else longest - width for width in widths]
+    shape = (len(widths), longest)
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    position_ids = torch.zeros(shape, dtype=torch.long)
-    rows, targets, sequence, lengths = [], [], [], []
-    for b, (prompt, response) in enumerate(sequences):
-        ids = [*prompt, *response]
-        start = 0 if side == "right" else longest - len(ids)
-        input_ids[b, start : start + len(ids)] = torch.tensor(ids, dtype=torch.long)
-        attention_mask[b, start : start + len(ids)] = 1
-        position_ids[b, start : start + len(ids)] = torch.arange(len(ids))
-        first = max(len(prompt), 1)
-        at = range(first, len(ids))
-        rows += [b * longest + start + t - 1 for t in at]
-        targets += [ids[t] for t in at]
-        sequence += [b] * len(at)
-        lengths.append(len(at))
-    numbers = (torch.tensor(x, dtype=torch.long) for x in (rows, targets, sequence, lengths))
-    return Batch(input_ids, attention_mask, position_ids, *numbers)
+    attention_mask, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    spans = torch.full((2, *shape), -1, dtype=torch.long)
+    rows: list[int] = []
+    targets: list[int] = []
+    sequence: list[int] = []
+    lengths: list[int] = []
+    for b, ((prompt, response), place) in enumerate(zip(sequences, places, strict=True)):
+        shift, row = starts[place.row], place.row
+        parts = ((prompt, place.prompt_at, 0, 0), (response, place.response_at, len(prompt), place.branch))
+        for ids, at, position, branch in parts:
+            here = slice(shift + at, shift + at + len(ids))
+            input_ids[row, here] = torch.tensor(ids, dtype=torch.long)
+            attention_mask[row, here] = 1
+            position_ids[row, here] = torch.arange(position, position + len(ids))
+            spans[0, row, here], spans[1, row, here] = place.tree, branch
+        before = [place.prompt_at + len(prompt) - 1] if prompt else []
+        before += range(place.response_at, place.response_at + len(response) - 1)
+        known = response if prompt else response[1:]
+        rows += [row * longest + shift + column for column in before[: len(known)]]
+        targets += known
+        sequence += [b] * len(known)
+        lengths.append(len(known))
+    return Batch(
+        input_ids, attention_mask, position_ids, spans if len(widths) < len(sequences) else None,
+        rows=torch.tensor(rows, dtype=torch.long), targets=torch.tensor(targets, dtype=torch.long),
+        sequence=torch.tensor(sequence, dtype=torch.long), lengths=torch.tensor(lengths, dtype=torch.long),
+        sequences=tuple(sequences),
+    )  # fmt: skip
 
 
-def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+def _places(sequences: Sequence[TokenSequence], layout: Layout) -> tuple[list[_Place], list[int]]:
+    """The place of each sequence, and the width of each row."""
+    trees = _trees(sequences) if layout.shared else [[b] for b in range(len(sequences))]
+    places: dict[int, _Place] = {}
+    widths: list[int] = []
+    for tree, members in enumerate(trees):
+        if not widths or not layout.packed:
+            widths.append(0)
+        prompt_at, prompt = widths[-1], sequences[members[0]].prompt_ids
+        at = prompt_at + len(prompt)
+        for branch, b in enumerate(members, start=1):
+            places[b] = _Place(len(widths) - 1, prompt_at, at, tree, branch)
+            at += len(sequences[b].response_ids)
+        widths[-1] = at
+    return [places[b] for b in range(len(sequences))], widths
+
+
+def _trees(sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    """The sequences behind each prompt, in the order in which the prompts first appear; an empty one is not shared."""
+    behind: dict[tuple[int, ...] | int, list[int]] = {}
+    for b, one in enumerate(sequences):
+        behind.setdefault(tuple(one.prompt_ids) or b, []).append(b)
+    return list(behind.values())
+
+
+def micro_batches(
+    lengths: Sequence[int], size: int, tokens: int | None = None, *, packed: bool = False
+) -> list[list[int]]:
     """Indices of a window, longest first, cut into micro-batches of at most `size`: little padding.
+
+    With `tokens`, a micro-batch has at most so many, padded to its longest where it is not `packed`; what is longer
+    by itself stands alone.
 
     >>> micro_batches([3, 9, 4, 8], 2)
     [[1, 3], [2, 0]]
+    >>> micro_batches([3, 9, 4, 8], 3, tokens=16)
+    [[1], [3, 2], [0]]
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    groups: list[list[int]] = []
+    used = 0
+    for i in order:
+        more = lengths[i] if packed or not groups else lengths[groups[-1][0]]
+        full = groups and (len(groups[-1]) >= size or (tokens is not None and used + more > tokens))
+        if full or not groups:
+            groups.append([])
+            used, more = 0, lengths[i]
+        groups[-1].append(i)
+        used += more
+    return groups

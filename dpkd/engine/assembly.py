@@ -12,7 +12,8 @@ from torch import nn
 
 from dpkd.api import Signal
 from dpkd.config.resolve import Resolved
-from dpkd.config.settings import RunSettings
+from dpkd.config.settings import BatchSettings, RunSettings
+from dpkd.data.batches import Layout
 from dpkd.data.corpus import read_corpus
 from dpkd.data.order import Schedule
 from dpkd.data.tokenise import TokenisedData
@@ -25,9 +26,12 @@ from dpkd.engine.schedules import Schedules
 from dpkd.engine.step import Stepper
 from dpkd.engine.streams import LM_READS, Corpus, StreamBuilder
 from dpkd.engine.studio import Studio, make_groups
+from dpkd.engine.work import Cutter
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
-from dpkd.models.head import check_head
+from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.head import causal_lm, check_head
+from dpkd.models.layouts import why_not
 from dpkd.models.loading import load_model
 from dpkd.models.tokenizers import shared_vocabulary
 from dpkd.students.initialise import make_student
@@ -57,6 +61,7 @@ class Assembly:
     facts: dict[str, Any]
     dev: Inputs | None
     vocabulary: int
+    context: int | None  # the longest sequence that both models read
 
     @property
     def writers(self) -> Writers:
@@ -85,9 +90,12 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     ).to(accelerator.device)  # fmt: skip
     optimiser = make_optimiser(distiller, settings.train)
     distiller, optimiser = accelerator.prepare(distiller, optimiser)
+    cutter = Cutter(
+        settings.train.micro_batch_size, tokenizer.pad_token_id, settings.batch.tokens, models.layout(settings.batch),
+        accelerator.process_index, accelerator.num_processes, accelerator.device,
+    )  # fmt: skip
     stepper = Stepper(
-        accelerator, distiller, optimiser, models.teacher, models.reference, tokenizer.pad_token_id,
-        settings.train.micro_batch_size, settings.train.clip,
+        accelerator, distiller, optimiser, models.teacher, models.reference, cutter, settings.train.clip
     )  # fmt: skip
     studio = Studio(resolved, models.student, models.teacher, models.vocabulary, prepared, accelerator, display)
     builder = StreamBuilder(
@@ -105,6 +113,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
             if model.model is not None
         },
         "vocabulary": models.vocabulary,
+        "layout": cutter.layout._asdict(),
         "parameters": {"student": _count(models.student), "trained": _count(models.student, trained=True)},
     }
     if isinstance(models.teacher, StoredTeacher):
@@ -112,7 +121,8 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     elif models.teacher is not None:
         facts["parameters"]["teacher"] = _count(models.teacher.model)
     return Assembly(
-        tokenizer, data, models.teacher, stepper, builder, schedules, facts, prepared.dev, models.vocabulary
+        tokenizer, data, models.teacher, stepper, builder, schedules, facts, prepared.dev, models.vocabulary,
+        prepared.context,
     )  # fmt: skip
 
 
@@ -152,6 +162,24 @@ class _Models:
             self.reference = LiveTeacher(deepcopy(student), self.vocabulary, device)
         self.student = add_lora(student, settings.student.lora) if settings.student.lora else student
         self.student.train()
+
+    def layout(self, batch: BatchSettings) -> Layout:
+        """How sequences may become rows: what was asked for, as far as all models allow.
+
+        Raises DpkdError when packing was asked for by name and a model cannot.
+        """
+        teacher = self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
+        models = {"student": self.student, **({} if teacher is None else {"teacher": teacher})}
+        flash = all(implementation(causal_lm(model)) in VARLEN for model in models.values())
+        packed = batch.packing == "on" or (batch.packing == "auto" and flash)
+        if packed:
+            for who, model in models.items():
+                if (reason := why_not(model, Layout(packed=True))) is not None:
+                    raise DpkdError(f"batch.packing: the {who} cannot read packed rows: {reason}. Leave it at auto.")
+        shared = Layout(batch.shared_prompts, packed)
+        if shared.shared and any(why_not(model, shared) is not None for model in models.values()):
+            return Layout(packed=packed)
+        return shared
 
 
 def _open_store(folder: str, student_rows: int, device: torch.device) -> StoredTeacher:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dpkd.errors import DpkdError
 from dpkd.text.responses import Response
 
-__all__ = ["Checkpoint", "Restored", "latest", "load", "prune", "save"]
+__all__ = ["Checkpoint", "Restored", "latest", "load", "prune", "save", "set_random_state"]
 
 FORMAT = 2
 _NAME = re.compile(r"step-(\d{8})")
@@ -86,6 +86,13 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def save(
@@ -180,9 +187,7 @@ def load(
             }
     if state["processes"] == processes:
         random = load_file(checkpoint.path / f"random-{rank}.safetensors")
-        torch.set_rng_state(random["cpu"])
-        if device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], device)
+        set_random_state(random, device)
     responses: dict[str, dict[int, Response]] = {}
     for row in map(json.loads, lines):
         group, example = row.pop("group"), row.pop("example")

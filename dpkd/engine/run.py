@@ -25,6 +25,7 @@ from dpkd.engine.dev import Dev
 from dpkd.engine.finish import finish
 from dpkd.engine.interrupt import stop_on_signal
 from dpkd.engine.metrics_log import MetricsLog
+from dpkd.engine.probe import out_of_memory, probe
 from dpkd.engine.progress import Display
 from dpkd.engine.samples import SampleLog
 from dpkd.engine.trackers import Trackers
@@ -151,10 +152,16 @@ def _run(
         trainer.dev.restore(start)
     again = f"continue with: dpkd train --resume {folder.path}"
     try:
+        if resolved.settings.batch.probe:
+            display.say(f"probe: {_probe(resolved, assembly)}")
         _write_teacher_text(assembly, again)
         with stop_on_signal() as stop:
             done = trainer.run(start, stop)
             trainer.save(done)
+    except RuntimeError as error:
+        if (word := out_of_memory(error)) is None:
+            raise
+        raise DpkdError(word) from error
     except NotFinite as error:
         kept = checkpoint.latest(folder.checkpoints)
         where = f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet (train.save_every)"
@@ -170,6 +177,10 @@ def _run(
         finish(resolved, folder, assembly, display, trainer.dev)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _probe(resolved: Resolved, assembly: Assembly) -> str:
+    return probe(assembly.stepper, assembly.builder, resolved.settings.train.batch_size, assembly.context)
 
 
 def _write_teacher_text(assembly: Assembly, again: str) -> None:

@@ -13,7 +13,7 @@ from dpkd.api import Pair, Signal
 from dpkd.engine.culprit import explain, explain_gradient
 from dpkd.engine.distiller import Distiller
 from dpkd.engine.sums import Sums
-from dpkd.engine.work import Stream, Work, cut
+from dpkd.engine.work import Cutter, Stream, Work
 from dpkd.functional import segment_sum
 from dpkd.models.chunked import token_logps
 from dpkd.teachers.live import LiveTeacher, TeacherRows
@@ -34,8 +34,7 @@ class Stepper:
     optimiser: Any
     teacher: LiveTeacher | StoredTeacher | None
     reference: LiveTeacher | None  # the student as it was at the start, where a loss reads it
-    pad_id: int
-    micro_batch_size: int
+    cutter: Cutter
     clip: float | None
 
     @property
@@ -45,23 +44,16 @@ class Stepper:
 
     def __call__(self, streams: Sequence[Stream], *, lr: float, measure: bool) -> Sums:
         """Run the step and return this process's sums. Raises NotFinite, before any weight changes."""
-        works = [work for stream in streams for work in self._cut(stream, measure)]
+        works = [work for stream in streams for work in self.cutter(stream, measure)]
         sums = Sums()
         self.optimiser.zero_grad(set_to_none=True)
         for number, work in enumerate(works):
             last = number == len(works) - 1
             quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.distiller)
             with quiet:
-                sums.merge(self._micro_step(self._with_teacher(work)))
+                sums.merge(self.micro_step(work))
         self._update(lr, sums)
         return sums
-
-    def _cut(self, stream: Stream, measure: bool) -> list[Work]:
-        return cut(
-            stream, size=self.micro_batch_size, rank=self.accelerator.process_index,
-            processes=self.accelerator.num_processes, pad_id=self.pad_id, measure=measure,
-            device=self.accelerator.device,
-        )  # fmt: skip
 
     def _with_teacher(self, work: Work) -> Work:
         """The teacher's part of a micro-batch: one forward, and only where a loss or a metric reads it."""
@@ -90,7 +82,9 @@ class Stepper:
         """Log-probs of tokens as sums over the preferred and the dispreferred responses."""
         return Pair(*segment_sum(logps_N, work.batch.sequence, len(work.batch.lengths)).chunk(2))
 
-    def _micro_step(self, work: Work) -> Sums:
+    def micro_step(self, work: Work) -> Sums:
+        """Teacher, forward and backward of one micro-batch."""
+        work = self._with_teacher(work)
         with self.accelerator.autocast():
             total, sums = self._forward(work)
         if not torch.isfinite(total):

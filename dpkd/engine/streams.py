@@ -70,13 +70,16 @@ class StreamBuilder:
 
     def streams(self, step: int, texts: Sequence[StepText]) -> list[Stream]:
         """All streams of a step, over all processes; `texts` has the responses of each group."""
+        blocks = self.corpus.schedule.window(step) if self.corpus is not None else []
+        return self.build(texts, self.groups[0].writers.schedule.window(step), blocks)
+
+    def build(self, texts: Sequence[StepText], window: Sequence[int], blocks: Sequence[int]) -> list[Stream]:
+        """The streams of a text of each group, of examples for the LM term, and of blocks of plain text."""
         streams = [group.stream(text, self.prompts) for group, text in zip(self.groups, texts, strict=True)]
         if self.terms.lm.weight > 0:
-            window = self.groups[0].writers.schedule.window(step)
             streams = [*self._with_lm(streams[0], window), *streams[1:]]
         if self.terms.pretrain.weight > 0 and self.corpus is not None:
-            blocks = [self.corpus.blocks[i] for i in self.corpus.schedule.window(step)]
-            units = [Unit((TokenSequence((), block),)) for block in blocks]
+            units = [Unit((TokenSequence((), self.corpus.blocks[i]),)) for i in blocks]
             term = Term("pretrain", self.pretrain_reads, self.terms.pretrain.weight, max(1, _tokens(units)))
             streams.append(Stream("pretrain", units, [term]))
         return streams

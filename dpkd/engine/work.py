@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from dpkd.api import Pair, Signal
-from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
+from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches
 from dpkd.teachers.live import TeacherRows
 from dpkd.teachers.stored import StoredRows
 from dpkd.text.responses import Response
 
-__all__ = ["Stream", "Term", "Unit", "Work", "cut"]
+__all__ = ["Cutter", "Stream", "Term", "Unit", "Work"]
 
 
 class Term(NamedTuple):
@@ -89,25 +89,71 @@ def _rollout_signals(units: Sequence[Unit]) -> dict[Signal, Tensor]:
 _IDLE = Unit((TokenSequence((0,), ()),))
 
 
-def cut(
-    stream: Stream, *, size: int, rank: int, processes: int, pad_id: int, measure: bool, device: torch.device
-) -> list[Work]:
-    """The stream's share of one process, longest first, in micro-batches of at most `size` sequences."""
-    per_unit = 2 if stream.pairs else 1
-    lengths = [max(len(s.prompt_ids) + len(s.response_ids) for s in unit.sequences) for unit in stream.units]
-    groups = micro_batches(lengths, max(1, size // per_unit))
-    rounds = -(-len(groups) // processes)
-    works = []
-    for number in range(rounds):
-        mine = number * processes + rank
-        units = [stream.units[i] for i in groups[mine]] if mine < len(groups) else [_IDLE] * per_unit
-        if stream.pairs and mine < len(groups):
+# Sharing the prompt of a pair costs attention over both responses; below this share of tokens saved it does not pay.
+WORTH_SHARING = 0.1
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts the streams of a step into the micro-batches of one process. Nothing here changes a result."""
+
+    size: int  # sequences of a micro-batch
+    pad_id: int
+    tokens: int | None = None  # tokens of a micro-batch, padding included
+    layout: Layout = PLAIN
+    rank: int = 0
+    processes: int = 1
+    device: torch.device | str = "cpu"
+
+    def __call__(self, stream: Stream, measure: bool) -> list[Work]:
+        """The stream's share of this process, longest first."""
+        layout = self.layout._replace(shared=self.layout.shared and stream.pairs and _worth_sharing(stream.units))
+        groups = self._groups(stream, layout)
+        works = []
+        for number in range(-(-len(groups) // self.processes)):
+            mine = number * self.processes + self.rank
+            units = [stream.units[i] for i in groups[mine]] if mine < len(groups) else []
+            works.append(self._work(stream, units, layout, measure))
+        return works
+
+    def _groups(self, stream: Stream, layout: Layout) -> list[list[int]]:
+        """The units of each micro-batch of all processes."""
+        per_unit = 2 if stream.pairs else 1
+        size, tokens, lengths = max(1, self.size // per_unit), self.tokens, [max(_lengths(u)) for u in stream.units]
+        if layout.shared:
+            lengths = [_shared_length(unit) for unit in stream.units]
+        elif layout.packed:
+            lengths = [sum(_lengths(unit)) for unit in stream.units]
+        elif tokens is not None:
+            tokens = tokens // per_unit
+        return micro_batches(lengths, size, tokens, packed=layout.packed)
+
+    def _work(self, stream: Stream, units: Sequence[Unit], layout: Layout, measure: bool) -> Work:
+        """The micro-batch of some units; with none, the process idles along."""
+        responses: list[Response] = []
+        if stream.pairs and units:
             sequences = [u.sequences[0] for u in units] + [u.sequences[1] for u in units]
             responses = [u.responses[0] for u in units] + [u.responses[1] for u in units]
         else:
-            sequences = [s for unit in units for s in unit.sequences]
+            idle = [_IDLE] * (2 if stream.pairs else 1)
+            sequences = [s for unit in units or idle for s in unit.sequences]
             responses = [r for unit in units for r in unit.responses]
-        extra = {} if stream.pairs else {k: v.to(device) for k, v in _rollout_signals(units).items()}
-        batch = collate(sequences, pad_id=pad_id).to(device)
-        works.append(Work(stream.name, batch, stream.terms, stream.pairs, float(processes), measure, responses, extra))
-    return works
+        extra = {} if stream.pairs else {k: v.to(self.device) for k, v in _rollout_signals(units).items()}
+        batch = collate(sequences, pad_id=self.pad_id, layout=layout).to(self.device)
+        return Work(
+            stream.name, batch, stream.terms, stream.pairs, float(self.processes), measure, responses, extra
+        )  # fmt: skip
+
+
+def _lengths(unit: Unit) -> list[int]:
+    return [len(s.prompt_ids) + len(s.response_ids) for s in unit.sequences]
+
+
+def _shared_length(unit: Unit) -> int:
+    """Tokens of a unit whose sequences stand behind one copy of their prompt."""
+    return len(unit.sequences[0].prompt_ids) + sum(len(s.response_ids) for s in unit.sequences)
+
+
+def _worth_sharing(units: Sequence[Unit]) -> bool:
+    apart = sum(sum(_lengths(unit)) for unit in units)
+    return apart - sum(_shared_length(unit) for unit in units) > WORTH_SHARING * apart

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpkd.errors import DpkdError
+from dpkd.models.attention import attention_mask
 
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
@@ -99,18 +100,19 @@ def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
     )
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-    """The last hidden states `[B, T, H]`, ready for the head."""
+def hidden_states(model: nn.Module, input_ids: Tensor, mask: Any, position_ids: Tensor) -> Tensor:
+    """The last hidden states `[R, T, H]`, ready for the head; `mask` as the model's attention takes it."""
     backbone = causal_lm(model).base_model
     # Models with ALiBi take no positions: they count from the attention mask.
     positions = {"position_ids": position_ids} if "position_ids" in signature(backbone.forward).parameters else {}
-    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    output = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 
 def hidden_rows(model: nn.Module, batch: Batch) -> Tensor:
     """The hidden states `[N, H]` from which the response tokens of a batch are predicted."""
-    hidden = hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
+    mask = attention_mask(causal_lm(model), batch)
+    hidden = hidden_states(model, batch.input_ids, mask, batch.position_ids)
     return hidden.flatten(0, 1).index_select(0, batch.rows)
 
 

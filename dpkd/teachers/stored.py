@@ -51,9 +51,10 @@ class StoredTeacher:
 
     def _read(self, batch: Batch) -> dict[str, Tensor]:
         """The rows of a batch, packed like its own. Raises DpkdError for text that the store does not have."""
-        ids, mask, lengths = batch.input_ids.cpu(), batch.attention_mask.cpu().bool(), batch.lengths.tolist()
         parts = [
-            self._shards.read(sequence_key(ids[b][mask[b]].tolist(), count)) for b, count in enumerate(lengths) if count
+            self._shards.read(sequence_key([*prompt, *response], count))
+            for (prompt, response), count in zip(batch.sequences, batch.lengths.tolist(), strict=True)
+            if count
         ]
         names = parts[0].keys() if parts else ("logps",)
         return {name: torch.cat([part[name] for part in parts]).to(self._device) for name in names if parts}

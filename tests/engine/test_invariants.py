@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpkd.data.batches import TokenSequence, collate
+from dpkd.api import Text
+from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.engine import run
 from dpkd.engine.assembly import assemble
 from dpkd.engine.metrics_log import read_metrics
 from dpkd.engine.progress import Display
-from dpkd.engine.work import Stream, Term, Unit, cut
+from dpkd.engine.work import Cutter, Stream, Term, Unit
 from dpkd.models.head import hidden_rows
 from dpkd.teachers.live import LiveTeacher
+from dpkd.text.responses import Response
 
 
 class _NoStep:
@@ -80,8 +82,9 @@ def test_the_gradient_does_not_depend_on_accumulation(loss, changes, settings_of
         found, other = results[micro]
         assert found.keys() == whole.keys()
         for name, gradient in whole.items():
+            # Llama's norms compute in float32 whatever the weights: their last digit may turn with the row's width.
             torch.testing.assert_close(
-                found[name], gradient, rtol=1e-6, atol=1e-9, msg=f"{name}, micro-batches of {micro}"
+                found[name], gradient, rtol=1e-5, atol=1e-7, msg=f"{name}, micro-batches of {micro}"
             )
         assert other["loss/main"] == pytest.approx(sums["loss/main"], rel=1e-9)
 
@@ -104,6 +107,42 @@ def test_the_denominator_is_the_tokens_of_the_window(settings_of, quiet):
     mean.backward()
     for name, parameter in distiller.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("changes", [
+    {"batch.shared_prompts": True}, {"batch.packing": "on"}, {"batch.packing": "on", "batch.shared_prompts": True},
+    {"batch.tokens": 40}, {"batch.tokens": 64, "batch.packing": "on"}, {"batch.tokens": 1},
+])  # fmt: skip
+@pytest.mark.parametrize("loss", ["dpkd", "kd", "minillm"])
+def test_the_layout_of_batches_changes_no_gradient(loss, changes, settings_of, quiet, tmp_path):
+    plain = {"train.batch_size": 8, "batch.shared_prompts": False, "output": str(tmp_path / "plain")}
+    whole, sums, stepper = gradients(settings_of(loss, plain), quiet)
+    assert stepper.cutter.layout == Layout()
+    found, other, stepper = gradients(settings_of(loss, plain | changes | {"output": str(tmp_path / "new")}), quiet)
+    assert stepper.cutter.layout == Layout(changes.get("batch.shared_prompts", False), "batch.packing" in changes)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    assert other["loss/main"] == pytest.approx(sums["loss/main"], rel=1e-6)
+
+
+def test_pairs_share_their_prompt_unless_it_is_too_short_to_matter(settings_of, quiet):
+    def rows(prompt_tokens):
+        unit = Unit((TokenSequence((5,) * prompt_tokens, (1, 2, 256)), TokenSequence((5,) * prompt_tokens, (3, 256))),
+                    (Response((1, 2, 256), Text.TEACHER), Response((3, 256), Text.STUDENT)))  # fmt: skip
+        (work,) = Cutter(8, 256, layout=Layout(shared=True))(Stream("main", [unit], [], True), measure=False)
+        return work.batch.input_ids.shape
+
+    assert rows(20) == (1, 25)
+    assert rows(0) == (2, 3)
+
+
+def test_no_micro_batch_has_more_tokens_than_asked_for():
+    units = [Unit((TokenSequence((1,) * n, (2,) * n),)) for n in range(1, 12)]
+    for packed in (False, True):
+        works = Cutter(64, 0, tokens=48, layout=Layout(packed=packed))(Stream("main", units, []), measure=False)
+        assert len(works) > 2
+        assert all(work.batch.input_ids.numel() <= 48 for work in works)
+        assert sum(len(work.batch.sequences) for work in works) == 11
 
 
 def stepper_window(resolved, quiet):
@@ -131,7 +170,7 @@ def test_a_process_with_nothing_to_do_gives_zero_and_finite_gradients(settings_o
         _, _, stepper = gradients(resolved, quiet)
         term = Term("main", resolved.loss.signals(resolved.loss_config), 1.0, 5.0)
         stream = Stream("main", units, [term], pairs)
-        (idle,) = cut(stream, size=8, rank=1, processes=2, pad_id=256, measure=False, device=torch.device("cpu"))
+        (idle,) = Cutter(8, 256, rank=1, processes=2)(stream, measure=False)
         total, sums = stepper.distiller(stepper._with_teacher(idle))
         total.backward()
         assert total.item() == 0.0

@@ -1,0 +1,54 @@
+"""Whether a model can read several sequences in one row."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpkd.data.batches import PLAIN, Layout, TokenSequence, collate
+from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.head import causal_lm, hidden_rows
+
+__all__ = ["why_not"]
+
+# Two prompts of different length, two responses each.
+_PROBE = (((4, 5, 6), (7, 8)), ((9, 4), (5,)), ((4, 5, 6), (10, 11, 7, 8)), ((9, 4), (6, 9, 10)))
+
+
+@torch.no_grad()
+def why_not(model: nn.Module, layout: Layout) -> str | None:
+    """Why a model cannot run a layout, or None: known limits first, then a probe against separate rows."""
+    lm = causal_lm(model)
+    kind = implementation(lm)
+    if kind not in ("sdpa", "eager", "flex_attention") and not (kind in VARLEN and not layout.shared):
+        return f"its attention ({kind}) takes no such mask"
+    if "position_ids" not in signature(lm.base_model.forward).parameters:
+        return "it counts positions by itself"
+    if _windowed(lm.config.get_text_config()):
+        return "some of its layers do not attend to all that came before"
+    if kind in VARLEN:  # only half precision on a GPU: the probe would tell nothing
+        return None
+    device, ids = next(lm.parameters()).device, lm.get_input_embeddings().num_embeddings
+    sequences = [TokenSequence(*(tuple(token % ids for token in part) for part in sequence)) for sequence in _PROBE]
+    was_training = model.training
+    model.eval()  # dropout would differ
+    try:
+        apart, together = (
+            hidden_rows(model, collate(sequences, pad_id=0, layout=one).to(device)).float() for one in (PLAIN, layout)
+        )
+    finally:
+        model.train(was_training)
+    tolerance = 1e-3 if next(lm.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+    gap = float((apart - together).abs().max() / apart.abs().max().clamp(min=1e-6))
+    return None if gap < tolerance else f"its hidden states change (by {gap:.2g})"
+
+
+def _windowed(config: Any) -> bool:
+    """Whether a layer looks at a window, or is no attention at all."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if kinds:
+        return any(kind not in ("full_attention", "global") for kind in kinds)
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)

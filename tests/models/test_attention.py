@@ -1,0 +1,112 @@
+"""Several sequences in one row give what each gives in a row of its own."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
+
+from dpkd.data.batches import Layout, TokenSequence, collate
+from dpkd.models.attention import visible
+from dpkd.models.head import hidden_rows
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+CONFIGS = {
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "opt": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64),
+    "llama": LlamaConfig(**SIZES, intermediate_size=64),
+    "qwen2": Qwen2Config(**SIZES, intermediate_size=64, num_key_value_heads=2),
+}
+LAYOUTS = [Layout(shared=True), Layout(packed=True), Layout(shared=True, packed=True)]
+PAIRS = [
+    TokenSequence((5, 6, 7), (8, 9, 3)), TokenSequence((10, 4, 11, 12), (13,)), TokenSequence((2,), (14, 15)),
+    TokenSequence((5, 6, 7), (20, 21, 22, 23, 3)), TokenSequence((10, 4, 11, 12), (24, 25, 3)),
+    TokenSequence((2,), ()),
+]  # fmt: skip
+
+
+def gradients(model, batch):
+    """Hidden rows, and the gradients of a weighted sum of them: weights differ by row and by place."""
+    model.zero_grad()
+    hidden_NH = hidden_rows(model, batch)
+    weights = torch.linspace(-1, 1, hidden_NH.numel(), dtype=hidden_NH.dtype).view_as(hidden_NH)
+    (hidden_NH * weights).sum().backward()
+    return hidden_NH.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_hidden_states_and_gradients_equal_those_of_separate_rows(family, attention):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention).eval()
+    expected, expected_gradients = gradients(model, collate(PAIRS, pad_id=3))
+    assert len(expected) == 14
+    assert len(expected_gradients) > 10
+    for layout in LAYOUTS:
+        batch = collate(PAIRS, pad_id=3, layout=layout)
+        assert batch.input_ids.shape[0] == (1 if layout.packed else 3)
+        ours, our_gradients = gradients(model, batch)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        for own, want in zip(our_gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(own, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on a CPU needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself
+def test_flex_attention_gives_the_same_hidden_states():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        expected = hidden_rows(model, collate(PAIRS, pad_id=3))
+        model.config._attn_implementation = "flex_attention"
+        ours = hidden_rows(model, collate(PAIRS, pad_id=3, layout=Layout(shared=True)))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_token_sees_its_prompt_and_its_own_response_up_to_itself(data):
+    """Against the definition, token by token."""
+    ids = st.lists(st.integers(1, 5), max_size=3)
+    count = data.draw(st.integers(2, 5))
+    sequences = [TokenSequence(tuple(data.draw(ids)), tuple(data.draw(ids))) for _ in range(count)]
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    batch = collate(sequences, pad_id=0, layout=layout)
+    if batch.spans is None:  # nothing to share
+        return
+    seen = visible(batch.spans).numpy()
+    tree, branch = batch.spans.numpy()
+    for r in range(tree.shape[0]):
+        for i in range(tree.shape[1]):
+            for j in range(tree.shape[1]):
+                related = tree[r, i] == tree[r, j] and branch[r, j] in (0, branch[r, i])
+                assert seen[r, i, j] == (related and j <= i)
+    # No row of the mask is empty: a softmax over nothing is not a number.
+    assert seen.any(-1).all()
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_layout_changes_neither_targets_nor_positions_nor_what_stands_before_a_target(data):
+    ids = st.lists(st.integers(1, 9), max_size=4)
+    prompts = data.draw(st.lists(ids, min_size=1, max_size=4))
+    sequences = [TokenSequence(tuple(p), tuple(data.draw(ids))) for _ in range(2) for p in prompts]
+    plain = collate(sequences, pad_id=0)
+    for layout in LAYOUTS:
+        batch = collate(sequences, pad_id=0, layout=layout)
+        assert batch.targets.tolist() == plain.targets.tolist()
+        assert batch.sequence.tolist() == plain.sequence.tolist()
+        assert batch.lengths.tolist() == plain.lengths.tolist()
+        for name in ("input_ids", "position_ids"):
+            ours, theirs = getattr(batch, name).flatten(), getattr(plain, name).flatten()
+            assert ours[batch.rows].tolist() == theirs[plain.rows].tolist()
+        assert batch.attention_mask.flatten()[batch.rows].all()
+        assert batch.attention_mask.sum() <= plain.attention_mask.sum()
+        if layout.packed:
+            assert batch.attention_mask.all()
+    assert np.all(np.diff(plain.sequence.numpy()) >= 0)
