@@ -1,10 +1,13 @@
 """When sequence-level DPKD collapses and when it holds: likelihood term, length normalisation, freshness of pairs, β.
 
-stories260K (pretrained on stories for children) distilled into two of its five layers, which were first fine-tuned
-on the same stories. Every run begins there and differs in four settings; the table has Rouge-L and divergences on
-held-out stories, and what became of the log-probs per token of preferred and dispreferred responses.
+Every run begins with the same fine-tuned student and differs in four settings. The table has Rouge-L and divergences on
+held-out rows, and what became of the log-probs per token of preferred and dispreferred responses; the figure has them
+over the steps. Stale pairs are written once and gone over again and again.
 
-    python benchmarks/collapse.py --folder NEW [--steps 600]
+    python benchmarks/collapse.py --on stories --folder NEW           # stories260K into two of its five layers
+    python benchmarks/collapse.py --on dolly --folder NEW --teacher SMOLLM2 --start RUN/model   # see docs/results.md
+
+Called again, it goes on where it was stopped. Needs the shared models and data (DPKD_SHARED, default ../shared).
 """
 
 from __future__ import annotations
@@ -12,82 +15,140 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
-from every_loss import STORIES, write_stories
+from every_loss import SHARED, STORIES, write_stories
 
-from dpkd.engine.sweep import read_sweep, run_sweep
+from dpkd.engine.sweep import Plan, SweepRun, read_sweep, run_sweep
 from dpkd.report.reading import read_run
 
-COMMON = {
-    "data.template": "none", "train.batch_size": 16, "train.micro_batch_size": 32, "train.log_every": 20,
-    "text.sampling.max_new_tokens": 64, "text.teacher_sampling.max_new_tokens": 64,
-}  # fmt: skip
+FRESH, STALE = {"text.every": 10, "text.refresh": "every_n_steps"}, {"text.refresh": "once"}
+LM, HOW, BETA = "terms.lm.weight", "loss.aggregation", "loss.beta"
+NUMBERS = ("rouge_l", "forward_kl", "reverse_kl", "tokens", "eos_rate")
 
 
-def sweep_file(folder: Path, steps: int) -> tuple[Path, Path]:
-    """The file of the sweep, and the held-out rows."""
+def stories(folder: Path) -> dict[str, Any]:
+    """16 runs on stories260K; its student is fine-tuned first."""
     data, held_out = write_stories(folder)
-    common = COMMON | {"teacher.model": str(STORIES), "data.path": str(data)}
-    pairs = {"text.pairs": {"preferred": "teacher", "dispreferred": "student"}}
-    values = {
-        "output": str(folder / "runs"),
-        "settings": common,
-        "stages": {
-            "start": {"settings": {
-                "loss.name": "sft", "student.init": "layers", "student.layers": 2, "train.steps": 400, "train.lr": 3e-3,
-            }},
-            "dpkd": {
-                "settings": {
-                    "loss.name": "dpkd", "student.model": "{start}", "train.steps": steps, "train.lr": 1e-3,
-                    "text.every": 10, "text.refresh": "every_n_steps", **pairs,
-                },
-                "matrix": {"terms.lm.weight": [0.0, 1.0], "loss.aggregation": ["mean", "sum"], "loss.beta": [0.1, 1.0]},
-            },
-            "stale": {
-                "settings": {
-                    "loss.name": "dpkd", "student.model": "{start}", "train.steps": steps, "train.lr": 1e-3,
-                    "text.refresh": "once", **pairs,
-                },
-                "matrix": {"terms.lm.weight": [0.0, 1.0], "loss.aggregation": ["mean", "sum"], "loss.beta": [0.1, 1.0]},
-            },
-        },
-        "evaluate": {"data": [str(held_out)], "options": {"seeds": "10,20,30", "max_new_tokens": 64}},
+    grid = {LM: [0.0, 1.0], HOW: ["mean", "sum"], BETA: [0.1, 1.0]}
+    of_all = {"loss.name": "dpkd", "student.model": "{start}", "train.steps": 400, "train.lr": 1e-3}
+    start = {
+        "loss.name": "sft", "student.init": "layers", "student.layers": 2, "train.steps": 400, "train.lr": 3e-3,
     }  # fmt: skip
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    return path, held_out
+    return {
+        "settings": {
+            "data.template": "none", "train.batch_size": 16, "train.micro_batch_size": 32, "train.log_every": 20,
+            "text.sampling.max_new_tokens": 64, "text.teacher_sampling.max_new_tokens": 64,
+            "teacher.model": str(STORIES), "data.path": str(data),
+        },
+        "stages": {
+            "start": {"settings": start},
+            "fresh": {"settings": {**of_all, **FRESH}, "matrix": grid},
+            "stale": {"settings": {**of_all, **STALE, "data.limit": 160}, "matrix": grid},
+        },
+        "evaluate": {
+            "data": [str(held_out)], "stages": ["fresh", "stale"],
+            "options": {"seeds": "10,20,30", "max_new_tokens": 64},
+        },
+    }  # fmt: skip
 
 
-def row(folder: Path) -> dict[str, float]:
-    """The scores of a run, and its log-probs per token at the start and at the end."""
-    scores = json.loads(next((folder / "eval").rglob("scores.json")).read_text(encoding="utf-8"))["metrics"]
-    found = {name: scores[name]["mean"] for name in ("rouge_l", "forward_kl", "reverse_kl", "tokens", "eos_rate")}
-    lines = [line for line in read_run(folder).metrics if "logp/preferred" in line]
+def dolly(teacher: str, start: str) -> dict[str, Any]:
+    """6 runs from SmolLM2-135M-Instruct into the student of docs/results.md."""
+    of_all = {"loss.name": "dpkd", "student.model": start, "train.steps": 150, "train.lr": 3e-4, "data.limit": 200}
+    return {
+        "settings": {
+            "teacher.model": teacher, "student.dropout": "off", "data.path": str(SHARED / "data/dolly/train.jsonl"),
+            "data.template": "alpaca", "data.max_prompt_tokens": 128, "data.max_tokens": 192,
+            "text.sampling.max_new_tokens": 48, "text.teacher_sampling.max_new_tokens": 64,
+            "train.batch_size": 4, "train.min_lr": 1e-5, "train.warmup_steps": 10, "train.log_every": 10,
+        },
+        "stages": {
+            "fresh": {"settings": {**of_all, **FRESH, LM: 0.0}, "matrix": {HOW: ["mean", "sum"]}},
+            "stale": {"settings": {**of_all, **STALE}, "matrix": {LM: [0.0, 1.0], HOW: ["mean", "sum"]}},
+        },
+        "evaluate": {
+            "data": [str(SHARED / "data/dolly/eval.jsonl")],
+            "options": {"limit": 100, "seeds": "10", "max_new_tokens": 64, "long_prompts": "skip"},
+        },
+    }  # fmt: skip
+
+
+def numbers(run: SweepRun) -> dict[str, Any]:
+    """The scores of a run, its log-probs per token at the start and at the end, and whether it warned."""
+    scores = json.loads(next((run.folder / "eval").rglob("scores.json")).read_text(encoding="utf-8"))["metrics"]
+    found: dict[str, Any] = {name: scores[name]["mean"] for name in NUMBERS}
     for which in ("preferred", "dispreferred"):
-        for name, part in (("first", lines[:3]), ("last", lines[-3:])):
-            values = [line[f"logp/{which}"] / line[f"length/{which}"] for line in part]
-            found[f"{which} {name}"] = sum(values) / len(values) if values else float("nan")
+        values = per_token(run.folder, which)
+        found[f"{which} first"], found[f"{which} last"] = values[0], sum(values[-3:]) / 3
+    log = run.folder.with_name(f"{run.name}.log")
+    found["warned"] = "log q of the preferred responses has fallen" in log.read_text(encoding="utf-8")
     return found
+
+
+def per_token(folder: Path, which: str) -> list[float]:
+    """log q(y) / |y| of the preferred or the dispreferred responses at the logged steps."""
+    return [m[f"logp/{which}"] / m[f"length/{which}"] for m in read_run(folder).metrics if f"logp/{which}" in m]
+
+
+def table(plan: Plan) -> str:
+    lines = [
+        "| run | Rouge-L | fKL | rKL | tokens | EOS % | log q(yₜ) first → last | log q(yₛ) first → last | warned |",
+        "|---|---:|---:|---:|---:|---:|---|---|---|",
+    ]
+    for run in pairs(plan):
+        n = numbers(run)
+        lines.append(
+            f"| {run.name} | {n['rouge_l']:.1f} | {n['forward_kl']:.2f} | {n['reverse_kl']:.2f} | {n['tokens']:.0f} | "
+            f"{100 * n['eos_rate']:.0f} | {n['preferred first']:.2f} → {n['preferred last']:.2f} | "
+            f"{n['dispreferred first']:.2f} → {n['dispreferred last']:.2f} | {'yes' if n['warned'] else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def pairs(plan: Plan) -> list[SweepRun]:
+    return [run for run in plan.runs if run.name != "start"]
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Log-probs per token, reverse KL, margin of the rewards and length of the student's responses over the steps."""
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "log q(yₜ) per token": lambda m: m["logp/preferred"] / m["length/preferred"],
+        "log q(yₛ) per token": lambda m: m["logp/dispreferred"] / m["length/dispreferred"],
+        "reverse KL": lambda m: m["kl/reverse"],
+        "reward margin": lambda m: m["reward/margin"],
+        "length of yₛ": lambda m: m["length/dispreferred"],
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
+    for run in pairs(plan):
+        metrics = [m for m in read_run(run.folder).metrics if "logp/preferred" in m]
+        style = "-" if "weight_1.0" in run.name else "--"
+        for axis, (title, of) in zip(axes, panels.items(), strict=True):
+            axis.plot([m["step"] for m in metrics], [of(m) for m in metrics], style, lw=1.2, label=run.name)
+            axis.set(title=title, xlabel="step")
+    axes[3].set_yscale("symlog")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--on", choices=["stories", "dolly"], required=True)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
-    arguments = parser.parse_args()
-    path, _ = sweep_file(arguments.folder, arguments.steps)
+    parser.add_argument("--teacher", help="with dolly: the folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--start", help="with dolly: the model that configs/small/start.yaml gives")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    values = stories(given.folder) if given.on == "stories" else dolly(given.teacher, given.start)
+    path = given.folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"output": str(given.folder / "runs"), **values}, sort_keys=False), encoding="utf-8")
     plan = read_sweep(path)
     run_sweep(plan)
-    print("| run | Rouge-L | fKL | rKL | tokens | log q(yₜ) first → last | log q(yₛ) first → last |")
-    print("|---|---|---|---|---|---|---|")
-    for run in plan.runs:
-        found = row(run.folder)
-        print(
-            f"| {run.name} | {found['rouge_l']:.1f} | {found['forward_kl']:.2f} | {found['reverse_kl']:.2f} | "
-            f"{found['tokens']:.0f} | {found['preferred first']:.2f} → {found['preferred last']:.2f} | "
-            f"{found['dispreferred first']:.2f} → {found['dispreferred last']:.2f} |"
-        )
+    print(table(plan))
+    draw(plan, given.folder / "curves.png")
 
 
 if __name__ == "__main__":
