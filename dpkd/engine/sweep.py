@@ -169,7 +169,7 @@ def _filled(value: Any, places: Mapping[str, str]) -> Any:
 
 def _layers(plan: Plan, run: SweepRun) -> list[Layer]:
     layers = [file_layer(file) for file in plan.files]
-    layers += [flag_layer(f"the sweep, {run.name}", path, value) for path, value in run.settings.items()]
+    layers += [flag_layer("the sweep", path, value) for path, value in run.settings.items()]
     return [*layers, flag_layer("the sweep", "output", str(run.folder))]
 
 
@@ -178,13 +178,22 @@ def _check(plan: Plan, host: Host) -> None:
     names = [run.name for run in plan.runs]
     problems += [f"two runs are called {name}: their settings differ in nothing" for name in sorted(
         {name for name in names if names.count(name) > 1})]  # fmt: skip
+    found: dict[str, list[str]] = {}  # each problem with its runs: one mistake is often that of many
     for run in plan.runs:
         try:
             resolve(_layers(plan, run), host)
         except SettingsError as error:
-            problems += [f"{run.name}: {problem}" for problem in error.problems]
+            for problem in error.problems:
+                found.setdefault(problem, []).append(run.name)
+    problems += [f"{_listed(runs)}: {problem}" for problem, runs in found.items()]
     if problems:
-        raise SettingsError(list(dict.fromkeys(problems)))
+        raise SettingsError(problems)
+
+
+def _listed(runs: Sequence[str]) -> str:
+    """Names of runs, the first of many."""
+    first = ", ".join(runs[:2])
+    return first if len(runs) <= 2 else f"{first} and {len(runs) - 2} more"
 
 
 def run_sweep(plan: Plan, *, devices: Sequence[str] = (), console: Console | None = None) -> Outcome:

@@ -92,3 +92,13 @@ def test_mistakes_are_found_before_anything_runs(stages, problem, written, tmp_p
     with pytest.raises(SettingsError, match=problem):
         read_sweep(written(stages=stages))
     assert not Path(tmp_path / "runs").exists()
+
+
+def test_a_mistake_of_many_runs_is_said_once(written, tmp_path):
+    stages = {"all": {"settings": {"loss.name": "kd", "train.step": 3}, "matrix": {"seed": [1, 2, 3, 4]}}}
+    path = written(stages=stages)
+    with pytest.raises(SettingsError) as raised:
+        read_sweep(path)
+    said = [problem for problem in raised.value.problems if "train.step:" in problem]
+    assert len(said) == 1
+    assert said[0].startswith("all-seed_1, all-seed_2 and 2 more: train.step: no such setting")
