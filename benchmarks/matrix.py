@@ -5,8 +5,8 @@ divergences to the teacher (1 = as before training), the forward and the reverse
 
     python benchmarks/matrix.py --folder NEW [--steps 60] [--loss NAME ...]
 
-Needs stories260K (DPKD_SHARED, default ../shared) and the extra `peft`. Settings are those of each loss, but for a larger
-learning rate: two layers of five have much to learn.
+Needs stories260K (DPKD_SHARED, default ../shared) and the extra `peft`. Settings are those of each loss, but for a
+larger learning rate: two layers of five have much to learn.
 """
 
 from __future__ import annotations

@@ -109,6 +109,6 @@ def out_of_memory(error: RuntimeError) -> str | None:
         return None
     return (
         "the memory of the device is too small for this run. Lower train.micro_batch_size, or set batch.tokens: "
-        "neither changes a result. Less is needed too with student.gradient_checkpointing=true, train.precision=bf16 and "
-        "student.lora, and for sampling with a lower text.sampling.batch_size."
+        "neither changes a result. Less is needed too with student.gradient_checkpointing=true, train.precision=bf16 "
+        "and student.lora, and for sampling with a lower text.sampling.batch_size."
     )
