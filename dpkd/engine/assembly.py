@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from dpkd.api import Signal
 from dpkd.config.resolve import Resolved
@@ -80,24 +81,28 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     Raises DpkdError when models, tokenizers or data do not fit together.
     """
     settings = resolved.settings
+    _check_sharding(accelerator)
     prepared = prepare(resolved, display)
     tokenizer, data, steps = prepared.tokenizer, prepared.data, prepared.steps
     corpus = _corpus(settings, tokenizer, steps, display)
     models = _Models(resolved, accelerator, prepared, display)
+    layout = models.layout(settings.batch)  # while the student is whole: it may be sharded below
     losses = _losses(resolved)
     distiller = Distiller(
         models.student, losses, vocabulary=models.vocabulary, chunk_mib=settings.train.chunk_mib
     ).to(accelerator.device)  # fmt: skip
     optimiser = make_optimiser(distiller, settings.train)
     distiller, optimiser = accelerator.prepare(distiller, optimiser)
+    inner = accelerator.unwrap_model(distiller)
+    register_fsdp_forward_method(inner, "lend")  # nothing happens to it where the student is not sharded
     cutter = Cutter(
-        settings.train.micro_batch_size, tokenizer.pad_token_id, settings.batch.tokens, models.layout(settings.batch),
+        settings.train.micro_batch_size, tokenizer.pad_token_id, settings.batch.tokens, layout,
         accelerator.process_index, accelerator.num_processes, accelerator.device,
     )  # fmt: skip
     stepper = Stepper(
         accelerator, distiller, optimiser, models.teacher, models.reference, cutter, settings.train.clip
     )  # fmt: skip
-    studio = Studio(resolved, models.student, models.teacher, models.vocabulary, prepared, accelerator, display)
+    studio = Studio(resolved, inner.lend, models.teacher, models.vocabulary, prepared, accelerator, display)
     builder = StreamBuilder(
         make_groups(resolved, losses, studio), settings.terms,
         losses["pretrain"].reads() if "pretrain" in losses else LM_READS, data.prompts, corpus,
@@ -124,6 +129,19 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         tokenizer, data, models.teacher, stepper, builder, schedules, facts, prepared.dev, models.vocabulary,
         prepared.context,
     )  # fmt: skip
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    """Raises DpkdError for ways of sharding whose weights cannot be gathered for sampling and saving."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise DpkdError("accelerate shards with FSDP 1; dpkd needs FSDP 2: accelerate launch --fsdp_version 2 ...")
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise DpkdError(
+            "accelerate shards with DeepSpeed's ZeRO stage 3; dpkd takes stages 1 and 2, or FSDP 2: accelerate launch "
+            "--use_fsdp --fsdp_version 2 ..."
+        )
 
 
 def _count(model: nn.Module, *, trained: bool = False) -> int:

@@ -5,7 +5,8 @@ Shapes: N response positions of the micro-batch, n of one chunk, V shared vocabu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,12 @@ from dpkd.engine.work import Work
 from dpkd.functional import log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, objective, token_logps
 from dpkd.models.head import Head, head_of, hidden_rows
+from dpkd.models.sharding import gathered
 from dpkd.teachers.live import TeacherRows
 
 __all__ = ["Distiller"]
+
+T = TypeVar("T")
 
 
 class Distiller(nn.Module):
@@ -44,6 +48,14 @@ class Distiller(nn.Module):
         """β of the implicit reward: that of a pair loss, else 1 (other losses call other things β)."""
         main = self.losses["main"]
         return float(getattr(main.config, "beta", 1.0)) if isinstance(main, PairLoss) else 1.0
+
+    def lend(self, work: Callable[[nn.Module], T]) -> T:
+        """Give the student, with whole weights, to work that is no training: sampling, evaluation, saving.
+
+        All processes call it together; what they do with it may differ.
+        """
+        with torch.no_grad(), gathered(self.student):
+            return work(self.student)
 
     def forward(self, work: Work) -> tuple[Tensor, Sums]:
         hidden = hidden_rows(self.student, work.batch)

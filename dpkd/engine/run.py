@@ -173,8 +173,9 @@ def _run(
     if done < assembly.writers.schedule.steps and trainer.ended is None:
         raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        finish(resolved, folder, assembly, display, trainer.dev)
+    assembly.stepper.inner.lend(
+        lambda _: finish(resolved, folder, assembly, display, trainer.dev) if accelerator.is_main_process else None
+    )
     accelerator.wait_for_everyone()
     return folder
 

@@ -102,6 +102,7 @@ class Stepper:
         limit = self.clip if self.clip is not None else float("inf")
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
         if norm is not None:
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
             if not torch.isfinite(norm):
                 raise explain_gradient(self.inner)
             sums.add("gradient_norm", norm, 1.0)

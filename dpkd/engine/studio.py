@@ -53,7 +53,7 @@ class Studio:
     """Everything that writing needs: who writes a text is put together here, for each group of losses."""
 
     resolved: Resolved
-    student: nn.Module
+    lend: Callable[[Callable[[nn.Module], Any]], Any]  # gives the student
     teacher: LiveTeacher | StoredTeacher | None
     vocabulary: int
     prepared: Prepared
@@ -70,7 +70,9 @@ class Studio:
             "context": self.prepared.context,
         }  # fmt: skip
         live = self.teacher if isinstance(self.teacher, LiveTeacher) else None
-        student = StudentPen(self.student, settings=text, teacher=live, loss=rollout_loss, **common)
+        student = StudentPen(
+            self.lend, settings=text, teacher=live, loss=rollout_loss, device=self.accelerator.device, **common
+        )
         writes = Text.TEACHER in text_writers(text, family).values()
         teacher = self._teacher_pen(text, common) if writes else _no_teacher
         schedule = Schedule(

@@ -136,7 +136,7 @@ class Trainer:
 
     def _develop(self, done: int, dev: Dev) -> bool:
         """Evaluate on the development set; whether to end the run here."""
-        line = dev.evaluate(done, self.stepper.inner.student)
+        line = self.stepper.inner.lend(lambda student: dev.evaluate(done, student))
         shown = [name for name in ("rouge_l", "nll", "forward_kl", "reverse_kl") if name in line]
         self.display.say(f"dev {done}  " + "  ".join(f"{name} {line[name]:.3f}" for name in shown))
         if self.trackers is not None:

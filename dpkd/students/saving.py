@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.models.head import causal_lm
-from dpkd.models.loading import quiet_transformers
+from dpkd.models.loading import new_model, quiet_transformers
+from dpkd.models.sharding import is_sharded
 from dpkd.students.lora import merged
 
 __all__ = ["save_model"]
@@ -20,6 +21,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
     Each folder appears complete, by a rename; an older one is replaced.
     """
+    if is_sharded(model):
+        model = _unsharded(model)
     with quiet_transformers():
         if hasattr(model, "peft_config"):
             with _whole(folder.with_name("adapter")) as unfinished:
@@ -30,6 +33,19 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         with _whole(folder) as unfinished:
             plain.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
+
+
+def _unsharded(model: Any) -> Any:
+    """A copy on the CPU of a model that FSDP has sharded, and gathered: it cannot be copied or saved itself."""
+    copy = new_model(causal_lm(model).config)
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model
+
+        copy = get_peft_model(copy, model.peft_config["default"])
+    live = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in copy.named_parameters():
+        parameter.data.copy_(live[name].detach())
+    return copy
 
 
 @contextmanager

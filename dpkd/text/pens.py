@@ -45,7 +45,7 @@ class Crew:
 class StudentPen:
     """Draws the student's responses; for a policy gradient it also scores them with the teacher."""
 
-    student: nn.Module
+    lend: Callable[[Callable[[nn.Module], Any]], Any]  # gives the student to work on it
     prompts: Sequence[Prompt]
     settings: TextSettings
     eos_ids: frozenset[int]
@@ -54,6 +54,7 @@ class StudentPen:
     seed: int
     crew: Crew
     context: int | None  # the longest sequence that both models read
+    device: torch.device
     teacher: LiveTeacher | None = None
     loss: RolloutLoss[Any] | None = None
     progress: Callable[[int], None] | None = None
@@ -63,9 +64,16 @@ class StudentPen:
         return _with_advantages(responses, self.loss) if self.loss is not None else responses
 
     def _write(self, indices: list[int], period: int) -> list[Response]:
+        sampled = self.lend(lambda student: self._sampled(student, indices, period))
+        if self.loss is None:
+            return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
+        drawn = [Response(s.response_ids, Text.STUDENT, s.truncated, s.logps, s.behaviour_logps) for s in sampled]
+        return self._scored(indices, drawn)
+
+    def _sampled(self, student: nn.Module, indices: list[int], period: int) -> list[Sampled]:
         mix = self.settings.teacher_mix
-        sampled = sample(
-            self.student,
+        return sample(
+            student,
             [self.prompts[i].prompt_ids for i in indices],
             self.settings.sampling,
             eos_ids=self.eos_ids,
@@ -77,15 +85,11 @@ class StudentPen:
             longest=self.context,
             progress=self.progress,
         )
-        if self.loss is None:
-            return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
-        drawn = [Response(s.response_ids, Text.STUDENT, s.truncated, s.logps, s.behaviour_logps) for s in sampled]
-        return self._scored(indices, drawn)
 
     def _scored(self, indices: list[int], responses: list[Response]) -> list[Response]:
         """The responses with the teacher's log-prob of each token."""
         assert self.teacher is not None  # the plan refuses a rollout loss without a teacher
-        device = next(self.student.parameters()).device
+        device = self.device
         sequences = [TokenSequence(self.prompts[i].prompt_ids, r.ids) for i, r in zip(indices, responses, strict=True)]
         scored = list(responses)
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]

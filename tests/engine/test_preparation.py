@@ -6,11 +6,13 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from dpkd.engine import run
+from dpkd.engine.assembly import _check_sharding
 from dpkd.engine.plan import dry_run
 from dpkd.errors import DpkdError, Stopped
 from dpkd.run_folder import RunFolder
@@ -175,3 +177,15 @@ def test_an_interrupt_while_the_teacher_writes_says_how_to_go_on(settings_of, qu
     with pytest.raises(Stopped, match="what it wrote is kept; continue with: dpkd train --resume") as caught:
         run.train(settings_of("seqkd"), console=quiet)
     assert caught.value.exit_code == 130
+
+
+@pytest.mark.parametrize(
+    ("plugins", "problem"),
+    [
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1), "deepspeed_plugin": None}, "dpkd needs FSDP 2"),
+        ({"fsdp_plugin": None, "deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "ZeRO stage 3; dpkd takes stages"),
+    ],
+)
+def test_sharding_that_cannot_be_gathered_is_refused(plugins, problem):
+    with pytest.raises(DpkdError, match=problem):
+        _check_sharding(SimpleNamespace(state=SimpleNamespace(**plugins)))
