@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from dpkd.api import Family, LossConfig, LossSpec, TeacherAccess, Text
 from dpkd.config.layers import Layer, Merged, drop, get_path, merge, suggestion_layer
+from dpkd.config.memory import memory_problems
 from dpkd.config.objective import Objective, extra_objective, schedule_problems, text_writers
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.host import Host, RegisteredLoss
+from dpkd.models.given import Given
 from dpkd.teachers.manifest import read_manifest
 from dpkd.teachers.serving import why_not
 
@@ -26,13 +28,17 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Resolved:
-    """Checked settings, the loss with its own checked settings, and where each value came from."""
+    """Checked settings, the loss with its own checked settings, and where each value came from.
+
+    `given` has the models and rows that are in memory; the settings have names for them.
+    """
 
     settings: RunSettings
     registered: RegisteredLoss
     loss_config: LossConfig
     provenance: dict[str, str]
     extras: tuple[Objective, ...] = ()
+    given: Given = field(default_factory=Given)
 
     @property
     def main(self) -> Objective:
@@ -63,8 +69,8 @@ class Resolved:
         return {"loss": loss, **self.settings.model_dump(mode="json", exclude={"text": unused})}
 
 
-def resolve(layers: Sequence[Layer], host: Host) -> Resolved:
-    """Merge and check the layers.
+def resolve(layers: Sequence[Layer], host: Host, given: Given | None = None) -> Resolved:
+    """Merge and check the layers; `given` has what they name and a caller has in memory.
 
     Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
     """
@@ -90,20 +96,21 @@ def resolve(layers: Sequence[Layer], host: Host) -> Resolved:
     extras: list[Objective] = []
     if sound is not None:
         spec = registered.spec if registered else None
-        given = get_path(merged.values, "terms.extra") or {}
+        terms = get_path(merged.values, "terms.extra") or {}
         for name, term in sound.terms.extra.items():
-            extra, found = extra_objective(name, term, given.get(name), sound, spec, host)
+            extra, found = extra_objective(name, term, terms.get(name), sound, spec, host)
             problems += found
             extras += [extra] if extra is not None else []
         if spec is not None and config is not None:
             problems += schedule_problems(spec, config, sound.schedules, "schedules")
         problems += _cross_checks(sound, spec, config, merged, damaged, extras)
+        problems += memory_problems(sound, merged, given or Given())
     if problems:
         raise SettingsError(problems)
     assert settings is not None
     assert registered is not None
     assert config is not None
-    return Resolved(settings, registered, config, dict(merged.provenance), tuple(extras))
+    return Resolved(settings, registered, config, dict(merged.provenance), tuple(extras), given or Given())
 
 
 def _leave_set_values_alone(merged: Merged, loss: str) -> None:

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import Any
 
 from dpkd.data.rows import BadRow, RawRow
 from dpkd.data.settings import DataSettings
 from dpkd.data.shapes import Example, Message, Shape, find_shape, not_understood, to_example
-from dpkd.data.sources import Place, open_source
+from dpkd.data.sources import Place, memory_source, open_source
 from dpkd.errors import DpkdError
 
 __all__ = ["BadRow", "Example", "ExampleSet", "Message", "fingerprint", "read_examples"]
@@ -43,14 +44,16 @@ class ExampleSet:
         ]
 
 
-def read_examples(settings: DataSettings, *, require_response: bool = True) -> ExampleSet:
-    """All examples of a data set, at most `limit` rows of it.
+def read_examples(
+    settings: DataSettings, *, require_response: bool = True, rows: Iterable[Any] | None = None
+) -> ExampleSet:
+    """All examples of a data set, at most `limit` rows of it; `rows` are those of the data set, if in memory.
 
     Without `require_response`, rows that hold a prompt alone are good too. Raises DpkdError for data that
     cannot be found, columns that are not understood, bad rows (unless skipped), and when nothing is left.
     """
     place = Place(settings.path, settings.split, "data.path", settings.subset, settings.streaming)
-    source = open_source(place)
+    source = open_source(place) if rows is None else memory_source(rows)
     reader = _Reader(settings, require_response)
     reader.read(islice(source.rows, settings.limit))
     examples, bad = tuple(reader.examples), tuple(reader.bad)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpkd.data.hub import local_only
+from dpkd.data.memory import refuse_memory
 from dpkd.data.rows import READERS, BadRow, RawRow, Rows, file_rows
 from dpkd.data.settings import DEFAULT_DATA
 from dpkd.errors import DpkdError
 
-__all__ = ["Place", "Source", "open_source"]
+__all__ = ["Place", "Source", "memory_source", "open_source"]
 
 SPLIT_NAMES = frozenset({"train", "dev", "valid", "validation", "val", "test", "eval"})
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -43,6 +44,7 @@ def open_source(place: Place, extra_readers: dict[str, Reader] | None = None) ->
 
     Raises DpkdError when there is no such file, a folder is ambiguous, or the hub cannot be reached.
     """
+    refuse_memory(place.path, place.setting)
     readers: dict[str, Reader] = {**dict.fromkeys(READERS, file_rows), **(extra_readers or {})}
     path = Path(place.path).expanduser()
     if path.is_dir():
@@ -59,6 +61,17 @@ def open_source(place: Place, extra_readers: dict[str, Reader] | None = None) ->
     if _looks_local(place.path, readers):
         raise DpkdError(f"{place.setting}: there is no file {place.path}.{_nearest(path)}")
     return _hub_source(place)
+
+
+def memory_source(rows: Iterable[Any]) -> Source:
+    """Rows that are in memory already; their ids are `row:NUMBER`, counted from 1."""
+    return Source("rows in memory", (_as_row(f"row:{number}", value) for number, value in enumerate(rows, 1)))
+
+
+def _as_row(where: str, value: Any) -> RawRow | BadRow:
+    if isinstance(value, Mapping):
+        return RawRow(where, dict(value))
+    return BadRow(where, "not a mapping", f"expected {{column: value}}, found {repr(value)[:60]}")
 
 
 def _listed(names: Any) -> str:

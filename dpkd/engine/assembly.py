@@ -33,14 +33,12 @@ from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
 from dpkd.models.head import causal_lm, check_head
 from dpkd.models.layouts import why_not
-from dpkd.models.loading import load_model
 from dpkd.models.tokenizers import shared_vocabulary
 from dpkd.students.initialise import make_student
 from dpkd.students.lora import add_lora
 from dpkd.teachers.live import LiveTeacher
 from dpkd.teachers.manifest import read_manifest
 from dpkd.teachers.stored import StoredTeacher
-from dpkd.text.store import model_fingerprint
 from dpkd.text.writers import Writers
 
 if TYPE_CHECKING:
@@ -113,12 +111,13 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         "data": prepared.data_facts,
         "corpus": None if corpus is None else _corpus_facts(corpus),
         "models": {
-            who: model_fingerprint(model.model, model.revision)
+            who: resolved.given.fingerprint(model)
             for who, model in (("student", settings.student), ("teacher", settings.teacher))
             if model.model is not None
         },
         "vocabulary": models.vocabulary,
         "layout": cutter.layout._asdict(),
+        **({"in_memory": resolved.given.described()} if resolved.given.models or resolved.given.data else {}),
         "parameters": {"student": _count(models.student), "trained": _count(models.student, trained=True)},
     }
     if isinstance(models.teacher, StoredTeacher):
@@ -153,8 +152,10 @@ class _Models:
 
     def __init__(self, resolved: Resolved, accelerator: Accelerator, prepared: Prepared, display: Display) -> None:
         settings, device = resolved.settings, accelerator.device
-        teacher = _load_teacher(settings, device) if settings.teacher.model is not None else None
-        student = make_student(settings.student, teacher=teacher, device=device, seed=settings.seed)
+        teacher = _load_teacher(resolved, device) if settings.teacher.model is not None else None
+        student = make_student(
+            settings.student, teacher=teacher, device=device, seed=settings.seed, given=resolved.given
+        )
         if settings.student.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
             student.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
@@ -211,8 +212,9 @@ def _open_store(folder: str, student_rows: int, device: torch.device) -> StoredT
     return store
 
 
-def _load_teacher(settings: RunSettings, device: torch.device) -> Any:
-    model = load_model(settings.teacher, device=torch.device(settings.teacher.device or device), dtype=None)
+def _load_teacher(resolved: Resolved, device: torch.device) -> Any:
+    settings = resolved.settings.teacher
+    model = resolved.given.load(settings, device=torch.device(settings.device or device), dtype=None)
     check_head(model)
     return model
 

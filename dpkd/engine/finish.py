@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.config.resolve import Resolved
+from dpkd.data.memory import is_memory
 from dpkd.engine.dev import Dev
 from dpkd.engine.progress import Display
 from dpkd.report.card import CardFacts, write_model_card
@@ -58,7 +59,7 @@ def _value(values: Any, path: str) -> Any:
 
 
 def _is_local(name: str) -> bool:
-    return Path(name).exists()
+    return is_memory(name) or Path(name).exists()
 
 
 def _public(name: str) -> str:

@@ -16,7 +16,7 @@ from dpkd.engine.progress import Display
 from dpkd.engine.trackers import check_trackers
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs, read_inputs
-from dpkd.models.loading import config_of, context_length, load_tokenizer
+from dpkd.models.loading import context_length
 from dpkd.models.tokenizers import shared_vocabulary, tokenizer_fingerprint
 from dpkd.students.initialise import student_config
 from dpkd.teachers.manifest import read_manifest
@@ -45,18 +45,18 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     Raises DpkdError for whatever would stop the run later: missing packages, layers that the teacher does not have,
     different tokenizers, text that is longer than a model reads, a corpus that cannot be read.
     """
-    settings = resolved.settings
+    settings, given = resolved.settings, resolved.given
     check_trackers(settings.train.trackers)
-    teacher_config = config_of(settings.teacher) if settings.teacher.model else None
-    own_config = student_config(settings.student, teacher_config)
-    tokenizer = load_tokenizer(settings.student if settings.student.model is not None else settings.teacher)
-    teacher_tokenizer = load_tokenizer(settings.teacher) if settings.teacher.model else None
+    teacher_config = given.config(settings.teacher) if settings.teacher.model else None
+    own_config = student_config(settings.student, teacher_config, given)
+    tokenizer = given.tokenizer(settings.student if settings.student.model is not None else settings.teacher)
+    teacher_tokenizer = given.tokenizer(settings.teacher) if settings.teacher.model else None
     if teacher_tokenizer is not None and teacher_config is not None:
         sizes = [config.get_text_config().vocab_size for config in (own_config, teacher_config)]
         shared_vocabulary(tokenizer, teacher_tokenizer, *sizes)
     if settings.teacher.store is not None:
         _check_store(settings.teacher.store, tokenizer)
-    examples = read_examples(settings.data)
+    examples = read_examples(settings.data, rows=given.rows(settings.data.path))
     data = tokenise(examples.examples, tokenizer, settings.data)
     for line in [*examples.lines()[1:], *data.report.lines()]:
         display.say(line)

@@ -32,6 +32,7 @@ from dpkd.engine.trackers import Trackers
 from dpkd.engine.train import Trainer
 from dpkd.errors import DpkdError, Stopped
 from dpkd.host import load_host
+from dpkd.models.given import Given
 from dpkd.run_folder import RunFolder
 from dpkd.teachers.live import LiveTeacher
 
@@ -51,6 +52,7 @@ def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     assembly = assemble(resolved, accelerator, display)
+    _check_processes_agree(accelerator, assembly)
     folder = _shared_folder(accelerator, resolved)
     display.say(f"run folder: {folder.path}")
     if accelerator.is_main_process:
@@ -69,6 +71,18 @@ def resume(resolved: Resolved, folder: RunFolder, *, console: Console | None = N
     assembly = assemble(resolved, accelerator, display)
     _check_same(folder, assembly)
     return _run(resolved, folder, assembly, accelerator, display, checkpoint.latest(folder.checkpoints))
+
+
+def _check_processes_agree(accelerator: Accelerator, assembly: Assembly) -> None:
+    """Raises DpkdError, in every process, when one has other data or another teacher than the first."""
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    own = {"data": assembly.facts["data"]["fingerprint"], **assembly.facts["models"]}
+    first, *others = gather_object([own])
+    if odd := sorted({what for other in others for what in first if other.get(what) != first[what]}):
+        raise DpkdError(f"the processes of this run differ in their {' and '.join(odd)}: give all of them the same")
 
 
 def _check_same(folder: RunFolder, assembly: Assembly) -> None:
@@ -90,15 +104,20 @@ def _check_same(folder: RunFolder, assembly: Assembly) -> None:
         )
 
 
-def resume_folder(path: Path, *, console: Console | None = None) -> RunFolder:
-    """Continue the run in a folder with its own settings.
+def resume_folder(path: Path, *, given: Given | None = None, console: Console | None = None) -> RunFolder:
+    """Continue the run in a folder with its own settings; `given` has what was in memory when it began.
 
-    Raises DpkdError when the folder holds no run, or one that is finished.
+    Raises DpkdError when the folder holds no run, or one that is finished, or when `given` is not what it needs.
     """
     folder = RunFolder.existing(path)
     if folder.model.is_dir():
         raise DpkdError(f"{path} is finished: its model is {folder.model}")
-    resolved = resolve([file_layer(folder.config)], load_host())
+    given = given or Given()
+    resolved = resolve([file_layer(folder.config)], load_host(), given)
+    settings = resolved.settings
+    needed = {settings.teacher.model, settings.student.model, settings.data.path}
+    if unused := sorted({*given.models, *given.data} - needed):
+        raise DpkdError(f"{path} did not begin with {' and '.join(unused)}: its settings name what it reads")
     return resume(resolved, folder, console=console)
 
 
@@ -150,7 +169,7 @@ def _run(
         trainer.samples.truncate_after(start)
     if trainer.dev is not None:
         trainer.dev.restore(start)
-    again = f"continue with: dpkd train --resume {folder.path}"
+    again = f"continue with: {_resume_call(folder, resolved.given)}"
     try:
         if resolved.settings.batch.probe:
             display.say(f"probe: {_probe(resolved, assembly)}")
@@ -182,6 +201,13 @@ def _run(
 
 def _probe(resolved: Resolved, assembly: Assembly) -> str:
     return probe(assembly.stepper, assembly.builder, resolved.settings.train.batch_size, assembly.context)
+
+
+def _resume_call(folder: RunFolder, given: Given) -> str:
+    objects = [f"{name.rpartition(':')[2]}=..." for name in (*given.models, *given.data)]
+    if not objects:
+        return f"dpkd train --resume {folder.path}"
+    return f"dpkd.resume({', '.join([repr(str(folder.path)), *objects])}), with the same objects"
 
 
 def _write_teacher_text(assembly: Assembly, again: str) -> None:

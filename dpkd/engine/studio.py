@@ -21,7 +21,7 @@ from dpkd.teachers.live import LiveTeacher
 from dpkd.teachers.stored import StoredTeacher
 from dpkd.text.pens import Crew, StudentPen, TeacherPen
 from dpkd.text.settings import TextSettings
-from dpkd.text.store import ResponseStore, default_folder, model_fingerprint
+from dpkd.text.store import ResponseStore, default_folder
 from dpkd.text.writers import Writers
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Studio:
         else:
             # Settings without a teacher are refused before.
             assert settings.teacher.model is not None
-            live, weights = self.teacher, model_fingerprint(settings.teacher.model, settings.teacher.revision)
+            live, weights = self.teacher, self.resolved.given.fingerprint(settings.teacher)
             folder = Path(text.store) if text.store else default_folder()
         store = ResponseStore.open(
             folder,

@@ -21,13 +21,13 @@ from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_b
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, score, write_scores
 from dpkd.host import load_metrics
+from dpkd.models.given import Given
 from dpkd.models.head import check_head
-from dpkd.models.loading import DTYPES, load_model, load_tokenizer
+from dpkd.models.loading import DTYPES
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import shared_vocabulary
 from dpkd.teachers.live import LiveTeacher
 from dpkd.text.settings import SamplingSettings
-from dpkd.text.store import model_fingerprint
 from dpkd.text.stream import longest_sequence
 
 __all__ = ["PAPER_SEEDS", "Bench", "EvaluationSettings", "evaluate_model", "metric_specs"]
@@ -78,30 +78,35 @@ def metric_specs(say: Callable[[str], None] | None = None) -> dict[str, MetricSp
 class Bench:
     """A model, and its teacher where there is one, loaded once for all sets."""
 
-    def __init__(self, model: ModelSettings, teacher: TeacherSettings | None, *, dtype: str = "float32") -> None:
+    def __init__(
+        self, model: ModelSettings, teacher: TeacherSettings | None, *, dtype: str = "float32",
+        given: Given | None = None,
+    ) -> None:  # fmt: skip
         """`dtype` is that of the weights where the settings say `auto`; `auto`: as stored.
 
+        `given` has what is in memory of model, teacher and rows; its models keep their type.
         In half precision an answer depends on the rows beside it in its batch; in float32 all but never.
         Raises DpkdError when something cannot be found or does not fit.
         """
         if dtype not in ("auto", *DTYPES):
             raise DpkdError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+        self.given = given or Given()
         self.names = (model.model, teacher.model if teacher is not None else None)
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = self.given.tokenizer(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(model, device=device, dtype=DTYPES.get(dtype))
+        self.model = self.given.load(model, device=device, dtype=DTYPES.get(dtype))
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         check_head(self.model)
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.teacher = None
         if teacher is not None and teacher.model is not None:
-            loaded = load_model(teacher, device=device, dtype=DTYPES.get(dtype))
+            loaded = self.given.load(teacher, device=device, dtype=DTYPES.get(dtype))
             size = loaded.get_output_embeddings().weight.shape[0]
-            shared = shared_vocabulary(self.tokenizer, load_tokenizer(teacher), self.vocabulary, size)
+            shared = shared_vocabulary(self.tokenizer, self.given.tokenizer(teacher), self.vocabulary, size)
             self.vocabulary = shared.size
             self.teacher = LiveTeacher(loaded, self.vocabulary, torch.device(device))
-            self.teacher_fingerprint = model_fingerprint(teacher.model, teacher.revision)
-        self.fingerprint = model_fingerprint(str(model.model), model.revision)
+            self.teacher_fingerprint = self.given.fingerprint(teacher)
+        self.fingerprint = self.given.fingerprint(model)
 
     @property
     def context(self) -> int | None:
@@ -113,7 +118,7 @@ class Bench:
         """The rows of a set, ready for this model."""
         return read_inputs(
             data, self.tokenizer, context=self.context, max_new_tokens=settings.sampling.max_new_tokens,
-            long_prompts=settings.long_prompts,
+            long_prompts=settings.long_prompts, rows=self.given.rows(data.path),
         )  # fmt: skip
 
     def evaluate(

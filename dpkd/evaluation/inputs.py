@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -53,15 +53,15 @@ class Inputs:
 
 def read_inputs(
     data: DataSettings, tokenizer: Any, *, context: int | None, max_new_tokens: int,
-    long_prompts: LongPrompts = "error",
+    long_prompts: LongPrompts = "error", rows: Iterable[Any] | None = None,
 ) -> Inputs:  # fmt: skip
-    """Read and tokenise a set; `context` is the longest sequence that the models read.
+    """Read and tokenise a set; `context` is the longest sequence that the models read, `rows` those in memory.
 
     Rows are left out, and counted, by `data.on_bad_row=skip`, `data.min_response_words` and `long_prompts="skip"`, and
     by nothing else. Raises DpkdError when a prompt is longer than `data.max_prompt_tokens`, or leaves no room for an
     answer, and when no row is left.
     """
-    found = read_examples(data)
+    found = read_examples(data, rows=rows)
     skipped = Counter(found.skipped_by_reason())
     read = _encoded(found.examples, tokenizer, data, skipped)
     longest = min(data.max_prompt_tokens, context - 1 if context is not None else UNLIMITED)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.data.hub import local_only
+from dpkd.data.memory import is_memory
 from dpkd.data.rows import READERS
 from dpkd.data.sources import HUB_ID
 from dpkd.errors import DpkdError
@@ -62,6 +63,8 @@ def find_set(data: str, folder: str | None = None) -> EvalSet:
     Of a folder or a hub data set with several splits, the test split is meant (`data.split` says otherwise).
     Raises DpkdError when the folder does not have the set.
     """
+    if is_memory(data):
+        return EvalSet(data.rpartition(":")[2], data)
     if Path(data).exists() or data not in SETS:
         return _with_split(EvalSet(_name(data), data))
     place = folder or os.environ.get(FOLDER_VARIABLE)

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dpkd.data.memory import is_memory
 from dpkd.errors import DpkdError
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.run_folder import RunFolder
@@ -57,12 +58,16 @@ def _refuse_parts_of_runs(path: Path) -> None:
 
 
 def find_subject(name: str, teacher: str | None) -> Subject:
-    """A model with its teacher; a run's own teacher and template are used where nothing else is said."""
+    """A model with its teacher; a run's own teacher and template are used where nothing else is said.
+
+    A teacher that the run had in memory is not to be had from its folder.
+    """
     run = _run(name)
     saved: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run is not None else {}
     own = {key: value for key, value in saved.get("data", {}).items() if key in ("template", "columns")}
     settings = TeacherSettings(model=teacher) if teacher else None
-    if teacher is None and saved.get("teacher", {}).get("model"):
+    own_teacher = saved.get("teacher", {}).get("model")
+    if teacher is None and own_teacher and not is_memory(own_teacher):
         settings = TeacherSettings.model_validate(saved["teacher"])
     folder = run.path / "eval" if run is not None else Path("runs") / "eval" / _filed_under(Path(name))
     return Subject(name, model_of(name), settings, own, folder)

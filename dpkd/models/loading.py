@@ -24,6 +24,7 @@ __all__ = [
     "load_tokenizer",
     "new_model",
     "quiet_transformers",
+    "usable_tokenizer",
 ]
 
 # Of the settings; `auto` is left out.
@@ -87,15 +88,20 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     source = ModelSettings(model=named, trust_remote_code=settings.trust_remote_code) if named else settings
     with quiet_transformers(), explained(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**location(source))
+    return usable_tokenizer(tokenizer, str(source.model))
+
+
+def usable_tokenizer(tokenizer: Any, whose: str) -> Any:
+    """The tokenizer, with EOS for a missing pad token. Raises DpkdError when it is empty, or has no EOS."""
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # From a GPT-2 or OPT folder without tokenizer files, transformers builds an empty one and says nothing.
         raise DpkdError(
-            f"{source.model} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. "
+            f"{whose} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. "
             "Save it there with AutoTokenizer.from_pretrained(ITS_ORIGIN).save_pretrained(FOLDER)."
         )
     if tokenizer.eos_token_id is None:
         raise DpkdError(
-            f"the tokenizer of {source.model} has no EOS token: a response could never end. "
+            f"the tokenizer of {whose} has no EOS token: a response could never end. "
             "Add `eos_token` to its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:

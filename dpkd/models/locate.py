@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.data.hub import out_of_reach
+from dpkd.data.memory import refuse_memory
 from dpkd.errors import DpkdError
 from dpkd.models.settings import ModelSettings
 
@@ -31,6 +32,7 @@ def location(settings: ModelSettings) -> dict[str, Any]:
     """
     assert settings.model is not None  # settings without a model are refused before
     name, path = settings.model, Path(settings.model)
+    refuse_memory(name, "model")
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if is_gguf(name):
         if not path.is_file():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dpkd.errors import DpkdError
-from dpkd.models.loading import DTYPES, config_of, load_model, new_model
+from dpkd.models.given import Given
+from dpkd.models.loading import DTYPES, new_model
 from dpkd.models.settings import StudentSettings
 
 __all__ = ["even_layers", "make_student", "student_config"]
@@ -35,16 +36,19 @@ def make_student(
     device: torch.device | str,
     seed: int,
     teacher_config: Any = None,
+    given: Given | None = None,
 ) -> Any:
     """The student, with trainable float32 weights unless the settings name another type.
 
-    `teacher_config` stands in for a teacher that is not loaded, which is enough for `random`.
+    `teacher_config` stands in for a teacher that is not loaded, which is enough for `random`. A student that is
+    `given` in memory is copied.
     Raises DpkdError when layers are out of range or the model's layers are not one list.
     """
+    given = given or Given()
     if settings.init == "pretrained":
-        student = load_model(settings, device=device, dtype=torch.float32)
+        student = given.load_copy(settings, device=device, dtype=torch.float32)
     else:
-        config = student_config(settings, teacher.config if teacher is not None else teacher_config)
+        config = student_config(settings, teacher.config if teacher is not None else teacher_config, given)
         student = _fresh(config, seed, DTYPES.get(settings.dtype, torch.float32))
         if settings.init == "layers":
             if teacher is None:
@@ -57,13 +61,13 @@ def make_student(
     return student
 
 
-def student_config(settings: StudentSettings, teacher_config: Any) -> Any:
+def student_config(settings: StudentSettings, teacher_config: Any, given: Given | None = None) -> Any:
     """The student's configuration, without its weights.
 
     Raises DpkdError when it follows a teacher that is not named, or when layers are out of range.
     """
     if settings.init == "pretrained" or (settings.init == "random" and settings.model is not None):
-        config = config_of(settings)
+        config = (given or Given()).config(settings)
     elif teacher_config is not None:
         config = deepcopy(teacher_config)
     else:

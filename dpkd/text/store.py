@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.errors import DpkdError
-from dpkd.text.fingerprint import digest, model_fingerprint
+from dpkd.models.fingerprint import digest, model_fingerprint
 from dpkd.text.settings import SamplingSettings
 
 try:

@@ -16,9 +16,9 @@ from dpkd.data.settings import DataSettings
 from dpkd.data.templates import chat_lead
 from dpkd.data.tokenise import Prompt, tokenise
 from dpkd.errors import DpkdError
+from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
-from dpkd.text.fingerprint import model_fingerprint
 from dpkd.text.sampling import sample
 from dpkd.text.settings import SamplingSettings
 from dpkd.text.writers import response_seed

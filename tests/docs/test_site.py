@@ -10,6 +10,7 @@ import site_hooks
 import yaml
 
 PAGES = sorted(path.relative_to(site_hooks.DOCS).as_posix() for path in site_hooks.DOCS.rglob("*.md"))
+MADE = {"reference/cli.md", "reference/settings.md", "reference/api.md"}  # by `make docs`
 CONFIG = yaml.safe_load((site_hooks.DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))
 
 
@@ -21,9 +22,8 @@ def navigation() -> set[str]:
 def test_every_page_is_in_the_navigation():
     there = {page for page in PAGES if not page.startswith(("adr/", "reference/"))}
     assert len(there) > 30
-    made = {"reference/cli.md", "reference/settings.md", "reference/api.md"}
-    assert navigation() - made == there
-    assert made <= navigation()
+    assert navigation() - MADE == there
+    assert navigation() >= MADE
 
 
 def test_the_build_is_strict():
@@ -37,6 +37,7 @@ def test_the_build_is_strict():
 def test_links_of_a_page_lead_somewhere(page):
     text = (site_hooks.DOCS / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.M))
+    links = [link for link in links if link not in MADE]
     assert [link for link in links if not ((site_hooks.DOCS / page).parent / link).exists()] == []
 
 

@@ -24,8 +24,7 @@ from dpkd.text.write_file import sample_to_file
 def test_the_dry_run_loads_no_weights(loss, settings_of, console_text, monkeypatch):
     for place in (
         "dpkd.models.loading.load_model",
-        "dpkd.engine.assembly.load_model",
-        "dpkd.students.initialise.load_model",
+        "dpkd.models.given.load_model",
     ):
         monkeypatch.setattr(place, lambda *a, **k: pytest.fail("a dry run loads no weights"))
     console, text = console_text

@@ -118,7 +118,7 @@ def test_rows_left_out_are_shown(here):
     ],
 )
 def test_mistakes_are_said_before_anything_is_loaded(here, monkeypatch, arguments, problem):
-    monkeypatch.setattr("dpkd.evaluation.evaluate.load_model", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr("dpkd.models.given.load_model", lambda *_, **__: pytest.fail("too late"))
     Path("sub").mkdir()
     shutil.copy("one.jsonl", "sub/one.jsonl")
     with pytest.raises(SettingsError, match=re.escape(problem)):

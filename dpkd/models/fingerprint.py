@@ -10,7 +10,7 @@ from typing import Any
 
 from dpkd.errors import DpkdError
 
-__all__ = ["digest", "model_fingerprint"]
+__all__ = ["digest", "memory_fingerprint", "model_fingerprint"]
 
 SAMPLES, SAMPLE_BYTES = 64, 1024
 # What a loader writes into a configuration: it says nothing about the model.
@@ -47,6 +47,20 @@ def model_fingerprint(
     return digest({"config": _config(path, config), "weights": [[file.name, _weights(file)] for file in files]})
 
 
+def memory_fingerprint(model: Any) -> str:
+    """The identity of a model of transformers in memory: its configuration, and every byte of its weights.
+
+    It is never that of the same model in a folder, of which only samples are read.
+    """
+    import torch
+
+    found = hashlib.sha256(type(model).__name__.encode())
+    for name, value in sorted(model.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest({"config": _kept(model.config.to_dict()), "weights": found.hexdigest()})
+
+
 def _config(folder: Path, config: Any) -> dict[str, Any]:
     """The configuration without what differs between two loads of one model."""
     values: Mapping[str, Any] = {}
@@ -54,6 +68,10 @@ def _config(folder: Path, config: Any) -> dict[str, Any]:
         values = config if isinstance(config, Mapping) else config.to_dict()
     elif (folder / "config.json").is_file():
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return _kept(values)
+
+
+def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in NOT_THE_MODEL}
 
 
