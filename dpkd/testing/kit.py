@@ -25,6 +25,7 @@ from dpkd.testing import (
     gradient_checks,
     reference_checks,
     rollout_checks,
+    schedule_checks,
     trait_checks,
     value_checks,
 )
@@ -39,6 +40,7 @@ ALL_CHECKS: tuple[Check, ...] = (
     *gradient_checks.CHECKS,
     *trait_checks.CHECKS,
     *rollout_checks.CHECKS,
+    *schedule_checks.CHECKS,
     *reference_checks.CHECKS,
 )
 
