@@ -111,12 +111,12 @@ class Host:
         return "; ".join(parts)
 
 
-def load_host(environment: Mapping[str, str] | None = None) -> Host:
+def load_host(environment: Mapping[str, str] | None = None, *, hooks: type = DpkdHooks) -> Host:
     """Load every plugin that DPKD_PLUGINS allows; a plugin that fails is kept as broken, with its reason."""
     restricted = (os.environ if environment is None else environment).get(VARIABLE)
     host = Host(restricted=restricted)
     manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(DpkdHooks)
+    manager.add_hookspecs(hooks)
     claims: dict[str, list[RegisteredLoss]] = {}
     points, host.unmatched = _allowed(_discover(GROUP), restricted)
     for point in points:
@@ -244,7 +244,7 @@ def _checked_metric(spec: Any) -> MetricSpec:
 
 def _check_hook_names(manager: pluggy.PluginManager, plugin: ModuleType | Any) -> None:
     """pluggy accepts a hook of any name; a misspelt one would never be called."""
-    known = {name for name in vars(DpkdHooks) if name.startswith("dpkd_")}
+    known = {name for name, caller in vars(manager.hook).items() if caller.has_spec()}
     for name in dir(plugin):
         if manager.parse_hookimpl_opts(plugin, name) is not None and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
