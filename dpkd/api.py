@@ -367,6 +367,7 @@ class LossSpec:
 
     @property
     def family(self) -> Family:
+        """Which base class the loss has."""
         return self.loss.family
 
     def signals(self, config: LossConfig | None = None) -> frozenset[Signal]:

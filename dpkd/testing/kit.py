@@ -16,7 +16,7 @@ import difflib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from dpkd.api import LossConfig, LossSpec
 from dpkd.errors import DpkdError
@@ -46,6 +46,7 @@ ALL_CHECKS: tuple[Check, ...] = (
 
 Expected = Mapping[str, str] | None
 Settings = LossConfig | Mapping[str, Any] | None
+TestT = TypeVar("TestT", bound=Callable[..., None])
 
 
 def check_loss(
@@ -90,7 +91,7 @@ def loss_checks(
 def parametrize_checks(
     spec: LossSpec, *, config: Settings = None, reference: Callable[..., Any] | None = None,
     expected_failures: Expected = None, objective: Callable[..., Any] | None = None,
-) -> Any:  # fmt: skip
+) -> Callable[[TestT], TestT]:  # fmt: skip
     """A pytest decorator: one case per check for a test with the argument `check`, which calls it.
 
     A check that warns or cannot judge is skipped with its reason; an expected failure is a strict xfail.
