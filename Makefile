@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 EXTRAS := demo,peft,dev,docs
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: demo test lint types imports docs format clean
+.PHONY: demo test lint types imports docs links format clean
 
 demo: $(STAMP)
 	$(BIN)/dpkd demo
@@ -27,6 +27,10 @@ imports: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py --reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# External links of the documentation: needs the network, and is no part of `make test`.
+links: $(STAMP)
+	$(BIN)/python docs/links.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
