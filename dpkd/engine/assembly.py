@@ -157,7 +157,9 @@ class _Models:
             settings.student, teacher=teacher, device=device, seed=settings.seed, given=resolved.given
         )
         if settings.student.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers has renamed it: where both names are there, the older one warns.
+            newer = getattr(student, "activation_checkpointing_enable", None)
+            (newer or student.gradient_checkpointing_enable)({"use_reentrant": False})
             student.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
         check_head(student)
         self.vocabulary = student.get_output_embeddings().weight.shape[0]
