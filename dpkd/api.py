@@ -7,7 +7,7 @@ A plugin is one module with a frozen config, a loss class, one `SPEC` and one ho
         return [SPEC]
 
 It says the mathematics of its paper and stops there. The engine shifts, masks, packs, chunks, reduces, samples,
-moves devices and logs. Shapes in names: N response positions, V vocabulary, B pairs.
+moves devices and logs. Shapes in names: N response positions, V vocabulary, B pairs, K layers, H hidden.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from dpkd.functional import at_least_float32, gather_logps, log_softmax
 from dpkd.settings import with_none
 
 __all__ = [
+    "HIDDEN",
     "Answers",
     "Card",
     "Family",
+    "Layers",
     "LossConfig",
     "LossSpec",
     "MetricSpec",
@@ -39,6 +41,7 @@ __all__ = [
     "RolloutLoss",
     "Signal",
     "Source",
+    "Stack",
     "TeacherAccess",
     "Text",
     "TokenInputs",
@@ -69,6 +72,7 @@ class TeacherAccess(StrEnum):
     SAMPLED = "sampled tokens"
     TOP_K = "top-k log-probs"
     LOGITS = "logits"
+    HIDDEN = "hidden states"
 
 
 class Signal(StrEnum):
@@ -84,6 +88,12 @@ class Signal(StrEnum):
     ADVANTAGES = "advantages"  # what RolloutLoss.advantages returned [N]
     ROLLOUT_LOGPS = "rollout_logps"  # student log-prob of the token when it was sampled [N]
     BEHAVIOUR_LOGPS = "behaviour_logps"  # log-prob under the policy that drew it (a teacher mix, say) [N]
+    STUDENT_HIDDEN = "student_hidden"  # of the layers that TokenLoss.bind names [N, K, H]
+    TEACHER_HIDDEN = "teacher_hidden"  # of the layers that TokenLoss.bind names [N, K, H]
+
+
+# A loss that reads one of these gets whole micro-batches, and so no logits.
+HIDDEN = frozenset({Signal.STUDENT_HIDDEN, Signal.TEACHER_HIDDEN})
 
 
 class Trait(StrEnum):
@@ -156,6 +166,20 @@ class Pair(NamedTuple):
     dispreferred: Tensor
 
 
+class Stack(NamedTuple):
+    """What the hidden states of a model are like: state 0 is the embedding, state `layers` is what the head reads."""
+
+    layers: int
+    width: int
+
+
+class Layers(NamedTuple):
+    """The hidden states that a loss reads, in the order in which its signals have them."""
+
+    student: tuple[int, ...] = ()
+    teacher: tuple[int, ...] = ()
+
+
 class _Inputs:
     """Signals by name; reading one that was not declared raises UndeclaredSignal."""
 
@@ -215,6 +239,16 @@ class TokenInputs(_Inputs):
     def targets(self) -> Tensor:
         """The response's token id at each position, `[N]`."""
         return self[Signal.TARGETS]  # type: ignore[no-any-return]
+
+    @property
+    def student_hidden(self) -> Tensor:
+        """Hidden states `[N, K, H]` of the student's layers that `TokenLoss.bind` named, at least float32."""
+        return at_least_float32(self[Signal.STUDENT_HIDDEN])
+
+    @property
+    def teacher_hidden(self) -> Tensor:
+        """Hidden states `[N, K, H]` of the teacher's layers, at least float32, without gradient."""
+        return at_least_float32(self[Signal.TEACHER_HIDDEN])
 
     def student_log_probs(self, temperature: float = 1.0) -> Tensor:
         """log q `[N, V]` in nats, computed once for all terms of a run."""
@@ -295,13 +329,21 @@ ConfigT = TypeVar("ConfigT", bound=LossConfig)
 
 
 class TokenLoss(nn.Module, Generic[ConfigT]):
-    """One value per response position, from logits."""
+    """One value per response position, from logits or from hidden states."""
 
     family = Family.TOKEN
 
     def __init__(self, config: ConfigT) -> None:
         super().__init__()
         self.config = config
+
+    def bind(self, student: Stack, teacher: Stack) -> Layers:
+        """Make the weights that depend on the models, and say which hidden states the loss reads.
+
+        Called once, before the optimiser is made, on a loss that reads hidden states; without a teacher its stack is
+        `Stack(0, 0)`. Raises ValueError, in words for the user, when the models do not fit the settings.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads hidden states, so it needs a method `bind`")
 
     def forward(self, x: TokenInputs) -> Tensor:
         """One float32 value per position `[N]`, in nats; no mean, no mask, no weight."""
@@ -379,6 +421,8 @@ class LossSpec:
     def needs(self, config: LossConfig | None = None) -> TeacherAccess:
         """What the loss itself needs of the teacher; the text may need more."""
         signals = self.signals(config)
+        if Signal.TEACHER_HIDDEN in signals:
+            return TeacherAccess.HIDDEN
         if Signal.TEACHER_LOGITS in signals:
             return TeacherAccess.LOGITS if self.top_k is None else TeacherAccess.TOP_K
         if Signal.TEACHER_LOGPS in signals:

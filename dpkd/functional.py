@@ -21,6 +21,7 @@ __all__ = [
     "gather_logps",
     "jensen_shannon",
     "kl",
+    "layer_pairs",
     "log_mix",
     "log_softmax",
     "log_total",
@@ -151,6 +152,20 @@ def log_total(log_NV: Tensor) -> Tensor:
     none_N1 = (log_NV == -math.inf).all(-1, keepdim=True)
     total_N: Tensor = log_NV.masked_fill(none_N1, 0.0).logsumexp(-1)
     return total_N.masked_fill(none_N1.squeeze(-1), -math.inf)
+
+
+def layer_pairs(how: str, student: int, teacher: int) -> list[tuple[int, int]]:
+    """Pairs of hidden states (student's, teacher's) of models of so many layers: `last`, or `even` over all.
+
+    `even` gives each layer of the student the teacher's at the same share of the depth, rounded up (TinyBERT,
+    1909.10351, §4.2: the uniform mapping). State 0, the embedding, is in neither.
+
+    >>> layer_pairs("even", 3, 12), layer_pairs("even", 2, 5), layer_pairs("last", 2, 5)
+    ([(1, 4), (2, 8), (3, 12)], [(1, 3), (2, 5)], [(2, 5)])
+    """
+    if how == "last":
+        return [(student, teacher)]
+    return [(i, -(-i * teacher // student)) for i in range(1, student + 1)]
 
 
 def aggregate(logps_B: Tensor, lengths_B: Tensor, how: str) -> Tensor:

@@ -20,6 +20,7 @@ from dpkd.data.order import Schedule
 from dpkd.data.tokenise import TokenisedData
 from dpkd.engine.auxiliary import LanguageModelling, LanguageModellingConfig
 from dpkd.engine.distiller import Distiller
+from dpkd.engine.features import bind, check_stack
 from dpkd.engine.optimiser import make_optimiser
 from dpkd.engine.preparation import Prepared, prepare
 from dpkd.engine.progress import Display
@@ -86,8 +87,12 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     models = _Models(resolved, accelerator, prepared, display)
     layout = models.layout(settings.batch)  # while the student is whole: it may be sharded below
     losses = _losses(resolved)
+    layers = bind(resolved, losses, prepared.student_config, prepared.teacher_config)
+    if layers:
+        check_stack(models.student)
+        check_stack(models.teacher.model if isinstance(models.teacher, LiveTeacher) else None)
     distiller = Distiller(
-        models.student, losses, vocabulary=models.vocabulary, chunk_mib=settings.train.chunk_mib
+        models.student, losses, vocabulary=models.vocabulary, chunk_mib=settings.train.chunk_mib, layers=layers
     ).to(accelerator.device)  # fmt: skip
     optimiser = make_optimiser(distiller, settings.train)
     distiller, optimiser = accelerator.prepare(distiller, optimiser)

@@ -11,13 +11,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dpkd.api import Pair, PairInputs, PairLoss, RolloutInputs, Signal, TokenInputs
+from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, TokenInputs
 from dpkd.engine.measure import observe_pairs, observe_rows
 from dpkd.engine.sums import Sums
-from dpkd.engine.work import Work
+from dpkd.engine.work import Term, Work
 from dpkd.functional import log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, objective, token_logps
-from dpkd.models.head import Head, head_of, hidden_rows
+from dpkd.models.head import Head, head_of
+from dpkd.models.layers import layer_rows
 from dpkd.models.sharding import gathered
 from dpkd.teachers.live import TeacherRows
 
@@ -36,10 +37,13 @@ class Distiller(nn.Module):
         *,
         vocabulary: int,
         chunk_mib: float,
+        layers: Mapping[str, Layers] | None = None,
     ) -> None:
+        """`layers` has the hidden states that losses read, by the name of the loss."""
         super().__init__()
         self.student = student
         self.losses = nn.ModuleDict(losses)
+        self.layers = dict(layers or {})
         self.vocabulary = vocabulary
         self.chunk = chunk_rows(vocabulary, chunk_mib)
 
@@ -57,25 +61,43 @@ class Distiller(nn.Module):
         with torch.no_grad(), gathered(self.student):
             return work(self.student)
 
+    def layers_of(self, work: Work) -> Layers:
+        """The hidden states that the losses of this work read."""
+        read = [self.layers[term.name] for term in work.terms if term.name in self.layers]
+        student, teacher = ({i for layers in read for i in layers[of]} for of in (0, 1))
+        return Layers(tuple(sorted(student)), tuple(sorted(teacher)))
+
     def forward(self, work: Work) -> tuple[Tensor, Sums]:
-        hidden = hidden_rows(self.student, work.batch)
+        hidden, states = layer_rows(self.student, work.batch, self.layers_of(work).student)
         head = head_of(self.student, self.vocabulary)
-        return self._pairs(work, hidden, head) if work.pairs else self._rows(work, hidden, head)
+        if work.pairs:
+            total, sums = self._pairs(work, hidden, head)
+            # Every weight has a gradient in every forward: several processes wait for it.
+            return total + 0.0 * sum(p.sum() for p in self.losses.parameters() if p.requires_grad), sums
+        total, sums = self._rows(work, hidden, head)
+        for term in work.terms:
+            if term.name in self.layers:
+                total = total + self._on_hidden(work, term, states, sums)
+        return total, sums
 
     def _rows(self, work: Work, hidden: Tensor, head: Head) -> tuple[Tensor, Sums]:
-        """Token and rollout losses: the gradient of each chunk is taken at once."""
+        """Token and rollout losses on logits: the gradient of each chunk is taken at once."""
         sums = Sums()
+        terms = [term for term in work.terms if term.name not in self.layers]
+        measured = work.measure and work.stream == "main"
+        if not terms and not measured:
+            hidden = hidden[:0]  # nobody looks at logits
         token_logps_N = hidden.new_zeros(2, hidden.shape[0], dtype=torch.float32)
 
         def chunk_loss(logits_nV: Tensor, rows: slice) -> Tensor:
             x = self._inputs(work, logits_nV, rows)
             total = logits_nV.new_zeros(())
-            for term in work.terms:
+            for term in terms:
                 own = x.only(term.reads)
                 values_n = self.losses[term.name](own)
                 total = total + values_n.sum() * (term.weight * work.scale / term.denominator)
                 _add_term(sums, term.name, values_n, own.parts)
-            if work.measure and work.stream == "main":
+            if measured:
                 # What a store has is no whole distribution: it serves the loss, and no divergence is measured.
                 log_p_nV = x.teacher_log_probs() if isinstance(work.teacher, TeacherRows) else None
                 observe_rows(x.student_log_probs(), log_p_nV, x.targets, sums, token_logps_N[:, rows])
@@ -83,7 +105,7 @@ class Distiller(nn.Module):
 
         parameters = [p for p in self.losses.parameters() if p.requires_grad]
         total = objective(chunk_loss, hidden, head, self.chunk, parameters)
-        if work.measure and work.stream == "main":
+        if measured:
             self._observe_responses(work, token_logps_N, sums)
         return total, sums
 
@@ -103,9 +125,24 @@ class Distiller(nn.Module):
             Signal.TARGETS: work.batch.targets[rows],
             **{signal: values[rows] for signal, values in work.extra.items()},
         }
-        if work.teacher is not None:
+        if work.teacher is not None and (work.measure or work.needs_teacher(Signal.TEACHER_LOGITS)):
             signals[Signal.TEACHER_LOGITS] = work.teacher.logits(rows).to(logits_nV.dtype)
         return RolloutInputs(signals) if work.extra else TokenInputs(signals)
+
+    def _on_hidden(self, work: Work, term: Term, states: Mapping[int, Tensor], sums: Sums) -> Tensor:
+        """A loss on hidden states: on all rows at once, with the gradient of plain autograd."""
+        layers, signals = self.layers[term.name], {Signal.TARGETS: work.batch.targets}
+        if layers.student:
+            signals[Signal.STUDENT_HIDDEN] = torch.stack([states[i] for i in layers.student], 1)
+        if layers.teacher:
+            assert isinstance(work.teacher, TeacherRows)  # a store is refused in the plan
+            signals[Signal.TEACHER_HIDDEN] = torch.stack([work.teacher.layers[i] for i in layers.teacher], 1)
+        x = TokenInputs(signals).only(term.reads)
+        with torch.autocast(work.batch.targets.device.type, enabled=False):
+            values_N = self.losses[term.name](x)
+        _add_term(sums, term.name, values_N, x.parts)
+        weighted: Tensor = values_N.sum() * (term.weight * work.scale / term.denominator)
+        return weighted
 
     def _pairs(self, work: Work, hidden: Tensor, head: Head) -> tuple[Tensor, Sums]:
         """Pair losses: log-probs of whole responses, their chunks computed again in backward."""

@@ -12,6 +12,7 @@ from dpkd.data.corpus import check_corpus
 from dpkd.data.examples import read_examples
 from dpkd.data.tokenise import TokenisedData, tokenise
 from dpkd.engine.dev import direction_of
+from dpkd.engine.features import bind
 from dpkd.engine.progress import Display
 from dpkd.engine.trackers import check_trackers
 from dpkd.errors import DpkdError
@@ -42,13 +43,14 @@ class Prepared:
 def prepare(resolved: Resolved, display: Display) -> Prepared:
     """Read and tokenise the data and look at the configurations; says what was kept, skipped and cut.
 
-    Raises DpkdError for whatever would stop the run later: missing packages, layers that the teacher does not have,
+    Raises DpkdError for whatever would stop the run later: missing packages, layers that a model does not have,
     different tokenizers, text that is longer than a model reads, a corpus that cannot be read.
     """
     settings, given = resolved.settings, resolved.given
     check_trackers(settings.train.trackers)
     teacher_config = given.config(settings.teacher) if settings.teacher.model else None
     own_config = student_config(settings.student, teacher_config, given)
+    bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
     tokenizer = given.tokenizer(settings.student if settings.student.model is not None else settings.teacher)
     teacher_tokenizer = given.tokenizer(settings.teacher) if settings.teacher.model else None
     if teacher_tokenizer is not None and teacher_config is not None:

@@ -65,9 +65,7 @@ class Stepper:
         # Divergences are measured against the whole distribution: a store has none.
         measured = work.measure and work.stream == "main" and isinstance(self.teacher, LiveTeacher)
         if not work.pairs:
-            if work.needs_teacher(Signal.TEACHER_LOGITS) or measured:
-                return replace(work, teacher=self.teacher.rows(work.batch))
-            return work
+            return self._with_rows(work, measured)
         if not (work.needs_teacher(Signal.TEACHER_LOGPS) or measured):
             return work
         rows = self.teacher.rows(work.batch) if measured else None
@@ -77,6 +75,14 @@ class Stepper:
         else:
             logps = self.teacher.logps(work.batch, self.inner.chunk)
         return replace(work, teacher=rows, teacher_logps=self._by_response(work, logps))
+
+    def _with_rows(self, work: Work, measured: bool) -> Work:
+        layers = self.inner.layers_of(work).teacher
+        if isinstance(self.teacher, LiveTeacher) and layers:
+            return replace(work, teacher=self.teacher.rows(work.batch, layers))
+        if self.teacher is not None and (work.needs_teacher(Signal.TEACHER_LOGITS) or measured):
+            return replace(work, teacher=self.teacher.rows(work.batch))
+        return work
 
     def _by_response(self, work: Work, logps_N: torch.Tensor) -> Pair:
         """Log-probs of tokens as sums over the preferred and the dispreferred responses."""

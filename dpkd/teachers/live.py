@@ -1,8 +1,9 @@
-"""A teacher that is a model in memory: it offers text, log-probs of given tokens, and full logits."""
+"""A teacher that is a model in memory: it offers text, log-probs of given tokens, full logits and hidden states."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,17 +11,22 @@ from torch import Tensor
 from dpkd.api import TeacherAccess
 from dpkd.data.batches import Batch
 from dpkd.models.chunked import token_logps
-from dpkd.models.head import Head, head_of, hidden_rows
+from dpkd.models.head import Head, head_of
+from dpkd.models.layers import layer_rows
 
 __all__ = ["LiveTeacher", "TeacherRows"]
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's hidden states of the packed rows `[N, H]`, and its head: logits are made a chunk at a time."""
+    """The teacher's hidden states of the packed rows `[N, H]`, and its head: logits are made a chunk at a time.
+
+    `layers` has the hidden states `[N, H]` of further layers, where a loss reads them.
+    """
 
     hidden: Tensor
     head: Head
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def logits(self, rows: slice) -> Tensor:
@@ -31,7 +37,7 @@ class TeacherRows:
 class LiveTeacher:
     """A frozen causal LM in eval mode."""
 
-    offers = TeacherAccess.LOGITS
+    offers = TeacherAccess.HIDDEN
 
     def __init__(self, model: torch.nn.Module, vocabulary: int, device: torch.device) -> None:
         """`device` is the student's, where the losses are computed."""
@@ -46,11 +52,14 @@ class LiveTeacher:
         )
 
     @torch.no_grad()
-    def rows(self, batch: Batch) -> TeacherRows:
-        """Hidden states of the response positions: one forward of the backbone."""
+    def rows(self, batch: Batch, layers: Collection[int] = ()) -> TeacherRows:
+        """Hidden states of the response positions, also of some layers: one forward of the backbone."""
         self.forwards += 1
         home = next(self.model.parameters()).device
-        return TeacherRows(hidden_rows(self.model, batch.to(home)).to(self._device), self._head)
+        hidden, states = layer_rows(self.model, batch.to(home), layers)
+        return TeacherRows(
+            hidden.to(self._device), self._head, {i: state.to(self._device) for i, state in states.items()}
+        )
 
     @torch.no_grad()
     def logps(self, batch: Batch, chunk: int) -> Tensor:

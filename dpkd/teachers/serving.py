@@ -14,6 +14,8 @@ def why_not(
     spec: LossSpec, config: LossConfig, reads: Collection[Signal], writers: Collection[Text], manifest: Manifest
 ) -> str | None:
     """Why a store cannot serve a loss on text by these writers, and what would serve; None when it can."""
+    if Signal.TEACHER_HIDDEN in reads:
+        return f"{spec.name} reads the teacher's hidden states, which no store has; name the teacher's model instead"
     if not {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS} & set(reads):
         return None
     if Text.STUDENT in writers:

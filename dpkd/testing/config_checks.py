@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpkd.api import Card, LossConfig, Rollout, RolloutLoss, Signal, UndeclaredSignal
+from dpkd.api import HIDDEN, Card, Family, LossConfig, Rollout, RolloutLoss, Signal, UndeclaredSignal
 from dpkd.testing.inputs import Inputs, rollout_of
 from dpkd.testing.results import CheckFailed
 from dpkd.testing.subject import Check, Subject, fail, require
@@ -100,6 +100,13 @@ def _suggestion_gaps(subject: Subject) -> Iterator[str]:
 
 def only_declared_signals(subject: Subject) -> None:
     """The loss reads what its spec declares, all of it and nothing else."""
+    if HIDDEN & subject.reads:
+        others = sorted(subject.reads - HIDDEN - {Signal.TARGETS})
+        require(
+            subject.spec.family is Family.TOKEN and not others,
+            f"a loss on hidden states is a token loss and reads nothing but these and targets, found {others}: logits "
+            "come a few rows at a time. Make it two losses",
+        )
     batch = subject.batch()
     read: set[Signal] = set()
     loss = subject.build()

@@ -1,7 +1,8 @@
 """Random inputs of each family, as the engine would hand them over.
 
 N rows (positions, or pairs), V vocabulary. A `Batch` shows the student as one matrix `[N, K]` whatever the family:
-logits (K = V), or the log-probs of the preferred and the dispreferred response (K = 2).
+logits (K = V), hidden states of all layers one after the other, or the log-probs of the preferred and the dispreferred
+response (K = 2).
 """
 
 from __future__ import annotations
@@ -13,19 +14,41 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dpkd.api import Family, Pair, PairInputs, Rollout, RolloutInputs, Signal, TokenInputs
+from dpkd.api import HIDDEN, Family, Layers, Pair, PairInputs, Rollout, RolloutInputs, Signal, Stack, TokenInputs
 from dpkd.functional import gather_logps, log_mix
+from dpkd.testing.results import CheckSkipped
 
-__all__ = ["EXCLUDED", "VOCABULARY", "Batch", "Inputs", "matched", "random_batch", "rollout_of"]
+__all__ = [
+    "EXCLUDED",
+    "STUDENT_STACK",
+    "TEACHER_STACK",
+    "VOCABULARY",
+    "Batch",
+    "Inputs",
+    "Shape",
+    "matched",
+    "random_batch",
+    "rollout_of",
+]
 
 VOCABULARY = 7
 EXCLUDED = 2  # so many of the last tokens may be excluded (logits of -inf); they are never targets
+STUDENT_STACK, TEACHER_STACK = Stack(3, 4), Stack(6, 5)  # of losses on hidden states
 TEACHER_MIX = 0.2  # share of the teacher in the policy that drew a rollout
 
 Inputs = TokenInputs | PairInputs | RolloutInputs
 Cache = dict[tuple[Signal, float], Tensor]
 _KIND: dict[Family, type[Inputs]] = {Family.TOKEN: TokenInputs, Family.PAIR: PairInputs, Family.ROLLOUT: RolloutInputs}
-_LOGITS = (Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS)
+_HALF = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}) | HIDDEN  # what comes in half types too
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Which hidden states a loss reads, and how wide those of student and teacher are."""
+
+    layers: Layers
+    student_width: int
+    teacher_width: int
 
 
 @dataclass(frozen=True)
@@ -41,22 +64,33 @@ class Batch:
     @property
     def student(self) -> Tensor:
         """What the gradient is for, `[N, K]`."""
-        return self._matrix(Signal.STUDENT_LOGPS if self.family is Family.PAIR else Signal.STUDENT_LOGITS)
+        return self._matrix(self._student_signal)
 
     @property
     def teacher(self) -> Tensor:
         """The teacher's counterpart, `[N, K]`."""
-        return self._matrix(Signal.TEACHER_LOGPS if self.family is Family.PAIR else Signal.TEACHER_LOGITS)
+        if self.family is Family.PAIR:
+            return self._matrix(Signal.TEACHER_LOGPS)
+        hidden = Signal.TEACHER_HIDDEN in self.signals
+        return self._matrix(Signal.TEACHER_HIDDEN if hidden else Signal.TEACHER_LOGITS)
+
+    @property
+    def _student_signal(self) -> Signal:
+        if self.family is Family.PAIR:
+            return Signal.STUDENT_LOGPS
+        return Signal.STUDENT_HIDDEN if Signal.STUDENT_HIDDEN in self.signals else Signal.STUDENT_LOGITS
 
     def _matrix(self, signal: Signal) -> Tensor:
         value = self.signals[signal]
-        return torch.stack(list(value), dim=1) if isinstance(value, Pair) else value
+        return torch.stack(list(value), dim=1) if isinstance(value, Pair) else value.flatten(1)
 
     def with_student(self, student_NK: Tensor) -> Batch:
         """The same rows under another student."""
         if self.family is Family.PAIR:
             return self.having(Signal.STUDENT_LOGPS, Pair(student_NK[:, 0], student_NK[:, 1]))
-        return self.having(Signal.STUDENT_LOGITS, student_NK)
+        before = self.signals[self._student_signal]
+        assert isinstance(before, Tensor)
+        return self.having(self._student_signal, student_NK.unflatten(1, before.shape[1:]))
 
     def having(self, signal: Signal, value: Tensor | Pair) -> Batch:
         """The same rows with one signal exchanged."""
@@ -77,11 +111,11 @@ class Batch:
         return self.map(lambda _, value: value[rows])
 
     def to(self, dtype: torch.dtype) -> Batch:
-        """Numbers in another type; where it is a half type, logits only, as in the engine."""
+        """Numbers in another type; where it is a half type, logits and hidden states only, as in the engine."""
         half = dtype in (torch.bfloat16, torch.float16)
 
         def cast(signal: Signal, value: Tensor) -> Tensor:
-            return value.to(dtype) if value.is_floating_point() and (signal in _LOGITS or not half) else value
+            return value.to(dtype) if value.is_floating_point() and (signal in _HALF or not half) else value
 
         return self.map(cast)
 
@@ -93,12 +127,17 @@ class Batch:
 
 def random_batch(
     family: Family, rows: int = 6, *, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float32,
-    student_excludes: int = 0, teacher_excludes: int = 0,
+    student_excludes: int = 0, teacher_excludes: int = 0, hidden: Shape | None = None,
 ) -> Batch:  # fmt: skip
-    """Rows of a family; `scale` is the standard deviation of logits, or the size of log-probs per token in nats."""
+    """Rows of a family; `scale` is the standard deviation of logits, or the size of log-probs per token in nats.
+
+    With `hidden` the rows have hidden states in place of logits.
+    """
     generator = torch.Generator().manual_seed(seed)
     if family is Family.PAIR:
         return Batch(family, _pairs(rows, scale, generator)).to(dtype)
+    if hidden is not None:
+        return Batch(family, _hidden(rows, scale, hidden, generator)).to(dtype)
     student, teacher = (
         scale * torch.randn(rows, VOCABULARY, generator=generator, dtype=torch.float64) for _ in range(2)
     )
@@ -109,6 +148,17 @@ def random_batch(
     targets = torch.randint(VOCABULARY - EXCLUDED, (rows,), generator=generator)
     signals = {Signal.STUDENT_LOGITS: student, Signal.TEACHER_LOGITS: teacher, Signal.TARGETS: targets}
     return Batch(family, signals).to(dtype)
+
+
+def _hidden(rows: int, scale: float, shape: Shape, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
+    def states(layers: tuple[int, ...], width: int) -> Tensor:
+        return scale * torch.randn(rows, len(layers), width, generator=generator, dtype=torch.float64)
+
+    return {
+        Signal.STUDENT_HIDDEN: states(shape.layers.student, shape.student_width),
+        Signal.TEACHER_HIDDEN: states(shape.layers.teacher, shape.teacher_width),
+        Signal.TARGETS: torch.randint(VOCABULARY, (rows,), generator=generator),
+    }
 
 
 def _pairs(rows: int, scale: float, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
@@ -147,7 +197,12 @@ def _drawn(student_NV: Tensor, teacher_NV: Tensor, generator: torch.Generator) -
 
 
 def matched(batch: Batch) -> Batch:
-    """The same rows with the student equal to the teacher, at the time of drawing too."""
+    """The same rows with the student equal to the teacher, at the time of drawing too.
+
+    Raises CheckSkipped where the two have other shapes.
+    """
+    if batch.student.shape != batch.teacher.shape:
+        raise CheckSkipped("the hidden states of student and teacher have different shapes: they cannot be equal")
     batch = batch.with_student(batch.teacher)
     if batch.family is not Family.ROLLOUT:
         return batch

@@ -3,6 +3,7 @@
 It is called with float64 arrays as keyword arguments and returns one value per row `[N]`:
 
     token and rollout losses   reference(student_logits=..., teacher_logits=..., targets=..., config=...)
+    on hidden states           reference(student_hidden=..., teacher_hidden=..., weights={name: ...}, config=...)
     pair losses                reference(student=(t, s), teacher=(t, s), reference=(t, s), lengths=(t, s), config=...)
 
 It gets what the loss declares and nothing else; rows for which it returns NaN are not compared.
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpkd.api import Family, Pair, Signal
+from dpkd.api import HIDDEN, Family, Loss, Pair, Signal
 from dpkd.testing.inputs import EXCLUDED, Batch
 from dpkd.testing.results import CheckWarned
 from dpkd.testing.subject import FOUNDATION, Check, Subject, require, require_close
@@ -38,13 +39,14 @@ def matches_reference(subject: Subject) -> None:
             "divergence the wrong way round or a wrong constant"
         )
     cases: list[dict[str, Any]] = [{"scale": scale} for scale in (0.1, 1.0, 4.0)]
-    if subject.spec.family is not Family.PAIR:
+    if subject.spec.family is not Family.PAIR and not HIDDEN & subject.reads:
         one, other = {"student_excludes": EXCLUDED}, {"teacher_excludes": EXCLUDED}
         cases += [one, other, {**one, **other}]
     for seed, how in enumerate(cases):
         batch = subject.batch(seed=seed, dtype=torch.float64, **how)
-        expected_N = _reference_values(subject, batch)
-        found_N = subject.values(batch, subject.build(torch.float64)).detach()
+        loss = subject.build(torch.float64)
+        expected_N = _reference_values(subject, batch, loss)
+        found_N = subject.values(batch, loss).detach()
         close = 1e-4 if found_N.dtype is torch.float32 else 1e-7
         known_N = ~expected_N.isnan()
         what = ", ".join(f"{name} {value}" for name, value in how.items())
@@ -53,11 +55,13 @@ def matches_reference(subject: Subject) -> None:
         )
 
 
-def _reference_values(subject: Subject, batch: Batch) -> Tensor:
+def _reference_values(subject: Subject, batch: Batch, loss: Loss) -> Tensor:
     import numpy as np
 
     assert subject.reference is not None
     arguments: dict[str, Any] = {"config": subject.config}
+    if HIDDEN & subject.reads:
+        arguments["weights"] = {name: weight.detach().numpy().copy() for name, weight in loss.named_parameters()}
     for signal in subject.reads:
         value = batch.signals[signal]
         if isinstance(value, Pair):

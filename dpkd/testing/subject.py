@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpkd.api import Family, Loss, LossConfig, LossSpec, Signal, Trait
-from dpkd.testing.inputs import Batch, random_batch
+from dpkd.api import HIDDEN, Family, Loss, LossConfig, LossSpec, Signal, Stack, TokenLoss, Trait
+from dpkd.testing.inputs import STUDENT_STACK, TEACHER_STACK, Batch, Shape, random_batch
 from dpkd.testing.results import CheckFailed
 
 __all__ = ["FOUNDATION", "WITH_GRADIENT", "Check", "Subject", "fail", "require", "require_close"]
@@ -38,11 +38,25 @@ class Subject:
         """A new instance; the seed decides the first value of its weights, if it has any."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.spec.loss(self.config).to(dtype)
+            return self._bound()[0].to(dtype)
+
+    def _bound(self) -> tuple[Loss, Shape | None]:
+        """A new instance, told of the models where it reads hidden states. Raises what its `bind` raises."""
+        try:
+            return self._bound_to(TEACHER_STACK)
+        except ValueError:  # it takes models of one width only
+            return self._bound_to(Stack(TEACHER_STACK.layers, STUDENT_STACK.width))
+
+    def _bound_to(self, teacher: Stack) -> tuple[Loss, Shape | None]:
+        loss = self.spec.loss(self.config)
+        if not (HIDDEN & self.reads and isinstance(loss, TokenLoss)):
+            return loss, None
+        return loss, Shape(loss.bind(STUDENT_STACK, teacher), STUDENT_STACK.width, teacher.width)
 
     def batch(self, rows: int = 6, **how: Any) -> Batch:
         """Random rows of the loss's family; see `random_batch`."""
-        return random_batch(self.spec.family, rows, **how)
+        with torch.random.fork_rng(devices=[]):
+            return random_batch(self.spec.family, rows, hidden=self._bound()[1], **how)
 
     def values(self, batch: Batch, loss: Loss | None = None) -> Tensor:
         """What the loss returns, `[N]`. Raises CheckFailed where it returns something else."""
@@ -70,12 +84,14 @@ class Check:
     """A named check: `run` raises CheckFailed, CheckSkipped or CheckWarned, or returns.
 
     families   the losses that it applies to
+    logits     and only those that read logits
     trait      and only those that make this promise
     requires   checks without which its judgement means nothing
     """
 
     run: Callable[[Subject], None]
     families: frozenset[Family] = field(default=frozenset(Family))
+    logits: bool = False
     trait: Trait | None = None
     requires: tuple[str, ...] = ()
 
@@ -86,6 +102,8 @@ class Check:
 
     def applies(self, spec: LossSpec) -> bool:
         """Whether a loss of this family and with these traits is to be checked."""
+        if self.logits and HIDDEN & spec.signals():
+            return False
         return spec.family in self.families and (self.trait is None or self.trait in spec.traits)
 
 

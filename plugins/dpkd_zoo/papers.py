@@ -14,13 +14,16 @@ __all__ = [
     "BILD",
     "CPO",
     "DADPO",
+    "DISTILBERT",
     "DISTILLM",
+    "DISTILLM2",
     "DKD",
     "DPKD",
     "DPKD_CODE",
     "DPO",
     "EXO",
     "FDISTILL",
+    "FITNETS",
     "GKD",
     "HINTON",
     "IMITKD",
@@ -41,7 +44,9 @@ __all__ = [
     "SIMPO",
     "SLIC",
     "SMAUG",
+    "SPECULATIVE_KD",
     "TAID",
+    "TINYBERT",
     "TODI",
     "TRL",
     "TRL_PREFERENCE",
@@ -234,4 +239,31 @@ KL_APPROXIMATION = Source(
 KL_PITFALLS = _source(
     "On a few pitfalls in KL divergence gradient estimation for RL",
     "https://arxiv.org/abs/2506.09477", "tang2025pitfalls", "Tang, Yunhao and Munos, Rémi", 2025,
+)  # fmt: skip
+FITNETS = _source(
+    "FitNets: Hints for Thin Deep Nets", "https://arxiv.org/abs/1412.6550", "romero2015fitnets",
+    "Romero, Adriana and Ballas, Nicolas and Kahou, Samira Ebrahimi and Chassang, Antoine and Gatta, Carlo and "
+    "Bengio, Yoshua", 2015,
+)  # fmt: skip
+TINYBERT = _source(
+    "TinyBERT: Distilling BERT for Natural Language Understanding", "https://arxiv.org/abs/1909.10351",
+    "jiao2020tinybert",
+    "Jiao, Xiaoqi and Yin, Yichun and Shang, Lifeng and Jiang, Xin and Chen, Xiao and Li, Linlin and Wang, Fang and "
+    "Liu, Qun", 2020,
+)  # fmt: skip
+DISTILBERT = _source(
+    "DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter", "https://arxiv.org/abs/1910.01108",
+    "sanh2019distilbert", "Sanh, Victor and Debut, Lysandre and Chaumond, Julien and Wolf, Thomas", 2019,
+)  # fmt: skip
+DISTILLM2 = _source(
+    "DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs", "https://arxiv.org/abs/2503.07067",
+    "ko2025distillm2",
+    "Ko, Jongwoo and Chen, Tianyi and Kim, Sungnyun and Ding, Tianyu and Liang, Luming and Zharkov, Ilya and "
+    "Yun, Se-Young", 2025,
+)  # fmt: skip
+SPECULATIVE_KD = _source(
+    "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved Sampling",
+    "https://arxiv.org/abs/2410.11325", "xu2024skd",
+    "Xu, Wenda and Han, Rujun and Wang, Zifeng and Le, Long T. and Madeka, Dhruv and Li, Lei and Wang, William Yang "
+    "and Agarwal, Rishabh and Lee, Chen-Yu and Pfister, Tomas", 2024,
 )  # fmt: skip

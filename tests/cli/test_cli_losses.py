@@ -51,7 +51,8 @@ def test_filters(call: Callable[..., Any]) -> None:
         return {row["name"] for row in json.loads(call("list-losses", "--json", *arguments).stdout)}
 
     everything = names()
-    assert names("--offers", "logits") == everything
+    assert names("--offers", "hidden-states") == everything
+    assert names("--offers", "logits") == everything - {"hidden-mse", "hidden-cosine"}
     assert names("--offers", "text") < names("--offers", "token-logps") < everything
     assert {"sft", "seqkd"} <= names("--offers", "text")
     assert "kd" not in names("--offers", "token-logps")

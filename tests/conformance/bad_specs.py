@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from bad_losses import bad, bad_spec
-from good_losses import BOTH, CARD, DRAWN, FORWARD_KL, REINFORCE
+from good_losses import BOTH, CARD, COPY, DRAWN, FORWARD_KL, REINFORCE, Copy
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from dpkd.api import LossConfig, Signal
+from dpkd.api import HIDDEN, LossConfig, Signal
 from dpkd.functional import kl
 
 # --- config and card
@@ -65,3 +65,16 @@ def needs_that_lie(self: Any, x: Any) -> Tensor:
 
 bad_spec("only_declared_signals", "never_reads", replace(FORWARD_KL, reads=BOTH | {Signal.TARGETS}))
 bad_spec("only_declared_signals", "never_reads_logits", replace(REINFORCE, reads=DRAWN | {Signal.TEACHER_LOGITS}))
+
+
+@bad("only_declared_signals", base=Copy, reads=HIDDEN | {Signal.STUDENT_LOGITS})
+def reads_logits_too(self: Any, x: Any) -> Tensor:
+    return Copy.forward(self, x) + x.student_logits.logsumexp(-1)
+
+
+bad_spec("only_declared_signals", "never_reads_hidden_states", replace(COPY, reads=HIDDEN | {Signal.TARGETS}))
+
+
+@bad("bfloat16_inputs", base=Copy, reads=HIDDEN)
+def hidden_states_in_half_precision(self: Any, x: Any) -> Tensor:
+    return (x[Signal.STUDENT_HIDDEN] - x[Signal.TEACHER_HIDDEN]).square().sum((1, 2)).float()

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.api import (
+    HIDDEN,
     Card,
+    Layers,
     LossConfig,
     LossSpec,
     PairInputs,
@@ -20,6 +22,7 @@ from dpkd.api import (
     RolloutLoss,
     Signal,
     Source,
+    Stack,
     TokenInputs,
     TokenLoss,
     Trait,
@@ -122,6 +125,24 @@ class Tempered(TokenLoss[Settings]):
         return kl(x.teacher_log_probs(), cold.log_softmax(-1))
 
 
+class Copy(TokenLoss[Settings]):
+    """Squared distance of the last hidden states, of models of one width."""
+
+    def bind(self, student: Stack, teacher: Stack) -> Layers:
+        if student.width != teacher.width:
+            raise ValueError(f"the widths are {student.width} and {teacher.width}, and must be one")
+        return Layers((student.layers,), (teacher.layers,))
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        return (x.student_hidden - x.teacher_hidden).square().sum((1, 2))
+
+
+def copy_reference(student_hidden: Any, teacher_hidden: Any, weights: Any, config: Settings) -> np.ndarray:
+    """One number at a time."""
+    gaps = (student_hidden - teacher_hidden).reshape(len(student_hidden), -1)
+    return np.array([sum(gap * gap for gap in row) for row in gaps])
+
+
 FORWARD_KL = spec_of(
     "forward-kl", ForwardKL, BOTH,
     Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER,
@@ -131,6 +152,7 @@ DPO_SPEC = spec_of("dpo", DPO, PAIRS, Trait.NON_NEGATIVE)
 REINFORCE = spec_of("reinforce", Reinforce, DRAWN, Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT)
 SAMPLED = spec_of("sampled", Sampled, BOTH | {Signal.TARGETS}, Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT)
 TEMPERED = spec_of("tempered", Tempered, BOTH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT)
+COPY = spec_of("copy", Copy, HIDDEN, Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE)
 
 GOOD: list[tuple[LossSpec, Callable[..., Any] | None]] = [
     (FORWARD_KL, forward_kl_reference),
@@ -138,4 +160,5 @@ GOOD: list[tuple[LossSpec, Callable[..., Any] | None]] = [
     (REINFORCE, reinforce_reference),
     (SAMPLED, None),
     (TEMPERED, None),
+    (COPY, copy_reference),
 ]

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from zoo_inputs import inputs_of, randn, row_of
 
-from dpkd.api import Card, Family, LossConfig, LossSpec, Text, Trait
+from dpkd.api import HIDDEN, Card, Family, LossConfig, LossSpec, Text, Trait
 from dpkd.config.objective import text_writers
 from dpkd.config.settings import RunSettings
 
@@ -25,9 +25,12 @@ NAMES = {
     "fkl", "jsd", "gkd", "skl", "srkl", "tvd", "symmetric-kl", "hellinger", "alpha-beta", "topk-kl", "sampled-kl",
     "todi", "dkd", "taid", "distillm", "imitkd", "logits-mse", "bild",
     "dpkd-dpop", "dpkd-orpo", "dpkd-hinge", "dpkd-robust", "dpkd-exo", "dpkd-apo", "plad", "opd", "dpo", "dadpo",
+    "hidden-mse", "hidden-cosine",
 }  # fmt: skip
 POINTS = [p for p in entry_points(group="dpkd") if p.value.startswith("dpkd_zoo.")]
 SPECS: list[LossSpec] = [spec for point in POINTS for spec in point.load().dpkd_losses()]
+# Losses on hidden states have inputs of another kind: they have the kit, and tests of their own.
+ON_NUMBERS = [spec for spec in SPECS if not HIDDEN & spec.signals()]
 FILES = sorted(p for p in Path(dpkd_zoo.__file__).parent.glob("*.py") if p.stem not in ("__init__", "papers"))
 
 # Settings under which a loss takes another path.
@@ -76,7 +79,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 CASES = [
     pytest.param(spec, settings, id=f"{spec.name}-{'-'.join(f'{k}={v}' for k, v in settings.items()) or 'default'}")
-    for spec in SPECS
+    for spec in ON_NUMBERS
     for settings in [{}, *VARIANTS.get(spec.name, [])]
 ]
 OUTSIDE: dict[str, list[dict[str, Any]]] = {
@@ -125,8 +128,11 @@ OUTSIDE: dict[str, list[dict[str, Any]]] = {
     ],
     "dpo": [{"beta": 0.0}, {"aggregation": "total"}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5}],
     "dadpo": [{"beta_start": 0.0}, {"beta_teacher": 0.0}, {"aggregation": "total"}],
+    "hidden-mse": [{"layers": "first"}, {"pairs": 1}, {"projection": "linear"}],
+    "hidden-cosine": [{"layers": "first"}, {"pairs": 1}, {"projection": "linear"}],
 }  # fmt: skip
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+each_on_numbers = pytest.mark.parametrize("spec", ON_NUMBERS, ids=lambda s: s.name)
 LOGITS = [case for case in CASES if case.values[0].family is not Family.PAIR]
 each_case = pytest.mark.parametrize(("spec", "settings"), CASES)
 each_logits_case = pytest.mark.parametrize(("spec", "settings"), LOGITS)
@@ -154,7 +160,7 @@ def test_exactly_these_one_file_and_one_entry_point_each() -> None:
 
 def test_variants_name_losses_that_exist() -> None:
     assert set(VARIANTS) <= NAMES
-    assert len(CASES) > len(LOGITS) > len(SPECS)
+    assert len(CASES) > len(LOGITS) > len(SPECS) > len(ON_NUMBERS) > 30
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -340,7 +346,7 @@ def test_traits_hold(spec: LossSpec, settings: dict[str, Any]) -> None:
             assert at_match.grad.abs().max() < 1e-6
 
 
-@each_spec
+@each_on_numbers
 def test_traits_are_not_left_unsaid(spec: LossSpec) -> None:
     """A loss that is zero at match and does not say so is not checked for it."""
     teacher = _logits(spec, 8, 1)

@@ -38,6 +38,12 @@ def token_inputs(
     return TokenInputs(signals)
 
 
+def hidden_inputs(student: Tensor | list[Any], teacher: Tensor | list[Any]) -> TokenInputs:
+    """Hidden states `[N, K, H]` of student and teacher, and nothing else."""
+    signals = {Signal.STUDENT_HIDDEN: torch.as_tensor(student), Signal.TEACHER_HIDDEN: torch.as_tensor(teacher)}
+    return TokenInputs(signals)
+
+
 def pair_inputs(
     student: tuple[Any, Any],
     lengths: tuple[Any, Any],
