@@ -79,6 +79,7 @@ class Signal(StrEnum):
     """What a loss may read. It reads what its spec declares, and nothing else."""
 
     TARGETS = "targets"  # the response's token at each position [N]
+    BY_STUDENT = "by_student"  # whether the student wrote the response that the position is in [N], bool
     STUDENT_LOGITS = "student_logits"  # [N, V]
     TEACHER_LOGITS = "teacher_logits"  # [N, V]
     STUDENT_LOGPS = "student_logps"  # of whole responses, preferred and dispreferred [B]
@@ -239,6 +240,11 @@ class TokenInputs(_Inputs):
     def targets(self) -> Tensor:
         """The response's token id at each position, `[N]`."""
         return self[Signal.TARGETS]  # type: ignore[no-any-return]
+
+    @property
+    def by_student(self) -> Tensor:
+        """Whether the student wrote the response, `[N]`, bool: else the teacher did, or it is the data set's."""
+        return self[Signal.BY_STUDENT]  # type: ignore[no-any-return]
 
     @property
     def student_hidden(self) -> Tensor:

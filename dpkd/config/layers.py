@@ -36,7 +36,11 @@ WHOLE = {"text.mix"}
 # Settings that mean something only beside some values of another one. A layer that gives the other one a
 # different value drops them from the layers below: `text.source=student` leaves a mix that the loss suggests.
 DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "text.source": {"text.mix": ("mixed",), "text.teacher_mix": ("student", "mixed")},
+    "text.source": {
+        "text.mix": ("mixed",),
+        "text.each": ("each",),
+        "text.teacher_mix": ("student", "mixed", "each"),
+    },
     "text.refresh": {"text.every": ("every_n_steps",), "text.inner_epochs": ("every_step", "every_n_steps")},
     "student.init": {"student.layers": ("layers", "random")},
 }

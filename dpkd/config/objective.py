@@ -50,6 +50,8 @@ def text_writers(text: TextSettings, family: Family) -> dict[str, Text]:
         return {"pairs.preferred": Text(pairs.preferred), "pairs.dispreferred": Text(pairs.dispreferred)}
     if text.source == "mixed":
         return {f"mix.{writer.value}": writer for writer, share in text.mix.items() if share > 0}
+    if text.source == "each":
+        return {f"each.{writer.value}": writer for writer in text.each}
     return {"source": Text(text.source)}
 
 

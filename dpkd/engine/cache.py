@@ -85,7 +85,7 @@ def _own_writers(objective: Objective, resolved: Resolved) -> dict[str, Text]:
 
 def _writers(resolved: Resolved) -> set[Text]:
     """Who writes the text that a loss reads the teacher on."""
-    reading = {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS}
+    reading = {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS, Signal.TEACHER_HIDDEN}
     found = {w for o in resolved.objectives if o.reads & reading for w in _own_writers(o, resolved).values()}
     if not found:
         raise DpkdError(f"{resolved.loss.name} reads no number of the teacher: it needs no store")

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, TokenInputs
+from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, Text, TokenInputs
 from dpkd.engine.measure import observe_pairs, observe_rows
 from dpkd.engine.sums import Sums
 from dpkd.engine.work import Term, Work
@@ -125,6 +125,8 @@ class Distiller(nn.Module):
             Signal.TARGETS: work.batch.targets[rows],
             **{signal: values[rows] for signal, values in work.extra.items()},
         }
+        if work.needs_teacher(Signal.BY_STUDENT):
+            signals[Signal.BY_STUDENT] = _by_student(work, rows)
         if work.teacher is not None and (work.measure or work.needs_teacher(Signal.TEACHER_LOGITS)):
             signals[Signal.TEACHER_LOGITS] = work.teacher.logits(rows).to(logits_nV.dtype)
         return RolloutInputs(signals) if work.extra else TokenInputs(signals)
@@ -173,6 +175,12 @@ class Distiller(nn.Module):
         if work.measure and work.responses:
             observe_pairs(student, work.teacher_logps, lengths, self.reward_scale, sums)
         return total, sums
+
+
+def _by_student(work: Work, rows: slice) -> Tensor:
+    """Whether the student wrote the response of each of some rows, `[n]`."""
+    wrote = [response.writer is Text.STUDENT for response in work.responses]
+    return torch.tensor(wrote, dtype=torch.bool, device=work.batch.sequence.device)[work.batch.sequence[rows]]
 
 
 def _add_term(sums: Sums, name: str, values: Tensor, parts: Mapping[str, Tensor]) -> None:

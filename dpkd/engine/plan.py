@@ -133,8 +133,9 @@ def _text_rows(resolved: Resolved, data: TokenisedData, steps: int) -> list[tupl
         writers = {Text(text.pairs.preferred): 1.0, Text(text.pairs.dispreferred): 1.0}
         rows = [("preferred (y_t)", text.pairs.preferred), ("dispreferred (y_s)", text.pairs.dispreferred)]
     else:
-        writers = dict(text.mix) if text.source == "mixed" else {Text(text.source): 1.0}
-        rows = [("responses by", ", ".join(f"{w} {share:.0%}" for w, share in writers.items()))]
+        writers = dict(text.mix) if text.source == "mixed" else dict.fromkeys(text.each or (Text(text.source),), 1.0)
+        shares = ", ".join(f"{w} {share:.0%}" for w, share in writers.items())
+        rows = [("responses by", shares if not text.each else f"each of {', '.join(text.each)}, to every prompt")]
     lengths = [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts]
     schedule = Schedule(
         lengths, batch_size=settings.train.batch_size, steps=steps, seed=settings.seed, refresh=text.refresh,

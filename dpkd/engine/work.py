@@ -32,7 +32,7 @@ class Term(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What stays together in a micro-batch: one sequence, or the two of a pair (preferred first)."""
+    """What stays together in a micro-batch: the sequences of one prompt; of a pair two (preferred first)."""
 
     sequences: tuple[TokenSequence, ...]
     responses: tuple[Response, ...] = ()
@@ -89,7 +89,7 @@ def _rollout_signals(units: Sequence[Unit]) -> dict[Signal, Tensor]:
 _IDLE = Unit((TokenSequence((0,), ()),))
 
 
-# Sharing the prompt of a pair costs attention over both responses; below this share of tokens saved it does not pay.
+# Sharing a prompt costs attention over all responses to it; below this share of tokens saved it does not pay.
 WORTH_SHARING = 0.1
 
 
@@ -107,7 +107,7 @@ class Cutter:
 
     def __call__(self, stream: Stream, measure: bool) -> list[Work]:
         """The stream's share of this process, longest first."""
-        layout = self.layout._replace(shared=self.layout.shared and stream.pairs and _worth_sharing(stream.units))
+        layout = self.layout._replace(shared=self.layout.shared and _worth_sharing(stream.units))
         groups = self._groups(stream, layout)
         works = []
         for number in range(-(-len(groups) // self.processes)):
@@ -118,7 +118,7 @@ class Cutter:
 
     def _groups(self, stream: Stream, layout: Layout) -> list[list[int]]:
         """The units of each micro-batch of all processes."""
-        per_unit = 2 if stream.pairs else 1
+        per_unit = max((len(unit.sequences) for unit in stream.units), default=1)
         size, tokens, lengths = max(1, self.size // per_unit), self.tokens, [max(_lengths(u)) for u in stream.units]
         if layout.shared:
             lengths = [_shared_length(unit) for unit in stream.units]

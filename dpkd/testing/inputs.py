@@ -146,8 +146,14 @@ def random_batch(
     if family is Family.ROLLOUT:
         return Batch(family, _drawn(student, teacher, generator)).to(dtype)
     targets = torch.randint(VOCABULARY - EXCLUDED, (rows,), generator=generator)
-    signals = {Signal.STUDENT_LOGITS: student, Signal.TEACHER_LOGITS: teacher, Signal.TARGETS: targets}
-    return Batch(family, signals).to(dtype)
+    by_student = torch.arange(rows) % 2 == 0
+    return Batch(
+        family,
+        {
+            Signal.STUDENT_LOGITS: student, Signal.TEACHER_LOGITS: teacher, Signal.TARGETS: targets,
+            Signal.BY_STUDENT: by_student,
+        },
+    ).to(dtype)  # fmt: skip
 
 
 def _hidden(rows: int, scale: float, shape: Shape, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:

@@ -38,12 +38,15 @@ class PairSettings(Block):
 class TextSettings(Block):
     """Who writes the responses, and how fresh the student's are."""
 
-    source: Literal["dataset", "teacher", "student", "mixed"] = Field(
+    source: Literal["dataset", "teacher", "student", "mixed", "each"] = Field(
         "dataset", description="who writes the responses (pair losses use `pairs` instead)"
     )
     mix: dict[Text, float] = Field(
         default_factory=dict,
         description="with source `mixed`: the probability of each writer, drawn once per optimiser step",
+    )
+    each: tuple[Text, ...] = Field(
+        (), description="with source `each`: the writers, every one of whom responds to every prompt of a step"
     )
     pairs: PairSettings = Field(PairSettings(), description="who writes the two responses of a pair")
     sampling: SamplingSettings = Field(SamplingSettings(), description="how the student's responses are drawn")
@@ -75,8 +78,16 @@ class TextSettings(Block):
                 raise ValueError(f"source `mixed` needs `mix`: probabilities of the writers that sum to 1, got {given}")
         elif self.mix:
             raise ValueError(f"`mix` is used only with source `mixed`, not with {self.source!r}")
+        self._check_each()
         if self.every > 1 and self.refresh != "every_n_steps":
             raise ValueError(f"`every` is used only with refresh `every_n_steps`, not with {self.refresh!r}")
         if self.inner_epochs > 1 and self.refresh not in ("every_step", "every_n_steps"):
             raise ValueError("`inner_epochs` is used only with refresh `every_step` or `every_n_steps`")
         return self
+
+    def _check_each(self) -> None:
+        if self.source == "each" and (len(self.each) < 2 or len(set(self.each)) < len(self.each)):
+            given = [writer.value for writer in self.each]
+            raise ValueError(f"source `each` needs `each`: two or three different writers, got {given}")
+        if self.source != "each" and self.each:
+            raise ValueError(f"`each` is used only with source `each`, not with {self.source!r}")

@@ -26,7 +26,7 @@ TeacherPen = Callable[[Sequence[int]], list[Response]]
 
 
 class StepText(NamedTuple):
-    """The responses of one step: per example one, or two for a pair (preferred first); and what was left out."""
+    """The responses of one step: one per example and writer, for a pair preferred first; and what was left out."""
 
     responses: list[tuple[int, tuple[Response, ...]]]
     counts: dict[str, int]
@@ -65,10 +65,12 @@ class Writers:
         self._teacher_responses: dict[int, Response] = {}
 
     def writers(self, step: int) -> tuple[Text, ...]:
-        """Who writes at this step: one, or for a pair two (preferred first)."""
+        """Who writes at this step: one, for a pair two (preferred first), or all that are to write each response."""
         if self.family is Family.PAIR:
             pairs = self.settings.pairs
             return Text(pairs.preferred), Text(pairs.dispreferred)
+        if self.settings.source == "each":
+            return self.settings.each
         if self.settings.source != "mixed":
             return (Text(self.settings.source),)
         drawn = random.Random(f"mix/{self._seed}/{step}").choices(
@@ -123,10 +125,13 @@ class Writers:
             counts["truncated_responses"] += sum(r.truncated for r in responses)
             empty = [r for r in responses if r.is_empty(self._eos_ids)]
             counts["empty_responses"] += len(empty)
-            if any(r.writer is Text.TEACHER for r in empty):
-                continue
-            if len(responses) == 2 and responses[0].ids == responses[1].ids:
-                counts["equal_pairs"] += 1
-                continue
-            kept.append((index, responses))
+            useful = tuple(r for r in responses if r not in empty or r.writer is not Text.TEACHER)
+            if self.family is Family.PAIR:
+                if len(useful) < 2:
+                    continue
+                if responses[0].ids == responses[1].ids:
+                    counts["equal_pairs"] += 1
+                    continue
+            if useful:
+                kept.append((index, useful))
         return StepText(kept, counts)

@@ -114,6 +114,7 @@ def inputs_of(
         Signal.STUDENT_LOGITS: student,
         Signal.TEACHER_LOGITS: teacher,
         Signal.TARGETS: targets,
+        Signal.BY_STUDENT: torch.arange(count) % 2 == 0,
         Signal.ROLLOUT_LOGPS: logps,
         Signal.BEHAVIOUR_LOGPS: logps + 0.1,
         Signal.TEACHER_LOGPS: logps - 0.2,

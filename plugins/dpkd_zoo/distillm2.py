@@ -1,0 +1,84 @@
+"""DistiLLM-2's contrastive objective (Ko et al., 2503.07067): skew KL on the teacher's text, its reverse on the other.
+
+`(1-β) · KL(p ‖ α p + (1-α) q)` where the teacher wrote the token, `β · KL(q ‖ (1-α) p + α q)` where the student did.
+The first raises q where the teacher goes, the second lowers it where only the student would go. Every prompt has a
+response by each.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
+from dpkd.functional import kl, log_mix
+from dpkd_zoo.papers import DISTILLM2, at
+
+__all__ = ["SPEC", "DistiLLM2Config", "DistiLLM2Loss", "dpkd_losses"]
+
+
+class DistiLLM2Config(LossConfig):
+    """The two skews, and the weight of the student's text."""
+
+    skew_teacher: float = setting(
+        0.1, description="α on the teacher's text: share of p in the mixture", source="DistiLLM-2: α₀ = 0.1", ge=0, lt=1
+    )
+    skew_student: float = setting(
+        0.1, description="α on the student's text: share of q in the mixture", source="DistiLLM-2: α₀ = 0.1", ge=0, lt=1
+    )
+    beta: float = setting(
+        0.5, description="β: weight of the student's text; 1-β is that of the teacher's", source="DistiLLM-2: β₀ = 0.5",
+        gt=0, lt=1,
+    )  # fmt: skip
+
+
+class DistiLLM2Loss(TokenLoss[DistiLLM2Config]):
+    """`2(1-β) · SKL` at positions of the teacher (or data set), `2β · SRKL` at those of the student."""
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        c, own_N = self.config, x.by_student
+        log_p_NV, log_q_NV = x.teacher_log_probs(), x.student_log_probs()
+        log_p_TV, log_q_TV, log_p_SV, log_q_SV = (z[of] for of in (~own_N, own_N) for z in (log_p_NV, log_q_NV))
+        forward_T = x.part("skl", kl(log_p_TV, log_mix(log_p_TV, log_q_TV, c.skew_teacher)))
+        reverse_S = x.part("srkl", kl(log_q_SV, log_mix(log_q_SV, log_p_SV, c.skew_student)))
+        values_N = log_q_NV.new_zeros(len(own_N)).index_put((~own_N,), 2 * (1 - c.beta) * forward_T)
+        return values_N.index_put((own_N,), 2 * c.beta * reverse_S)
+
+
+SPEC = LossSpec(
+    name="distillm2",
+    loss=DistiLLM2Loss,
+    config=DistiLLM2Config,
+    card=Card(
+        title="Contrastive distillation on text by both (DistiLLM-2)",
+        summary="Skew KL on the teacher's responses, skew reverse KL on the student's, to the same prompts.",
+        formula="2(1-β)·KL(p‖α·p + (1-α)·q) on the teacher's text,  2β·KL(q‖(1-α)·p + α·q) on the student's",
+        sources=(at(DISTILLM2, "CALD, Eq. 5; Table 11 for the defaults (numbers not verified)"),),
+        use_when="Both can write: the student learns the teacher's responses and unlearns its own, in bounded steps.",
+        avoid_when="Sampling is too slow, or only the data set's text is at hand: there is no contrast without the "
+        "student's responses. skl and srkl are the halves by themselves.",
+        notes="Not here: the paper's update of α from batch to batch, 1 - (1-α₀)·m/(p(y)-q(y)) within [0.01, 0.1], "
+        "which takes statistics of whole batches; the released code has it switched off, and the growing β too. A "
+        "schedule gives the latter: schedules.beta={start: 0.5, end: 0.75} (code). The released code takes the "
+        "mixture of the reverse part without gradient, here it has one, as in srkl. The mean is over the tokens of "
+        "both texts, so that a longer response weighs more. Suggested text, as in the paper: both sample at "
+        "temperature 0.8, the student anew every epoch (text.refresh=per_epoch). Text by the data set counts as the "
+        "teacher's. A token costs what it does with skl or srkl; there are twice as many, and both write.",
+    ),
+    reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.BY_STUDENT}),
+    suggests={
+        "text": {
+            "source": "each",
+            "each": ["teacher", "student"],
+            "refresh": "per_epoch",
+            "sampling": {"temperature": 0.8},
+            "teacher_sampling": {"temperature": 0.8},
+        }
+    },
+    traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
+)
+
+
+@hookimpl
+def dpkd_losses() -> list[LossSpec]:
+    """This module's loss."""
+    return [SPEC]
