@@ -40,6 +40,7 @@ DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
         "text.mix": ("mixed",),
         "text.each": ("each",),
         "text.teacher_mix": ("student", "mixed", "each"),
+        "text.teacher_veto": ("student", "mixed", "each"),
     },
     "text.refresh": {"text.every": ("every_n_steps",), "text.inner_epochs": ("every_step", "every_n_steps")},
     "student.init": {"student.layers": ("layers", "random")},

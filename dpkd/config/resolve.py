@@ -20,6 +20,7 @@ from dpkd.host import Host, RegisteredLoss
 from dpkd.models.given import Given
 from dpkd.teachers.manifest import read_manifest
 from dpkd.teachers.serving import why_not
+from dpkd.text.settings import TextSettings
 
 __all__ = ["Resolved", "resolve"]
 
@@ -266,11 +267,12 @@ def _writer_problems(settings: RunSettings, spec: LossSpec, merged: Merged) -> l
             f"text.pairs: is used by pair losses only, and {spec.name} is a {spec.family} loss; "
             f"use text.source instead (from {pairs_layer})"
         )
-    text = settings.text
-    if text.teacher_mix > 0 and Text.STUDENT not in _writers(settings, spec).values():
-        problems.append(
-            f"text.teacher_mix: is used only where the student writes (from {merged.layer_of('text.teacher_mix')})"
-        )
+    if Text.STUDENT not in _writers(settings, spec).values():
+        problems += [
+            f"text.{name}: is used only where the student writes (from {merged.layer_of(f'text.{name}')})"
+            for name in ("teacher_mix", "teacher_veto")
+            if getattr(settings.text, name) > 0
+        ]
     return problems
 
 
@@ -282,7 +284,7 @@ def _extra_reasons(extra: Objective) -> list[str]:
         reasons.append(f"terms.extra.{extra.name} ({extra.spec.name}) needs its {needs.value}")
     if extra.text is not None and Text.TEACHER in text_writers(extra.text, extra.spec.family).values():
         reasons.append(f"it writes the responses of terms.extra.{extra.name}")
-    return reasons
+    return reasons if extra.text is None else [*reasons, *_sampling_reasons(extra.text, f"terms.extra.{extra.name}.")]
 
 
 def _teacher_reasons(settings: RunSettings, spec: LossSpec, config: LossConfig | None) -> list[str]:
@@ -297,11 +299,19 @@ def _teacher_reasons(settings: RunSettings, spec: LossSpec, config: LossConfig |
     return [*reasons, *_model_reasons(settings)]
 
 
+def _sampling_reasons(text: TextSettings, path: str = "") -> list[str]:
+    """Why the student cannot write without the teacher's model."""
+    reasons = []
+    if text.teacher_mix > 0:
+        reasons.append(f"{path}text.teacher_mix mixes it into the student's sampling")
+    if text.teacher_veto > 0:
+        reasons.append(f"{path}text.teacher_veto lets it replace what the student writes")
+    return reasons
+
+
 def _model_reasons(settings: RunSettings) -> list[str]:
     """Why a run needs the teacher's model, whatever its loss reads."""
-    reasons = []
-    if settings.text.teacher_mix > 0:
-        reasons.append("text.teacher_mix mixes it into the student's sampling")
+    reasons = _sampling_reasons(settings.text)
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.kd_ratio > 0:
         reasons.append("terms.pretrain.kd_ratio distils from it on plain text")
     if settings.student.init == "layers" or (settings.student.init == "random" and settings.student.model is None):

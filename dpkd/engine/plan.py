@@ -146,6 +146,8 @@ def _text_rows(resolved: Resolved, data: TokenisedData, steps: int) -> list[tupl
         drawn = sum(len(schedule.upcoming(s)) for s in range(steps) if schedule.starts_period(s))
         rows.append(("student writes", f"{text.refresh}: {drawn:,} responses in {periods:,} collections, "
                      f"up to {text.sampling.max_new_tokens} tokens each"))  # fmt: skip
+        if text.teacher_veto:
+            rows.append(("replaced", f"what is not among the teacher's {text.teacher_veto} likeliest, by its own draw"))
         if text.teacher_mix:
             rows.append(("drawn from", f"{text.teacher_mix:g} · teacher + {1 - text.teacher_mix:g} · student"))
     if Text.TEACHER in writers:

@@ -1,4 +1,4 @@
-"""One token per row from logits: temperature, teacher mix, top-k, top-p, and the draw itself.
+"""One token per row from logits: temperature, the teacher's part, top-k, top-p, and the draw itself.
 
 Pure functions. Shapes: B rows, V vocabulary. Log-probabilities are in nats.
 """
@@ -45,14 +45,20 @@ def draw(
     *,
     teacher_logits_BV: Tensor | None = None,
     mix: float = 0.0,
+    veto: int = 0,
 ) -> Drawn:
     """Draw one token per row from the filtered mixture `mix · teacher + (1 - mix) · student`.
 
     Both distributions have the temperature of `settings`; then come top-k and top-p. At temperature 0 the
     likeliest token of the mixture at temperature 1 is taken, with behaviour log-prob 0. Teacher-mixed
     sampling: MiniLLM, arXiv:2306.08543, section 2.2.
+
+    With a `veto` the student proposes, and the teacher draws in its place where the proposal is not among its `veto`
+    likeliest tokens: both filtered, each by itself (Speculative KD, arXiv:2410.11325, Algorithm 1).
     """
     logits_BV = at_least_float32(logits_BV)
+    if veto > 0 and teacher_logits_BV is not None:
+        return _draw_with_veto(logits_BV, at_least_float32(teacher_logits_BV), uniforms_B, settings, veto)
     greedy = settings.temperature == 0.0
     scores_BV = logits_BV
     if teacher_logits_BV is not None or not greedy:
@@ -67,8 +73,44 @@ def draw(
     logps_B = _logps(logits_BV, ids_B)
     if settings.temperature == 1.0 and not filtered and teacher_logits_BV is None:
         return Drawn(ids_B, logps_B, logps_B)  # one policy: the same number, not nearly the same
+    return Drawn(ids_B, logps_B, _log_share(p_BV, ids_B, total_B))
+
+
+def _log_share(p_BV: Tensor, ids_B: Tensor, total_B: Tensor) -> Tensor:
+    """Log of the share of one token per row."""
     drawn_B = p_BV.gather(-1, ids_B.unsqueeze(-1)).squeeze(-1).to(total_B.dtype)
-    return Drawn(ids_B, logps_B, drawn_B.log() - total_B.log())
+    return drawn_B.log() - total_B.log()
+
+
+def _draw_with_veto(
+    logits_BV: Tensor, teacher_logits_BV: Tensor, uniforms_B: Tensor, settings: SamplingSettings, veto: int
+) -> Drawn:
+    """Proposal and replacement in one draw: their joint policy has a closed form."""
+    allowed_BV = _among_likeliest(teacher_logits_BV, veto)
+    if settings.temperature == 0.0:
+        ids_B, theirs_B = logits_BV.argmax(-1), teacher_logits_BV.argmax(-1)
+        ids_B = torch.where(allowed_BV.gather(-1, ids_B.unsqueeze(-1)).squeeze(-1), ids_B, theirs_B)
+        logps_B = _logps(logits_BV, ids_B)
+        return Drawn(ids_B, logps_B, torch.zeros_like(logps_B))
+    q_BV, p_BV = (_filtered(z_BV, settings) for z_BV in (logits_BV, teacher_logits_BV))
+    kept_BV = q_BV.masked_fill(~allowed_BV, 0.0)
+    vetoed_B1 = q_BV.masked_fill(allowed_BV, 0.0).sum(-1, keepdim=True)
+    policy_BV = kept_BV + vetoed_B1 * p_BV
+    ids_B, total_B = inverse_cdf(policy_BV, uniforms_B)
+    return Drawn(ids_B, _logps(logits_BV, ids_B), _log_share(policy_BV, ids_B, total_B))
+
+
+def _among_likeliest(logits_BV: Tensor, k: int) -> Tensor:
+    """Whether a token is among the k likeliest, ties with the last included, `[B, V]`."""
+    if k >= logits_BV.shape[-1]:
+        return torch.ones_like(logits_BV, dtype=torch.bool)
+    return logits_BV >= logits_BV.topk(k, dim=-1).values[:, -1:]
+
+
+def _filtered(logits_BV: Tensor, settings: SamplingSettings) -> Tensor:
+    """Probabilities `[B, V]` after temperature, top-k and top-p, summing to 1."""
+    p_BV = keep_likeliest(_softmax(logits_BV, settings.temperature), settings.top_k, settings.top_p)
+    return p_BV / p_BV.sum(-1, keepdim=True)
 
 
 def _mixture(logits_BV: Tensor, teacher_logits_BV: Tensor | None, mix: float, temperature: float) -> Tensor:

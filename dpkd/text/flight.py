@@ -101,13 +101,14 @@ class Flights:
         eos_ids: Collection[int],
         pad_id: int,
         mix: float,
+        veto: int = 0,
     ) -> None:
         self._streams = streams
         self._settings = settings
         self._device = streams[0].device
         self._eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self._device)
         self._pad_id = pad_id
-        self._mix = mix
+        self._mix, self._veto = mix, veto
 
     def run(self, requests: Sequence[Request]) -> Iterator[dict[int, Sampled]]:
         """Responses by number, as they finish; longest prompts first: a lack of memory shows at once."""
@@ -207,7 +208,9 @@ class Flights:
         column_B1 = rows.count_B.unsqueeze(1)
         uniform_B = rows.uniform_BL.gather(1, column_B1).squeeze(1)
         teacher_BV = teacher[0] if teacher else None
-        drawn = draw(student_BV, uniform_B, self._settings, teacher_logits_BV=teacher_BV, mix=self._mix)
+        drawn = draw(
+            student_BV, uniform_B, self._settings, teacher_logits_BV=teacher_BV, mix=self._mix, veto=self._veto
+        )
         # A row that has ended has its count beyond its last token: what is written there is not read.
         rows.ids_BL.scatter_(1, column_B1, drawn.ids_B.unsqueeze(1))
         rows.logps_BL.scatter_(1, column_B1, drawn.logps_B.to(rows.logps_BL.dtype).unsqueeze(1))

@@ -71,7 +71,7 @@ class StudentPen:
         return self._scored(indices, drawn)
 
     def _sampled(self, student: nn.Module, indices: list[int], period: int) -> list[Sampled]:
-        mix = self.settings.teacher_mix
+        mix, veto = self.settings.teacher_mix, self.settings.teacher_veto
         return sample(
             student,
             [self.prompts[i].prompt_ids for i in indices],
@@ -80,8 +80,9 @@ class StudentPen:
             pad_id=self.pad_id,
             seeds=[response_seed(self.seed, period, self.prompts[i].id) for i in indices],
             vocabulary=self.vocabulary,
-            mix_with=self.teacher.model if mix > 0 and self.teacher is not None else None,
+            mix_with=self.teacher.model if (mix > 0 or veto > 0) and self.teacher is not None else None,
             mix=mix,
+            veto=veto,
             longest=self.context,
             progress=self.progress,
         )

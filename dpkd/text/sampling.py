@@ -32,6 +32,7 @@ def sample(
     vocabulary: int | None = None,
     mix_with: nn.Module | None = None,
     mix: float = 0.0,
+    veto: int = 0,
     progress: Callable[[int], None] | None = None,
     samples_per_prompt: int = 1,
     longest: int | None = None,
@@ -41,7 +42,8 @@ def sample(
 
     `seeds` has one non-negative number per response, in that order. Only ids below `vocabulary` are drawn;
     log-probs are normalised over these. With `mix_with`, each token is drawn from
-    `mix · mix_with + (1 - mix) · model`. A response ends at EOS, after `max_new_tokens`, or where prompt and
+    `mix · mix_with + (1 - mix) · model`; with a `veto` from `model`, and again from `mix_with` where it is not among
+    the `veto` tokens that this finds likeliest. A response ends at EOS, after `max_new_tokens`, or where prompt and
     response fill the model, or have `longest` tokens together. At most `settings.batch_size` responses are
     written at a time.
 
@@ -53,11 +55,11 @@ def sample(
     """
     if not 0.0 <= mix <= 1.0:
         raise ValueError(f"a mixture weight lies in [0, 1], got {mix}")
-    models = [model] if mix_with is None or mix == 0.0 else [model, mix_with]
+    models = [model] if mix_with is None or (mix == 0.0 and veto == 0) else [model, mix_with]
     limits = [longest, *(longest_sequence(one) for one in models)]
     longest = min((limit for limit in limits if limit), default=None)
     requests = _requests(prompts, seeds, samples_per_prompt, settings, longest)
-    flights = Flights([Stream(one, vocabulary) for one in models], settings, eos_ids, pad_id, mix)
+    flights = Flights([Stream(one, vocabulary) for one in models], settings, eos_ids, pad_id, mix, veto)
     results: dict[int, Sampled] = {}
     # no_grad, not inference_mode: models keep tensors (rotary tables, say) that a later backward may save.
     with torch.no_grad(), evaluating(*models):

@@ -57,6 +57,11 @@ class TextSettings(Block):
         0.0, ge=0, lt=1,
         description="α: the student's responses are drawn from α p + (1-α) q at each token (MiniLLM: 0.2)",
     )  # fmt: skip
+    teacher_veto: int = Field(
+        0, ge=0,
+        description="K: a token of the student's that is not among the teacher's K likeliest is drawn again, by the "
+        "teacher (Speculative KD: 25); 0: off",
+    )  # fmt: skip
     refresh: Literal["every_step", "every_n_steps", "per_epoch", "once"] = Field(
         "every_step", description="when the student writes anew"
     )
@@ -78,6 +83,8 @@ class TextSettings(Block):
                 raise ValueError(f"source `mixed` needs `mix`: probabilities of the writers that sum to 1, got {given}")
         elif self.mix:
             raise ValueError(f"`mix` is used only with source `mixed`, not with {self.source!r}")
+        if self.teacher_mix > 0 and self.teacher_veto > 0:
+            raise ValueError("`teacher_mix` and `teacher_veto` are two ways to let the teacher in: leave one out")
         self._check_each()
         if self.every > 1 and self.refresh != "every_n_steps":
             raise ValueError(f"`every` is used only with refresh `every_n_steps`, not with {self.refresh!r}")

@@ -140,6 +140,14 @@ WRONG = {
         ["loss=hard", "text.source=student"],
         "text.source: the loss hard takes text by dataset, teacher, not by student (from --set)",
     ),
+    "veto of the teacher without the student's text": (
+        ["text.teacher_veto=25"],
+        "text.teacher_veto: is used only where the student writes (from --set)",
+    ),
+    "veto and mix": (
+        ["text.source=student", "text.teacher_veto=25", "text.teacher_mix=0.1"],
+        "text: `teacher_mix` and `teacher_veto` are two ways to let the teacher in: leave one out (from --set)",
+    ),
     "mix of the teacher without the student's text": (
         ["text.teacher_mix=0.1"],
         "text.teacher_mix: is used only where the student writes (from --set)",

@@ -144,3 +144,13 @@ def test_the_settings_of_a_run_are_read_back(settings_of, quiet):
     text = folder.config.read_text()
     assert "far:" in text
     assert json.loads(folder.facts.read_text())["steps"] == 1
+
+
+def test_a_loss_beside_the_main_one_whose_text_takes_the_teacher_needs_one(settings_of, toy):
+    text = {"pairs": {"preferred": "dataset", "dispreferred": "student"}, "teacher_veto": 9}
+    changes = {
+        "student.model": str(toy / "gpt2"), "student.init": "pretrained", "student.layers": None,
+        "terms.extra.far": {"loss": "dpkd-simpo", "text": text},
+    }  # fmt: skip
+    with pytest.raises(SettingsError, match=r"missing, but terms\.extra\.far\.text\.teacher_veto lets it replace what"):
+        settings_of("sft", changes, teacher=None)

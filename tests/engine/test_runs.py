@@ -127,6 +127,7 @@ class _After:
         ("dpkd", {"text.refresh": "every_n_steps", "text.every": 2}),
         ("minillm", {"text.every": 2, "text.inner_epochs": 2, "student.dropout": "keep"}),
         ("rkl", {"text.source": "mixed", "text.mix": {"student": 0.5, "dataset": 0.5}}),
+        ("distillm2", {"text.teacher_veto": 5}),
     ],
 )
 def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, toy, quiet, monkeypatch, tmp_path):

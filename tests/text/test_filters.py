@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dpkd.text import filters
+from dpkd.text.settings import SamplingSettings
 
 
 def nucleus(p: np.ndarray, top_k: int, top_p: float) -> set[int]:
@@ -44,6 +45,45 @@ def test_nucleus_beyond_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
     want = filters.keep_likeliest(p, 0, 0.8)
     monkeypatch.setattr(filters, "NUCLEUS_FIRST_LOOK", 4)
     assert torch.equal(filters.keep_likeliest(p, 0, 0.8), want)
+
+
+def proposed_and_replaced(q: np.ndarray, p: np.ndarray, ranks: np.ndarray, k: int) -> np.ndarray:
+    """The probability of each token, by cases: every proposal, and every replacement of it."""
+    best = set(np.argsort(-ranks)[:k].tolist())
+    chances = np.zeros(len(q))
+    for proposal, chance in enumerate(q):
+        if proposal in best:
+            chances[proposal] += chance
+        else:
+            for token, replaced in enumerate(p):
+                chances[token] += chance * replaced
+    return chances
+
+
+@pytest.mark.parametrize("veto", [1, 3, 7, 50])
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.6}, {"top_k": 4, "top_p": 0.9}])
+def test_a_veto_is_a_proposal_and_its_replacement(veto: int, changes: dict[str, float]) -> None:
+    """Frequencies over a grid of uniform numbers, and the log-prob that each token says it was drawn with."""
+    settings, generator = SamplingSettings(**changes), torch.Generator().manual_seed(veto)
+    z_q, z_p = (3 * torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(2))
+    q, p = (filters.keep_likeliest((z / settings.temperature).softmax(-1)[None], settings.top_k, settings.top_p)[0]
+            for z in (z_q, z_p))  # fmt: skip
+    want = proposed_and_replaced((q / q.sum()).numpy(), (p / p.sum()).numpy(), z_p.numpy(), veto)
+    count = 40_000
+    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    drawn = filters.draw(z_q.expand(count, -1), grid, settings, teacher_logits_BV=z_p.expand(count, -1), veto=veto)
+    found = torch.bincount(drawn.ids_B, minlength=7).numpy() / count
+    np.testing.assert_allclose(found, want, atol=1 / count)
+    np.testing.assert_allclose(drawn.behaviour_B.exp(), want[drawn.ids_B], atol=1e-9)
+    np.testing.assert_allclose(drawn.logps_B, z_q.log_softmax(-1)[drawn.ids_B], atol=1e-12)
+
+
+def test_a_greedy_veto_takes_the_teachers_likeliest_where_the_students_is_not_good_enough() -> None:
+    student, teacher = torch.tensor([[0.0, 5.0, 1.0]]), torch.tensor([[3.0, 1.0, 2.0]])
+    for veto, token in ((1, 0), (2, 0), (3, 1)):
+        drawn = filters.draw(student, torch.zeros(1), SamplingSettings(temperature=0.0), teacher_logits_BV=teacher,
+                             veto=veto)  # fmt: skip
+        assert (drawn.ids_B.item(), drawn.behaviour_B.item()) == (token, 0.0)
 
 
 def test_impossible_tokens_are_never_drawn() -> None:

@@ -160,6 +160,33 @@ def test_teacher_mix_equals_the_numpy_sampler(changes: dict[str, Any]) -> None:
     assert [one.response_ids for one in got] != [one.response_ids for one in alone]
 
 
+@pytest.mark.parametrize("changes", POLICIES.values(), ids=POLICIES)
+def test_a_veto_lets_the_teacher_draw_where_the_student_is_far_off(changes: dict[str, Any]) -> None:
+    """Token by token from full forward passes: q on the teacher's likeliest, the rest of its mass drawn from p."""
+    model, teacher, veto = tiny("gpt2"), tiny("llama", seed=1), 5
+    prompts, settings = prompts_of(), settings_of(**changes)
+    got = drawn(model, prompts, settings, mix_with=teacher, veto=veto)
+    outside = 0
+    for i, (prompt, one) in enumerate(zip(prompts, got, strict=True)):
+        uniforms = np.random.default_rng(100 + i).random(settings.max_new_tokens)
+        for place, (token, u) in enumerate(zip(one.response_ids, uniforms, strict=False)):
+            ids = [*prompt, *one.response_ids[:place]]
+            student, theirs = (full_logits(m, ids)[-1] for m in (model, teacher))
+            q, p = policy(student, settings), policy(theirs, settings)
+            best = np.isin(np.arange(VOCABULARY), np.argsort(-theirs)[:veto])
+            chances = np.where(best, q, 0.0) + q[~best].sum() * p
+            assert token == next(t for t in range(VOCABULARY) if chances[: t + 1].sum() > u)
+            assert one.behaviour_logps[place] == pytest.approx(np.log(chances[token]), abs=1e-9)
+            outside += q[~best].sum() > 0
+    assert outside > 0, "nothing was ever vetoed: the test shows nothing"
+
+
+def test_a_veto_over_the_whole_vocabulary_changes_nothing() -> None:
+    model, teacher = tiny("gpt2"), tiny("llama", seed=1)
+    alone = drawn(model, prompts_of(), settings_of())
+    assert_same(drawn(model, prompts_of(), settings_of(), mix_with=teacher, veto=VOCABULARY), alone)
+
+
 def test_shared_vocabulary(model: Any) -> None:
     prompts, settings = prompts_of(), settings_of()
     want = [oracle(model, p, settings, 100 + i, {5}, vocabulary=8) for i, p in enumerate(prompts)]

@@ -25,7 +25,7 @@ NAMES = {
     "fkl", "jsd", "gkd", "skl", "srkl", "tvd", "symmetric-kl", "hellinger", "alpha-beta", "topk-kl", "sampled-kl",
     "todi", "dkd", "taid", "distillm", "imitkd", "logits-mse", "bild",
     "dpkd-dpop", "dpkd-orpo", "dpkd-hinge", "dpkd-robust", "dpkd-exo", "dpkd-apo", "plad", "opd", "dpo", "dadpo",
-    "hidden-mse", "hidden-cosine", "distillm2",
+    "hidden-mse", "hidden-cosine", "distillm2", "speculative-kd",
 }  # fmt: skip
 POINTS = [p for p in entry_points(group="dpkd") if p.value.startswith("dpkd_zoo.")]
 SPECS: list[LossSpec] = [spec for point in POINTS for spec in point.load().dpkd_losses()]
@@ -59,6 +59,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dkd": [{"alpha": 0.0}, {"target": "teacher"}],
     "taid": [{"t": 1.0}],
     "distillm": [{"divergence": "srkl"}],
+    "speculative-kd": [{"divergence": "rkl"}, {"divergence": "jsd"}],
     "distillm2": [{"skew_teacher": 0.0, "skew_student": 0.0, "beta": 0.75}],
     "imitkd": [{"target": "distribution"}],
     "bild": [{"k": 4, "temperature": 1.0}],
@@ -130,6 +131,7 @@ OUTSIDE: dict[str, list[dict[str, Any]]] = {
     "dpo": [{"beta": 0.0}, {"aggregation": "total"}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5}],
     "dadpo": [{"beta_start": 0.0}, {"beta_teacher": 0.0}, {"aggregation": "total"}],
     "distillm2": [{"skew_teacher": 1.0}, {"skew_student": -0.1}, {"beta": 0.0}, {"beta": 1.0}],
+    "speculative-kd": [{"divergence": "kl"}],
     "hidden-mse": [{"layers": "first"}, {"pairs": 1}, {"projection": "linear"}],
     "hidden-cosine": [{"layers": "first"}, {"pairs": 1}, {"projection": "linear"}],
 }  # fmt: skip

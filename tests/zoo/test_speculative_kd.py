@@ -1,0 +1,41 @@
+"""`speculative-kd`: three divergences by loops, and the text that it suggests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dpkd_zoo.fkl import FKLConfig, FKLLoss
+from dpkd_zoo.speculative_kd import SPEC, SpeculativeKDConfig, SpeculativeKDLoss
+from oracles_token import Row, divergence, mixture, reference, softmax
+from token_helpers import gradient, value
+from zoo_inputs import randn
+
+from dpkd.config.settings import RunSettings
+from dpkd.testing import check_loss
+
+
+def oracle(z_p: Row, z_q: Row, _: int, c: Any) -> float:
+    p, q = softmax(z_p), softmax(z_q)
+    m = mixture(p, q, 0.5)
+    return {
+        "fkl": divergence(p, q), "rkl": divergence(q, p), "jsd": (divergence(p, m) + divergence(q, m)) / 2,
+    }[c.divergence]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fkl", "rkl", "jsd"])
+def test_conforms_and_equals_loops(name: str) -> None:
+    check_loss(SPEC, config={"divergence": name}, reference=reference(oracle))
+
+
+def test_is_forward_kl_by_default() -> None:
+    student, teacher = randn(3, 5, seed=1), randn(3, 5, seed=2)
+    loss, same = SpeculativeKDLoss(SpeculativeKDConfig()), FKLLoss(FKLConfig())
+    torch.testing.assert_close(value(loss, student, teacher), value(same, student, teacher))
+    torch.testing.assert_close(gradient(loss, student, teacher), gradient(same, student, teacher))
+
+
+def test_the_student_proposes_and_the_teacher_has_a_veto() -> None:
+    text = RunSettings.model_validate(dict(SPEC.suggests)).text
+    assert (text.source, text.teacher_veto, text.teacher_mix, text.refresh) == ("student", 25, 0.0, "every_step")
