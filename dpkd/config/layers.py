@@ -39,8 +39,9 @@ DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "text.source": {
         "text.mix": ("mixed",),
         "text.each": ("each",),
-        "text.teacher_mix": ("student", "mixed", "each"),
-        "text.teacher_veto": ("student", "mixed", "each"),
+        **dict.fromkeys(("text.teacher_mix", "text.teacher_veto"), ("student", "mixed", "each", "adaptive")),
+        **dict.fromkeys(("text.refresh", "text.every", "text.inner_epochs"), ("student", "mixed", "each")),
+        "text.adaptive": ("adaptive",),
     },
     "text.refresh": {"text.every": ("every_n_steps",), "text.inner_epochs": ("every_step", "every_n_steps")},
     "student.init": {"student.layers": ("layers", "random")},

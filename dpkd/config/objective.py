@@ -52,6 +52,8 @@ def text_writers(text: TextSettings, family: Family) -> dict[str, Text]:
         return {f"mix.{writer.value}": writer for writer, share in text.mix.items() if share > 0}
     if text.source == "each":
         return {f"each.{writer.value}": writer for writer in text.each}
+    if text.source == "adaptive":
+        return {"adaptive.dataset": Text.DATASET, "adaptive.student": Text.STUDENT}
     return {"source": Text(text.source)}
 
 

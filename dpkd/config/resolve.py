@@ -203,6 +203,8 @@ def _cross_checks(
             reasons += _extra_reasons(extra)
         if reasons:
             problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. Name one with --teacher.")
+    if spec is not None and not damaged & {"text", "dev", "teacher"}:
+        problems += _adaptive_problems(settings, spec, extras)
     return problems if "student" in damaged else [*problems, *_student_problems(settings, merged)]
 
 
@@ -224,6 +226,22 @@ def _store_problems(
     ]
     found = [why_not(one, own, reads, set(writers.values()), manifest) for one, own, reads, writers in wanted]
     return [*problems, *(f"teacher.store: {reason}" for reason in found if reason is not None)]
+
+
+def _adaptive_problems(settings: RunSettings, spec: LossSpec, extras: Sequence[Objective]) -> list[str]:
+    """What adaptive text lacks: the held-out loss that it follows."""
+    texts = {e.name: e.text for e in extras if e.text is not None}
+    paths = [f"terms.extra.{name}.text.source" for name, text in texts.items() if text.source == "adaptive"]
+    if spec.family is not Family.PAIR and settings.text.source == "adaptive":
+        paths.append("text.source")
+    lacking = [
+        what for what, there in (
+            ("held-out rows (dev.path, and dev.every for how often)", settings.dev.path),
+            ("the teacher's model, with which the loss on them is taken (--teacher)", settings.teacher.model),
+        ) if there is None
+    ]  # fmt: skip
+    return [f"{path}: adaptive follows the loss on held-out text, and needs {' and '.join(lacking)}"
+            for path in paths if lacking]  # fmt: skip
 
 
 def _student_problems(settings: RunSettings, merged: Merged) -> list[str]:

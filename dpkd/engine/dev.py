@@ -60,12 +60,12 @@ class Dev:
         return self.folder.path / ".best"
 
     def restore(self, step: int) -> None:
-        """Forget what an interrupted run did after a step."""
+        """Forget what an interrupted run did after a step; all of it before the first checkpoint."""
         if self.file.exists():
             rows = [
                 json.loads(line) for line in self.file.read_text(encoding="utf-8").split("\n") if line.endswith("}")
             ]
-            self.lines = [row for row in rows if row["step"] <= step]
+            self.lines = [row for row in rows if row["step"] <= step and step > 0]
             if self.is_main:
                 self.file.write_text("".join(json.dumps(row) + "\n" for row in self.lines), encoding="utf-8")
 

@@ -133,9 +133,14 @@ def _text_rows(resolved: Resolved, data: TokenisedData, steps: int) -> list[tupl
         writers = {Text(text.pairs.preferred): 1.0, Text(text.pairs.dispreferred): 1.0}
         rows = [("preferred (y_t)", text.pairs.preferred), ("dispreferred (y_s)", text.pairs.dispreferred)]
     else:
-        writers = dict(text.mix) if text.source == "mixed" else dict.fromkeys(text.each or (Text(text.source),), 1.0)
+        writers = dict(text.mix) or dict.fromkeys(text_writers(text, resolved.loss.family).values(), 1.0)
         shares = ", ".join(f"{w} {share:.0%}" for w, share in writers.items())
         rows = [("responses by", shares if not text.each else f"each of {', '.join(text.each)}, to every prompt")]
+    if resolved.loss.family is not Family.PAIR and text.source == "adaptive":
+        a = text.adaptive
+        writers = {}
+        rows = [("responses by", f"data set; student with a probability of {a.share:g} at first, more when dev rises "
+                 f"by {a.tolerance:g} nats; a replay of {a.capacity:,}")]  # fmt: skip
     lengths = [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts]
     schedule = Schedule(
         lengths, batch_size=settings.train.batch_size, steps=steps, seed=settings.seed, refresh=text.refresh,

@@ -25,6 +25,7 @@ from dpkd.engine.streams import StreamBuilder
 from dpkd.engine.sums import Sums
 from dpkd.engine.trackers import Trackers
 from dpkd.run_folder import RunFolder
+from dpkd.text.adaptive import Adaptive
 from dpkd.text.writers import StepText, Writers
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class Trainer:
         """Train from a step to the end, or to a stop request; returns the number of steps done."""
         steps = self.writers.schedule.steps
         done = start
+        if start == 0 and self.dev is not None and self._adaptive():
+            self._develop(0, self.dev)  # what later losses on held-out text are measured against
         with self.display.bar("training", steps, start):
             for step in range(start, steps):
                 measure = (step + 1) % self.settings.log_every == 0 or step + 1 == steps or step == 0
@@ -146,8 +149,23 @@ class Trainer:
                 f"stopped early: {dev.settings.metric} was best at step {dev.best_step}, {dev.settings.patience} "
                 "evaluations ago"
             )
+        for adaptive in self._adaptive().values():
+            adaptive.observe(self._agreed(line["nll"]))
         self.ended = done if dev.is_hopeless else None
         return dev.is_hopeless
+
+    def _adaptive(self) -> dict[str, Adaptive]:
+        """The texts that follow the held-out loss, by group of losses."""
+        texts = {group.name: group.writers.adaptive for group in self.builder.groups}
+        return {name: adaptive for name, adaptive in texts.items() if adaptive is not None}
+
+    def _agreed(self, value: float) -> float:
+        """The main process's value, on all processes: they must decide alike."""
+        if self.accelerator.num_processes == 1:
+            return value
+        from accelerate.utils import broadcast
+
+        return float(broadcast(torch.tensor(value, device=self.accelerator.device)))
 
     def _stops(self, stop: StopRequest) -> bool:
         """Whether any process was asked to stop: all stop at the same step."""
@@ -192,6 +210,8 @@ class Trainer:
             group.writers.student_responses = restored.responses.get(group.name, {})
         kept = restored.loop
         self.schedules.restore(kept["schedules"])
+        for name, adaptive in self._adaptive().items():
+            adaptive.restore(kept["adaptive"][name])
         # What all processes measured is counted once, by the main one.
         sums = Sums.from_dict(kept["sums"]) if self.accelerator.is_main_process else Sums()
         self.window = Window(sums, kept["tokens"], kept["seconds"])
@@ -208,6 +228,7 @@ class Trainer:
         loop = {
             "sums": self._reduced(self.window.sums).as_dict(), "tokens": self.window.tokens,
             "seconds": self.window.elapsed(), "schedules": self.schedules.state(),
+            "adaptive": {name: adaptive.state() for name, adaptive in self._adaptive().items()},
         }  # fmt: skip
         responses = {group.name: group.writers.student_responses for group in self.builder.groups}
         checkpoint.save(

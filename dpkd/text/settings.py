@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from dpkd.api import Text
 from dpkd.settings import Block
 
-__all__ = ["PairSettings", "SamplingSettings", "TextSettings"]
+__all__ = ["AdaptiveSettings", "PairSettings", "SamplingSettings", "TextSettings"]
 
 
 class SamplingSettings(Block):
@@ -35,10 +35,24 @@ class PairSettings(Block):
         return self
 
 
+class AdaptiveSettings(Block):
+    """With source `adaptive`: when the student's text takes the place of the data set's (DistiLLM)."""
+
+    share: float = Field(0.0, ge=0, le=1, description="φ at the start: probability of student text at a step")
+    rise: float = Field(0.1, gt=0, le=1, description="what φ rises by when the loss on the rows of `dev` does")
+    tolerance: float = Field(
+        0.1, ge=0, description="ε: how much higher (nats per token) that loss must be than when φ last rose"
+    )
+    capacity: int = Field(1000, ge=1, description="responses in the replay buffer; while it is not full, all are fresh")
+    fresh: Literal["decreasing", "constant", "increasing"] = Field(
+        "decreasing", description="share of the student's text that is fresh: from 1 to 0 over the run, ½, or 0 to 1"
+    )
+
+
 class TextSettings(Block):
     """Who writes the responses, and how fresh the student's are."""
 
-    source: Literal["dataset", "teacher", "student", "mixed", "each"] = Field(
+    source: Literal["dataset", "teacher", "student", "mixed", "each", "adaptive"] = Field(
         "dataset", description="who writes the responses (pair losses use `pairs` instead)"
     )
     mix: dict[Text, float] = Field(
@@ -47,6 +61,9 @@ class TextSettings(Block):
     )
     each: tuple[Text, ...] = Field(
         (), description="with source `each`: the writers, every one of whom responds to every prompt of a step"
+    )
+    adaptive: AdaptiveSettings = Field(
+        AdaptiveSettings(), description="with source `adaptive`: data set or student, by the loss on the rows of `dev`"
     )
     pairs: PairSettings = Field(PairSettings(), description="who writes the two responses of a pair")
     sampling: SamplingSettings = Field(SamplingSettings(), description="how the student's responses are drawn")
@@ -86,6 +103,8 @@ class TextSettings(Block):
         if self.teacher_mix > 0 and self.teacher_veto > 0:
             raise ValueError("`teacher_mix` and `teacher_veto` are two ways to let the teacher in: leave one out")
         self._check_each()
+        if self.source == "adaptive" and self.refresh != "every_step":
+            raise ValueError(f"source `adaptive` has its own replay: refresh is `every_step`, not {self.refresh!r}")
         if self.every > 1 and self.refresh != "every_n_steps":
             raise ValueError(f"`every` is used only with refresh `every_n_steps`, not with {self.refresh!r}")
         if self.inner_epochs > 1 and self.refresh not in ("every_step", "every_n_steps"):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from dpkd.api import Family, Text
 from dpkd.data.order import Schedule
 from dpkd.data.tokenise import Prompt
+from dpkd.text.adaptive import Adaptive
 from dpkd.text.responses import Response
 from dpkd.text.settings import TextSettings
 
@@ -29,7 +30,7 @@ class StepText(NamedTuple):
     """The responses of one step: one per example and writer, for a pair preferred first; and what was left out."""
 
     responses: list[tuple[int, tuple[Response, ...]]]
-    counts: dict[str, int]
+    counts: dict[str, float]
 
 
 def response_seed(seed: int, period: int, example_id: str) -> int:
@@ -44,7 +45,10 @@ def prompt_seed(seed: int, prompt_ids: Sequence[int]) -> int:
 
 
 class Writers:
-    """Gives each step its responses, and asks the student and the teacher for new ones when they are due."""
+    """Gives each step its responses, and asks the student and the teacher for new ones when they are due.
+
+    `adaptive` is there where the settings ask for it: then the text of a step is decided when it is prepared.
+    """
 
     def __init__(
         self,
@@ -63,12 +67,18 @@ class Writers:
         self._student, self._teacher = student, teacher
         self.student_responses: dict[int, Response] = {}
         self._teacher_responses: dict[int, Response] = {}
+        self.adaptive: Adaptive | None = None
+        if settings.source == "adaptive" and family is not Family.PAIR:
+            self.adaptive = Adaptive(settings.adaptive, seed=seed, steps=schedule.steps)
+        self._decided: list[tuple[int, Response]] = []
 
     def writers(self, step: int) -> tuple[Text, ...]:
-        """Who writes at this step: one, for a pair two (preferred first), or all that are to write each response."""
+        """Who may write at this step: one, for a pair two (preferred first), or all that write or could."""
         if self.family is Family.PAIR:
             pairs = self.settings.pairs
             return Text(pairs.preferred), Text(pairs.dispreferred)
+        if self.adaptive is not None:
+            return Text.DATASET, Text.STUDENT
         if self.settings.source == "each":
             return self.settings.each
         if self.settings.source != "mixed":
@@ -88,6 +98,9 @@ class Writers:
 
     def prepare(self, step: int) -> None:
         """Have the student write what the rest of this step's period will use, if it is not written yet."""
+        if self.adaptive is not None:
+            self._decided = self._decide(step, self.adaptive)
+            return
         if self.schedule.starts_period(step):
             self.student_responses.clear()
         if Text.STUDENT not in self.writers(step):
@@ -98,6 +111,24 @@ class Writers:
         if todo:
             written = self._student(todo, self.schedule.period(step))
             self.student_responses.update(zip(todo, written, strict=True))
+
+    def _decide(self, step: int, adaptive: Adaptive) -> list[tuple[int, Response]]:
+        window = self.schedule.window(step)
+        choice = adaptive.choose(step)
+        if choice == "dataset":
+            return [(i, self._response(i, Text.DATASET)) for i in window]
+        if choice == "replay":
+            return adaptive.replay(step, len(window))
+        written = list(zip(window, self._student(window, self.schedule.period(step)), strict=True))
+        adaptive.add(written)
+        return written
+
+    def _texts(self, step: int) -> list[tuple[int, tuple[Response, ...]]]:
+        """The responses of a step, before any is left out."""
+        if self.adaptive is not None:
+            return [(i, (response,)) for i, response in self._decided]
+        writers = self.writers(step)
+        return [(i, tuple(self._response(i, writer) for writer in writers)) for i in self.schedule.window(step)]
 
     def _student_examples(self, step: int) -> list[int]:
         period, wanted = self.schedule.period(step), {}
@@ -116,11 +147,11 @@ class Writers:
 
     def step(self, step: int) -> StepText:
         """The responses of a step. Pairs of equal responses prefer nothing; empty teacher responses teach nothing."""
-        writers = self.writers(step)
-        counts = {"empty_responses": 0, "equal_pairs": 0, "truncated_responses": 0, "responses": 0}
+        counts: dict[str, float] = {"empty_responses": 0, "equal_pairs": 0, "truncated_responses": 0, "responses": 0}
         kept = []
-        for index in self.schedule.window(step):
-            responses = tuple(self._response(index, writer) for writer in writers)
+        if self.adaptive is not None:
+            counts["student_share"] = self.adaptive.share
+        for index, responses in self._texts(step):
             counts["responses"] += len(responses)
             counts["truncated_responses"] += sum(r.truncated for r in responses)
             empty = [r for r in responses if r.is_empty(self._eos_ids)]

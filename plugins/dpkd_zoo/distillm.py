@@ -1,8 +1,8 @@
-"""DistiLLM's objective (Ko et al., 2402.03898): a skew KL, on a fixed mix of data and student text.
+"""DistiLLM (Ko et al., 2402.03898): a skew KL, on text of which the student writes a share.
 
-The paper has two parts: the skew divergence, which is here whole, and an adaptive off-policy choice of text, which is
-not: a probability of student text that rises when the validation loss does, and a replay buffer. In its place stands
-a fixed share of student text, written anew every epoch.
+The paper has two parts. The skew divergence is this loss. The adaptive off-policy choice of text, a probability of
+student text that rises when the held-out loss does and a replay buffer, is `text.source=adaptive`; it needs held-out
+rows, so that a fixed share, written anew every epoch, is what the loss suggests.
 """
 
 from __future__ import annotations
@@ -44,18 +44,21 @@ SPEC = LossSpec(
     loss=DistiLLMLoss,
     config=DistiLLMConfig,
     card=Card(
-        title="DistiLLM's objective, without its adaptive choice of text",
-        summary="Skew KL on a fixed mix of data and student text; the paper's adaptive off-policy text is missing.",
+        title="DistiLLM",
+        summary="Skew KL on data and student text: a fixed mix, or the paper's adaptive one with held-out rows.",
         formula="KL(p‖α·p + (1-α)·q)  or  KL(q‖(1-α)·p + α·q)",
-        sources=(at(DISTILLM, "§3.1, skew KL; §3.2, adaptive off-policy, is not implemented (sections from memory)"),),
-        use_when="DistiLLM's divergence is wanted on text that the student partly writes, with sampling once an epoch.",
-        avoid_when="The paper is to be replicated: its numbers rest on the adaptive text too.",
-        notes="Missing: φ, the probability of student text, which starts at 0 and rises by 0.1 when the validation "
-        "loss rises, and the replay buffer of 1,000 responses. In their place φ = 0.5 throughout (our choice) "
-        "and responses that are up to an epoch old (text.refresh=per_epoch). The paper adds a language-model "
-        "term of weight 1 on plain text (terms.pretrain.weight=1 with a corpus). The loss itself takes about "
-        "1.7 times kd's time, and more goes into the sampling of half the responses once an epoch. skl and srkl "
-        "are the same objectives on given text.",
+        sources=(at(DISTILLM, "§3.1, skew KL; §3.2, adaptive off-policy (sections from memory); released code"),),
+        use_when="The student can write, sampling at every step is too slow, and a bounded divergence is wanted.",
+        avoid_when="The student writes nonsense yet, or there is no time to sample: skl and srkl are the same "
+        "objectives on given text.",
+        notes="The paper's text: text.source=adaptive with dev.path=ROWS (and dev.every, an epoch in the paper). φ "
+        "starts at 0 and rises by 0.1 whenever the loss on these rows is 0.1 above what it was at the last rise, at "
+        "first before training; text.adaptive has the numbers, all as in the released code. There a draw is made for "
+        "each micro-batch, here for each optimiser step, and the held-out loss is a mean over batches, here over "
+        "tokens. Without held-out rows φ = 0.5 throughout (our choice), with responses that are up to an epoch old. "
+        "The paper adds a language-model term of weight 1 on plain text (terms.pretrain.weight=1 with a corpus), and "
+        "starts from a fine-tuned student. The loss itself takes about 1.7 times kd's time, and more goes into "
+        "sampling.",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     suggests={"text": {"source": "mixed", "mix": {"dataset": 0.5, "student": 0.5}, "refresh": "per_epoch"}},

@@ -30,10 +30,14 @@ def test_is_skl_or_srkl(skew: float) -> None:
         torch.testing.assert_close(gradient(loss, student, teacher), gradient(same, student, teacher))
 
 
-def test_the_card_says_that_the_text_is_not_adaptive() -> None:
-    assert "without its adaptive choice of text" in SPEC.card.title
-    assert "missing" in SPEC.card.summary
-    assert "replay buffer" in SPEC.card.notes
+def test_its_text_is_a_fixed_mix_and_the_card_says_how_to_have_the_papers() -> None:
+    assert "text.source=adaptive with dev.path" in SPEC.card.notes
     text = RunSettings.model_validate(dict(SPEC.suggests)).text
     assert (text.source, text.refresh) == ("mixed", "per_epoch")
     assert text.mix == {Text.DATASET: 0.5, Text.STUDENT: 0.5}
+
+
+def test_the_adaptive_text_has_the_released_numbers() -> None:
+    """arguments.py: init-threshold 0, loss-eps 0.1, capacity 1000, replay-ratio decreasing; finetune.py: + 0.1."""
+    a = RunSettings().text.adaptive
+    assert (a.share, a.rise, a.tolerance, a.capacity, a.fresh) == (0.0, 0.1, 0.1, 1000, "decreasing")
