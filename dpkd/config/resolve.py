@@ -15,12 +15,12 @@ from dpkd.config.memory import memory_problems
 from dpkd.config.objective import Objective, extra_objective, schedule_problems, text_writers
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
+from dpkd.config.text_checks import adaptive_problems, sampling_reasons
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.host import Host, RegisteredLoss
 from dpkd.models.given import Given
 from dpkd.teachers.manifest import read_manifest
 from dpkd.teachers.serving import why_not
-from dpkd.text.settings import TextSettings
 
 __all__ = ["Resolved", "resolve"]
 
@@ -204,7 +204,7 @@ def _cross_checks(
         if reasons:
             problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. Name one with --teacher.")
     if spec is not None and not damaged & {"text", "dev", "teacher"}:
-        problems += _adaptive_problems(settings, spec, extras)
+        problems += adaptive_problems(settings, spec, extras)
     return problems if "student" in damaged else [*problems, *_student_problems(settings, merged)]
 
 
@@ -226,22 +226,6 @@ def _store_problems(
     ]
     found = [why_not(one, own, reads, set(writers.values()), manifest) for one, own, reads, writers in wanted]
     return [*problems, *(f"teacher.store: {reason}" for reason in found if reason is not None)]
-
-
-def _adaptive_problems(settings: RunSettings, spec: LossSpec, extras: Sequence[Objective]) -> list[str]:
-    """What adaptive text lacks: the held-out loss that it follows."""
-    texts = {e.name: e.text for e in extras if e.text is not None}
-    paths = [f"terms.extra.{name}.text.source" for name, text in texts.items() if text.source == "adaptive"]
-    if spec.family is not Family.PAIR and settings.text.source == "adaptive":
-        paths.append("text.source")
-    lacking = [
-        what for what, there in (
-            ("held-out rows (dev.path, and dev.every for how often)", settings.dev.path),
-            ("the teacher's model, with which the loss on them is taken (--teacher)", settings.teacher.model),
-        ) if there is None
-    ]  # fmt: skip
-    return [f"{path}: adaptive follows the loss on held-out text, and needs {' and '.join(lacking)}"
-            for path in paths if lacking]  # fmt: skip
 
 
 def _student_problems(settings: RunSettings, merged: Merged) -> list[str]:
@@ -302,7 +286,7 @@ def _extra_reasons(extra: Objective) -> list[str]:
         reasons.append(f"terms.extra.{extra.name} ({extra.spec.name}) needs its {needs.value}")
     if extra.text is not None and Text.TEACHER in text_writers(extra.text, extra.spec.family).values():
         reasons.append(f"it writes the responses of terms.extra.{extra.name}")
-    return reasons if extra.text is None else [*reasons, *_sampling_reasons(extra.text, f"terms.extra.{extra.name}.")]
+    return reasons if extra.text is None else [*reasons, *sampling_reasons(extra.text, f"terms.extra.{extra.name}.")]
 
 
 def _teacher_reasons(settings: RunSettings, spec: LossSpec, config: LossConfig | None) -> list[str]:
@@ -317,19 +301,9 @@ def _teacher_reasons(settings: RunSettings, spec: LossSpec, config: LossConfig |
     return [*reasons, *_model_reasons(settings)]
 
 
-def _sampling_reasons(text: TextSettings, path: str = "") -> list[str]:
-    """Why the student cannot write without the teacher's model."""
-    reasons = []
-    if text.teacher_mix > 0:
-        reasons.append(f"{path}text.teacher_mix mixes it into the student's sampling")
-    if text.teacher_veto > 0:
-        reasons.append(f"{path}text.teacher_veto lets it replace what the student writes")
-    return reasons
-
-
 def _model_reasons(settings: RunSettings) -> list[str]:
     """Why a run needs the teacher's model, whatever its loss reads."""
-    reasons = _sampling_reasons(settings.text)
+    reasons = sampling_reasons(settings.text)
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.kd_ratio > 0:
         reasons.append("terms.pretrain.kd_ratio distils from it on plain text")
     if settings.student.init == "layers" or (settings.student.init == "random" and settings.student.model is None):

@@ -43,7 +43,7 @@ def bind(
             torch.manual_seed(resolved.settings.seed)
             try:
                 layers = losses[objective.name].bind(student, teacher)
-            except ValueError as error:
+            except (ValueError, NotImplementedError) as error:
                 raise DpkdError(f"the loss {objective.spec.name} does not fit the models: {error}") from error
         _check_layers(objective.spec.name, layers, student, teacher)
         found[objective.name] = layers

@@ -15,7 +15,7 @@ from dpkd.config.settings import RunSettings
 from dpkd.data.encoding import continuation
 from dpkd.data.order import Schedule
 from dpkd.data.tokenise import Prompt, TokenisedData
-from dpkd.engine.preparation import prepare
+from dpkd.engine.preparation import Prepared, prepare
 from dpkd.engine.progress import Display
 from dpkd.models.chunked import chunk_rows
 from dpkd.models.loading import count_parameters
@@ -62,7 +62,7 @@ def make_plan(resolved: Resolved, display: Display) -> Plan:
         resolved, prepared.student_config, student_size, prepared.teacher_config, teacher_size, prepared.data
     )
     sections = {
-        "loss": _loss_rows(resolved),
+        "loss": [*_loss_rows(resolved), *_layer_rows(prepared)],
         "models": _model_rows(settings, student_size, teacher_size),
         "text": _text_rows(resolved, data, prepared.steps),
         "training": _training_rows(settings, data, prepared.steps, prepared.data_facts["fingerprint"]),
@@ -97,6 +97,18 @@ def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _layer_rows(prepared: Prepared) -> list[tuple[str, str]]:
+    """Which hidden states losses compare; 0 is the embedding."""
+    return [
+        (f"hidden states of {name}", f"student's {_listed(layers.student)}; teacher's {_listed(layers.teacher)}")
+        for name, layers in prepared.layers.items()
+    ]
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
 
 
 def _by(objective: Objective) -> str:

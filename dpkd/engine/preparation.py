@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dpkd.api import Layers
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.data.corpus import check_corpus
@@ -38,6 +40,7 @@ class Prepared:
     context: int | None
     steps: int
     dev: Inputs | None
+    layers: Mapping[str, Layers]  # the hidden states that losses read, by the name of the loss
 
 
 def prepare(resolved: Resolved, display: Display) -> Prepared:
@@ -50,7 +53,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     check_trackers(settings.train.trackers)
     teacher_config = given.config(settings.teacher) if settings.teacher.model else None
     own_config = student_config(settings.student, teacher_config, given)
-    bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
+    layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
     tokenizer = given.tokenizer(settings.student if settings.student.model is not None else settings.teacher)
     teacher_tokenizer = given.tokenizer(settings.teacher) if settings.teacher.model else None
     if teacher_tokenizer is not None and teacher_config is not None:
@@ -76,7 +79,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
         "path": settings.data.path, "fingerprint": examples.fingerprint,
         "skipped": examples.skipped_by_reason(), **asdict(data.report),
     }  # fmt: skip
-    return Prepared(tokenizer, teacher_tokenizer, data, facts, own_config, teacher_config, context, steps, dev)
+    return Prepared(tokenizer, teacher_tokenizer, data, facts, own_config, teacher_config, context, steps, dev, layers)
 
 
 def _dev_inputs(settings: RunSettings, tokenizer: Any, context: int | None, display: Display) -> Inputs | None:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from bad_losses import bad, bad_spec
-from good_losses import BOTH, CARD, COPY, DRAWN, FORWARD_KL, REINFORCE, Copy
+from good_losses import BOTH, CARD, COPY, DRAWN, FORWARD_KL, REINFORCE, Copy, loss_class
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from dpkd.api import HIDDEN, LossConfig, Signal
+from dpkd.api import HIDDEN, LossConfig, Signal, TokenLoss
 from dpkd.functional import kl
 
 # --- config and card
@@ -78,3 +78,10 @@ bad_spec("only_declared_signals", "never_reads_hidden_states", replace(COPY, rea
 @bad("bfloat16_inputs", base=Copy, reads=HIDDEN)
 def hidden_states_in_half_precision(self: Any, x: Any) -> Tensor:
     return (x[Signal.STUDENT_HIDDEN] - x[Signal.TEACHER_HIDDEN]).square().sum((1, 2)).float()
+
+
+def _unbound(self: Any, x: Any) -> Tensor:
+    return (x.student_hidden - x.teacher_hidden).square().sum((1, 2))
+
+
+bad_spec("only_declared_signals", "forgets_bind", replace(COPY, loss=loss_class(TokenLoss, _unbound)))

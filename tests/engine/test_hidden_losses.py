@@ -17,6 +17,7 @@ from dpkd.engine.metrics_log import read_metrics
 from dpkd.engine.plan import make_plan
 from dpkd.engine.progress import Display
 from dpkd.errors import DpkdError, SettingsError, Stopped
+from dpkd.teachers.live import TeacherRows
 
 WIDER = {"student.init": "pretrained", "student.layers": None}
 EXTRA = {"terms.extra.far": {"loss": "hidden-mse", "weight": 0.5, "settings": {"pairs": [[1, 2], [2, 4]]}}}
@@ -72,11 +73,20 @@ def test_it_adds_its_gradient_to_the_main_loss_in_the_same_forward(settings_of, 
     assert both.pop("losses.far.weight").abs().max() > 0
     for name, gradient in kd.items():  # Llama's norm works in float32 on the way back, whatever it gets
         torch.testing.assert_close(both[name], gradient + 0.5 * alone[name], rtol=1e-4, atol=1e-6)
-    # No teacher's logits where nothing reads them, and beside pairs a text of its own.
-    for main in ("sft", "dpkd"):
-        found, sums, _ = gradients(settings_of(main, EXTRA), quiet)
-        assert {"loss/main", "loss/far"} <= sums.keys()
-        assert found["losses.far.weight"].abs().max() > 0
+    found, sums, _ = gradients(settings_of("dpkd", EXTRA), quiet)  # beside pairs it has a text of its own
+    assert {"loss/main", "loss/far"} <= sums.keys()
+    assert found["losses.far.weight"].abs().max() > 0
+
+
+def test_no_logits_are_made_that_nothing_reads(settings_of, quiet, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherRows, "logits", lambda *_: pytest.fail("nobody reads the teacher's logits"))
+        found = gradients(settings_of("sft", EXTRA), quiet)[0]
+    assert found["losses.far.weight"].abs().max() > 0
+    rows = []
+    monkeypatch.setattr("dpkd.models.chunked.chunks", lambda count, size: rows.append(count) or iter(()))
+    gradients(settings_of("hidden-mse"), quiet)
+    assert set(rows) == {0}
 
 
 def test_no_states_are_asked_for_where_no_loss_reads_them(settings_of, quiet, monkeypatch):
@@ -167,6 +177,11 @@ def test_a_model_whose_states_are_not_as_its_configuration_says(toy):
     model.config.num_hidden_layers = 3
     with pytest.raises(DpkdError, match=r"GPT2LMHeadModel gives 3 hidden states of widths \[32\], where .* 3 \+ 1"):
         check_stack(model)
+
+
+def test_the_plan_says_which_layers_are_compared(settings_of, quiet):
+    plan = make_plan(settings_of("kd", {"terms.extra.far": {"loss": "hidden-mse"}}), Display(quiet))
+    assert ("hidden states of far", "student's 1, 2; teacher's 2, 4") in plan.sections["loss"]
 
 
 def test_the_layers_of_a_work_are_those_of_its_losses(settings_of, quiet):
