@@ -16,23 +16,29 @@ from dpkd.errors import DpkdError, SettingsError
 from dpkd.host import Host, RegisteredLoss
 from dpkd.text.settings import TextSettings
 
-__all__ = ["Objective", "extra_objective", "schedule_problems", "text_writers"]
+__all__ = ["Objective", "extra_objective", "main_objective", "schedule_problems", "text_writers"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One loss of a run. `text` is None where it takes the main loss's responses."""
+    """One loss of a run. Where it `shares_text`, it takes the responses of the main loss, and `text` is theirs."""
 
     name: str  # main, or what the user calls it
     registered: RegisteredLoss
     config: LossConfig
     weight: float
-    text: TextSettings | None
+    text: TextSettings
     schedules: Mapping[str, ScheduleSettings]
+    shares_text: bool = False
 
     @property
     def spec(self) -> LossSpec:
         return self.registered.spec
+
+    @property
+    def writers(self) -> dict[str, Text]:
+        """Setting → writer, for all who write the responses that it is taken of."""
+        return text_writers(self.text, self.spec.family)
 
     @property
     def reads(self) -> frozenset[Signal]:
@@ -57,6 +63,11 @@ def text_writers(text: TextSettings, family: Family) -> dict[str, Text]:
     return {"source": Text(text.source)}
 
 
+def main_objective(settings: RunSettings, registered: RegisteredLoss, config: LossConfig) -> Objective:
+    """The main loss, as one of the losses of a run."""
+    return Objective("main", registered, config, settings.terms.main, settings.text, settings.schedules)
+
+
 def extra_objective(
     name: str, term: ExtraTerm, given: Any, settings: RunSettings, main: LossSpec | None, host: Host
 ) -> tuple[Objective | None, list[str]]:
@@ -79,7 +90,9 @@ def extra_objective(
     if config is None:
         return None, problems
     problems += schedule_problems(registered.spec, config, term.schedules, f"{path}.schedules")
-    return Objective(name, registered, config, term.weight, text, term.schedules), problems
+    shares = text is None
+    own = settings.text if text is None else text
+    return Objective(name, registered, config, term.weight, own, term.schedules, shares), problems
 
 
 def _config(spec: LossSpec, values: Mapping[str, Any], path: str, problems: list[str]) -> LossConfig | None:

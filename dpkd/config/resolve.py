@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from dpkd.api import Family, LossConfig, LossSpec, TeacherAccess, Text
 from dpkd.config.layers import Layer, Merged, drop, get_path, merge, suggestion_layer
 from dpkd.config.memory import memory_problems
-from dpkd.config.objective import Objective, extra_objective, schedule_problems, text_writers
+from dpkd.config.objective import Objective, extra_objective, main_objective, schedule_problems, text_writers
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
 from dpkd.config.text_checks import adaptive_problems, sampling_reasons
@@ -44,10 +44,7 @@ class Resolved:
     @property
     def main(self) -> Objective:
         """The main loss, as one of the losses of the run."""
-        settings = self.settings
-        return Objective(
-            "main", self.registered, self.loss_config, settings.terms.main, settings.text, settings.schedules
-        )
+        return main_objective(self.settings, self.registered, self.loss_config)
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -102,9 +99,11 @@ def resolve(layers: Sequence[Layer], host: Host, given: Given | None = None) -> 
             extra, found = extra_objective(name, term, terms.get(name), sound, spec, host)
             problems += found
             extras += [extra] if extra is not None else []
-        if spec is not None and config is not None:
-            problems += schedule_problems(spec, config, sound.schedules, "schedules")
-        problems += _cross_checks(sound, spec, config, merged, damaged, extras)
+        main = None
+        if registered is not None and config is not None:
+            problems += schedule_problems(registered.spec, config, sound.schedules, "schedules")
+            main = main_objective(sound, registered, config)
+        problems += _cross_checks(sound, spec, config, merged, damaged, main, extras)
         problems += memory_problems(sound, merged, given or Given())
     if problems:
         raise SettingsError(problems)
@@ -189,14 +188,14 @@ def _damaged(values: Mapping[str, Any]) -> set[str]:
 
 def _cross_checks(
     settings: RunSettings, spec: LossSpec | None, config: LossConfig | None, merged: Merged, damaged: set[str],
-    extras: Sequence[Objective],
+    main: Objective | None, extras: Sequence[Objective],
 ) -> list[str]:  # fmt: skip
     """What no block can see alone: does the loss fit the text, the teacher, the student?"""
     problems: list[str] = []
     if spec is not None and "text" not in damaged:
         problems += _writer_problems(settings, spec, merged)
-    if spec is not None and config is not None and settings.teacher.store is not None:
-        problems += _store_problems(settings, spec, config, extras)
+    if main is not None and settings.teacher.store is not None:
+        problems += _store_problems(settings, [main, *extras])
     elif spec is not None and settings.teacher.model is None and "teacher" not in damaged:
         reasons = _teacher_reasons(settings, spec, config)
         for extra in extras:
@@ -208,9 +207,7 @@ def _cross_checks(
     return problems if "student" in damaged else [*problems, *_student_problems(settings, merged)]
 
 
-def _store_problems(
-    settings: RunSettings, spec: LossSpec, config: LossConfig, extras: Sequence[Objective]
-) -> list[str]:
+def _store_problems(settings: RunSettings, objectives: Sequence[Objective]) -> list[str]:
     """What a store in the teacher's place cannot do for this run."""
     assert settings.teacher.store is not None
     try:
@@ -219,12 +216,7 @@ def _store_problems(
         return [str(error)]
     reasons = _model_reasons(settings)
     problems = [f"teacher.store: {'; '.join(reasons)}: that takes the teacher's model"] if reasons else []
-    main = text_writers(settings.text, spec.family)
-    wanted = [(spec, config, spec.signals(config), main)]
-    wanted += [
-        (e.spec, e.config, e.reads, main if e.text is None else text_writers(e.text, e.spec.family)) for e in extras
-    ]
-    found = [why_not(one, own, reads, set(writers.values()), manifest) for one, own, reads, writers in wanted]
+    found = [why_not(o.spec, o.config, o.reads, set(o.writers.values()), manifest) for o in objectives]
     return [*problems, *(f"teacher.store: {reason}" for reason in found if reason is not None)]
 
 
@@ -284,7 +276,7 @@ def _extra_reasons(extra: Objective) -> list[str]:
     needs = extra.spec.needs(extra.config)
     if needs is not TeacherAccess.NONE:
         reasons.append(f"terms.extra.{extra.name} ({extra.spec.name}) needs its {needs.value}")
-    if extra.text is not None and Text.TEACHER in text_writers(extra.text, extra.spec.family).values():
+    if not extra.shares_text and Text.TEACHER in extra.writers.values():
         reasons.append(f"it writes the responses of terms.extra.{extra.name}")
     return reasons if extra.text is None else [*reasons, *sampling_reasons(extra.text, f"terms.extra.{extra.name}.")]
 

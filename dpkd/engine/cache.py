@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 
 from dpkd.api import Signal, Text, Trait
-from dpkd.config.objective import Objective, text_writers
 from dpkd.config.resolve import Resolved
 from dpkd.data.batches import TokenSequence
 from dpkd.data.templates import template_fingerprint
@@ -63,7 +62,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         settings.dtype, run.seed,
     )  # fmt: skip
     for objective in resolved.objectives:
-        own = set(_own_writers(objective, resolved).values())
+        own = set(objective.writers.values())
         if problem := why_not(objective.spec, objective.config, objective.reads, own, manifest):
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,15 +77,10 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     return manifest
 
 
-def _own_writers(objective: Objective, resolved: Resolved) -> dict[str, Text]:
-    text = objective.text if objective.text is not None else resolved.settings.text
-    return text_writers(text, objective.spec.family if objective.text is not None else resolved.loss.family)
-
-
 def _writers(resolved: Resolved) -> set[Text]:
     """Who writes the text that a loss reads the teacher on."""
     reading = {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS, Signal.TEACHER_HIDDEN}
-    found = {w for o in resolved.objectives if o.reads & reading for w in _own_writers(o, resolved).values()}
+    found = {w for o in resolved.objectives if o.reads & reading for w in o.writers.values()}
     if not found:
         raise DpkdError(f"{resolved.loss.name} reads no number of the teacher: it needs no store")
     return found
@@ -126,9 +120,7 @@ def _pen(
     resolved: Resolved, prepared: Prepared, teacher: LiveTeacher, manifest: Manifest, output: Path, display: Display
 ) -> TeacherPen:
     run, tokenizer = resolved.settings, prepared.tokenizer
-    text = next(
-        o.text or run.text for o in resolved.objectives if Text.TEACHER in _own_writers(o, resolved).values()
-    )  # fmt: skip
+    text = next(o.text for o in resolved.objectives if Text.TEACHER in o.writers.values())
     store = ResponseStore.open(
         output / "responses", model_fingerprint=manifest.model,
         tokenizer_fingerprint=f"{manifest.tokenizer}/{manifest.vocabulary}", sampling=text.teacher_sampling,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpkd.api import Family, TeacherAccess, Text
-from dpkd.config.objective import Objective, text_writers
+from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.data.encoding import continuation
@@ -79,7 +79,7 @@ def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
         ("needs of the teacher", loss.needs(resolved.loss_config).value),
     ]
     for extra in resolved.extras:
-        text = "the same responses" if extra.text is None else f"responses by {_by(extra)}"
+        text = "the same responses" if extra.shares_text else f"responses by {_by(extra)}"
         rows.append((f"beside it: {extra.name}", f"{extra.spec.name}, weight {extra.weight:g}, on {text}"))
     for objective in resolved.objectives:
         for name, schedule in objective.schedules.items():
@@ -112,8 +112,7 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 
 def _by(objective: Objective) -> str:
-    assert objective.text is not None
-    return ", ".join(dict.fromkeys(w.value for w in text_writers(objective.text, objective.spec.family).values()))
+    return ", ".join(dict.fromkeys(writer.value for writer in objective.writers.values()))
 
 
 def _model_rows(settings: RunSettings, student: int, teacher: int) -> list[tuple[str, str]]:

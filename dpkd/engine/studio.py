@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dpkd.api import Family, Text
-from dpkd.config.objective import text_writers
+from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.order import Schedule
 from dpkd.engine.preparation import Prepared
@@ -33,15 +33,14 @@ __all__ = ["Studio", "make_groups"]
 def make_groups(resolved: Resolved, losses: Mapping[str, Any], studio: Studio) -> list[Group]:
     """The losses by the text that they share: the main one with all that take its responses, then the others."""
     main, *extras = resolved.objectives
-    sharing = [main, *(extra for extra in extras if extra.text is None)]
+    sharing = [main, *(extra for extra in extras if extra.shares_text)]
     groups = []
-    for members in ([*sharing], *([extra] for extra in extras if extra.text is not None)):
+    for members in ([*sharing], *([extra] for extra in extras if not extra.shares_text)):
         first = members[0]
-        assert first.text is not None
         loss = losses[first.name] if first.spec.family is Family.ROLLOUT else None
         groups.append(
             Group(
-                first.name, studio.writers(first.text, first.spec.family, loss), first.spec.family is Family.PAIR,
+                first.name, studio.writers(first, loss), first.spec.family is Family.PAIR,
                 {member.name: (member.reads, member.weight) for member in members},
             )
         )  # fmt: skip
@@ -60,8 +59,9 @@ class Studio:
     accelerator: Accelerator
     display: Display
 
-    def writers(self, text: TextSettings, family: Family, rollout_loss: Any | None) -> Writers:
-        """The writers of a text."""
+    def writers(self, objective: Objective, rollout_loss: Any | None) -> Writers:
+        """The writers of the text of a loss."""
+        text, family = objective.text, objective.spec.family
         settings, tokenizer, data = self.resolved.settings, self.prepared.tokenizer, self.prepared.data
         eos_ids = frozenset({tokenizer.eos_token_id})
         common: Mapping[str, Any] = {
@@ -73,7 +73,7 @@ class Studio:
         student = StudentPen(
             self.lend, settings=text, teacher=live, loss=rollout_loss, device=self.accelerator.device, **common
         )
-        writes = Text.TEACHER in text_writers(text, family).values()
+        writes = Text.TEACHER in objective.writers.values()
         teacher = self._teacher_pen(text, common) if writes else _no_teacher
         schedule = Schedule(
             [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts], batch_size=settings.train.batch_size,
