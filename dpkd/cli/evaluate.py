@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from enum import StrEnum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dpkd.cli import evaluate_options as flags
 from dpkd.cli.options import SetData, data_settings
 from dpkd.cli.score import Unit
 from dpkd.errors import SettingsError
@@ -26,126 +28,98 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
-class OnRow(StrEnum):
-    """What to do with a row that cannot be scored."""
-
-    ERROR = "error"
-    SKIP = "skip"
-
-
-class DType(StrEnum):
-    """The type of the weights."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    AUTO = "auto"
-
-
-class Template(StrEnum):
-    """How a prompt is written."""
-
-    AUTO = "auto"
-    ALPACA = "alpaca"
-    CHAT = "chat"
-    NONE = "none"
-
-
 def evaluate(
-    model: Annotated[list[str], typer.Option(help="run folder, model folder or hub id; repeatable")],
-    data: Annotated[
-        list[str],
-        typer.Option(help="a file, folder, hub id, or dolly, self-inst, vicuna, sinst, uinst; repeatable"),
-    ],
-    teacher: Annotated[
-        str | None, typer.Option(help="for the divergences; a run brings its own", show_default=False)
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="seeds of the sampling")] = "10,20,30,40,50",
-    greedy: Annotated[bool, typer.Option("--greedy", help="decode greedily, once, instead of sampling")] = False,
-    temperature: Annotated[float, typer.Option(help="of the sampling", min=0.0)] = 1.0,
-    top_p: Annotated[float, typer.Option(help="nucleus", min=0.0, max=1.0)] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0: all tokens", min=0)] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="length limit of an answer", min=1)] = 256,
-    batch_size: Annotated[int, typer.Option(help="answers written together", min=1)] = 32,
-    dtype: Annotated[
-        DType, typer.Option(help="of the weights; half precision is faster, but answers depend on the batch")
-    ] = DType.FLOAT32,
-    limit: Annotated[int | None, typer.Option(help="only the first rows", min=1, show_default=False)] = None,
-    template: Annotated[
-        Template | None, typer.Option(help="how a prompt is written [default: the set's, else the run's, else auto]")
-    ] = None,
-    on_bad_row: Annotated[
-        OnRow | None, typer.Option(help="a row that cannot be read: stop, or leave it out and count it")
-    ] = None,
-    long_prompts: Annotated[
-        OnRow, typer.Option(help="a prompt beyond data.max_prompt_tokens or the model: stop, or leave it out and count")
-    ] = OnRow.ERROR,
+    model: flags.Models,
+    data: flags.Sets,
+    teacher: flags.Teacher = None,
+    seeds: flags.Seeds = "10,20,30,40,50",
+    greedy: flags.Greedy = False,
+    temperature: flags.Temperature = 1.0,
+    top_p: flags.TopP = 1.0,
+    top_k: flags.TopK = 0,
+    max_new_tokens: flags.MaxNewTokens = 256,
+    batch_size: flags.BatchSize = 32,
+    dtype: flags.Weights = flags.DType.FLOAT32,
+    limit: flags.Limit = None,
+    template: flags.TemplateFlag = None,
+    on_bad_row: flags.OnBadRow = None,
+    long_prompts: flags.LongPrompts = flags.OnRow.ERROR,
     set_: SetData = None,
-    sets_folder: Annotated[
-        str | None,
-        typer.Option(help="where the papers' sets are [default: $DPKD_SETS, else the hub]", show_default=False),
-    ] = None,
-    cuts: Annotated[str, typer.Option(help="ends of the buckets of reference length; '': none")] = "30,70",
-    unit: Annotated[Unit, typer.Option(help="what the cuts count; tokens: the model's")] = Unit.WORDS,
-    rewards: Annotated[
-        bool, typer.Option("--rewards", help="also the implicit reward of the model's and the teacher's answers")
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="folder of the results [default: RUN/eval/SET]", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+    sets_folder: flags.SetsFolder = None,
+    cuts: flags.Cuts = "30,70",
+    unit: flags.UnitFlag = Unit.WORDS,
+    rewards: flags.Rewards = False,
+    output: flags.Output = None,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Score models on held-out rows: Rouge-L, exact match, likelihood, divergence to the teacher; mean ± sd.
 
     Every row that is read is scored under every seed, or the command says which are not. An interrupted evaluation
     goes on where it stopped: call it again.
     """
-    from rich.console import Console
-
-    from dpkd.cli.scores_table import print_overview, print_scores
-    from dpkd.evaluation.sets import find_set
-    from dpkd.evaluation.subject import find_subject
-    from dpkd.report.rescore import rescore
-
     sampling = {
         "temperature": 0.0 if greedy else temperature, "top_p": top_p, "top_k": top_k,
         "max_new_tokens": max_new_tokens, "batch_size": batch_size,
     }  # fmt: skip
     settings = _settings(seeds, sampling, rewards, cuts, unit, long_prompts)
+    given = {"limit": limit, "template": template and template.value, "on_bad_row": on_bad_row and on_bad_row.value}
+    tasks = _tasks(model, teacher, data, sets_folder, given, set_, output)
+    results = _all_scored(tasks, settings, dtype.value, shown=not as_json, rescored=output is None)
+    _print_together(results, as_json)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A model, and the sets that it is scored on: name → rows, and where the results go."""
+
+    subject: Subject
+    sets: Mapping[str, tuple[DataSettings, Path]]
+
+
+def _tasks(
+    models: Sequence[str], teacher: str | None, data: Sequence[str], sets_folder: str | None, given: dict[str, Any],
+    assignments: list[str] | None, output: Path | None,
+) -> list[_Task]:  # fmt: skip
+    """What is to be scored on what. Raises SettingsError or DpkdError before anything is loaded."""
+    from dpkd.evaluation.sets import find_set
+    from dpkd.evaluation.subject import find_subject
+
     sets = [find_set(name, sets_folder) for name in data]
-    subjects = [find_subject(name, teacher) for name in model]
-    flags = {"limit": limit, "template": template and template.value, "on_bad_row": on_bad_row and on_bad_row.value}
-    rows = {(s.name, one.name): data_settings(one.given(s.data, flags), set_) for s in subjects for one in sets}
+    subjects = [find_subject(name, teacher) for name in models]
+    rows = {(s.name, one.name): data_settings(one.given(s.data, given), assignments) for s in subjects for one in sets}
     folders = _folders(subjects, sets, output)
+    return [_Task(s, {one.name: (rows[s.name, one.name], folders[s.name, one.name]) for one in sets}) for s in subjects]
+
+
+def _all_scored(
+    tasks: Sequence[_Task], settings: EvaluationSettings, dtype: str, *, shown: bool, rescored: bool
+) -> list[tuple[str, Evaluation]]:
+    """Every model on every set, each model loaded once; `rescored`: a run's card gets the scores of all its sets."""
+    from rich.console import Console
+
+    from dpkd.cli.scores_table import print_scores
+    from dpkd.report.rescore import rescore
+
     console, notes = Console(), Console(stderr=True)
-    results: list[tuple[str, Evaluation]] = []
-    for subject in subjects:
-        own = {one.name: (rows[subject.name, one.name], folders[subject.name, one.name]) for one in sets}
-        for name, result in _scored(subject, own, settings, dtype, notes):
-            results.append((subject.name, result))
-            if not as_json:
-                print_scores(subject.name, result, folders[subject.name, name], console)
-        if output is None:
-            rescore(subject.folder.parent)  # a run's card has the scores of all its sets
-    if as_json:
-        typer.echo(json.dumps([result.as_dict() for _, result in results], indent=2))
-    elif len(results) > 1:
-        print_overview(results, console)
+    results = []
+    for task in tasks:
+        name = task.subject.name
+        for set_name, result in _scored(task, settings, dtype, notes):
+            results.append((name, result))
+            if shown:
+                print_scores(name, result, task.sets[set_name][1], console)
+        if rescored:
+            rescore(task.subject.folder.parent)
+    return results
 
 
-def _scored(
-    subject: Subject,
-    sets: dict[str, tuple[DataSettings, Path]],
-    settings: EvaluationSettings,
-    dtype: DType,
-    notes: Console,
-) -> Any:
-    """The results of one model, set by set; the model is loaded once."""
+def _scored(task: _Task, settings: EvaluationSettings, dtype: str, notes: Console) -> Iterator[tuple[str, Evaluation]]:
+    """The results of one model, set by set."""
     from dpkd.cli.progress import shown
     from dpkd.evaluation.evaluate import Bench
 
-    bench = Bench(subject.model, subject.teacher, dtype=dtype.value)
-    for name, (rows, folder) in sets.items():
+    bench = Bench(task.subject.model, task.subject.teacher, dtype=dtype)
+    for name, (rows, folder) in task.sets.items():
         with shown(notes) as progress:
             yield name, bench.evaluate(
                 name, rows, settings, output=folder, progress=progress,
@@ -153,8 +127,20 @@ def _scored(
             )  # fmt: skip
 
 
+def _print_together(results: list[tuple[str, Evaluation]], as_json: bool) -> None:
+    """All results as JSON, or those of several models or sets as one table."""
+    from rich.console import Console
+
+    from dpkd.cli.scores_table import print_overview
+
+    if as_json:
+        typer.echo(json.dumps([result.as_dict() for _, result in results], indent=2))
+    elif len(results) > 1:
+        print_overview(results, Console())
+
+
 def _settings(
-    seeds: str, sampling: dict[str, Any], rewards: bool, cuts: str, unit: Unit, long_prompts: OnRow
+    seeds: str, sampling: dict[str, Any], rewards: bool, cuts: str, unit: Unit, long_prompts: flags.OnRow
 ) -> EvaluationSettings:
     from dpkd.config.problems import checked
     from dpkd.evaluation.evaluate import EvaluationSettings
