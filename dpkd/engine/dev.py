@@ -13,7 +13,13 @@ from typing import Any
 
 from dpkd.config.settings import DevSettings
 from dpkd.errors import DpkdError
-from dpkd.evaluation.evaluate import DIVERGENCE_UNITS, EvaluationSettings, evaluate_model, metric_specs
+from dpkd.evaluation.evaluate import (
+    DIVERGENCE_UNITS,
+    LOWER_IS_BETTER,
+    EvaluationSettings,
+    evaluate_model,
+    metric_specs,
+)
 from dpkd.evaluation.inputs import Inputs
 from dpkd.run_folder import RunFolder
 from dpkd.students.saving import save_model
@@ -26,12 +32,12 @@ __all__ = ["Dev", "direction_of"]
 def direction_of(metric: str) -> int:
     """1 where higher is better, -1 where lower is. Raises DpkdError for a metric that is neither, or not there."""
     specs = metric_specs()
-    if metric in DIVERGENCE_UNITS:
+    if metric in LOWER_IS_BETTER:
         return -1
-    if metric not in specs:
+    if metric not in specs and metric not in DIVERGENCE_UNITS:
         known = ", ".join([*specs, *DIVERGENCE_UNITS])
         raise DpkdError(f"dev.metric: no metric is called {metric!r}; there are: {known}")
-    if not specs[metric].better:
+    if metric in DIVERGENCE_UNITS or not specs[metric].better:
         raise DpkdError(f"dev.metric: {metric} is neither better high nor low; choose another, such as rouge_l")
     return 1 if specs[metric].better == "higher" else -1
 

@@ -42,6 +42,11 @@ DIVERGENCE_UNITS = {
     "first_token_reverse_kl": "nats at the first token", "reward_sum": "nats per response",
     "reward_mean": "nats per token of a response",
 }  # fmt: skip
+# Of the others, the teacher's own likelihood and the rewards, neither high nor low is better.
+LOWER_IS_BETTER = frozenset({
+    "nll", "perplexity", "bits_per_byte", "forward_kl", "reverse_kl", "first_token_forward_kl",
+    "first_token_reverse_kl",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,11 @@ def evaluate_model(
 
 def _as_metrics(found: Divergences) -> dict[str, Metric]:
     values = found.as_dict()
-    return {name: Metric((values[name],), unit) for name, unit in DIVERGENCE_UNITS.items() if name in values}
+    return {
+        name: Metric((values[name],), unit, "lower" if name in LOWER_IS_BETTER else "")
+        for name, unit in DIVERGENCE_UNITS.items()
+        if name in values
+    }
 
 
 @dataclass

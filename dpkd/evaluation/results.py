@@ -20,10 +20,11 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Metric:
-    """One value per seed (a single one where seeds play no part)."""
+    """One value per seed (a single one where seeds play no part); `better` is `higher`, `lower`, or empty."""
 
     values: tuple[float, ...]
     unit: str = ""
+    better: str = ""
 
     @property
     def mean(self) -> float:
@@ -68,6 +69,7 @@ class Evaluation:
             "format": FORMAT, "rows": self.rows, "seeds": list(self.seeds),
             "metrics": {name: metric.as_dict() for name, metric in self.metrics.items()},
             "units": {name: metric.unit for name, metric in self.metrics.items()},
+            "better": {name: metric.better for name, metric in self.metrics.items()},
             "lengths": {
                 "unit": self.length_unit,
                 "buckets": [
@@ -96,7 +98,7 @@ def score(
             found = _overall(spec, own) if spec.overall is not None else _of_rows(spec, own, rows[seed])
             if found is not None:
                 values.setdefault(name, []).append(found)
-    metrics = {name: Metric(tuple(found), specs[name].unit) for name, found in values.items()}
+    metrics = {name: Metric(tuple(found), specs[name].unit, specs[name].better) for name, found in values.items()}
     return metrics, _buckets(answers, rows, specs, cuts, measure), rows
 
 
@@ -133,7 +135,7 @@ def _buckets(
         for name, spec in specs.items():
             means = [_mean([own[i][name] for i in inside if name in own[i]]) for own in rows.values()]
             if spec.per_row is not None and all(mean is not None for mean in means):
-                metrics[name] = Metric(tuple(mean for mean in means if mean is not None), spec.unit)
+                metrics[name] = Metric(tuple(mean for mean in means if mean is not None), spec.unit, spec.better)
         buckets.append(Bucket(label, len(inside), metrics))
     if sum(bucket.rows for bucket in buckets) != len(references):
         raise DpkdError(f"{len(references)} rows were scored, but {sum(b.rows for b in buckets)} lie in a bucket")

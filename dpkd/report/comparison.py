@@ -10,7 +10,7 @@ from typing import Any
 from dpkd.errors import SettingsError
 from dpkd.report.bootstrap import RESAMPLES, SEED, Difference, paired_bootstrap
 from dpkd.report.names import ordered
-from dpkd.report.reading import Cost, Run, Scored
+from dpkd.report.reading import Cost, Run, Scored, better_of
 from dpkd.report.scales import finite
 
 __all__ = ["METRICS", "Cell", "Comparison", "SetTable", "compare"]
@@ -29,11 +29,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class SetTable:
-    """One set: cells by run and metric (absent: not evaluated), and how many rows and seeds each run has."""
+    """One set: cells by run and metric (absent: not evaluated), and how many rows and seeds each run has.
+
+    `better` is `higher`, `lower` or empty, by metric.
+    """
 
     name: str
     metrics: tuple[str, ...]
     units: Mapping[str, str]
+    better: Mapping[str, str]
     cells: Mapping[str, Mapping[str, Cell]]
     counts: Mapping[str, tuple[int, int]]
 
@@ -102,7 +106,8 @@ def _table(
     counts = {
         run: (int(one.scores.get("rows", 0)), len(one.scores.get("seeds", []))) for run, one in scored.items()
     }  # fmt: skip
-    return SetTable(name, shown, units, cells, counts)
+    better = {metric: better_of(metric, scored.values()) for metric in shown}
+    return SetTable(name, shown, units, better, cells, counts)
 
 
 def _check_alike(name: str, scored: Mapping[str, Scored], notes: list[str]) -> None:

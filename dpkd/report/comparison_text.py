@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from dpkd.report.comparison import Cell, Comparison, SetTable
-from dpkd.report.names import better, spread, title
+from dpkd.report.names import spread, title
 from dpkd.report.overview import duration, memory, tokens
 from dpkd.report.reading import Cost
 
 __all__ = ["Grid", "as_csv", "as_json", "as_latex", "as_markdown", "footnotes", "grids"]
 
 SIGNIFICANT = 0.05
+_ARROWS = {"higher": " ↑", "lower": " ↓"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def grids(comparison: Comparison) -> list[Grid]:
 
 
 def _grid(table: SetTable, comparison: Comparison) -> Grid:
-    heads = ["run", "rows", "seeds", *(f"{title(m)}{_arrow(m)}" for m in table.metrics)]
+    heads = ["run", "rows", "seeds", *(f"{title(m)}{_ARROWS.get(table.better[m], '')}" for m in table.metrics)]
     rows = []
     for run in comparison.runs:
         if run in table.cells:
@@ -47,10 +48,6 @@ def _grid(table: SetTable, comparison: Comparison) -> Grid:
             cells = [cell_text(table.cells[run].get(metric)) for metric in table.metrics]
             rows.append((name, f"{count:,}", str(seeds), *cells))
     return Grid(table.name, tuple(heads), tuple(rows))
-
-
-def _arrow(metric: str) -> str:
-    return {"higher": " ↑", "lower": " ↓"}.get(better(metric), "")
 
 
 def cell_text(cell: Cell | None) -> str:

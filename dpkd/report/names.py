@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["better", "number", "ordered", "public", "spread", "title"]
+__all__ = ["better_by_name", "number", "ordered", "public", "spread", "title"]
 
 _TITLES = {
     "rouge_l": "Rouge-L",
@@ -45,8 +45,8 @@ def title(metric: str) -> str:
     return _TITLES.get(metric, metric.replace("_", " "))
 
 
-def better(metric: str) -> str:
-    """`higher`, `lower`, or empty where neither is better in itself."""
+def better_by_name(metric: str) -> str:
+    """`higher`, `lower`, or empty where neither is better in itself: for scores that do not say it."""
     return "higher" if metric in _HIGHER else "lower" if metric in _LOWER else ""
 
 

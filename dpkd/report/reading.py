@@ -6,7 +6,7 @@ A folder of evaluations alone (`runs/eval/MODEL`, written for a model that is no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from dpkd.errors import DpkdError
+from dpkd.report.names import better_by_name
 from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
 
-__all__ = ["Cost", "Run", "Scored", "read_evaluations", "read_run", "read_runs"]
+__all__ = ["Cost", "Run", "Scored", "better_of", "read_evaluations", "read_run", "read_runs"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,21 @@ class Scored:
         """By name: `mean`, `sd` (None for one seed) and `values`."""
         return self.scores.get("metrics", {})  # type: ignore[no-any-return]
 
+    def better(self, metric: str) -> str:
+        """`higher`, `lower`, or empty: as its scores say, or by its name where they are older and do not."""
+        told: Mapping[str, str] = self.scores.get("better", {})
+        return told.get(metric, better_by_name(metric))
+
     def predictions(self) -> dict[int, list[dict[str, Any]]]:
         """The rows of each seed, in the order of the data; empty where the files are not there."""
         found = {seed: self.folder / f"predictions-{seed}.jsonl" for seed in self.scores.get("seeds", [])}
         return {seed: _json_lines(path) for seed, path in found.items() if path.is_file()}
+
+
+def better_of(metric: str, scored: Iterable[Scored]) -> str:
+    """Which direction is better, by all that have the metric; empty where they do not agree."""
+    told = {one.better(metric) for one in scored if metric in one.metrics}
+    return told.pop() if len(told) == 1 else ""
 
 
 @dataclass(frozen=True)

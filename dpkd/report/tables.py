@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.report.markup import Markup, element, joined
-from dpkd.report.names import better, number, ordered, public, spread, title
+from dpkd.report.names import number, ordered, public, spread, title
 from dpkd.report.overview import duration, memory, table, tokens
-from dpkd.report.reading import Cost, Run, Scored
+from dpkd.report.reading import Cost, Run, Scored, better_of
 from dpkd.report.scales import finite
 
 __all__ = ["flat", "scores_tables", "settings_section", "technical_section"]
@@ -28,7 +28,7 @@ def _scores(name: str, runs: Sequence[Run]) -> Markup:
     scored = [run.evaluations.get(name) for run in runs]
     known = [one for one in scored if one is not None]
     metrics = ordered(metric for one in known for metric in one.metrics)
-    first = [metric for metric in metrics if better(metric)] or metrics
+    first = [metric for metric in metrics if better_of(metric, known)] or metrics
     rest = [metric for metric in metrics if metric not in first]
     how = element("caption", f"{name} ", element("span", _scored_how(known)))
     more = _folded(f"{len(rest)} more metrics on {name}", _scores_of(rest, scored, runs)) if rest else None
@@ -45,17 +45,17 @@ def _scores_of(
         cells = [spread(m["mean"], finite(m.get("sd"))) if m is not None else "–" for m in found]
         unit = next((unit for one in known if (unit := one.scores.get("units", {}).get(metric))), "")
         rows.append([title(metric), *cells, element("span", unit, class_="dim unit" if len(runs) > 1 else "dim")])
-        best |= {(index, column + 1) for column in _best(metric, found)}
+        best |= {(index, column + 1) for column in _best(better_of(metric, known), found)}
     heads = ["metric", *([run.name for run in runs] if len(runs) > 1 else ["value"]), ""]
     return table(heads, rows, right=set(range(1, len(runs) + 1)), caption=caption, best=best)
 
 
-def _best(metric: str, found: Sequence[Mapping[str, Any] | None]) -> list[int]:
+def _best(better: str, found: Sequence[Mapping[str, Any] | None]) -> list[int]:
     """The columns of the best values, where there is something to choose between."""
     means = {i: m["mean"] for i, m in enumerate(found) if m is not None and finite(m["mean"]) is not None}
-    if len(means) < 2 or not better(metric) or len(set(means.values())) == 1:
+    if len(means) < 2 or not better or len(set(means.values())) == 1:
         return []
-    top = max(means.values()) if better(metric) == "higher" else min(means.values())
+    top = max(means.values()) if better == "higher" else min(means.values())
     return [i for i, value in means.items() if value == top]
 
 
