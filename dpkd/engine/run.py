@@ -69,6 +69,7 @@ def resume(resolved: Resolved, folder: RunFolder, *, console: Console | None = N
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     assembly = assemble(resolved, accelerator, display)
+    _check_processes_agree(accelerator, assembly)
     _check_same(folder, assembly)
     return _run(resolved, folder, assembly, accelerator, display, checkpoint.latest(folder.checkpoints))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dpkd.data.memory import refuse_memory
 from dpkd.errors import DpkdError
 from dpkd.models.fingerprint import memory_fingerprint, model_fingerprint
 from dpkd.models.loading import DTYPES, config_of, load_model, load_tokenizer, usable_tokenizer
@@ -93,7 +94,10 @@ class Given:
     def fingerprint(self, settings: ModelSettings) -> str:
         """Who the model is: a hash that changes when its weights do."""
         one = self._model(settings)
-        return one.fingerprint if one is not None else model_fingerprint(str(settings.model), settings.revision)
+        if one is not None:
+            return one.fingerprint
+        refuse_memory(str(settings.model), "model")
+        return model_fingerprint(str(settings.model), settings.revision)
 
     def described(self) -> dict[str, str]:
         """For run.json: what kind of object each name stands for, and where a model says that it came from."""
