@@ -144,7 +144,7 @@ def _text_rows(resolved: Resolved, data: TokenisedData, steps: int) -> list[tupl
         writers = {Text(text.pairs.preferred): 1.0, Text(text.pairs.dispreferred): 1.0}
         rows = [("preferred (y_t)", text.pairs.preferred), ("dispreferred (y_s)", text.pairs.dispreferred)]
     else:
-        writers = dict(text.mix) or dict.fromkeys(text_writers(text, resolved.loss.family).values(), 1.0)
+        writers = dict(text.mix) or dict.fromkeys(resolved.objectives[0].writers.values(), 1.0)
         shares = ", ".join(f"{w} {share:.0%}" for w, share in writers.items())
         rows = [("responses by", shares if not text.each else f"each of {', '.join(text.each)}, to every prompt")]
     if resolved.loss.family is not Family.PAIR and text.source == "adaptive":
