@@ -89,6 +89,8 @@ class Signal(StrEnum):
     ADVANTAGES = "advantages"  # what RolloutLoss.advantages returned [N]
     ROLLOUT_LOGPS = "rollout_logps"  # student log-prob of the token when it was sampled [N]
     BEHAVIOUR_LOGPS = "behaviour_logps"  # log-prob under the policy that drew it (a teacher mix, say) [N]
+    STUDENT_REST = "student_rest"  # log-prob of a span's tokens after the first; 0 where tokenizers are the same [N]
+    TEACHER_REST = "teacher_rest"  # the same under the teacher, in its own tokens [N]
     STUDENT_HIDDEN = "student_hidden"  # of the layers that TokenLoss.bind names [N, K, H]
     TEACHER_HIDDEN = "teacher_hidden"  # of the layers that TokenLoss.bind names [N, K, H]
 
@@ -107,6 +109,9 @@ class Trait(StrEnum):
     SCORE_FUNCTION = "score function"  # the gradient is right in expectation only; the value means nothing
     LINEAR_IN_TEACHER = "linear in the teacher"  # a mean of teachers gives the mean gradient: samples of it will do
     DETACHED_WEIGHTS = "detached weights"  # autograd differs from finite differences by design
+    # Rows may be spans of text that two tokenizers both delimit, with logits over the union of both vocabularies: a
+    # model has -inf for tokens that only the other has, and the value stays finite.
+    ACROSS_TOKENIZERS = "across tokenizers"
 
 
 class Family(StrEnum):
@@ -219,7 +224,12 @@ class _Inputs:
 
 
 class TokenInputs(_Inputs):
-    """Response positions, packed: logits `[N, V]` of student and teacher over the shared vocabulary, targets `[N]`."""
+    """Response positions, packed: logits `[N, V]` of student and teacher over the shared vocabulary, targets `[N]`.
+
+    For a loss that works across tokenizers, in a run whose tokenizers differ, a row is an aligned span: logits are
+    those of its first token, over the union of both vocabularies, the target is the student's first token, and
+    `student_rest` and `teacher_rest` have the log-probs of the other tokens.
+    """
 
     def only(self, reads: frozenset[Signal]) -> TokenInputs:
         """The same positions, restricted to some signals; log-probabilities stay shared."""
@@ -255,6 +265,16 @@ class TokenInputs(_Inputs):
     def teacher_hidden(self) -> Tensor:
         """Hidden states `[N, K, H]` of the teacher's layers, at least float32, without gradient."""
         return at_least_float32(self[Signal.TEACHER_HIDDEN])
+
+    @property
+    def student_rest(self) -> Tensor:
+        """Log-prob `[N]` under the student of what follows the span's first token in the span; 0: nothing does."""
+        return self[Signal.STUDENT_REST]  # type: ignore[no-any-return]
+
+    @property
+    def teacher_rest(self) -> Tensor:
+        """The same `[N]` under the teacher, which may cut the span into other tokens; without gradient."""
+        return self[Signal.TEACHER_REST]  # type: ignore[no-any-return]
 
     def student_log_probs(self, temperature: float = 1.0) -> Tensor:
         """log q `[N, V]` in nats, computed once for all terms of a run."""

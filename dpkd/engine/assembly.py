@@ -18,6 +18,7 @@ from dpkd.data.batches import Layout
 from dpkd.data.corpus import read_corpus
 from dpkd.data.order import Schedule
 from dpkd.data.tokenise import TokenisedData
+from dpkd.engine.across import union_of
 from dpkd.engine.auxiliary import LanguageModelling, LanguageModellingConfig
 from dpkd.engine.distiller import Distiller
 from dpkd.engine.features import bind, check_stack
@@ -37,6 +38,7 @@ from dpkd.models.layouts import why_not
 from dpkd.models.tokenizers import shared_vocabulary
 from dpkd.students.initialise import make_student
 from dpkd.students.lora import add_lora
+from dpkd.teachers.aligned import AlignedTeacher
 from dpkd.teachers.live import LiveTeacher
 from dpkd.teachers.manifest import read_manifest
 from dpkd.teachers.stored import StoredTeacher
@@ -54,7 +56,7 @@ class Assembly:
 
     tokenizer: Any
     data: TokenisedData
-    teacher: LiveTeacher | StoredTeacher | None
+    teacher: LiveTeacher | StoredTeacher | AlignedTeacher | None
     stepper: Stepper
     builder: StreamBuilder
     schedules: Schedules
@@ -92,7 +94,8 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         check_stack(models.student)
         check_stack(models.teacher.model if isinstance(models.teacher, LiveTeacher) else None)
     distiller = Distiller(
-        models.student, losses, vocabulary=models.vocabulary, chunk_mib=settings.train.chunk_mib, layers=layers
+        models.student, losses, vocabulary=models.vocabulary, chunk_mib=settings.train.chunk_mib, layers=layers,
+        widest=models.teacher.union.size if isinstance(models.teacher, AlignedTeacher) else None,
     ).to(accelerator.device)  # fmt: skip
     optimiser = make_optimiser(distiller, settings.train)
     distiller, optimiser = accelerator.prepare(distiller, optimiser)
@@ -101,6 +104,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     cutter = Cutter(
         settings.train.micro_batch_size, tokenizer.pad_token_id, settings.batch.tokens, layout,
         accelerator.process_index, accelerator.num_processes, accelerator.device,
+        0 if prepared.teacher_tokenizer is None else prepared.teacher_tokenizer.pad_token_id,
     )  # fmt: skip
     stepper = Stepper(
         accelerator, distiller, optimiser, models.teacher, models.reference, cutter, settings.train.clip
@@ -168,11 +172,16 @@ class _Models:
             student.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
         check_head(student)
         self.vocabulary = student.get_output_embeddings().weight.shape[0]
-        self.teacher: LiveTeacher | StoredTeacher | None = None
+        self.teacher: LiveTeacher | StoredTeacher | AlignedTeacher | None = None
         if settings.teacher.store is not None:
             self.teacher = _open_store(settings.teacher.store, self.vocabulary, device)
             self.vocabulary = self.teacher.vocabulary
-        if teacher is not None:
+        if teacher is not None and prepared.translator is not None:
+            teacher_rows = teacher.get_output_embeddings().weight.shape[0]
+            union = union_of(prepared.translator, self.vocabulary, teacher_rows)
+            self.vocabulary = union.student
+            self.teacher = AlignedTeacher(LiveTeacher(teacher, union.teacher, device), union.to(device))
+        elif teacher is not None:
             shared = shared_vocabulary(
                 prepared.tokenizer, prepared.teacher_tokenizer, self.vocabulary,
                 teacher.get_output_embeddings().weight.shape[0],

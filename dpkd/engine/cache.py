@@ -54,6 +54,8 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     writers = _writers(resolved)
     kind, k = _kind(resolved, settings)
     prepared = prepare(resolved, display)
+    if prepared.translator is not None:
+        raise DpkdError("a store has the teacher's numbers for the student's tokens, and their tokenizers differ")
     vocabulary = max(prepared.tokenizer.get_vocab().values()) + 1
     manifest = Manifest(
         kind, k, model_fingerprint(run.teacher.model, run.teacher.revision), Path(run.teacher.model).name,

@@ -9,6 +9,7 @@ from dpkd.engine.distiller import Distiller
 from dpkd.engine.work import Work
 from dpkd.errors import DpkdError
 from dpkd.models.head import head_of, hidden_rows
+from dpkd.teachers.aligned import AlignedRows
 from dpkd.teachers.live import TeacherRows
 
 __all__ = ["NotFinite", "explain", "explain_gradient"]
@@ -33,7 +34,9 @@ def explain(distiller: Distiller, work: Work) -> NotFinite:
         return NotFinite(f"the student's hidden states are not finite in the stream `{work.stream}`. {_ADVICE}")
     if _bad(head_of(distiller.student, distiller.vocabulary).logits(hidden[:64])):
         return NotFinite(f"the student's logits are not finite in the stream `{work.stream}`. {_ADVICE}")
-    if isinstance(work.teacher, TeacherRows) and (_bad(work.teacher.hidden) or _bad(work.teacher.logits(slice(0, 64)))):
+    # Over a union of vocabularies logits of -inf are no fault.
+    bad_teacher = isinstance(work.teacher, TeacherRows | AlignedRows) and _bad(work.teacher.hidden)
+    if bad_teacher or (isinstance(work.teacher, TeacherRows) and _bad(work.teacher.logits(slice(0, 64)))):
         return NotFinite(
             "the teacher's logits are not finite. Try another teacher.dtype (float32) or teacher.attention."
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, Text, TokenInputs
+from dpkd.engine.aligned import aligned_inputs, observe_spans
 from dpkd.engine.measure import observe_pairs, observe_rows
 from dpkd.engine.sums import Sums
 from dpkd.engine.work import Term, Work
@@ -21,6 +22,7 @@ from dpkd.models.head import Head, head_of
 from dpkd.models.layers import layer_rows
 from dpkd.models.sharding import gathered
 from dpkd.teachers.live import TeacherRows
+from dpkd.teachers.stored import StoredRows
 
 __all__ = ["Distiller"]
 
@@ -38,14 +40,18 @@ class Distiller(nn.Module):
         vocabulary: int,
         chunk_mib: float,
         layers: Mapping[str, Layers] | None = None,
+        widest: int | None = None,
     ) -> None:
-        """`layers` has the hidden states that losses read, by the name of the loss."""
+        """`layers` has the hidden states that losses read, by the name of the loss.
+
+        `widest` is the number of logits of a row where a loss sees more than the student's vocabulary.
+        """
         super().__init__()
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.layers = dict(layers or {})
         self.vocabulary = vocabulary
-        self.chunk = chunk_rows(vocabulary, chunk_mib)
+        self.chunk = chunk_rows(widest or vocabulary, chunk_mib)
 
     @property
     def reward_scale(self) -> float:
@@ -91,9 +97,11 @@ class Distiller(nn.Module):
 
         def chunk_loss(logits_nV: Tensor, rows: slice) -> Tensor:
             x = self._inputs(work, logits_nV, rows)
+            on_spans = None if work.twins is None else aligned_inputs(work, logits_nV, rows)
             total = logits_nV.new_zeros(())
             for term in terms:
-                own = x.only(term.reads)
+                reads_spans = on_spans is not None and Signal.TEACHER_LOGITS in term.reads
+                own = (on_spans if on_spans is not None and reads_spans else x).only(term.reads)
                 values_n = self.losses[term.name](own)
                 total = total + values_n.sum() * (term.weight * work.scale / term.denominator)
                 _add_term(sums, term.name, values_n, own.parts)
@@ -104,7 +112,10 @@ class Distiller(nn.Module):
             return total
 
         parameters = [p for p in self.losses.parameters() if p.requires_grad]
-        total = objective(chunk_loss, hidden, head, self.chunk, parameters)
+        starts = None if work.twins is None else work.twins.student.starts(hidden.shape[0])
+        total = objective(chunk_loss, hidden, head, self.chunk, parameters, starts)
+        if work.twins is not None:
+            observe_spans(work.twins, hidden.shape[0], sums)
         if measured:
             self._observe_responses(work, token_logps_N, sums)
         return total, sums
@@ -120,14 +131,18 @@ class Distiller(nn.Module):
                 sums.mean(f"reward/{writer}", self.reward_scale * (log_q - log_p)[of])
 
     def _inputs(self, work: Work, logits_nV: Tensor, rows: slice) -> TokenInputs:
+        nothing_n = logits_nV.new_zeros(len(logits_nV))  # a token is a span of its own
         signals: dict[Signal, Tensor] = {
             Signal.STUDENT_LOGITS: logits_nV,
             Signal.TARGETS: work.batch.targets[rows],
+            Signal.STUDENT_REST: nothing_n,
+            Signal.TEACHER_REST: nothing_n,
             **{signal: values[rows] for signal, values in work.extra.items()},
         }
         if work.needs_teacher(Signal.BY_STUDENT):
             signals[Signal.BY_STUDENT] = _by_student(work, rows)
-        if work.teacher is not None and (work.measure or work.needs_teacher(Signal.TEACHER_LOGITS)):
+        reads_teacher = work.measure or work.needs_teacher(Signal.TEACHER_LOGITS)
+        if isinstance(work.teacher, TeacherRows | StoredRows) and reads_teacher:
             signals[Signal.TEACHER_LOGITS] = work.teacher.logits(rows).to(logits_nV.dtype)
         return RolloutInputs(signals) if work.extra else TokenInputs(signals)
 

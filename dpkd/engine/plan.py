@@ -15,6 +15,7 @@ from dpkd.config.settings import RunSettings
 from dpkd.data.encoding import continuation
 from dpkd.data.order import Schedule
 from dpkd.data.tokenise import Prompt, TokenisedData
+from dpkd.engine.across import union_of
 from dpkd.engine.preparation import Prepared, prepare
 from dpkd.engine.progress import Display
 from dpkd.models.chunked import chunk_rows
@@ -63,7 +64,7 @@ def make_plan(resolved: Resolved, display: Display) -> Plan:
     )
     sections = {
         "loss": [*_loss_rows(resolved), *_layer_rows(prepared)],
-        "models": _model_rows(settings, student_size, teacher_size),
+        "models": [*_model_rows(settings, student_size, teacher_size), *_tokenizer_rows(prepared)],
         "text": _text_rows(resolved, data, prepared.steps),
         "training": _training_rows(settings, data, prepared.steps, prepared.data_facts["fingerprint"]),
         "memory (estimate)": memory,
@@ -135,6 +136,15 @@ def _model_rows(settings: RunSettings, student: int, teacher: int) -> list[tuple
     else:
         rows.append(("teacher", "none"))
     return rows
+
+
+def _tokenizer_rows(prepared: Prepared) -> list[tuple[str, str]]:
+    """What follows from two tokenizers, where there are two."""
+    if prepared.translator is None:
+        return []
+    sizes = [c.get_text_config().vocab_size for c in (prepared.student_config, prepared.teacher_config) if c]
+    union = union_of(prepared.translator, *sizes)
+    return [("tokenizers differ", f"aligned spans; {union.sentence()}; no KL to the teacher is measured")]
 
 
 def _text_rows(resolved: Resolved, data: TokenisedData, steps: int) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from dpkd.config.settings import RunSettings
 from dpkd.data.corpus import check_corpus
 from dpkd.data.examples import read_examples
 from dpkd.data.tokenise import TokenisedData, tokenise
+from dpkd.data.twins import Translator
+from dpkd.engine.across import make_translator, token_by_token
 from dpkd.engine.dev import direction_of
 from dpkd.engine.features import bind
 from dpkd.engine.progress import Display
@@ -20,7 +22,7 @@ from dpkd.engine.trackers import check_trackers
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs, read_inputs
 from dpkd.models.loading import context_length
-from dpkd.models.tokenizers import shared_vocabulary, tokenizer_fingerprint
+from dpkd.models.tokenizers import difference, shared_vocabulary, tokenizer_fingerprint
 from dpkd.students.initialise import student_config
 from dpkd.teachers.manifest import read_manifest
 
@@ -29,7 +31,10 @@ __all__ = ["Prepared", "number_of_steps", "prepare"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data, tokenizers and configurations of a run; `context` is the longest sequence that both models read."""
+    """Data, tokenizers and configurations of a run; `context` is the longest sequence that both models read.
+
+    Where the two tokenizers differ there is a `translator`, and `context` is the student's own.
+    """
 
     tokenizer: Any
     teacher_tokenizer: Any | None
@@ -41,6 +46,7 @@ class Prepared:
     steps: int
     dev: Inputs | None
     layers: Mapping[str, Layers]  # the hidden states that losses read, by the name of the loss
+    translator: Translator | None = None
 
 
 def prepare(resolved: Resolved, display: Display) -> Prepared:
@@ -56,30 +62,56 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
     tokenizer = given.tokenizer(settings.student if settings.student.model is not None else settings.teacher)
     teacher_tokenizer = given.tokenizer(settings.teacher) if settings.teacher.model else None
-    if teacher_tokenizer is not None and teacher_config is not None:
-        sizes = [config.get_text_config().vocab_size for config in (own_config, teacher_config)]
-        shared_vocabulary(tokenizer, teacher_tokenizer, *sizes)
+    across = _two_tokenizers(resolved, tokenizer, teacher_tokenizer, (own_config, teacher_config))
     if settings.teacher.store is not None:
         _check_store(settings.teacher.store, tokenizer)
     examples = read_examples(settings.data, rows=given.rows(settings.data.path))
     data = tokenise(examples.examples, tokenizer, settings.data)
     for line in [*examples.lines()[1:], *data.report.lines()]:
         display.say(line)
-    context = _check_lengths(settings, data, {"student": own_config, "teacher": teacher_config})
+    translator = None
+    if across:
+        translator = make_translator(
+            tokenizer, teacher_tokenizer, teacher_config, examples.examples, data.prompts, settings.data
+        )
+        display.say("tokenizers differ: both models are compared at aligned spans of text")
+    configs = {"student": own_config} if across else {"student": own_config, "teacher": teacher_config}
+    context = _check_lengths(settings, data, configs)
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.corpus is not None:
         check_corpus(settings.terms.pretrain.corpus)
-    steps = number_of_steps(settings, len(data.prompts))
-    if settings.train.warmup_steps >= steps:
-        display.say(
-            f"train.warmup_steps is {settings.train.warmup_steps:,}, but there are only {steps:,} steps: "
-            "the learning rate will not reach its peak"
-        )
+    steps = _steps(settings, len(data.prompts), display)
     dev = _dev_inputs(settings, tokenizer, context, display)
     facts = {
         "path": settings.data.path, "fingerprint": examples.fingerprint,
         "skipped": examples.skipped_by_reason(), **asdict(data.report),
     }  # fmt: skip
-    return Prepared(tokenizer, teacher_tokenizer, data, facts, own_config, teacher_config, context, steps, dev, layers)
+    return Prepared(
+        tokenizer, teacher_tokenizer, data, facts, own_config, teacher_config, context, steps, dev, layers, translator
+    )  # fmt: skip
+
+
+def _two_tokenizers(resolved: Resolved, tokenizer: Any, teacher_tokenizer: Any | None, configs: Sequence[Any]) -> bool:
+    """Whether the two models have different tokenizers. Raises DpkdError where the run needs them to be the same."""
+    if teacher_tokenizer is None:
+        return False
+    what = difference(tokenizer, teacher_tokenizer)
+    if what is None:
+        shared_vocabulary(tokenizer, teacher_tokenizer, *(config.get_text_config().vocab_size for config in configs))
+        return False
+    if reasons := token_by_token(resolved):
+        raise DpkdError(f"student and teacher have different tokenizers, but {'; '.join(reasons)}: {what}")
+    return True
+
+
+def _steps(settings: RunSettings, examples: int, display: Display) -> int:
+    """Optimiser steps of the run; a warm-up that they do not end is said."""
+    steps = number_of_steps(settings, examples)
+    if settings.train.warmup_steps >= steps:
+        display.say(
+            f"train.warmup_steps is {settings.train.warmup_steps:,}, but there are only {steps:,} steps: "
+            "the learning rate will not reach its peak"
+        )
+    return steps
 
 
 def _dev_inputs(settings: RunSettings, tokenizer: Any, context: int | None, display: Display) -> Inputs | None:

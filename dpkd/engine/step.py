@@ -16,6 +16,7 @@ from dpkd.engine.sums import Sums
 from dpkd.engine.work import Cutter, Stream, Work
 from dpkd.functional import segment_sum
 from dpkd.models.chunked import token_logps
+from dpkd.teachers.aligned import AlignedTeacher
 from dpkd.teachers.live import LiveTeacher, TeacherRows
 from dpkd.teachers.stored import StoredTeacher
 
@@ -32,7 +33,7 @@ class Stepper:
     accelerator: Accelerator
     distiller: torch.nn.Module  # the Distiller, perhaps wrapped for several processes
     optimiser: Any
-    teacher: LiveTeacher | StoredTeacher | None
+    teacher: LiveTeacher | StoredTeacher | AlignedTeacher | None
     reference: LiveTeacher | None  # the student as it was at the start, where a loss reads it
     cutter: Cutter
     clip: float | None
@@ -62,10 +63,14 @@ class Stepper:
             work = replace(work, reference_logps=self._by_response(work, logps))
         if self.teacher is None:
             return work
+        if isinstance(self.teacher, AlignedTeacher):
+            if work.twins is None:
+                return work
+            return replace(work, teacher=self.teacher.rows(work.twins, self.inner.chunk))
         # Divergences are measured against the whole distribution: a store has none.
         measured = work.measure and work.stream == "main" and isinstance(self.teacher, LiveTeacher)
         if not work.pairs:
-            return self._with_rows(work, measured)
+            return self._with_rows(work, self.teacher, measured)
         if not (work.needs_teacher(Signal.TEACHER_LOGPS) or measured):
             return work
         rows = self.teacher.rows(work.batch) if measured else None
@@ -76,12 +81,12 @@ class Stepper:
             logps = self.teacher.logps(work.batch, self.inner.chunk)
         return replace(work, teacher=rows, teacher_logps=self._by_response(work, logps))
 
-    def _with_rows(self, work: Work, measured: bool) -> Work:
+    def _with_rows(self, work: Work, teacher: LiveTeacher | StoredTeacher, measured: bool) -> Work:
         layers = self.inner.layers_of(work).teacher
-        if isinstance(self.teacher, LiveTeacher) and layers:
-            return replace(work, teacher=self.teacher.rows(work.batch, layers))
-        if self.teacher is not None and (work.needs_teacher(Signal.TEACHER_LOGITS) or measured):
-            return replace(work, teacher=self.teacher.rows(work.batch))
+        if isinstance(teacher, LiveTeacher) and layers:
+            return replace(work, teacher=teacher.rows(work.batch, layers))
+        if work.needs_teacher(Signal.TEACHER_LOGITS) or measured:
+            return replace(work, teacher=teacher.rows(work.batch))
         return work
 
     def _by_response(self, work: Work, logps_N: torch.Tensor) -> Pair:

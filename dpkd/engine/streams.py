@@ -11,6 +11,7 @@ from dpkd.data.batches import TokenSequence
 from dpkd.data.corpus import Corpus as Blocks
 from dpkd.data.order import Schedule
 from dpkd.data.tokenise import Prompt
+from dpkd.data.twins import Translator
 from dpkd.engine.work import Stream, Term, Unit
 from dpkd.text.writers import StepText, Writers
 
@@ -40,6 +41,7 @@ class Group:
     writers: Writers
     pairs: bool
     losses: Mapping[str, tuple[frozenset[Signal], float]]  # name → what it reads, its weight
+    translator: Translator | None = None  # to a teacher with another tokenizer
 
     def stream(self, text: StepText, prompts: Sequence[Prompt]) -> Stream:
         """Its stream of a step."""
@@ -47,9 +49,22 @@ class Group:
             Unit(tuple(TokenSequence(prompts[i].prompt_ids, r.ids) for r in responses), responses)
             for i, responses in text.responses
         ]
-        denominator = max(1, len(units) if self.pairs else _tokens(units))
-        terms = [Term(name, reads, weight, denominator) for name, (reads, weight) in self.losses.items()]
+        spans = None
+        if self.translator is not None and any(map(_on_spans, self.losses.values())):
+            twins = self.translator.twins([(i, r.ids) for i, (r,) in text.responses])
+            units = [unit._replace(twin=twin) for unit, twin in zip(units, twins, strict=True)]
+            spans = sum(len(twin.spans) for twin in twins)
+        rows = len(units) if self.pairs else _tokens(units)
+        terms = [
+            Term(name, loss[0], loss[1], max(1, rows if spans is None or not _on_spans(loss) else spans))
+            for name, loss in self.losses.items()
+        ]
         return Stream(self.name, units, terms, self.pairs)
+
+
+def _on_spans(loss: tuple[frozenset[Signal], float]) -> bool:
+    """Whether the rows of a loss are spans, where tokenizers differ: if it reads the teacher."""
+    return Signal.TEACHER_LOGITS in loss[0]
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ class StreamBuilder:
         weight = self.terms.lm.weight
         shared = not main.pairs and all(r.writer is Text.DATASET for unit in main.units for r in unit.responses)
         if shared:
-            term = Term("lm", LM_READS, weight, main.terms[0].denominator)
+            term = Term("lm", LM_READS, weight, max(1, _tokens(main.units)))
             return [Stream(main.name, main.units, [*main.terms, term])]
         units = [
             Unit((TokenSequence(self.prompts[i].prompt_ids, self.prompts[i].response_ids),))

@@ -17,9 +17,10 @@ from dpkd.engine.preparation import Prepared
 from dpkd.engine.progress import Display
 from dpkd.engine.streams import Group
 from dpkd.models.tokenizers import tokenizer_fingerprint
+from dpkd.teachers.aligned import AlignedTeacher
 from dpkd.teachers.live import LiveTeacher
 from dpkd.teachers.stored import StoredTeacher
-from dpkd.text.pens import Crew, StudentPen, TeacherPen
+from dpkd.text.pens import Crew, RetellingPen, StudentPen, TeacherPen
 from dpkd.text.settings import TextSettings
 from dpkd.text.store import ResponseStore, default_folder
 from dpkd.text.writers import Writers
@@ -41,7 +42,7 @@ def make_groups(resolved: Resolved, losses: Mapping[str, Any], studio: Studio) -
         groups.append(
             Group(
                 first.name, studio.writers(first, loss), first.spec.family is Family.PAIR,
-                {member.name: (member.reads, member.weight) for member in members},
+                {member.name: (member.reads, member.weight) for member in members}, studio.prepared.translator,
             )
         )  # fmt: skip
     return groups
@@ -53,7 +54,7 @@ class Studio:
 
     resolved: Resolved
     lend: Callable[[Callable[[nn.Module], Any]], Any]  # gives the student
-    teacher: LiveTeacher | StoredTeacher | None
+    teacher: LiveTeacher | StoredTeacher | AlignedTeacher | None
     vocabulary: int
     prepared: Prepared
     accelerator: Accelerator
@@ -84,23 +85,39 @@ class Studio:
             text, family, data.prompts, schedule, seed=settings.seed, eos_ids=eos_ids, student=student, teacher=teacher
         )
 
-    def _teacher_pen(self, text: TextSettings, common: Mapping[str, Any]) -> TeacherPen:
+    def _teacher_pen(self, text: TextSettings, common: Mapping[str, Any]) -> TeacherPen | RetellingPen:
         """Its responses are in the store of log-probs, where there is one, else in the store of responses."""
-        settings, tokenizer = self.resolved.settings, self.prepared.tokenizer
+        settings = self.resolved.settings
         if isinstance(self.teacher, StoredTeacher):
-            live, folder, weights = None, self.teacher.folder / "responses", self.teacher.manifest.model
-        else:
-            # Settings without a teacher are refused before.
-            assert settings.teacher.model is not None
-            live, weights = self.teacher, self.resolved.given.fingerprint(settings.teacher)
-            folder = Path(text.store) if text.store else default_folder()
+            folder = self.teacher.folder / "responses"
+            return self._pen(None, text, folder, self.teacher.manifest.model, self.prepared.tokenizer, common)
+        # Settings without a teacher are refused before.
+        assert settings.teacher.model is not None
+        weights = self.resolved.given.fingerprint(settings.teacher)
+        folder = Path(text.store) if text.store else default_folder()
+        if not isinstance(self.teacher, AlignedTeacher):
+            return self._pen(self.teacher, text, folder, weights, self.prepared.tokenizer, common)
+        translator = self.prepared.translator
+        assert translator is not None  # it made the teacher an aligned one
+        tokenizer = translator.teacher.tokenizer
+        own = {
+            **common, "prompts": translator.prompts, "eos_ids": frozenset({tokenizer.eos_token_id}),
+            "pad_id": tokenizer.pad_token_id, "vocabulary": self.teacher.union.teacher, "context": translator.longest,
+        }  # fmt: skip
+        pen = self._pen(self.teacher.live, text, folder, weights, tokenizer, own)
+        return RetellingPen(pen, translator, common["prompts"], common["context"])
+
+    def _pen(
+        self, live: LiveTeacher | None, text: TextSettings, folder: Path, weights: str, tokenizer: Any,
+        common: Mapping[str, Any],
+    ) -> TeacherPen:  # fmt: skip
         store = ResponseStore.open(
             folder,
             model_fingerprint=weights,
             # Which ids may be drawn decides the responses too.
-            tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{self.vocabulary}",
+            tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{common['vocabulary']}",
             sampling=text.teacher_sampling,
-            seed=settings.seed,
+            seed=self.resolved.settings.seed,
         )
         return TeacherPen(
             live, sampling=text.teacher_sampling, store=store,

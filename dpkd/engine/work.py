@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dpkd.api import Pair, Signal
 from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches
+from dpkd.data.twins import IDLE_TWIN, Twin, TwinBatch, collate_twins
+from dpkd.teachers.aligned import AlignedRows
 from dpkd.teachers.live import TeacherRows
 from dpkd.teachers.stored import StoredRows
 from dpkd.text.responses import Response
@@ -32,10 +34,14 @@ class Term(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What stays together in a micro-batch: the sequences of one prompt; of a pair two (preferred first)."""
+    """What stays together in a micro-batch: the sequences of one prompt; of a pair two (preferred first).
+
+    `twin` is the sequence as a teacher with another tokenizer reads it.
+    """
 
     sequences: tuple[TokenSequence, ...]
     responses: tuple[Response, ...] = ()
+    twin: Twin | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,10 @@ class Work:
     measure: bool
     responses: Sequence[Response] = ()
     extra: Mapping[Signal, Tensor] = field(default_factory=dict)
-    teacher: TeacherRows | StoredRows | None = None
+    teacher: TeacherRows | StoredRows | AlignedRows | None = None
     teacher_logps: Pair | None = None
     reference_logps: Pair | None = None
+    twins: TwinBatch | None = None  # where the teacher has another tokenizer and a loss reads it
 
     def needs_teacher(self, signal: Signal) -> bool:
         """Whether a term of this work reads a signal."""
@@ -104,6 +111,7 @@ class Cutter:
     rank: int = 0
     processes: int = 1
     device: torch.device | str = "cpu"
+    teacher_pad_id: int = 0  # of a teacher with another tokenizer
 
     def __call__(self, stream: Stream, measure: bool) -> list[Work]:
         """The stream's share of this process, longest first."""
@@ -140,9 +148,19 @@ class Cutter:
             responses = [r for unit in units for r in unit.responses]
         extra = {} if stream.pairs else {k: v.to(self.device) for k, v in _rollout_signals(units).items()}
         batch = collate(sequences, pad_id=self.pad_id, layout=layout).to(self.device)
+        twins = _twins(stream, units or [_IDLE], self.teacher_pad_id)
         return Work(
-            stream.name, batch, stream.terms, stream.pairs, float(self.processes), measure, responses, extra
+            stream.name, batch, stream.terms, stream.pairs, float(self.processes), measure, responses, extra,
+            twins=None if twins is None else twins.to(self.device),
         )  # fmt: skip
+
+
+def _twins(stream: Stream, units: Sequence[Unit], teacher_pad_id: int) -> TwinBatch | None:
+    """What the teacher reads of these units; None where it reads what the student reads."""
+    if not any(unit.twin is not None for unit in stream.units):
+        return None
+    sequences = [unit.sequences[0] for unit in units]
+    return collate_twins(sequences, [unit.twin or IDLE_TWIN for unit in units], pad_id=teacher_pad_id)
 
 
 def _lengths(unit: Unit) -> list[int]:

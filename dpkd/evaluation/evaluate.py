@@ -25,7 +25,7 @@ from dpkd.models.given import Given
 from dpkd.models.head import check_head
 from dpkd.models.loading import DTYPES
 from dpkd.models.settings import ModelSettings, TeacherSettings
-from dpkd.models.tokenizers import shared_vocabulary
+from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.teachers.live import LiveTeacher
 from dpkd.text.settings import SamplingSettings
 from dpkd.text.stream import longest_sequence
@@ -81,7 +81,10 @@ def metric_specs(say: Callable[[str], None] | None = None) -> dict[str, MetricSp
 
 
 class Bench:
-    """A model, and its teacher where there is one, loaded once for all sets."""
+    """A model, and its teacher where there is one, loaded once for all sets.
+
+    A teacher with another tokenizer is left out, and `note` says so: token by token the two cannot be compared.
+    """
 
     def __init__(
         self, model: ModelSettings, teacher: TeacherSettings | None, *, dtype: str = "float32",
@@ -96,8 +99,12 @@ class Bench:
         if dtype not in ("auto", *DTYPES):
             raise DpkdError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
         self.given = given or Given()
-        self.names = (model.model, teacher.model if teacher is not None else None)
         self.tokenizer = self.given.tokenizer(model)
+        self.note: str | None = None
+        if teacher is not None and teacher.model is not None:
+            self.note = _left_out(self.tokenizer, self.given.tokenizer(teacher), teacher.model)
+            teacher = None if self.note else teacher
+        self.names = (model.model, teacher.model if teacher is not None else None)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = self.given.load(model, device=device, dtype=DTYPES.get(dtype))
         self.dtype = str(self.model.dtype).removeprefix("torch.")
@@ -137,7 +144,7 @@ class Bench:
         inputs = self.inputs(data, settings)
         tell = say or (lambda text: None)
         tell(f"{name}: {inputs.rows_read:,} rows of {inputs.source}")
-        for line in inputs.lines():
+        for line in (*inputs.lines(), *([self.note] if self.note else [])):
             tell(line)
         generation = {
             **settings.sampling.model_dump(mode="json", exclude={"batch_size"}),
@@ -172,6 +179,16 @@ class Bench:
                 desk.finish(seed, [_scored(p, values) for p, values in zip(own, rows[seed], strict=True)])
             write_scores(evaluation, desk.folder)
         return evaluation
+
+
+def _left_out(tokenizer: Any, others: Any, teacher: str) -> str | None:
+    """Why a teacher is not compared with, where its tokenizer is another."""
+    if difference(tokenizer, others) is None:
+        return None
+    return (
+        f"the teacher {teacher} has another tokenizer: no divergence from it and no reward is measured, token by "
+        "token there is none. bits_per_byte compares models whatever their tokenizers."
+    )
 
 
 def _scored(prediction: Prediction, values: dict[str, float]) -> Prediction:

@@ -9,6 +9,7 @@ computes its chunks again in backward. Both equal the dense computation.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,15 +36,23 @@ def chunk_rows(vocabulary: int, mib: float) -> int:
     return max(32, int(mib * 2**20 / (4 * vocabulary)))
 
 
-def chunks(rows: int, size: int) -> Iterator[slice]:
+def chunks(rows: int, size: int, starts: Sequence[int] | None = None) -> Iterator[slice]:
     """Slices of at most `size` rows, of nearly equal length.
+
+    `starts` are the rows at which a slice may begin, ascending and with 0; None: all. What stands between two of them
+    stays together, and may make a slice longer.
 
     >>> [(s.start, s.stop) for s in chunks(10, 4)]
     [(0, 3), (3, 6), (6, 10)]
+    >>> [(s.start, s.stop) for s in chunks(10, 4, [0, 1, 2, 4, 9])]
+    [(0, 2), (2, 4), (4, 10)]
     """
     count = -(-rows // size)
-    for i in range(count):
-        yield slice(rows * i // count, rows * (i + 1) // count)
+    edges = [rows * i // count for i in range(count)] if count else []
+    if starts is not None:
+        edges = list(dict.fromkeys(starts[bisect_right(starts, edge) - 1] for edge in edges))
+    for start, stop in zip(edges, [*edges[1:], rows][: len(edges)], strict=True):
+        yield slice(start, stop)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -86,17 +95,17 @@ class _HeadGradient:
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, chunk_loss: ChunkLoss, rule: LogitRule, size: int,
+        ctx: Any, chunk_loss: ChunkLoss, rule: LogitRule, size: int, starts: Sequence[int] | None,
         hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor,
     ) -> Tensor:  # fmt: skip
         dtype = _compute_dtype(weight)
         head = Head(weight.detach(), None if bias is None else bias.detach(), rule).cast(dtype)
-        gradient = _HeadGradient(hidden, head, ctx.needs_input_grad[3:6])
+        gradient = _HeadGradient(hidden, head, ctx.needs_input_grad[4:7])
         parameter_gradients = [torch.zeros_like(p) for p in parameters]
         total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-        needs_gradient = any(ctx.needs_input_grad[3:])
+        needs_gradient = any(ctx.needs_input_grad[4:])
         with _without_autocast(weight):
-            for rows in chunks(hidden.shape[0], size):
+            for rows in chunks(hidden.shape[0], size, starts):
                 hidden_nH = hidden[rows].detach().to(dtype)
                 raw_nV = _wide(head.raw(hidden_nH))
                 with torch.set_grad_enabled(needs_gradient):
@@ -130,18 +139,20 @@ class _Objective(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         weight = None if weight is None else weight.to(weight_dtype)
         bias = None if bias is None else bias.to(bias_dtype)
-        return None, None, None, hidden, weight, bias, *parameters
+        return None, None, None, None, hidden, weight, bias, *parameters
 
 
 def objective(
-    chunk_loss: ChunkLoss, hidden: Tensor, head: Head, size: int, parameters: Sequence[Tensor] = ()
-) -> Tensor:
+    chunk_loss: ChunkLoss, hidden: Tensor, head: Head, size: int, parameters: Sequence[Tensor] = (),
+    starts: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
     """Sum of `chunk_loss` over all chunks, with gradients for hidden `[N, H]`, the head, and `parameters`.
 
-    `chunk_loss(logits [n, V], rows)` returns the weighted sum of its rows. No `[N, V]` tensor outlives its chunk.
+    `chunk_loss(logits [n, V], rows)` returns the weighted sum of its rows; `starts` are the rows at which a chunk may
+    begin (None: all). No `[N, V]` tensor outlives its chunk.
     """
     return _Objective.apply(  # type: ignore[no-any-return, no-untyped-call]
-        chunk_loss, head.rule, size, hidden, head.weight, head.bias, *parameters
+        chunk_loss, head.rule, size, starts, hidden, head.weight, head.bias, *parameters
     )
 
 

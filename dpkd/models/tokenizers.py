@@ -10,7 +10,7 @@ from typing import Any
 
 from dpkd.errors import DpkdError
 
-__all__ = ["SharedVocabulary", "shared_vocabulary", "tokenizer_fingerprint"]
+__all__ = ["SharedVocabulary", "difference", "shared_vocabulary", "tokenizer_fingerprint"]
 
 # Texts on which tokenizers of one vocabulary still differ: merges, spaces, numbers, accents, scripts, newlines.
 PROBES = (
@@ -53,9 +53,9 @@ def shared_vocabulary(student: Any, teacher: Any, student_size: int, teacher_siz
     they must have the same vocabulary, special ids and encodings. Raises DpkdError where they differ, or where a head
     has fewer rows than the tokenizer has ids.
     """
-    difference = _difference(student, teacher)
-    if difference:
-        raise DpkdError(f"student and teacher have different tokenizers: {difference}")
+    what = difference(student, teacher)
+    if what:
+        raise DpkdError(f"student and teacher have different tokenizers: {what}")
     used = max(student.get_vocab().values()) + 1
     for who, size in (("student", student_size), ("teacher", teacher_size)):
         if used > size:
@@ -74,9 +74,9 @@ def shared_vocabulary(student: Any, teacher: Any, student_size: int, teacher_siz
 
 
 _INCOMPARABLE = (
-    "Token by token they cannot be compared. Choose a teacher of the student's family, or make the student from the "
-    "teacher (student.init=layers student.layers=N), or train on the teacher's text alone "
-    "(dpkd sample, then --loss sft)."
+    "Token by token they cannot be compared. Choose a loss that works across tokenizers (--loss uld or gold), or a "
+    "teacher of the student's family, or make the student from the teacher (student.init=layers student.layers=N), or "
+    "train on the teacher's text alone (--loss seqkd)."
 )
 _RENAMED = (
     "The vocabulary is the same, so they can be compared: set teacher.tokenizer to the student's model, and its "
@@ -84,8 +84,8 @@ _RENAMED = (
 )
 
 
-def _difference(student: Any, teacher: Any) -> str | None:
-    """The first thing in which two tokenizers differ, and what to do about it, in words."""
+def difference(student: Any, teacher: Any) -> str | None:
+    """The first thing in which two tokenizers differ, and what to do about it, in words; None: they are the same."""
     own, other = student.get_vocab(), teacher.get_vocab()
     if own != other:
         odd = min(set(own.items()) ^ set(other.items()), key=lambda item: (item[1], item[0]))[0]

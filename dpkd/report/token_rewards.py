@@ -93,7 +93,8 @@ def _rewards(student: Any, teacher: Any, answers: Sequence[Answer], config: Mapp
     from dpkd.evaluation.evaluate import Bench
 
     bench = Bench(student, teacher)
-    assert bench.teacher is not None
+    if bench.teacher is None:
+        raise DpkdError(f"--token-rewards: {bench.note}")
     sequences = [
         _sequence(answer, bench.tokenizer, config.get("data", {}).get("template", "auto")) for answer in answers
     ]

@@ -40,6 +40,7 @@ Inputs = TokenInputs | PairInputs | RolloutInputs
 Cache = dict[tuple[Signal, float], Tensor]
 _KIND: dict[Family, type[Inputs]] = {Family.TOKEN: TokenInputs, Family.PAIR: PairInputs, Family.ROLLOUT: RolloutInputs}
 _HALF = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}) | HIDDEN  # what comes in half types too
+_RESTS = (Signal.STUDENT_REST, Signal.TEACHER_REST)
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,11 @@ def random_batch(
     if family is Family.ROLLOUT:
         return Batch(family, _drawn(student, teacher, generator)).to(dtype)
     targets = torch.randint(VOCABULARY - EXCLUDED, (rows,), generator=generator)
-    by_student = torch.arange(rows) % 2 == 0
-    return Batch(
-        family,
-        {
-            Signal.STUDENT_LOGITS: student, Signal.TEACHER_LOGITS: teacher, Signal.TARGETS: targets,
-            Signal.BY_STUDENT: by_student,
-        },
-    ).to(dtype)  # fmt: skip
+    signals = {
+        Signal.STUDENT_LOGITS: student, Signal.TEACHER_LOGITS: teacher, Signal.TARGETS: targets,
+        Signal.BY_STUDENT: torch.arange(rows) % 2 == 0, **{rest: _rest(rows, scale, generator) for rest in _RESTS},
+    }  # fmt: skip
+    return Batch(family, signals).to(dtype)
 
 
 def _hidden(rows: int, scale: float, shape: Shape, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
@@ -165,6 +163,12 @@ def _hidden(rows: int, scale: float, shape: Shape, generator: torch.Generator) -
         Signal.TEACHER_HIDDEN: states(shape.layers.teacher, shape.teacher_width),
         Signal.TARGETS: torch.randint(VOCABULARY, (rows,), generator=generator),
     }
+
+
+def _rest(rows: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Log-probs `[N]` of up to two further tokens of a span, which half of the rows do not have."""
+    more = torch.randint(-2, 3, (rows,), generator=generator).clamp(min=0)
+    return -scale * more * torch.rand(rows, generator=generator, dtype=torch.float64)
 
 
 def _pairs(rows: int, scale: float, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
@@ -210,6 +214,8 @@ def matched(batch: Batch) -> Batch:
     if batch.student.shape != batch.teacher.shape:
         raise CheckSkipped("the hidden states of student and teacher have different shapes: they cannot be equal")
     batch = batch.with_student(batch.teacher)
+    if batch.family is Family.TOKEN and Signal.TEACHER_REST in batch.signals:
+        return batch.having(Signal.STUDENT_REST, batch.signals[Signal.TEACHER_REST])
     if batch.family is not Family.ROLLOUT:
         return batch
     for signal in (Signal.ROLLOUT_LOGPS, Signal.BEHAVIOUR_LOGPS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dpkd.api import Family, RolloutLoss, Signal, Trait
-from dpkd.testing.inputs import Batch, matched, rollout_of
+from dpkd.testing.inputs import EXCLUDED, Batch, matched, rollout_of
 from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, Subject, require, require_close
 
 __all__ = ["CHECKS"]
@@ -89,6 +89,22 @@ def linear_in_the_teacher(subject: Subject) -> None:
         )  # fmt: skip
 
 
+def finite_with_two_vocabularies(subject: Subject) -> None:
+    """Each model has tokens that the other has not (logits of -inf): value and gradient are finite all the same."""
+    for seed in range(3):
+        batch = subject.batch(seed=seed, student_excludes=EXCLUDED)
+        teacher_NV = batch.teacher.clone()
+        teacher_NV[:, :EXCLUDED] = -torch.inf
+        values_N, gradient_NK = subject.evaluate(batch.having(Signal.TEACHER_LOGITS, teacher_NV))
+        for what, numbers in (("values", values_N), ("gradients", gradient_NK)):
+            bad = int((~numbers.isfinite()).sum())
+            require(
+                bad == 0,
+                f"{bad} of {numbers.numel()} {what} are not finite where student and teacher have different "
+                "vocabularies: compare tokens only where both models have them",
+            )
+
+
 CHECKS = (
     Check(zero_at_match, trait=Trait.ZERO_AT_MATCH, requires=WITH_GRADIENT),
     Check(stationary_at_match, trait=Trait.STATIONARY_AT_MATCH, requires=WITH_GRADIENT),
@@ -96,6 +112,12 @@ CHECKS = (
         linear_in_the_teacher,
         families=frozenset({Family.TOKEN}),
         trait=Trait.LINEAR_IN_TEACHER,
+        requires=WITH_GRADIENT,
+    ),
+    Check(
+        finite_with_two_vocabularies,
+        families=frozenset({Family.TOKEN}),
+        trait=Trait.ACROSS_TOKENIZERS,
         requires=WITH_GRADIENT,
     ),
     Check(non_negative, trait=Trait.NON_NEGATIVE, requires=FOUNDATION),

@@ -12,6 +12,7 @@ from torch import nn
 from dpkd.api import Rollout, RolloutLoss, Text
 from dpkd.data.batches import TokenSequence, collate, micro_batches
 from dpkd.data.tokenise import Prompt
+from dpkd.data.twins import Translator
 from dpkd.errors import DpkdError
 from dpkd.models.chunked import chunk_rows
 from dpkd.teachers.live import LiveTeacher
@@ -21,7 +22,7 @@ from dpkd.text.settings import SamplingSettings, TextSettings
 from dpkd.text.store import ResponseStore
 from dpkd.text.writers import prompt_seed, response_seed
 
-__all__ = ["Crew", "StudentPen", "TeacherPen"]
+__all__ = ["Crew", "RetellingPen", "StudentPen", "TeacherPen"]
 
 
 @dataclass(frozen=True)
@@ -184,3 +185,22 @@ class TeacherPen:
             on_finished=finished,
         )
         return indices
+
+
+@dataclass
+class RetellingPen:
+    """The responses of a teacher with another tokenizer, told again in the student's tokens."""
+
+    pen: TeacherPen  # writes in the teacher's tokens, to its own prompts
+    translator: Translator
+    prompts: Sequence[Prompt]
+    context: int | None  # the longest sequence that the student reads
+
+    def __call__(self, indices: Sequence[int]) -> list[Response]:
+        written = self.pen(indices)
+        told = self.translator.retold([response.ids for response in written])
+        return [self._cut(i, response, ids) for i, response, ids in zip(indices, written, told, strict=True)]
+
+    def _cut(self, index: int, response: Response, ids: tuple[int, ...]) -> Response:
+        room = None if self.context is None else self.context - len(self.prompts[index].prompt_ids)
+        return Response(ids[:room], Text.TEACHER, response.truncated or len(ids[:room]) < len(ids))

@@ -25,6 +25,7 @@ __all__ = [
     "FDISTILL",
     "FITNETS",
     "GKD",
+    "GOLD",
     "HINTON",
     "IMITKD",
     "IPO",
@@ -49,7 +50,9 @@ __all__ = [
     "TINYBERT",
     "TODI",
     "TRL",
+    "TRL_GOLD",
     "TRL_PREFERENCE",
+    "ULD",
     "at",
 ]
 
@@ -208,6 +211,19 @@ ON_POLICY = Source(
     "On-Policy Distillation (Thinking Machines, blog of October 2025)",
     "https://thinkingmachines.ai/blog/on-policy-distillation",
 )
+ULD = _source(
+    "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
+    "https://arxiv.org/abs/2402.12030", "boizard2024uld",
+    "Boizard, Nicolas and El Haddad, Kevin and Hudelot, Céline and Colombo, Pierre", 2024,
+)  # fmt: skip
+GOLD = _source(
+    "Unlocking On-Policy Distillation for Any Model Family",
+    "https://huggingface.co/spaces/HuggingFaceH4/general-on-policy-logit-distillation", "patino2025unlocking",
+    "Patiño, Carlos Miguel and Rasul, Kashif and Gallouédec, Quentin and Burtenshaw, Ben and Paniego, Sergio and "
+    "Srivastav, Vaibhav and Frere, Thibaud and Beeching, Ed and Tunstall, Lewis and von Werra, Leandro and Wolf, "
+    "Thomas", 2025,
+)  # fmt: skip
+TRL_GOLD = Source("TRL 1.16, GOLDTrainer", "https://github.com/huggingface/trl")
 TRL_PREFERENCE = Source("TRL, DPOTrainer, CPOTrainer and ORPOTrainer", "https://github.com/huggingface/trl")
 DPO = _source(
     "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",

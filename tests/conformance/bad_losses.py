@@ -278,6 +278,12 @@ def reverse_kl_on_samples(self: Any, x: Any) -> Tensor:
     return kl(x.student_log_probs(), x.teacher_log_probs())
 
 
+@bad("finite_with_two_vocabularies", Trait.ACROSS_TOKENIZERS)
+def kl_over_two_vocabularies(self: Any, x: Any) -> Tensor:
+    """Infinite: the teacher has tokens that the student has not."""
+    return kl(x.teacher_log_probs(), x.student_log_probs())
+
+
 # --- against the paper
 
 

@@ -143,6 +143,13 @@ def copy_reference(student_hidden: Any, teacher_hidden: Any, weights: Any, confi
     return np.array([sum(gap * gap for gap in row) for row in gaps])
 
 
+class TotalVariation(TokenLoss[Settings]):
+    """½ Σ |p - q|: a token that one model does not have costs the mass that the other gives it."""
+
+    def forward(self, x: TokenInputs) -> Tensor:
+        return 0.5 * (x.teacher_log_probs().exp() - x.student_log_probs().exp()).abs().sum(-1)
+
+
 FORWARD_KL = spec_of(
     "forward-kl", ForwardKL, BOTH,
     Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER,
@@ -151,6 +158,9 @@ FORWARD_KL = spec_of(
 DPO_SPEC = spec_of("dpo", DPO, PAIRS, Trait.NON_NEGATIVE)
 REINFORCE = spec_of("reinforce", Reinforce, DRAWN, Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT)
 SAMPLED = spec_of("sampled", Sampled, BOTH | {Signal.TARGETS}, Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT)
+VARIATION = spec_of(
+    "variation", TotalVariation, BOTH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.ACROSS_TOKENIZERS
+)  # fmt: skip
 TEMPERED = spec_of("tempered", Tempered, BOTH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT)
 COPY = spec_of("copy", Copy, HIDDEN, Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE)
 
@@ -161,4 +171,5 @@ GOOD: list[tuple[LossSpec, Callable[..., Any] | None]] = [
     (SAMPLED, None),
     (TEMPERED, None),
     (COPY, copy_reference),
+    (VARIATION, None),
 ]

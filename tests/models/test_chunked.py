@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +32,18 @@ def make(rows, width, vocabulary, *, bias, seed, dtype=torch.float64):
 
 def leaves(hidden, weight, bias):
     return [hidden, weight] if bias is None else [hidden, weight, bias]
+
+
+@given(rows=st.integers(0, 40), size=st.integers(1, 12), data=st.data())
+def test_chunks_cover_the_rows_and_begin_where_they_may(rows, size, data):
+    starts = sorted({0, *data.draw(st.lists(st.integers(0, max(0, rows - 1)), max_size=rows))})
+    found = list(chunks(rows, size, starts))
+    assert [row for s in found for row in range(s.start, s.stop)] == list(range(rows))
+    assert {s.start for s in found} <= set(starts)
+    longest = max((b - a for a, b in pairwise([*starts, rows])), default=0)
+    assert all(0 < s.stop - s.start <= size + longest - 1 for s in found)
+    if len(starts) == rows:
+        assert found == list(chunks(rows, size))
 
 
 @settings(max_examples=40, deadline=None)

@@ -147,3 +147,53 @@ def test_orpo(drawn: SimpleNamespace) -> None:
     losses, *_ = ORPOTrainer.odds_ratio_loss(trainer, *means.chunk(2))
     values = loss_of("dpkd-orpo", odds_weight=0.1)(inputs(drawn))
     torch.testing.assert_close(values, -means.chunk(2)[0] - losses, rtol=1e-5, atol=1e-6)
+
+
+def gold_of_trl(**settings: Any) -> Any:
+    """TRL's ULDLoss for a student of 6 tokens and a teacher of 5, of which four are the same, in another order."""
+    from trl.experimental.gold.gold_trainer import ULDLoss
+
+    config = MagicMock(uld_hybrid_matched_weight=None, uld_hybrid_unmatched_weight=None, beta=0.5)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    student = MagicMock(get_vocab=lambda: {"a": 0, "b": 1, "c": 2, "d": 3, "own": 4, "more": 5})
+    teacher = MagicMock(get_vocab=lambda: {"b": 0, "a": 1, "d": 2, "c": 3, "other": 4})
+    return ULDLoss(config, student, teacher, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.2}, {"matched_weight": 0.3}])
+def test_gold_with_its_hybrid_loss(settings: dict[str, float]) -> None:
+    """TRL: the mean over the groups of a response. Merged vectors are given to both; TRL's own place for the first
+    token's distribution, and its clamp of log-probs at log 1e-8, are not compared."""
+    rest_q, rest_p = -randn(8, seed=21).abs(), -randn(8, seed=22).abs()
+    student, teacher = randn(8, 6, seed=23), randn(8, 5, seed=24)
+    weight = settings.get("matched_weight")
+    theirs = gold_of_trl(
+        beta=settings.get("beta", 0.5), uld_hybrid_matched_weight=weight,
+        uld_hybrid_unmatched_weight=None if weight is None else 1 - weight,
+    )._compute_hybrid_uld_loss(
+        student.softmax(-1) * rest_q.exp()[:, None], teacher.softmax(-1) * rest_p.exp()[:, None]
+    )  # fmt: skip
+    none = torch.full((8, 1), -torch.inf, dtype=torch.float64)
+    union_q, union_p = (
+        torch.cat([student, none], 1),
+        torch.cat([teacher[:, [1, 0, 3, 2]], none, none, teacher[:, 4:]], 1),
+    )
+    given = token_inputs(union_q, union_p)._signals
+    inputs = type(token_inputs(union_q))({**given, Signal.STUDENT_REST: rest_q, Signal.TEACHER_REST: rest_p})
+    torch.testing.assert_close(loss_of("gold", **settings)(inputs).mean(), theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_uld_with_its_sorted_distance() -> None:
+    """TRL's ULD of one response whose tokens are aligned one to one: mean over tokens, each with its next place."""
+    trl_loss = gold_of_trl(
+        uld_crossentropy_weight=0.0, uld_distillation_weight=1.0, uld_student_temperature=1.0,
+        uld_teacher_temperature=1.0, uld_skip_student_eos=False, uld_skip_teacher_eos=False, use_extended_uld=False,
+        uld_token_merge_strategy="bayesian", uld_use_hybrid_loss=False,
+    )  # fmt: skip
+    student, teacher = randn(1, 5, 6, seed=25), randn(1, 5, 8, seed=26)
+    labels = torch.tensor([[-100, 1, 2, 3, 4]])
+    theirs = trl_loss(student, teacher, labels, labels, labels.clamp(min=0), labels.clamp(min=0))
+    union_q = torch.nn.functional.pad(student[0, :-1], (0, 2), value=-torch.inf)
+    ours = loss_of("uld", ce_weight=0.0, uld_weight=1.0)(token_inputs(union_q, teacher[0, :-1]))
+    torch.testing.assert_close(ours.mean(), theirs, rtol=1e-6, atol=1e-9)

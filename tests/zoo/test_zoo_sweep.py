@@ -23,7 +23,7 @@ from dpkd.config.settings import RunSettings
 NAMES = {
     "sft", "kd", "seqkd", "rkl", "akl", "minillm", "dpkd", "dpkd-token", "dpkd-ipo", "dpkd-cpo", "dpkd-simpo",
     "fkl", "jsd", "gkd", "skl", "srkl", "tvd", "symmetric-kl", "hellinger", "alpha-beta", "topk-kl", "sampled-kl",
-    "todi", "dkd", "taid", "distillm", "imitkd", "logits-mse", "bild",
+    "todi", "dkd", "taid", "distillm", "imitkd", "logits-mse", "bild", "uld", "gold",
     "dpkd-dpop", "dpkd-orpo", "dpkd-hinge", "dpkd-robust", "dpkd-exo", "dpkd-apo", "plad", "opd", "dpo", "dadpo",
     "hidden-mse", "hidden-cosine", "distillm2", "speculative-kd",
 }  # fmt: skip
@@ -63,6 +63,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "distillm2": [{"skew_teacher": 0.0, "skew_student": 0.0, "beta": 0.75}],
     "imitkd": [{"target": "distribution"}],
     "bild": [{"k": 4, "temperature": 1.0}],
+    "uld": [{"ce_weight": 0.0}, {"temperature": 2.0}],
+    "gold": [{"hybrid": False}, {"matched_weight": 0.5}],
     "dpkd-dpop": [{"aggregation": "sum"}, {"dpop_weight": 0.0}],
     "dpkd-hinge": [{"aggregation": "mean"}, {"reference": "none"}],
     "dpkd-robust": [{"aggregation": "sum"}, {"flipped": 0.0}],
@@ -117,6 +119,8 @@ OUTSIDE: dict[str, list[dict[str, Any]]] = {
     "distillm": [{"divergence": "kl"}, {"skew": 1.0}],
     "imitkd": [{"target": "text"}],
     "bild": [{"k": 2}, {"k": 129}, {"temperature": 0.0}],
+    "uld": [{"uld_weight": 0.0}, {"ce_weight": -0.1}, {"temperature": 0.0}],
+    "gold": [{"beta": 0.0}, {"beta": 1.0}, {"matched_weight": 0.0}, {"matched_weight": 1.1}],
     "dpkd-dpop": [{"beta": 0.0}, {"dpop_weight": -1.0}, {"aggregation": "total"}],
     "dpkd-orpo": [{"odds_weight": 0.0}],
     "dpkd-hinge": [{"beta": 0.0}, {"reference": "start"}, {"aggregation": "total"}],

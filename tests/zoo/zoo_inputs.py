@@ -119,6 +119,8 @@ def inputs_of(
         Signal.BEHAVIOUR_LOGPS: logps + 0.1,
         Signal.TEACHER_LOGPS: logps - 0.2,
         Signal.ADVANTAGES: torch.linspace(-1, 1, count),
+        Signal.STUDENT_REST: -torch.arange(count).remainder(3).to(logps.dtype),
+        Signal.TEACHER_REST: -torch.arange(count).remainder(3).to(logps.dtype),
     }
     kind = RolloutInputs if spec.family is Family.ROLLOUT else TokenInputs
     return kind({k: v for k, v in signals.items() if k in spec.signals(config)})

@@ -1,0 +1,101 @@
+"""Gradients across tokenizers: equal to the dense computation, whatever the micro-batches and chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from test_invariants import _NoStep
+from two_tokenizers import dense
+
+from dpkd.engine import run
+from dpkd.engine.assembly import assemble
+from dpkd.engine.progress import Display
+from dpkd.engine.work import cut
+from dpkd.teachers.aligned import AlignedTeacher
+
+
+def gradients(resolved: Any, quiet: Console, chunk: int = 7) -> tuple[dict[str, torch.Tensor], dict[str, float], Any]:
+    """Gradients and sums of the first step in float64, and the parts of the run."""
+    assembly = assemble(resolved, run._accelerator(resolved), Display(quiet))
+    stepper = assembly.stepper
+    stepper.distiller.double()
+    stepper.distiller.chunk = chunk
+    assert isinstance(stepper.teacher, AlignedTeacher)
+    live = stepper.teacher.live
+    live.model.double()
+    live._head = live._head.cast(torch.float64)
+    stepper.optimiser, stepper.clip = _NoStep(stepper.distiller), None
+    assembly.prepare_teacher()
+    texts = []
+    for group in assembly.builder.groups:
+        group.writers.prepare(0)
+        texts.append(group.writers.step(0))
+    sums = stepper(assembly.builder.streams(0, texts), lr=0.0, measure=False)
+    found = {n: p.grad.clone() for n, p in stepper.distiller.named_parameters() if p.grad is not None}
+    return found, sums.averages(), (assembly, texts)
+
+
+@pytest.mark.parametrize("loss", ["uld", "gold"])
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("source", ["dataset", "teacher", "student"])
+def test_the_gradient_is_that_of_the_dense_computation(loss, source, swap, across, quiet):
+    resolved = across(loss, {"text.source": source, "train.micro_batch_size": 3}, swap=swap)
+    found, sums, (assembly, texts) = gradients(resolved, quiet)
+    distiller = assembly.stepper.inner
+    distiller.zero_grad()
+    want = dense(assembly, texts, distiller.losses["main"], resolved.main.reads)
+    want.backward()
+    assert sums["loss/main"] == pytest.approx(want.item(), rel=1e-9)
+    assert source != "dataset" or 0 < sums["spans/single"] < 1
+    for name, parameter in distiller.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [("gold", {"terms.lm.weight": 0.3}), ("uld", {"student.lora": {"r": 4}, "text.source": "student"})],
+)
+def test_the_gradient_depends_neither_on_accumulation_nor_on_chunks(loss, changes, swap, across, quiet):
+    results = []
+    for i, (micro, chunk) in enumerate([(8, 1000), (3, 1000), (1, 1000), (8, 1), (8, 5)]):
+        split = {"train.batch_size": 8, "train.micro_batch_size": micro}
+        given = {"text.source": "dataset", **changes, **split}
+        results.append(gradients(across(loss, given, f"run{i}", swap=swap), quiet, chunk)[:2])
+    whole, sums = results[0]
+    assert any(g.abs().max() > 0 for g in whole.values())
+    for found, other in results[1:]:
+        assert found.keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9)
+        for key in ("loss/main", "spans/covered", *(["loss/lm"] if "terms.lm.weight" in changes else [])):
+            assert other[key] == pytest.approx(sums[key], rel=1e-9)
+
+
+def test_the_lm_term_counts_tokens_and_the_loss_counts_spans(across, quiet):
+    _, sums, (assembly, texts) = gradients(across("uld", {"terms.lm.weight": 1.0}), quiet)
+    streams = assembly.builder.streams(0, texts)
+    (stream,) = streams
+    spans = sum(len(unit.twin.spans) for unit in stream.units)
+    tokens = sum(len(r.ids) for _, (r,) in texts[0].responses)
+    assert {t.name: t.denominator for t in stream.terms} == {"main": spans, "lm": tokens}
+    assert spans < tokens
+    assert sums["part/nll"] * spans == pytest.approx(sums["loss/lm"] * tokens, rel=1e-9)
+
+
+def test_an_idle_process_gives_zero(across, quiet):
+    _, _, (assembly, texts) = gradients(across("uld"), quiet)
+    (stream,) = assembly.builder.streams(0, texts)
+    (idle,) = cut(
+        replace(stream, units=stream.units[:1]), size=8, rank=1, processes=2, pad_id=256, measure=False,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    stepper = assembly.stepper
+    total, sums = stepper.distiller(stepper._with_teacher(idle))
+    total.backward()
+    assert total.item() == 0.0
+    assert sums.averages() == {}
