@@ -29,6 +29,7 @@ __all__ = [
     "preference",
     "returns_to_go",
     "segment_sum",
+    "sorted_distance",
 ]
 
 
@@ -187,6 +188,20 @@ def preference(margin_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
     if label_smoothing == 0.0:
         return loss_B
     return (1 - label_smoothing) * loss_B - label_smoothing * F.logsigmoid(-margin_B)
+
+
+def sorted_distance(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """`Σ_i |p_(i) - q_(i)|` `[N]` of masses in descending order (ULD, 2402.12030): which token has which is no matter.
+
+    Where one side has no mass left, the other needs no order: what is left of it is added up.
+
+    >>> sorted_distance(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.0, 0.25, 0.75]]))
+    tensor([0.5000])
+    """
+    fewest = min((int((mass_NV > 0).sum(-1).max()) for mass_NV in (p_NV, q_NV)), default=0) if len(p_NV) else 0
+    first_NK, second_NK = (torch.topk(mass_NV, fewest, dim=-1).values for mass_NV in (p_NV, q_NV))
+    left_N = (p_NV.sum(-1) - first_NK.sum(-1)) + (q_NV.sum(-1) - second_NK.sum(-1))
+    return (first_NK - second_NK).abs().sum(-1) + left_N
 
 
 def segment_sum(values_N: Tensor, segment_N: Tensor, count: int) -> Tensor:

@@ -26,6 +26,7 @@ from dpkd.functional import (
     preference,
     returns_to_go,
     segment_sum,
+    sorted_distance,
 )
 
 INF = math.inf
@@ -51,7 +52,7 @@ def _grads(f: Callable[..., Tensor], *values: Tensor) -> list[Tensor]:
 
 
 def test_every_public_function_is_documented() -> None:
-    assert len(functional.__all__) == 14
+    assert len(functional.__all__) == 15
     for name in functional.__all__:
         assert getattr(functional, name).__doc__, name
 
@@ -275,11 +276,26 @@ NO_IDS = torch.zeros(0, dtype=torch.long)
         lambda z: preference(z[:, 0], 0.1),
         lambda z: aggregate(z[:, 0], torch.ones(0), "mean"),
         lambda z: segment_sum(z[:, 0], NO_IDS, 2),
+        lambda z: sorted_distance(z, z),
     ],
 )
 def test_no_rows_are_no_special_case(f: Callable[[Tensor], Tensor]) -> None:
     assert f(EMPTY_ROWS).sum().item() == 0
     assert _grads(f, EMPTY_ROWS)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize(("tokens_p", "tokens_q"), [(9, 9), (3, 9), (9, 3), (0, 5), (0, 0)])
+def test_sorted_distance_equals_two_whole_sorts(tokens_p: int, tokens_q: int) -> None:
+    """Each side has mass on so many of 9 tokens; value and gradient."""
+    p, q = _log_p(6, 9, 31).exp(), _log_p(6, 9, 32).exp()
+    p[:, tokens_p:], q[:, : 9 - tokens_q] = 0, 0
+
+    def whole(a: Tensor, b: Tensor) -> Tensor:
+        return (a.sort(-1, descending=True).values - b.sort(-1, descending=True).values).abs().sum(-1)
+
+    torch.testing.assert_close(sorted_distance(p, q), whole(p, q))
+    for found, expected, mass in zip(_grads(sorted_distance, p, q), _grads(whole, p, q), (p, q), strict=True):
+        torch.testing.assert_close(found[mass > 0], expected[mass > 0])  # at 0 the absolute value has a corner
 
 
 def test_no_rewards_have_no_returns() -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import jensen_shannon
+from dpkd.functional import jensen_shannon, sorted_distance
 from dpkd_zoo.papers import GOLD, TRL_GOLD, ULD, at
 
 __all__ = ["SPEC", "GOLDConfig", "GOLDLoss", "dpkd_losses"]
@@ -35,12 +34,6 @@ class GOLDConfig(LossConfig):
     )  # fmt: skip
 
 
-def _sorted_distance(p_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """ULD `[N]`: L1 between masses in descending order."""
-    first, second = (torch.sort(mass_NV, dim=-1, descending=True).values for mass_NV in (p_NV, q_NV))
-    return (first - second).abs().sum(-1)
-
-
 class GOLDLoss(TokenLoss[GOLDConfig]):
     """`w · JSD_β(p̃, q̃) over common tokens + (1-w) · ULD(p̃, q̃) over the others`."""
 
@@ -49,7 +42,7 @@ class GOLDLoss(TokenLoss[GOLDConfig]):
         log_p_NV = x.teacher_log_probs() + x.teacher_rest.unsqueeze(-1)
         log_q_NV = x.student_log_probs() + x.student_rest.unsqueeze(-1)
         if not self.config.hybrid:
-            return _sorted_distance(log_p_NV.exp(), log_q_NV.exp())
+            return sorted_distance(log_p_NV.exp(), log_q_NV.exp())
         known_NV = log_p_NV > -math.inf
         common_NV = known_NV & (log_q_NV > -math.inf)
         value_N = x.part(
@@ -65,7 +58,7 @@ class GOLDLoss(TokenLoss[GOLDConfig]):
         # With one vocabulary there are no others, and nothing to sort.
         if bool(common_NV.all()):
             return weight_N * value_N
-        others_N = _sorted_distance(log_p_NV.exp().masked_fill(common_NV, 0), log_q_NV.exp().masked_fill(common_NV, 0))
+        others_N = sorted_distance(log_p_NV.exp().masked_fill(common_NV, 0), log_q_NV.exp().masked_fill(common_NV, 0))
         return weight_N * value_N + (1 - weight_N) * x.part("others", others_N)
 
 
@@ -85,8 +78,9 @@ SPEC = LossSpec(
         ),
         use_when="The teacher has another tokenizer, above all where the two vocabularies have many tokens in common, "
         "on given text or on the student's own.",
-        avoid_when="The vocabularies have little in common: most of the mass is then compared by rank alone. With one "
-        "tokenizer it is jsd, which says so.",
+        avoid_when="The vocabularies have little in common: most of the mass is then compared by rank alone. Or the "
+        "student does not write such text yet, and no LM term is beside it: spans are unlikely, and the gradient is "
+        "small. With one tokenizer it is jsd, which says so.",
         notes="p̃ and q̃ are not renormalised, and need not be: with one mixture m on both sides the masses cancel, so "
         "that the JSD of 0 < β < 1 stays non-negative, and 0 only where p̃ = q̃ (which is why β = 0 and 1 are not "
         "offered). The value of a span falls with its probability under both models: long spans weigh little. "
@@ -97,8 +91,7 @@ SPEC = LossSpec(
         "response); tokens that only one model has always cost their mass; log-probs are not clamped. TRL adds no "
         "cross-entropy by default; terms.lm.weight does here. TRL samples half of the batches from the student (at "
         "temperature 0.9, top-p 0.95, 128 tokens) and its learning rate is 1e-7; text.source=dataset trains on given "
-        "text. Cost: two sorts of the union of both vocabularies per row, and the teacher's forward in its own "
-        "tokens.",
+        "text. Cost: as for uld, and a JSD over the union of both vocabularies.",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.STUDENT_REST, Signal.TEACHER_REST}),
     suggests={"text": {"source": "mixed", "mix": {"dataset": 0.5, "student": 0.5}}},

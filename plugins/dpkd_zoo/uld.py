@@ -6,11 +6,10 @@ probabilities in descending order (a Wasserstein distance under a cost that is t
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import nll
+from dpkd.functional import nll, sorted_distance
 from dpkd_zoo.papers import TRL_GOLD, ULD, at
 
 __all__ = ["SPEC", "ULDConfig", "ULDLoss", "dpkd_losses"]
@@ -32,18 +31,13 @@ class ULDConfig(LossConfig):
     )
 
 
-def _descending(log_NV: Tensor) -> Tensor:
-    """Probabilities `[N, V]`, the largest first: a token that a model does not have comes last, with 0."""
-    return torch.sort(log_NV.exp(), dim=-1, descending=True).values
-
-
 class ULDLoss(TokenLoss[ULDConfig]):
     """`-log q(text of the row) + λ · Σ_i |p_(i) - q_(i)|`."""
 
     def forward(self, x: TokenInputs) -> Tensor:
         c = self.config
-        p_NV, q_NV = _descending(x.teacher_log_probs(c.temperature)), _descending(x.student_log_probs(c.temperature))
-        value_N = c.uld_weight * x.part("uld", (p_NV - q_NV).abs().sum(-1))
+        p_NV, q_NV = x.teacher_log_probs(c.temperature).exp(), x.student_log_probs(c.temperature).exp()
+        value_N = c.uld_weight * x.part("uld", sorted_distance(p_NV, q_NV))
         if c.ce_weight == 0:
             return value_N
         return value_N + c.ce_weight * x.part("nll", nll(x.student_log_probs(), x.targets) - x.student_rest)
@@ -72,7 +66,8 @@ SPEC = LossSpec(
         "difference these stand at different places of the text. The mean is over spans (paper and TRL: over tokens, "
         "per response). The end of a response is a span of its own (TRL leaves it out). Formula and λ of the paper "
         "are written from memory; the distance is that of TRL's code. A distance of sorted probabilities is at most "
-        "2. Cost: one sort of each model's vocabulary per row, and the teacher's forward in its own tokens.",
+        "2. Cost: the k largest probabilities of each model per row, k the size of the smaller vocabulary, and the "
+        "teacher's forward in its own tokens.",
     ),
     reads=_reads,
     traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.ACROSS_TOKENIZERS}),
