@@ -5,13 +5,17 @@ STAMP := .venv/.installed
 EXTRAS := demo,peft,dev,docs
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: demo test lint types imports docs links format clean
+.PHONY: demo test bench lint types imports docs links format clean
 
 demo: $(STAMP)
 	$(BIN)/dpkd demo
 
 test: lint types imports docs
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Measures everything and writes docs/performance.md; the numbers are worth something on an idle machine only.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/all.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

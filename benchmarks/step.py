@@ -1,269 +1,159 @@
-"""One optimiser step of many objectives: time as ratios in one process, memory in a process per variant.
+"""One step of many objectives: time as ratios in one process, memory in a process per variant.
 
 GPT-2-shaped student 4 x 256 and teacher 8 x 512, vocabulary 50,257, a batch of 8 rows of up to 256 tokens: prompts of
 64 to 128 tokens, responses of 16 to 128. A step is the student's forward and backward, the teacher's forward, and the
-loss. `released shape` is what the published DPKD script does: all rows padded to 256, logits of every position of both
-models, several copies of [B, T, V]. It is written here from its description.
+loss; no update, which is the same for all. Pairs have twice the rows.
 
-    python benchmarks/step.py [--repeats 5] [--only NAME ...]
+    python benchmarks/step.py [--repeats 5] [--only NAME ...] [--tiny]
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
-import subprocess
-import sys
-import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import peers
 import torch
-import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, GPT2Config
+from harness import call_in_process, markdown, peak_mib, resident_mib, seconds_of
+from ours import engine_step
+from shapes import GPT2_PAIR, TINY_PAIR, Shape, new_model, sequences
 
-from dpkd.api import Family, Text
-from dpkd.data.batches import TokenSequence, collate
-from dpkd.engine.distiller import Distiller
-from dpkd.engine.step import Stepper
-from dpkd.engine.work import Cutter, Stream, Term, Unit
-from dpkd.host import load_host
-from dpkd.models.head import hidden_rows
-from dpkd.teachers.live import LiveTeacher
-from dpkd.text.responses import Response
+from dpkd.data.batches import TokenSequence
 
-VOCABULARY, ROWS, LENGTH, EOS = 50257, 8, 256, 50256
-Step = Callable[[], None]
+__all__ = ["VARIANTS", "table"]
+
+Step = Callable[[], Any]
+BASE = "released shape, KL"
 
 
-def models() -> tuple[torch.nn.Module, torch.nn.Module]:
-    torch.manual_seed(0)
-    shapes = ((4, 256, 4), (8, 512, 8))
-    configs = [
-        GPT2Config(n_layer=layers, n_embd=width, n_head=heads, n_positions=512) for layers, width, heads in shapes
-    ]
-    student, teacher = (AutoModelForCausalLM.from_config(config) for config in configs)
-    return student.train(), teacher.eval().requires_grad_(False)
+@dataclass(frozen=True)
+class Size:
+    """Of models and batch."""
+
+    student: Shape = GPT2_PAIR[0]
+    teacher: Shape = GPT2_PAIR[1]
+    rows: int = 8
+    length: int = 256
+    prompt: tuple[int, int] = (64, 128)
+    response: tuple[int, int] = (16, 128)
+
+    @property
+    def eos(self) -> int:
+        return self.student.vocabulary - 1
+
+    @cache  # noqa: B019 (one pair for all variants: every step drops the gradients of the one before)
+    def models(self) -> peers.Models:
+        student, teacher = new_model(self.student), new_model(self.teacher, 1)
+        return student.train(), teacher.eval().requires_grad_(False)
+
+    def sequences(self) -> list[TokenSequence]:
+        return sequences(self.rows, self.prompt, self.response, self.student.vocabulary)
+
+    def pairs(self) -> list[TokenSequence]:
+        """Neighbours share the prompt."""
+        rows = sequences(2 * self.rows, self.prompt, self.response, self.student.vocabulary)
+        return [TokenSequence(rows[i - i % 2].prompt_ids, row.response_ids) for i, row in enumerate(rows)]
+
+    def corpus(self) -> list[TokenSequence]:
+        """Blocks of plain text: every token but the first is predicted."""
+        return sequences(self.rows, (0, 0), (self.length, self.length), self.student.vocabulary, seed=1)
+
+    def padded(self, rows: list[TokenSequence]) -> peers.Padded:
+        return peers.padded(rows, self.length, self.eos)
 
 
-def sequences(count: int) -> list[TokenSequence]:
-    rng = random.Random(0)
-    found = []
-    for _ in range(count):
-        prompt = [rng.randrange(EOS) for _ in range(rng.randint(64, 128))]
-        found.append(TokenSequence(prompt, [rng.randrange(EOS) for _ in range(rng.randint(15, 127))] + [EOS]))
-    return found
+SIZES = {"real": Size(), "tiny": Size(*TINY_PAIR, 2, 32, (4, 8), (4, 16))}
 
 
-class _NoUpdate:
-    """Stands in for the optimiser: the same for every variant, so it is left out."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module, self.param_groups = module, []
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self._module.zero_grad(set_to_none=True)
-
-    def step(self) -> None:
-        pass
+def ours(
+    name: str, size: Size, *, pairs: bool = False, stored: bool = False, pretrain: bool = False, shared: bool = True
+) -> Step:
+    return engine_step(
+        name, size.models(), size.pairs() if pairs else size.sequences(), stored=stored,
+        corpus=size.corpus() if pretrain else (), shared=shared,
+    )  # fmt: skip
 
 
-class _Known:
-    """A teacher whose log-probs of the responses are in a store: read once, the same at every step."""
-
-    def __init__(self, teacher: LiveTeacher) -> None:
-        self._teacher, self._kept = teacher, {}
-
-    def logps(self, batch, chunk):
-        key = (len(batch.targets), int(batch.targets.sum()))
-        if key not in self._kept:
-            self._kept[key] = self._teacher.logps(batch, chunk)
-        return self._kept[key]
+def _liger(size: Size) -> Step:
+    return peers.liger(size.models(), size.sequences(), size.eos)
 
 
-def ours(name: str, stored: bool = False, **settings) -> Step:
-    """Our engine's own step: streams, micro-batches, chunked head, one denominator."""
-    from accelerate import Accelerator
-
-    student, teacher = models()
-    accelerator = Accelerator(cpu=True)
-    spec = load_host().get(name).spec
-    config = spec.config(**settings)
-    distiller = Distiller(student, {"main": spec.loss(config)}, vocabulary=VOCABULARY, chunk_mib=32.0)
-    live = LiveTeacher(teacher, VOCABULARY, torch.device("cpu"))
-    pairs = spec.family is Family.PAIR
-    rows = sequences(2 * ROWS if pairs else ROWS)
-    if pairs:
-        rows = [TokenSequence(rows[i // 2].prompt_ids, row.response_ids) for i, row in enumerate(rows)]
-    groups = [rows[i : i + 2] for i in range(0, len(rows), 2)] if pairs else [[row] for row in rows]
-    units = [Unit(tuple(g), tuple(Response(tuple(s.response_ids), Text.DATASET) for s in g)) for g in groups]
-    tokens = sum(len(s.response_ids) for s in rows)
-    term = Term("main", spec.signals(config), 1.0, len(units) if pairs else tokens)
-    stream = Stream("main", units, [term], pairs)
-    source = _Known(live) if stored else live
-    stepper = Stepper(accelerator, distiller, _NoUpdate(distiller), source, None, Cutter(2 * ROWS, EOS), 1.0)
-    return lambda: stepper([stream], lr=0.0, measure=False)
-
-
-def padded(pairs: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids, attention mask and mask of predicted response tokens, padded to LENGTH."""
-    rows = sequences(2 * ROWS if pairs else ROWS)
-    if pairs:
-        rows = [TokenSequence(rows[i // 2].prompt_ids, row.response_ids) for i, row in enumerate(rows)]
-    ids = torch.full((len(rows), LENGTH), EOS)
-    mask, response = torch.zeros_like(ids), torch.zeros_like(ids)
-    for i, (prompt, answer) in enumerate(rows):
-        whole = [*prompt, *answer][:LENGTH]
-        ids[i, : len(whole)] = torch.tensor(whole)
-        mask[i, : len(whole)] = 1
-        response[i, len(prompt) - 1 : len(whole) - 1] = 1
-    return ids, mask, response
-
-
-def released(kind: str) -> Step:
-    student, teacher = models()
-    ids, mask, response = padded()
-
-    def step() -> None:
-        student.zero_grad()
-        q = student(ids, attention_mask=mask).logits
-        with torch.no_grad():
-            p = teacher(ids, attention_mask=mask).logits
-        if kind == "kl":
-            probs = F.softmax(p, -1, dtype=torch.float32)
-            logs = F.log_softmax(q, -1, dtype=torch.float32)
-            product = torch.masked_fill(probs * logs, torch.isinf(q), 0)
-            loss = -(product.sum(-1) * response).sum() / response.sum()
-        else:
-            log_q, log_p = F.log_softmax(q.bfloat16(), -1), F.log_softmax(p.bfloat16(), -1)
-            a, b = log_p.argmax(-1, keepdim=True), log_q.argmax(-1, keepdim=True)
-            gap = (log_q.gather(-1, a) - log_q.gather(-1, b)) - (log_p.gather(-1, a) - log_p.gather(-1, b))
-            loss = -(F.logsigmoid(0.1 * gap.float()).squeeze(-1) * response).sum() / response.sum()
-        loss.backward()
-
-    return step
-
-
-def full_pairs() -> Step:
-    student, teacher = models()
-    ids, mask, response = padded(pairs=True)
-    targets = ids.roll(-1, 1)
-
-    def summed(model: torch.nn.Module) -> torch.Tensor:
-        logs = F.log_softmax(model(ids, attention_mask=mask).logits.float(), -1)
-        return (logs.gather(-1, targets.unsqueeze(-1)).squeeze(-1) * response).sum(1)
-
-    def step() -> None:
-        student.zero_grad()
-        with torch.no_grad():
-            reference = summed(teacher)
-        ratio = summed(student) - reference
-        (-F.logsigmoid(0.1 * (ratio[0::2] - ratio[1::2])).mean()).backward()
-
-    return step
-
-
-def trl(beta: float) -> Step:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from trl.experimental.gkd import GKDTrainer
-    student, teacher = models()
-    ids, mask, response = padded()
-    labels = torch.where(response.bool(), ids, -100)
-
-    def step() -> None:
-        student.zero_grad()
-        q = student(ids, attention_mask=mask).logits
-        with torch.no_grad():
-            p = teacher(ids, attention_mask=mask).logits
-        GKDTrainer.generalized_jsd_loss(q, p, labels=labels, beta=beta).backward()
-
-    return step
-
-
-def backbones() -> Step:
-    """No head and no loss: the floor."""
-    student, teacher = models()
-    batch = collate(sequences(ROWS), pad_id=EOS)
-
-    def step() -> None:
-        student.zero_grad()
-        with torch.no_grad():
-            hidden_rows(teacher, batch)
-        hidden_rows(student, batch).sum().backward()
-
-    return step
-
-
-VARIANTS: dict[str, Callable[[], Step]] = {
-    "released shape, KL": lambda: released("kl"),
-    "released shape, DPKD token term": lambda: released("dpkd"),
-    "TRL generalized_jsd_loss, JSD": lambda: trl(0.5),
-    "TRL generalized_jsd_loss, forward KL": lambda: trl(0.0),
-    "pairs, full logits": full_pairs,
-    "backbones alone": backbones,
-    "dpkd: fkl": lambda: ours("fkl"),
-    "dpkd: rkl": lambda: ours("rkl"),
-    "dpkd: jsd": lambda: ours("jsd"),
-    "dpkd: akl": lambda: ours("akl"),
-    "dpkd: dpkd-token": lambda: ours("dpkd-token"),
-    "dpkd: dpkd pairs": lambda: ours("dpkd"),
-    "dpkd: dpkd pairs, teacher from a store": lambda: ours("dpkd", stored=True),
+VARIANTS: dict[str, Callable[[Size], Step]] = {
+    BASE: lambda s: peers.released("kl", s.models(), s.padded(s.sequences())),
+    "released shape, DPKD token term": lambda s: peers.released("dpkd", s.models(), s.padded(s.sequences())),
+    "released shape, DPKD + pre-training KD": lambda s: peers.released(
+        "dpkd", s.models(), s.padded(s.sequences()), s.padded(s.corpus())
+    ),
+    "TRL generalized_jsd_loss, JSD": lambda s: peers.trl(s.models(), s.padded(s.sequences()), 0.5),
+    "TRL generalized_jsd_loss, forward KL": lambda s: peers.trl(s.models(), s.padded(s.sequences()), 0.0),
+    "TRL chunked divergence, JSD": lambda s: peers.trl_chunked(s.models(), s.padded(s.sequences()), 0.5),
+    "TRL chunked divergence, forward KL": lambda s: peers.trl_chunked(s.models(), s.padded(s.sequences()), 0.0),
+    "Liger chunked JSD, eager": _liger,
+    "response only, dense, forward KL": lambda s: peers.dense("fkl", s.models(), s.sequences(), s.eos),
+    "response only, dense, JSD": lambda s: peers.dense("jsd", s.models(), s.sequences(), s.eos),
+    "pairs, full logits": lambda s: peers.full_pairs(s.models(), s.padded(s.pairs())),
+    "backbones alone (floor)": lambda s: peers.backbones(s.models(), s.sequences(), s.eos),
+    "dpkd: fkl": lambda s: ours("fkl", s),
+    "dpkd: rkl": lambda s: ours("rkl", s),
+    "dpkd: jsd": lambda s: ours("jsd", s),
+    "dpkd: akl": lambda s: ours("akl", s),
+    "dpkd: distillm": lambda s: ours("distillm", s),
+    "dpkd: minillm": lambda s: ours("minillm", s),
+    "dpkd: dpkd-token": lambda s: ours("dpkd-token", s),
+    "dpkd: dpkd-token + pre-training KD": lambda s: ours("dpkd-token", s, pretrain=True),
+    "dpkd: dpkd pairs, prompts not shared": lambda s: ours("dpkd", s, pairs=True, shared=False),
+    "dpkd: dpkd pairs": lambda s: ours("dpkd", s, pairs=True),
+    "dpkd: dpkd pairs, teacher from a store": lambda s: ours("dpkd", s, pairs=True, stored=True),
 }
 
 
-def times(names: list[str], repeats: int) -> dict[str, float]:
-    """Median seconds; the variants take turns, so that a slow moment of the machine meets all of them."""
-    steps = {name: VARIANTS[name]() for name in names}
-    for step in steps.values():
-        step()
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def growth_mib(name: str) -> float:
-    """Peak memory of a process above what it had with the models loaded, over two steps."""
-    here = str(Path(__file__).parent)
-    code = f"import sys; sys.path.insert(0, {here!r}); import step; print(step.measure_growth({name!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
-def measure_growth(name: str) -> float:
-    step = VARIANTS[name]()
-    before = _peak_mib()
+def growth_mib(name: str, size: str) -> float:
+    """Peak memory of this process above what it had with the models loaded, over two steps."""
+    step = VARIANTS[name](SIZES[size])
+    before = resident_mib()
     for _ in range(2):
         step()
-    return _peak_mib() - before
+    return peak_mib() - before
 
 
-def _peak_mib() -> float:
-    """Peak of this process since it was started (ru_maxrss also counts the process that started it)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**10
+def available(names: list[str]) -> dict[str, str]:
+    """Variant → why it cannot run here, or nothing."""
+    found = dict.fromkeys(names, "")
+    if "Liger chunked JSD, eager" in found:
+        try:
+            import liger_kernel.chunked_loss  # noqa: F401
+        except ImportError as error:
+            found["Liger chunked JSD, eager"] = f"not measured: {error} (Liger needs Triton, so it is not required)"
+    return found
 
 
-def table(names: list[str], repeats: int) -> str:
-    taken = times(names, repeats)
-    base = taken.get("released shape, KL", max(taken.values()))
-    lines = ["| variant | time, released shape = 1 | peak memory growth, MiB |", "|---|---|---|"]
-    lines += [f"| {name} | {taken[name] / base:.2f} | {growth_mib(name):,.0f} |" for name in names]
-    return "\n".join(lines)
+def table(names: list[str] | None = None, repeats: int = 5, size: str = "real", memory: bool = True) -> str:
+    """The variants of these names, or all."""
+    reasons = available(names or list(VARIANTS))
+    runnable = [name for name, reason in reasons.items() if not reason]
+    taken = seconds_of({name: VARIANTS[name](SIZES[size]) for name in runnable}, repeats)
+    base = taken.get(BASE, max(taken.values()))
+    rows = []
+    for name, reason in reasons.items():
+        if reason:
+            rows.append([name, reason, "–"])
+            continue
+        grown = f"{call_in_process('step', 'growth_mib', name, size):,.0f}" if memory else "–"
+        rows.append([name, f"{taken[name] / base:.2f}", grown])
+    return markdown(["variant", "time, released shape = 1", "peak memory growth, MiB"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", action="append", choices=list(VARIANTS))
+    parser.add_argument("--tiny", action="store_true", help="to see that it runs, not what it says")
     arguments = parser.parse_args()
-    print(table(arguments.only or list(VARIANTS), arguments.repeats))
+    torch.manual_seed(0)
+    print(table(arguments.only, arguments.repeats, "tiny" if arguments.tiny else "real", memory=not arguments.tiny))
 
 
 if __name__ == "__main__":

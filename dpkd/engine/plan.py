@@ -16,14 +16,14 @@ from dpkd.data.encoding import continuation
 from dpkd.data.order import Schedule
 from dpkd.data.tokenise import Prompt, TokenisedData
 from dpkd.engine.across import union_of
+from dpkd.engine.memory import Estimate, memory_estimate
 from dpkd.engine.preparation import Prepared, prepare
 from dpkd.engine.progress import Display
-from dpkd.models.chunked import chunk_rows
 from dpkd.models.loading import count_parameters
 from dpkd.run_folder import RunFolder
 from dpkd.teachers.manifest import read_manifest
 
-__all__ = ["Plan", "dry_run", "make_plan", "memory_estimate"]
+__all__ = ["Plan", "dry_run", "make_plan"]
 
 MIB, GIB = 2**20, 2**30
 
@@ -59,15 +59,12 @@ def make_plan(resolved: Resolved, display: Display) -> Plan:
     data, tokenizer = prepared.data, prepared.tokenizer
     student_size = count_parameters(prepared.student_config)
     teacher_size = count_parameters(prepared.teacher_config) if prepared.teacher_config is not None else 0
-    memory = memory_rows(
-        resolved, prepared.student_config, student_size, prepared.teacher_config, teacher_size, prepared.data
-    )
     sections = {
         "loss": [*_loss_rows(resolved), *_layer_rows(prepared)],
         "models": [*_model_rows(settings, student_size, teacher_size), *_tokenizer_rows(prepared)],
         "text": _text_rows(resolved, data, prepared.steps),
         "training": _training_rows(settings, data, prepared.steps, prepared.data_facts["fingerprint"]),
-        "memory (estimate)": memory,
+        "memory (estimate)": memory_rows(memory_estimate(resolved, prepared)),
     }
     return Plan(sections, _rendered(data.prompts[0], tokenizer))
 
@@ -194,37 +191,13 @@ def _training_rows(settings: RunSettings, data: TokenisedData, steps: int, finge
     ]  # fmt: skip
 
 
-def memory_estimate(
-    resolved: Resolved, student_conf: Any, student: int, teacher_conf: Any, teacher: int, data: TokenisedData
-) -> dict[str, float]:
-    """Bytes by purpose. Activations: about 10 H + 3 F floats per token and layer (H hidden, F feed-forward width)."""
-    settings = resolved.settings
-    trained = student if settings.student.lora is None else student // 100
-    longest = max(len(p.prompt_ids) + len(p.response_ids) for p in data.prompts)
-    tokens = settings.train.micro_batch_size * longest
-    text = student_conf.get_text_config()
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    width = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
-    per_value = 2 if settings.train.precision == "bf16" else 4
-    per_layer = hidden if settings.student.gradient_checkpointing else 10 * hidden + 3 * width
-    rows = chunk_rows(text.vocab_size, settings.train.chunk_mib)
-    teacher_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(
-        settings.teacher.dtype,
-        getattr(getattr(teacher_conf, "dtype", None), "itemsize", 4) if teacher_conf else 4,
-    )
-    return {
-        "student weights": 4.0 * student,
-        "gradients and optimiser": 12.0 * trained,
-        "teacher weights": float(teacher_bytes * teacher),
-        "activations": float(per_value * tokens * layers * per_layer),
-        "logits (one chunk at a time)": 8.0 * 4 * rows * text.vocab_size,
-    }
-
-
-def memory_rows(*args: Any) -> list[tuple[str, str]]:
+def memory_rows(estimate: Estimate) -> list[tuple[str, str]]:
     """The estimate as rows, with its sum."""
-    parts = {name: size for name, size in memory_estimate(*args).items() if size}
-    return [(name, _size(size)) for name, size in [*parts.items(), ("sum", sum(parts.values()))]]
+    parts = {name: size for name, size in estimate.parts.items() if size}
+    return [
+        (name, _size(size))
+        for name, size in [*parts.items(), (f"sum, at its peak ({estimate.moment})", estimate.total)]
+    ]
 
 
 def _size(size: float) -> str:

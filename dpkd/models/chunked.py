@@ -121,8 +121,10 @@ class _Objective(torch.autograd.Function):
                     for kept, new in zip(parameter_gradients, grads[1:], strict=True):
                         if new is not None:
                             kept += new
+                    del grads
                 elif gradient.hidden is not None:
                     gradient.hidden[rows] = 0
+                del raw_nV, loss  # else they are there still when the next chunk is at its peak
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(gradient.hidden, gradient.weight, gradient.bias, *parameter_gradients)
         return total
@@ -173,6 +175,7 @@ class _TokenLogps(torch.autograd.Function):
                 logps[rows] = gather_logps(log_q_nV, targets[rows])
                 if observer is not None:
                     observer(log_q_nV, rows)
+                del log_q_nV  # before the next chunk is made
         ctx.rule, ctx.size, ctx.dtype = rule, size, dtype
         ctx.save_for_backward(hidden, weight, bias, targets)
         return logps

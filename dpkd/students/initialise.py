@@ -13,7 +13,7 @@ from dpkd.models.given import Given
 from dpkd.models.loading import DTYPES, new_model
 from dpkd.models.settings import StudentSettings
 
-__all__ = ["even_layers", "make_student", "student_config"]
+__all__ = ["even_layers", "make_student", "student_config", "switch_dropout_off"]
 
 FAMILIES = "Llama, GPT-2, OPT, Qwen2"
 
@@ -57,7 +57,7 @@ def make_student(
             student.generation_config = deepcopy(teacher.generation_config)
         student = student.to(device)
     if settings.dropout == "off":
-        _switch_dropout_off(student)
+        switch_dropout_off(student)
     return student
 
 
@@ -145,7 +145,7 @@ def _copy_weights(teacher: nn.Module, student: nn.Module, kept: list[int]) -> No
         ) from error
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
+def switch_dropout_off(model: nn.Module) -> None:
     """All dropout probabilities to 0, in modules and in the attributes that attention code reads."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -1,0 +1,122 @@
+"""Every benchmark runs, with tiny models: what it says is for `make bench`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED = Path(os.environ.get("DPKD_SHARED", ROOT.parent / "shared"))
+needs_tokenizer = pytest.mark.skipif(
+    not (SHARED / "tokenizers/gpt2").is_dir(), reason="no tokenizers in the shared folder (DPKD_SHARED)"
+)
+# TRL's and transformers' own warnings are not ours to mend.
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("DPKD_CACHE", str(tmp_path / "cache"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """`bench(name)`: the module of a benchmark, which finds its neighbours."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def cells(table: str) -> list[list[str]]:
+    """The rows of a table, without its head."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_step(bench):
+    step = bench("step")
+    chosen = [name for name in step.VARIANTS if not name.startswith(("TRL", "Liger"))]
+    assert [row[0] for row in cells(step.table(chosen, 1, "tiny", memory=False))] == chosen
+
+
+def test_steps_of_peers(bench):
+    pytest.importorskip("trl", reason="TRL is a development dependency")
+    step = bench("step")
+    chosen = [name for name in step.VARIANTS if name.startswith(("TRL", "Liger"))]
+    assert len(cells(step.table(chosen, 1, "tiny", memory=False))) == len(chosen)
+
+
+def test_growth_and_layouts(bench):
+    assert len(cells(bench("growth").table(1, tiny=True))) == 1
+    layouts = bench("layouts")
+    assert [row[0] for row in cells(layouts.table(1, tiny=True))] == list(layouts.LAYOUTS)
+
+
+def test_growth_asks_for_memory_of_points_that_exist(bench):
+    points = bench("growth").points()
+    assert len({point.what for point in points}) == len(points) > 10
+
+
+@needs_tokenizer
+def test_runs_learn_from_the_same_rows(bench):
+    """Ours and the floor train on the same tokens and end at the same place."""
+    runs = bench("runs")
+    ours, floor = "dpkd train --loss jsd", "floor, JSD"
+    found = runs.collect([ours, floor, "released script's shape, DPKD + pre-training KD"], 1, "tiny", apart=False)
+    assert found[ours]["tokens"] == found[floor]["tokens"]
+    assert found[ours]["divergence"] == pytest.approx(found[floor]["divergence"], rel=1e-3)
+
+
+@needs_tokenizer
+def test_runs_of_peers(bench):
+    pytest.importorskip("trl", reason="TRL is a development dependency")
+    runs = bench("runs")
+    chosen = [name for name in runs.VARIANTS if name.startswith("TRL")]
+    assert len(cells(runs.table(chosen, 1, "tiny", apart=False))) == len(chosen)
+
+
+@needs_tokenizer
+def test_memory_predicts_a_run(bench, tmp_path):
+    memory = bench("memory")
+    memory.prepare(str(tmp_path), "fkl", True)
+    guess, moment = memory.predicted(str(tmp_path), "fkl", True)
+    assert guess > 10
+    assert moment == "losses"
+
+
+def test_gpu_script_runs_on_a_cpu(bench):
+    pytest.importorskip("trl", reason="TRL is a development dependency")
+    gpu = bench("gpu")
+    if gpu.CUDA:
+        pytest.skip("there is a GPU: run the script")
+    assert len(cells(gpu.table("tiny", 1))) == len(gpu.variants("tiny"))
+
+
+def test_startup_runs_commands(bench):
+    startup = bench("startup")
+    startup._run(startup.COMMANDS["dpkd --help"])
+    found = {"dpkd --help": 0.5, "dpkd list-losses": 1.0, startup.TORCH: 1.0}
+    assert [met for _, met in startup.targets(found).values()] == [False, True]
+
+
+def test_the_page_has_a_place_for_every_table(bench):
+    everything = bench("all")
+    page = everything.PAGE.read_text(encoding="utf-8")
+    text = everything.filled(page, {"step": "| new |"})
+    assert "<!-- measured: step -->\n| new |\n<!-- end -->" in text
+    assert re.sub(r"\| new \|", "", text).count("<!-- measured") == page.count("<!-- measured")
+    with pytest.raises(SystemExit, match="has places for"):
+        everything.filled("nothing", {})
