@@ -14,7 +14,7 @@ from two_tokenizers import dense
 from dpkd.engine import run
 from dpkd.engine.assembly import assemble
 from dpkd.engine.progress import Display
-from dpkd.engine.work import cut
+from dpkd.engine.work import Cutter
 from dpkd.teachers.aligned import AlignedTeacher
 
 
@@ -90,10 +90,7 @@ def test_the_lm_term_counts_tokens_and_the_loss_counts_spans(across, quiet):
 def test_an_idle_process_gives_zero(across, quiet):
     _, _, (assembly, texts) = gradients(across("uld"), quiet)
     (stream,) = assembly.builder.streams(0, texts)
-    (idle,) = cut(
-        replace(stream, units=stream.units[:1]), size=8, rank=1, processes=2, pad_id=256, measure=False,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    (idle,) = Cutter(8, 256, rank=1, processes=2)(replace(stream, units=stream.units[:1]), measure=False)
     stepper = assembly.stepper
     total, sums = stepper.distiller(stepper._with_teacher(idle))
     total.backward()

@@ -84,7 +84,7 @@ def test_no_logits_are_made_that_nothing_reads(settings_of, quiet, monkeypatch):
         found = gradients(settings_of("sft", EXTRA), quiet)[0]
     assert found["losses.far.weight"].abs().max() > 0
     rows = []
-    monkeypatch.setattr("dpkd.models.chunked.chunks", lambda count, size: rows.append(count) or iter(()))
+    monkeypatch.setattr("dpkd.models.chunked.chunks", lambda count, size, starts: rows.append(count) or iter(()))
     gradients(settings_of("hidden-mse"), quiet)
     assert set(rows) == {0}
 
