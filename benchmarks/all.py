@@ -19,6 +19,7 @@ import harness
 import layouts
 import memory
 import runs
+import sampling
 import startup
 import step
 
@@ -30,6 +31,7 @@ TABLES: dict[str, Callable[[bool], str]] = {
     "startup": lambda tiny: startup.table(1 if tiny else 5),
     "step": lambda tiny: step.table(None, 1 if tiny else 3, "tiny" if tiny else "real", memory=not tiny),
     "layouts": lambda tiny: layouts.table(1 if tiny else 3, tiny),
+    "sampling": lambda tiny: sampling.table(1 if tiny else 3, tiny=tiny),
     "growth": lambda tiny: growth.table(1 if tiny else 3, tiny),
     "memory": lambda tiny: memory.table(tiny),
     "runs": lambda tiny: runs.table(None, 1 if tiny else 2, "tiny" if tiny else "real", apart=not tiny),

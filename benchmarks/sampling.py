@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from harness import markdown
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.utils import logging
 
@@ -83,23 +84,31 @@ def measured(model: torch.nn.Module, prompts: list[list[int]], eos: list[int], r
     return rates
 
 
+def table(repeats: int = REPEATS, folder: str | None = None, tiny: bool = False) -> str:
+    """Tokens per second of both, by model and by where responses end."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    chance, rows = random.Random(0), []
+    for name, model in models(folder).items():
+        if tiny and model.config.vocab_size > 1000:
+            continue
+        ids = range(3, model.config.vocab_size)
+        prompts = [chance.choices(ids, k=chance.randint(8, 120)) for _ in range(4 if tiny else PROMPTS)]
+        for ends, eos in (("at the limit", [2]), ("early, at EOS", chance.sample(ids, int(len(ids) * EOS_SHARE)))):
+            rates = measured(model, prompts, eos, repeats)
+            ratio = statistics.median(b / a for a, b in zip(rates["generate"], rates["sample"], strict=True))
+            speeds = [f"{statistics.median(rates[who]):,.0f}" for who in ("generate", "sample")]
+            rows.append([Path(name).name, ends, *speeds, f"{ratio:.2f}"])
+    return markdown(["model", "responses end", "generate, tokens/s", "dpkd, tokens/s", "ratio"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of a model to measure too")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    chance = random.Random(0)
-    for name, model in models(arguments.model).items():
-        ids = range(3, model.config.vocab_size)
-        prompts = [chance.choices(ids, k=chance.randint(8, 120)) for _ in range(PROMPTS)]
-        for ends, eos in (("full", [2]), ("early EOS", chance.sample(ids, int(len(ids) * EOS_SHARE)))):
-            rates = measured(model, prompts, eos, arguments.repeats)
-            ratio = statistics.median(b / a for a, b in zip(rates["generate"], rates["sample"], strict=True))
-            speeds = "  ".join(f"{who} {statistics.median(all_):6.0f}" for who, all_ in rates.items())
-            print(f"{Path(name).name:20s} {ends:9s} tokens/s: {speeds}   ratio {ratio:.2f}", flush=True)
+    print(table(arguments.repeats, arguments.model))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ __all__ = ["VARIANTS", "table"]
 
 Step = Callable[[], Any]
 BASE = "released shape, KL"
+FLOOR = "backbones alone (floor)"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ VARIANTS: dict[str, Callable[[Size], Step]] = {
     "response only, dense, forward KL": lambda s: peers.dense("fkl", s.models(), s.sequences(), s.eos),
     "response only, dense, JSD": lambda s: peers.dense("jsd", s.models(), s.sequences(), s.eos),
     "pairs, full logits": lambda s: peers.full_pairs(s.models(), s.padded(s.pairs())),
-    "backbones alone (floor)": lambda s: peers.backbones(s.models(), s.sequences(), s.eos),
+    FLOOR: lambda s: peers.backbones(s.models(), s.sequences(), s.eos),
     "dpkd: fkl": lambda s: ours("fkl", s),
     "dpkd: rkl": lambda s: ours("rkl", s),
     "dpkd: jsd": lambda s: ours("jsd", s),
@@ -136,14 +137,17 @@ def table(names: list[str] | None = None, repeats: int = 5, size: str = "real", 
     runnable = [name for name, reason in reasons.items() if not reason]
     taken = seconds_of({name: VARIANTS[name](SIZES[size]) for name in runnable}, repeats)
     base = taken.get(BASE, max(taken.values()))
+    grown = {name: call_in_process("step", "growth_mib", name, size) for name in runnable if memory}
+    floor = grown.get(FLOOR)
     rows = []
     for name, reason in reasons.items():
         if reason:
-            rows.append([name, reason, "–"])
+            rows.append([name, reason, "–", "–"])
             continue
-        grown = f"{call_in_process('step', 'growth_mib', name, size):,.0f}" if memory else "–"
-        rows.append([name, f"{taken[name] / base:.2f}", grown])
-    return markdown(["variant", "time, released shape = 1", "peak memory growth, MiB"], rows)
+        peak = f"{grown[name]:,.0f}" if name in grown else "–"
+        share = f"{grown[name] / floor:.2f}" if name in grown and floor else "–"
+        rows.append([name, f"{taken[name] / base:.2f}", peak, share])
+    return markdown(["variant", "time, released shape = 1", "peak memory growth, MiB", "of the backbones' alone"], rows)
 
 
 def main() -> None:

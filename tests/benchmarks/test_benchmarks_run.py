@@ -120,3 +120,7 @@ def test_the_page_has_a_place_for_every_table(bench):
     assert re.sub(r"\| new \|", "", text).count("<!-- measured") == page.count("<!-- measured")
     with pytest.raises(SystemExit, match="has places for"):
         everything.filled("nothing", {})
+
+
+def test_sampling(bench):
+    assert len(cells(bench("sampling").table(1, tiny=True))) == 2
