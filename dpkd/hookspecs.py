@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pluggy
 
-from dpkd.api import LossSpec, MetricSpec
+from dpkd.api import LossSpec, MetricSpec, SamplerSpec
 
 __all__ = ["DEPRECATED_ARGUMENTS", "Deprecated", "DpkdHooks", "PluginDeprecation", "hook"]
 
@@ -79,4 +79,15 @@ class DpkdHooks:
             @hookimpl
             def dpkd_metrics():
                 return [MetricSpec("letters", "letters", "", "Length.", per_row=lambda a: map(len, a.predictions))]
+        """
+
+    @hookspec
+    def dpkd_samplers(self) -> Iterable[SamplerSpec]:  # type: ignore[empty-body]
+        """The ways of this plugin to write responses, which `text.backend` names.
+
+        Example:
+
+            @hookimpl
+            def dpkd_samplers():
+                return [SamplerSpec("echo", "Repeats the prompt.", open=Echo)]
         """

@@ -8,23 +8,38 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import pluggy
 
-from dpkd.api import LossConfig, LossSpec, MetricSpec, PairLoss, RolloutLoss, TokenLoss
+from dpkd.api import LossSpec, MetricSpec, SamplerSpec
 from dpkd.errors import DpkdError
 from dpkd.hookspecs import DpkdHooks
+from dpkd.specs import PluginError, checked_loss, checked_metric, checked_sampler
 
-__all__ = ["GROUP", "METRICS_GROUP", "BrokenPlugin", "Host", "RegisteredLoss", "load_host", "load_metrics"]
+__all__ = [
+    "GROUP",
+    "METRICS_GROUP",
+    "SAMPLERS_GROUP",
+    "BrokenPlugin",
+    "Host",
+    "RegisteredLoss",
+    "find_sampler",
+    "load_host",
+    "load_metrics",
+    "load_samplers",
+]
 
 GROUP = "dpkd"
 METRICS_GROUP = "dpkd.metrics"
+SAMPLERS_GROUP = "dpkd.samplers"
 VARIABLE = "DPKD_PLUGINS"
+
+SpecT = TypeVar("SpecT", bound=MetricSpec | SamplerSpec)
 
 
 @dataclass(frozen=True)
@@ -134,10 +149,6 @@ def load_host(environment: Mapping[str, str] | None = None, *, hooks: type = Dpk
     return host
 
 
-class _PluginError(Exception):
-    """What is wrong with a plugin, as a sentence."""
-
-
 def _discover(group: str) -> list[EntryPoint]:
     """Entry points of a group, sorted, each once."""
     points = {(p.name, p.value, _distribution(p)): p for p in entry_points(group=group)}
@@ -170,7 +181,7 @@ def _load(manager: pluggy.PluginManager, point: EntryPoint) -> list[RegisteredLo
     plugin, specs = _called(manager, point, "dpkd_losses", "LossSpec")
     distribution, version = _distribution(point)
     file = getattr(plugin, "__file__", None) or point.value
-    return [RegisteredLoss(_checked(spec), distribution, version, point.name, str(file)) for spec in specs]
+    return [RegisteredLoss(checked_loss(spec), distribution, version, point.name, str(file)) for spec in specs]
 
 
 def _called(manager: pluggy.PluginManager, point: EntryPoint, hook: str, wanted: str) -> tuple[Any, list[Any]]:
@@ -183,13 +194,13 @@ def _called(manager: pluggy.PluginManager, point: EntryPoint, hook: str, wanted:
     if hook not in names:
         if names and point.group == GROUP:  # a plugin of metrics alone has no losses, and is none the worse for it
             return plugin, []
-        raise _PluginError(
+        raise PluginError(
             f"{point.value} implements no hook: expected a function `{hook}` with the decorator @hookimpl from dpkd.api"
         )
     others = [other for name, other in manager.list_name_plugin() if name != unique]
     results = manager.subset_hook_caller(hook, remove_plugins=others)()
     if not results:  # pluggy leaves out a hook's None
-        raise _PluginError(f"{hook} must return a list of {wanted}, but returned None")
+        raise PluginError(f"{hook} must return a list of {wanted}, but returned None")
     return plugin, [spec for result in results for spec in _listed(result, hook, wanted)]
 
 
@@ -199,47 +210,64 @@ def load_metrics(environment: Mapping[str, str] | None = None) -> tuple[dict[str
     They stand in a group of their own, which DPKD_PLUGINS does not restrict, or beside losses in the group `dpkd`,
     which it does. Raises DpkdError when two plugins have a metric of one name.
     """
+    return _load_beside("dpkd_metrics", METRICS_GROUP, "metrics", "MetricSpec", checked_metric, environment)
+
+
+def load_samplers(environment: Mapping[str, str] | None = None) -> tuple[dict[str, SamplerSpec], list[BrokenPlugin]]:
+    """The samplers of all installed plugins by name, found as metrics are, and the plugins that could not be used.
+
+    Raises DpkdError when two plugins have a sampler of one name.
+    """
+    return _load_beside("dpkd_samplers", SAMPLERS_GROUP, "samplers", "SamplerSpec", checked_sampler, environment)
+
+
+def find_sampler(name: str) -> SamplerSpec:
+    """The sampler of a name. Raises DpkdError when there is none, with the nearest right names, or why it is broken."""
+    samplers, broken = load_samplers()
+    if name in samplers:
+        return samplers[name]
+    near = difflib.get_close_matches(name, samplers, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(samplers) or 'none'}"
+    failed = [f"; the plugin {b.entry_point} ({b.distribution}) failed to load: {b.reason}" for b in broken]
+    raise DpkdError(f"no sampler is called {name!r}; {hint}{''.join(failed)}")
+
+
+def _load_beside(
+    hook: str, group: str, plural: str, wanted: str, checked: Callable[[Any], SpecT],
+    environment: Mapping[str, str] | None,
+) -> tuple[dict[str, SpecT], list[BrokenPlugin]]:  # fmt: skip
+    """What plugins have beside losses: from a group of its own, and from those of the group of losses that have it."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(DpkdHooks)
-    metrics: dict[str, MetricSpec] = {}
+    found: dict[str, SpecT] = {}
     owners: dict[str, str] = {}
     broken = []
     restricted = (os.environ if environment is None else environment).get(VARIABLE)
-    own = _discover(METRICS_GROUP)
+    own: list[EntryPoint] = _discover(group)
     known = {point.value for point in own}
-    beside = [p for p in _allowed(_discover(GROUP), restricted)[0] if p.value not in known and _has_metrics(manager, p)]
-    for point in (*own, *beside):
+    allowed, _ = _allowed(_discover(GROUP), restricted)
+    for point in (*own, *(p for p in allowed if p.value not in known and _has(manager, p, hook))):
         owner = f"{point.value} ({_distribution(point)[0]})"
         try:
-            specs = [_checked_metric(spec) for spec in _called(manager, point, "dpkd_metrics", "MetricSpec")[1]]
+            specs = [checked(spec) for spec in _called(manager, point, hook, wanted)[1]]
         except (Exception, SystemExit) as error:
             broken.append(BrokenPlugin(point.name, _distribution(point)[0], _reason(error)))
             continue
         for spec in specs:
-            if spec.name in metrics:
+            if spec.name in found:
                 raise DpkdError(
-                    f"two metrics are called {spec.name!r}: {owners[spec.name]} and {owner}. Uninstall one."
+                    f"two {plural} are called {spec.name!r}: {owners[spec.name]} and {owner}. Uninstall one."
                 )
-            metrics[spec.name], owners[spec.name] = spec, owner
-    return metrics, broken
+            found[spec.name], owners[spec.name] = spec, owner
+    return found, broken
 
 
-def _has_metrics(manager: pluggy.PluginManager, point: EntryPoint) -> bool:
-    """Whether a plugin of the group of losses has metrics too; one that cannot be loaded is a matter of `load_host`."""
+def _has(manager: pluggy.PluginManager, point: EntryPoint, hook: str) -> bool:
+    """Whether a plugin of the group of losses has a hook too; one that cannot be loaded is a matter of `load_host`."""
     try:
-        return manager.parse_hookimpl_opts(point.load(), "dpkd_metrics") is not None
+        return manager.parse_hookimpl_opts(point.load(), hook) is not None
     except (Exception, SystemExit):
         return False
-
-
-def _checked_metric(spec: Any) -> MetricSpec:
-    if not isinstance(spec, MetricSpec):
-        raise _PluginError(f"dpkd_metrics must return MetricSpecs, but the list holds {type(spec).__name__}")
-    if not spec.name.isidentifier() or spec.name != spec.name.lower():
-        raise _PluginError(f"the name {spec.name!r} should be lower-case letters and digits with underscores between")
-    if (spec.per_row is None) == (spec.overall is None):
-        raise _PluginError(f"the metric {spec.name!r} needs one of `per_row` and `overall`")
-    return spec
 
 
 def _check_hook_names(manager: pluggy.PluginManager, plugin: ModuleType | Any) -> None:
@@ -249,42 +277,16 @@ def _check_hook_names(manager: pluggy.PluginManager, plugin: ModuleType | Any) -
         if manager.parse_hookimpl_opts(plugin, name) is not None and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise _PluginError(f"there is no hook {name!r}{hint} (hooks: {', '.join(sorted(known))})")
+            raise PluginError(f"there is no hook {name!r}{hint} (hooks: {', '.join(sorted(known))})")
 
 
 def _listed(result: Any, hook: str, wanted: str) -> Iterable[Any]:
-    if isinstance(result, LossSpec | MetricSpec) or not isinstance(result, Iterable):
-        raise _PluginError(f"{hook} must return a list of {wanted}, but returned {type(result).__name__}")
+    if isinstance(result, LossSpec | MetricSpec | SamplerSpec) or not isinstance(result, Iterable):
+        raise PluginError(f"{hook} must return a list of {wanted}, but returned {type(result).__name__}")
     return result
 
 
-def _checked(spec: Any) -> LossSpec:
-    if not isinstance(spec, LossSpec):
-        raise _PluginError(f"dpkd_losses must return LossSpecs, but the list holds {type(spec).__name__}")
-    if not spec.name or spec.name != spec.name.lower() or not spec.name.replace("-", "").isalnum():
-        raise _PluginError(f"the name {spec.name!r} should be lower-case letters and digits with dashes between")
-    if not (isinstance(spec.config, type) and issubclass(spec.config, LossConfig)):
-        raise _PluginError(f"the config of {spec.name!r} must be a subclass of dpkd.api.LossConfig")
-    if not (isinstance(spec.loss, type) and issubclass(spec.loss, TokenLoss | PairLoss | RolloutLoss)):
-        raise _PluginError(f"the loss of {spec.name!r} must be a subclass of TokenLoss, PairLoss or RolloutLoss")
-    if "name" in spec.config.model_fields:
-        raise _PluginError(f"the config of {spec.name!r} has a setting `name`, but that is the name of the loss itself")
-    if "loss" in spec.suggests:
-        raise _PluginError(f"{spec.name!r} suggests `loss`: the defaults of its own settings stand in its config")
-    _check_defaults(spec)
-    return spec
-
-
-def _check_defaults(spec: LossSpec) -> None:
-    """A list of losses says what each needs of the teacher, so the default settings must be valid."""
-    try:
-        spec.needs(spec.config())
-    except Exception as error:
-        what = " ".join(str(error).split())
-        raise _PluginError(f"the default settings of {spec.name!r} do not work: {what}") from error
-
-
 def _reason(error: BaseException) -> str:
-    if isinstance(error, _PluginError):
+    if isinstance(error, PluginError):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -24,6 +24,7 @@ def sample(
     samples: Annotated[int, typer.Option(help="responses per prompt", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="responses written together", min=1)] = 32,
     limit: Annotated[int | None, typer.Option(help="only the first rows", min=1, show_default=False)] = None,
+    backend: Annotated[str, typer.Option(help="what draws: hf, vllm or another installed sampler")] = "hf",
     seed: Annotated[int, typer.Option(help="seed of the sampling", min=0)] = 10,
 ) -> None:
     """Write a model's responses to a file: the data of sequence-level distillation."""
@@ -31,7 +32,10 @@ def sample(
 
     from dpkd.cli.progress import shown
     from dpkd.config.problems import checked
+    from dpkd.errors import SettingsError
     from dpkd.evaluation.subject import model_of
+    from dpkd.host import find_sampler
+    from dpkd.text.backend import refusals
     from dpkd.text.settings import SamplingSettings
     from dpkd.text.write_file import sample_to_file
 
@@ -47,10 +51,12 @@ def sample(
         },
         "sampling",
     )
+    if problems := refusals(find_sampler(backend), {}):
+        raise SettingsError([f"--backend: {problem}" for problem in problems])
     with shown(Console(stderr=True)) as progress:
         report = sample_to_file(
             model_of(model), prompts, sampling, output=output, seed=seed, samples_per_prompt=samples,
-            progress=lambda done, of: progress("responses", done, of),
+            backend=backend, progress=lambda done, of: progress("responses", done, of),
         )  # fmt: skip
     for note in report.notes:
         typer.echo(note)

@@ -16,7 +16,9 @@ from dpkd.errors import DpkdError, SettingsError
 from dpkd.host import Host, RegisteredLoss
 from dpkd.text.settings import TextSettings
 
-__all__ = ["Objective", "extra_objective", "main_objective", "schedule_problems", "text_writers"]
+__all__ = [
+    "Objective", "extra_objective", "main_objective", "samples_problem", "schedule_problems", "text_writers",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,17 @@ def main_objective(settings: RunSettings, registered: RegisteredLoss, config: Lo
     return Objective("main", registered, config, settings.terms.main, settings.text, settings.schedules)
 
 
+def samples_problem(text: TextSettings, family: Family, path: str) -> list[str]:
+    """What is wrong with several samples per prompt, where they cannot be."""
+    if text.samples_per_prompt == 1:
+        return []
+    if family is Family.PAIR:
+        return [f"{path}.samples_per_prompt: a pair has one response by each writer, so it must be 1"]
+    if text.source not in ("student", "mixed") or Text.STUDENT not in text_writers(text, family).values():
+        return [f"{path}.samples_per_prompt: is used only where the student writes; set {path}.source=student or mixed"]
+    return []
+
+
 def extra_objective(
     name: str, term: ExtraTerm, given: Any, settings: RunSettings, main: LossSpec | None, host: Host
 ) -> tuple[Objective | None, list[str]]:
@@ -87,6 +100,7 @@ def extra_objective(
             for where, writer in text_writers(text, registered.spec.family).items()
             if writer not in registered.spec.accepts
         ]
+        problems += samples_problem(text, registered.spec.family, f"{path}.text")
     if config is None:
         return None, problems
     problems += schedule_problems(registered.spec, config, term.schedules, f"{path}.schedules")

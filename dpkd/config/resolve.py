@@ -10,9 +10,17 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dpkd.api import Family, LossConfig, LossSpec, TeacherAccess, Text
+from dpkd.config.backend import backend_problems
 from dpkd.config.layers import Layer, Merged, drop, get_path, merge, suggestion_layer
 from dpkd.config.memory import memory_problems
-from dpkd.config.objective import Objective, extra_objective, main_objective, schedule_problems, text_writers
+from dpkd.config.objective import (
+    Objective,
+    extra_objective,
+    main_objective,
+    samples_problem,
+    schedule_problems,
+    text_writers,
+)  # fmt: skip
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
 from dpkd.config.text_checks import adaptive_problems, sampling_reasons
@@ -194,6 +202,7 @@ def _cross_checks(
     problems: list[str] = []
     if spec is not None and "text" not in damaged:
         problems += _writer_problems(settings, spec, merged)
+        problems += backend_problems(settings, spec, extras)
     if main is not None and settings.teacher.store is not None:
         problems += _store_problems(settings, [main, *extras])
     elif spec is not None and settings.teacher.model is None and "teacher" not in damaged:
@@ -204,6 +213,7 @@ def _cross_checks(
             problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. Name one with --teacher.")
     if spec is not None and not damaged & {"text", "dev", "teacher"}:
         problems += adaptive_problems(settings, spec, extras)
+    problems += _quantization_problems(settings)
     return problems if "student" in damaged else [*problems, *_student_problems(settings, merged)]
 
 
@@ -235,6 +245,16 @@ def _student_problems(settings: RunSettings, merged: Merged) -> list[str]:
     return problems
 
 
+def _quantization_problems(settings: RunSettings) -> list[str]:
+    """Packed weights can be read, not copied from."""
+    if settings.teacher.quantization == "none" or settings.student.init != "layers":
+        return []
+    return [
+        f"teacher.quantization: {settings.teacher.quantization} packs the weights, and student.init=layers copies "
+        "them. Make such a student by a run without quantization first, and name its model as student.model"
+    ]
+
+
 def _writers(settings: RunSettings, spec: LossSpec) -> dict[str, Text]:
     """Setting → writer, for all writers of the main loss's text."""
     return {f"text.{name}": writer for name, writer in text_writers(settings.text, spec.family).items()}
@@ -261,6 +281,7 @@ def _writer_problems(settings: RunSettings, spec: LossSpec, merged: Merged) -> l
             f"text.pairs: is used by pair losses only, and {spec.name} is a {spec.family} loss; "
             f"use text.source instead (from {pairs_layer})"
         )
+    problems += samples_problem(settings.text, spec.family, "text")
     if Text.STUDENT not in _writers(settings, spec).values():
         problems += [
             f"text.{name}: is used only where the student writes (from {merged.layer_of(f'text.{name}')})"

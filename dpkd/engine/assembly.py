@@ -28,7 +28,7 @@ from dpkd.engine.progress import Display
 from dpkd.engine.schedules import Schedules
 from dpkd.engine.step import Stepper
 from dpkd.engine.streams import LM_READS, Corpus, StreamBuilder
-from dpkd.engine.studio import Studio, make_groups
+from dpkd.engine.studio import Studio, check_processes, make_groups
 from dpkd.engine.work import Cutter
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
@@ -64,6 +64,7 @@ class Assembly:
     dev: Inputs | None
     vocabulary: int
     context: int | None  # the longest sequence that both models read
+    studio: Studio
 
     @property
     def writers(self) -> Writers:
@@ -75,6 +76,10 @@ class Assembly:
         for group in self.builder.groups:
             group.writers.prepare_teacher()
 
+    def close(self) -> None:
+        """Give back what lies outside the models."""
+        self.studio.close()
+
 
 def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> Assembly:
     """Load everything that a run needs.
@@ -83,6 +88,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     """
     settings = resolved.settings
     _check_sharding(accelerator)
+    check_processes(resolved, accelerator.num_processes)
     prepared = prepare(resolved, display)
     tokenizer, data, steps = prepared.tokenizer, prepared.data, prepared.steps
     corpus = _corpus(settings, tokenizer, steps, display)
@@ -109,7 +115,9 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     stepper = Stepper(
         accelerator, distiller, optimiser, models.teacher, models.reference, cutter, settings.train.clip
     )  # fmt: skip
-    studio = Studio(resolved, inner.lend, models.teacher, models.vocabulary, prepared, accelerator, display)
+    studio = Studio(
+        resolved, models.student, inner.lend, models.teacher, models.vocabulary, prepared, accelerator, display
+    )
     builder = StreamBuilder(
         make_groups(resolved, losses, studio), settings.terms,
         losses["pretrain"].reads() if "pretrain" in losses else LM_READS, data.prompts, corpus,
@@ -135,7 +143,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         facts["parameters"]["teacher"] = _count(models.teacher.model)
     return Assembly(
         tokenizer, data, models.teacher, stepper, builder, schedules, facts, prepared.dev, models.vocabulary,
-        prepared.context,
+        prepared.context, studio,
     )  # fmt: skip
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from dpkd.api import Signal, Text, Trait
+from dpkd.api import Signal, Text, Trait, Writer
 from dpkd.config.resolve import Resolved
 from dpkd.data.batches import TokenSequence
 from dpkd.data.templates import template_fingerprint
@@ -25,8 +23,9 @@ from dpkd.teachers.caching import write_store
 from dpkd.teachers.live import LiveTeacher
 from dpkd.teachers.manifest import Kind, Manifest
 from dpkd.teachers.serving import why_not
+from dpkd.text.backend import open_sampler
 from dpkd.text.pens import Crew, TeacherPen
-from dpkd.text.store import ResponseStore, model_fingerprint
+from dpkd.text.store import ResponseStore
 
 __all__ = ["CacheSettings", "cache"]
 
@@ -58,7 +57,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         raise DpkdError("a store has the teacher's numbers for the student's tokens, and their tokenizers differ")
     vocabulary = max(prepared.tokenizer.get_vocab().values()) + 1
     manifest = Manifest(
-        kind, k, model_fingerprint(run.teacher.model, run.teacher.revision), Path(run.teacher.model).name,
+        kind, k, resolved.given.fingerprint(run.teacher), Path(run.teacher.model).name,
         tokenizer_fingerprint(prepared.tokenizer), vocabulary, tuple(sorted(writers)),
         prepared.data_facts["fingerprint"], template_fingerprint(run.data.template, prepared.tokenizer),
         settings.dtype, run.seed,
@@ -68,7 +67,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         if problem := why_not(objective.spec, objective.config, objective.reads, own, manifest):
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(run.teacher, device=device, dtype=None)
+    model = load_model(run.teacher, device=torch.device(run.teacher.device or device), dtype=None)
     check_head(model)
     teacher = LiveTeacher(model, vocabulary, device)
     sequences = _sequences(resolved, prepared, teacher, manifest, settings.output, display)
@@ -126,15 +125,14 @@ def _pen(
     store = ResponseStore.open(
         output / "responses", model_fingerprint=manifest.model,
         tokenizer_fingerprint=f"{manifest.tokenizer}/{manifest.vocabulary}", sampling=text.teacher_sampling,
-        seed=run.seed,
+        seed=run.seed, backend=text.backend_key,
     )  # fmt: skip
-    common: Mapping[str, Any] = {
-        "eos_ids": frozenset({tokenizer.eos_token_id}), "pad_id": tokenizer.pad_token_id,
-        "vocabulary": manifest.vocabulary, "seed": run.seed, "crew": Crew(), "context": prepared.context,
-    }  # fmt: skip
+    writer = Writer(
+        teacher.model, manifest.vocabulary, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id
+    )  # fmt: skip
     return TeacherPen(
-        teacher, prepared.data.prompts, text.teacher_sampling, store=store,
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True), progress=display.pulse, **common,
+        lambda: open_sampler(text, writer), prepared.data.prompts, text.teacher_sampling, run.seed, Crew(),
+        prepared.context, store, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), display.pulse,
     )  # fmt: skip
 
 

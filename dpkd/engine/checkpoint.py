@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ class Restored(NamedTuple):
     loop       what was measured but not yet logged, and where schedules that follow the loss are
     """
 
-    responses: dict[str, dict[int, Response]]
+    responses: dict[str, dict[int, tuple[Response, ...]]]
     loop: dict[str, Any]
 
 
@@ -101,7 +101,7 @@ def save(
     *,
     module: nn.Module,
     optimiser: torch.optim.Optimizer,
-    responses: Mapping[str, Mapping[int, Response]],
+    responses: Mapping[str, Mapping[int, Sequence[Response]]],
     loop: Mapping[str, Any],
     random_states: list[dict[str, Tensor]],
     is_main: bool,
@@ -122,8 +122,9 @@ def save(
         save_file(state, temporary / f"random-{rank}.safetensors")
     with (temporary / "responses.jsonl").open("w", encoding="utf-8") as file:
         for group, written in responses.items():
-            for index, response in written.items():
-                file.write(json.dumps({"group": group, "example": index, **response.as_dict()}) + "\n")
+            for index, own in written.items():
+                for response in own:
+                    file.write(json.dumps({"group": group, "example": index, **response.as_dict()}) + "\n")
     facts = {"step": step, "processes": len(random_states), "loop": loop, "format": FORMAT}
     (temporary / "state.json").write_text(json.dumps(facts))
     for path in temporary.iterdir():
@@ -188,10 +189,10 @@ def load(
     if state["processes"] == processes:
         random = load_file(checkpoint.path / f"random-{rank}.safetensors")
         set_random_state(random, device)
-    responses: dict[str, dict[int, Response]] = {}
+    responses: dict[str, dict[int, tuple[Response, ...]]] = {}
     for row in map(json.loads, lines):
-        group, example = row.pop("group"), row.pop("example")
-        responses.setdefault(group, {})[example] = Response.from_dict(row)
+        written, example = responses.setdefault(row.pop("group"), {}), row.pop("example")
+        written[example] = (*written.get(example, ()), Response.from_dict(row))
     return Restored(responses, state["loop"])
 
 

@@ -23,6 +23,7 @@ from dpkd.engine.preparation import Prepared
 from dpkd.engine.shadow import Passes, backbone_passes, fill, pair_chunk, token_chunk
 from dpkd.models.chunked import chunk_rows
 from dpkd.models.loading import DTYPES, count_parameters, new_model
+from dpkd.models.quantization import quantization_of, weight_bytes
 from dpkd.students.initialise import switch_dropout_off
 from dpkd.students.lora import add_lora
 
@@ -105,7 +106,8 @@ def _teacher_bytes(settings: RunSettings, prepared: Prepared) -> float:
     if config is None:
         return 0.0
     stored = getattr(config, "dtype", None) or torch.float32
-    return float(DTYPES.get(settings.teacher.dtype, stored).itemsize * count_parameters(config))
+    width = DTYPES.get(settings.teacher.dtype, stored).itemsize
+    return float(weight_bytes(config, count_parameters(config), width, quantization_of(settings.teacher)))
 
 
 def _largest_batch(resolved: Resolved, prepared: Prepared) -> _Batch:

@@ -20,6 +20,7 @@ from dpkd.engine.memory import Estimate, memory_estimate
 from dpkd.engine.preparation import Prepared, prepare
 from dpkd.engine.progress import Display
 from dpkd.models.loading import count_parameters
+from dpkd.models.quantization import quantization_of
 from dpkd.run_folder import RunFolder
 from dpkd.teachers.manifest import read_manifest
 
@@ -124,7 +125,8 @@ def _model_rows(settings: RunSettings, student: int, teacher: int) -> list[tuple
         rows.append(
             (
                 "teacher",
-                f"{settings.teacher.model}, {teacher / 1e6:,.1f} M parameters, offers {TeacherAccess.LOGITS.value}",
+                f"{settings.teacher.model}, {teacher / 1e6:,.1f} M parameters, offers {TeacherAccess.LOGITS.value}"
+                + (f", weights in {packed}" if (packed := quantization_of(settings.teacher)) else ""),
             )
         )
     elif settings.teacher.store:
@@ -167,12 +169,15 @@ def _text_rows(resolved: Resolved, data: TokenisedData, steps: int) -> list[tupl
     if Text.STUDENT in writers:
         periods = schedule.period(steps - 1) + 1
         drawn = sum(len(schedule.upcoming(s)) for s in range(steps) if schedule.starts_period(s))
+        drawn *= text.samples_per_prompt
         rows.append(("student writes", f"{text.refresh}: {drawn:,} responses in {periods:,} collections, "
                      f"up to {text.sampling.max_new_tokens} tokens each"))  # fmt: skip
         if text.teacher_veto:
             rows.append(("replaced", f"what is not among the teacher's {text.teacher_veto} likeliest, by its own draw"))
         if text.teacher_mix:
             rows.append(("drawn from", f"{text.teacher_mix:g} · teacher + {1 - text.teacher_mix:g} · student"))
+    if text.backend != "hf" and set(writers) & {Text.STUDENT, Text.TEACHER}:
+        rows.append(("drawn by", text.backend))
     if Text.TEACHER in writers:
         used = len({i for s in range(steps) for i in schedule.window(s)})
         limit = text.teacher_sampling.max_new_tokens

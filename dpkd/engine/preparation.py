@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from dpkd.api import Layers
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
@@ -22,6 +24,7 @@ from dpkd.engine.trackers import check_trackers
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs, read_inputs
 from dpkd.models.loading import context_length
+from dpkd.models.quantization import check_quantization
 from dpkd.models.tokenizers import difference, shared_vocabulary, tokenizer_fingerprint
 from dpkd.students.initialise import student_config
 from dpkd.teachers.manifest import read_manifest
@@ -57,6 +60,8 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     """
     settings, given = resolved.settings, resolved.given
     check_trackers(settings.train.trackers)
+    check_quantization(settings.teacher)
+    _check_device(settings.teacher.device)
     teacher_config = given.config(settings.teacher) if settings.teacher.model else None
     own_config = student_config(settings.student, teacher_config, given)
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
@@ -127,6 +132,20 @@ def _dev_inputs(settings: RunSettings, tokenizer: Any, context: int | None, disp
     for line in (f"dev: {len(inputs.prompts):,} rows of {inputs.source}", *inputs.lines()):
         display.say(line)
     return inputs
+
+
+def _check_device(name: str | None) -> None:
+    """Raises DpkdError when the teacher's device is none that this machine has."""
+    if name is None:
+        return
+    try:
+        # The smallest use of it: a name may be right and the device absent.
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DpkdError(
+            f"teacher.device: {name} is no device of this machine ({first}); expected cpu, cuda, cuda:1 or mps"
+        ) from error
 
 
 def _check_store(folder: str, tokenizer: Any) -> None:

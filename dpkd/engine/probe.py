@@ -45,8 +45,9 @@ def longest_text(writers: Writers, size: int, context: int | None) -> StepText:
         for i in range(len(writers.prompts))
     }
     longest = sorted(bounds, key=lambda i: -len(writers.prompts[i].prompt_ids) - sum(bounds[i]))[:size]
+    copies = writers.settings.samples_per_prompt if any(Text.STUDENT in choice for choice in choices) else 1
     responses = [
-        (i, tuple(_filler(length, writer, writers) for length, writer in zip(bounds[i], choices[0], strict=True)))
+        (i, copies * tuple(_filler(n, writer, writers) for n, writer in zip(bounds[i], choices[0], strict=True)))
         for i in longest
     ]
     return StepText(responses, {})

@@ -188,6 +188,7 @@ def _run(
         raise NotFinite(f"training stopped: {error}\n{where}") from error
     finally:
         display.close()
+        assembly.close()
         if trainer.trackers is not None:
             trainer.trackers.close()
     if done < assembly.writers.schedule.steps and trainer.ended is None:

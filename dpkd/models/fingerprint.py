@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.errors import DpkdError
+from dpkd.models.quantization import quantization_of
+from dpkd.models.settings import ModelSettings
 
-__all__ = ["digest", "memory_fingerprint", "model_fingerprint"]
+__all__ = ["digest", "fingerprint_of", "memory_fingerprint", "model_fingerprint"]
 
 SAMPLES, SAMPLE_BYTES = 64, 1024
 # What a loader writes into a configuration: it says nothing about the model.
@@ -59,6 +61,13 @@ def memory_fingerprint(model: Any) -> str:
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest({"config": _kept(model.config.to_dict()), "weights": found.hexdigest()})
+
+
+def fingerprint_of(settings: ModelSettings) -> str:
+    """The identity of the model that some settings name: packed weights make another one. Raises as above."""
+    assert settings.model is not None  # settings without a model are refused before
+    found, packed = model_fingerprint(settings.model, settings.revision), quantization_of(settings)
+    return found if packed is None else f"{found}/{packed}"
 
 
 def _config(folder: Path, config: Any) -> dict[str, Any]:

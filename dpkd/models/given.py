@@ -17,7 +17,7 @@ import torch
 
 from dpkd.data.memory import refuse_memory
 from dpkd.errors import DpkdError
-from dpkd.models.fingerprint import memory_fingerprint, model_fingerprint
+from dpkd.models.fingerprint import fingerprint_of, memory_fingerprint
 from dpkd.models.loading import DTYPES, config_of, load_model, load_tokenizer, usable_tokenizer
 from dpkd.models.settings import ModelSettings
 
@@ -97,7 +97,7 @@ class Given:
         if one is not None:
             return one.fingerprint
         refuse_memory(str(settings.model), "model")
-        return model_fingerprint(str(settings.model), settings.revision)
+        return fingerprint_of(settings)
 
     def described(self) -> dict[str, str]:
         """For run.json: what kind of object each name stands for, and where a model says that it came from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from copy import deepcopy
 from typing import Any
 
@@ -13,6 +13,12 @@ import torch
 
 from dpkd.errors import DpkdError
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
+from dpkd.models.quantization import (
+    check_quantization,
+    quantization_of,
+    quantization_options,
+    quiet_bitsandbytes,
+)
 from dpkd.models.settings import ModelSettings
 
 __all__ = [
@@ -59,11 +65,16 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
     options: dict[str, Any] = {"dtype": DTYPES.get(settings.dtype, dtype) or "auto", **location(settings)}
     if settings.attention != "auto":
         options["attn_implementation"] = settings.attention
+    packed = quantization_of(settings)
+    if packed is not None:
+        check_quantization(settings)
+        options |= quantization_options(packed, device, DTYPES.get(settings.dtype, dtype))
     if options.get("local_files_only"):
         options["adapter_kwargs"] = {"local_files_only": True}
     # Mismatches are collected here and refused below: transformers' own words for them do not name the file.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with quiet_transformers(), explained(settings, "model"):
+    quiet = quiet_bitsandbytes() if packed is not None else nullcontext()
+    with quiet_transformers(), explained(settings, "model"), quiet:
         if is_gguf(settings.model):
             # Its progress bar heeds no switch; errors are exceptions and do not pass through stderr.
             with redirect_stderr(io.StringIO()):
@@ -74,7 +85,7 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
             loaded = AutoModelForCausalLM.from_pretrained(use_safetensors=True, **options)
             model, report = loaded
     _refuse_random_weights(settings.model, report)
-    return model.to(device).eval()
+    return (model if packed is not None else model.to(device)).eval()
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:

@@ -28,6 +28,10 @@ class TeacherSettings(ModelSettings):
 
     device: str | None = Field(None, description="device of the teacher, e.g. cuda:1; None: the student's")
     tokenizer: str | None = Field(None, description="hub id or folder of the tokenizer; None: the model's")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="packed weights, through bitsandbytes: LLM.int8 or NF4; embeddings and head stay as they are",
+    )
     store: str | None = Field(
         None, description="folder of a store of its log-probs (`dpkd cache`), in place of the model"
     )
@@ -36,6 +40,10 @@ class TeacherSettings(ModelSettings):
     def _model_or_store(self) -> TeacherSettings:
         if self.store is not None and self.model is not None:
             raise ValueError("name either `model` or `store`: a store takes the model's place")
+        if self.quantization != "none" and self.store is not None:
+            raise ValueError("`quantization` packs the weights of a model, and a `store` has none; leave it out")
+        if self.quantization != "none" and (self.model or "").lower().endswith(".gguf"):
+            raise ValueError("`quantization` takes a folder of safetensors or a hub id, and `model` is a .gguf file")
         return self
 
 

@@ -70,6 +70,8 @@ def student_config(settings: StudentSettings, teacher_config: Any, given: Given 
         config = (given or Given()).config(settings)
     elif teacher_config is not None:
         config = deepcopy(teacher_config)
+        if hasattr(config, "quantization_config"):  # of a teacher that was read with packed weights
+            del config.quantization_config
     else:
         raise DpkdError(f"student.init `{settings.init}` follows the teacher's shape: name a teacher with --teacher")
     if settings.layers is not None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpkd.api import Sampled
 from dpkd.errors import DpkdError
 from dpkd.text.filters import draw, precise_dtype
 from dpkd.text.settings import SamplingSettings
@@ -34,22 +35,6 @@ class Request:
     prompt: tuple[int, ...]
     seeds: tuple[int, ...]
     limit: int  # new tokens at most
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """One response as it was drawn; log-probs in nats, one per token.
-
-    response_ids     EOS included when it was drawn
-    logps            log q under the (student) model at temperature 1, before any filter
-    behaviour_logps  under the policy that drew the token: temperature, top-k, top-p, teacher mix
-    truncated        no EOS within the limit
-    """
-
-    response_ids: tuple[int, ...]
-    logps: tuple[float, ...]
-    behaviour_logps: tuple[float, ...]
-    truncated: bool
 
 
 @dataclass

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.api import Rollout, RolloutLoss, Text
+from dpkd.api import Rollout, RolloutLoss, Sampled, Sampler, Text
 from dpkd.data.batches import TokenSequence, collate, micro_batches
 from dpkd.data.tokenise import Prompt
 from dpkd.data.twins import Translator
 from dpkd.errors import DpkdError
 from dpkd.models.chunked import chunk_rows
 from dpkd.teachers.live import LiveTeacher
+from dpkd.text.backend import sampling_task
 from dpkd.text.responses import Response
-from dpkd.text.sampling import Sampled, sample
 from dpkd.text.settings import SamplingSettings, TextSettings
 from dpkd.text.store import ResponseStore
-from dpkd.text.writers import prompt_seed, response_seed
+from dpkd.text.writers import prompt_seed, sample_seeds
 
 __all__ = ["Crew", "RetellingPen", "StudentPen", "TeacherPen"]
 
@@ -44,49 +44,50 @@ class Crew:
 
 @dataclass
 class StudentPen:
-    """Draws the student's responses; for a policy gradient it also scores them with the teacher."""
+    """Has the student's responses drawn; for a policy gradient it also scores them with the teacher."""
 
-    lend: Callable[[Callable[[nn.Module], Any]], Any]  # gives the student to work on it
+    sampler: Sampler
+    lend: Callable[[Callable[[nn.Module], Any]], Any]  # gives the student, whole, while the sampler draws from it
     prompts: Sequence[Prompt]
     settings: TextSettings
-    eos_ids: frozenset[int]
     pad_id: int
     vocabulary: int
     seed: int
     crew: Crew
-    context: int | None  # the longest sequence that both models read
     device: torch.device
     teacher: LiveTeacher | None = None
     loss: RolloutLoss[Any] | None = None
     progress: Callable[[int], None] | None = None
 
-    def __call__(self, indices: Sequence[int], period: int) -> list[Response]:
-        responses = self.crew.share(indices, lambda mine: self._write(mine, period))
-        return _with_advantages(responses, self.loss) if self.loss is not None else responses
+    def __call__(self, indices: Sequence[int], period: int) -> list[tuple[Response, ...]]:
+        count = self.settings.samples_per_prompt
+        shared = self.crew.share(indices, lambda mine: _grouped(self._write(mine, period), count))
+        if self.loss is None:
+            return shared
+        return _grouped(_with_advantages([response for group in shared for response in group], self.loss), count)
 
     def _write(self, indices: list[int], period: int) -> list[Response]:
-        sampled = self.lend(lambda student: self._sampled(student, indices, period))
+        """The responses to these examples, those to one example together."""
+        sampled = self.lend(lambda _student: self._drawn(indices, period))
         if self.loss is None:
             return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
         drawn = [Response(s.response_ids, Text.STUDENT, s.truncated, s.logps, s.behaviour_logps) for s in sampled]
-        return self._scored(indices, drawn)
+        return self._scored([i for i in indices for _ in range(self.settings.samples_per_prompt)], drawn)
 
-    def _sampled(self, student: nn.Module, indices: list[int], period: int) -> list[Sampled]:
-        mix, veto = self.settings.teacher_mix, self.settings.teacher_veto
-        return sample(
-            student,
-            [self.prompts[i].prompt_ids for i in indices],
+    def _drawn(self, indices: list[int], period: int) -> Sequence[Sampled]:
+        mix, veto, count = self.settings.teacher_mix, self.settings.teacher_veto, self.settings.samples_per_prompt
+        task = sampling_task(
             self.settings.sampling,
-            eos_ids=self.eos_ids,
-            pad_id=self.pad_id,
-            seeds=[response_seed(self.seed, period, self.prompts[i].id) for i in indices],
-            vocabulary=self.vocabulary,
+            [self.prompts[i].prompt_ids for i in indices],
+            [seed for i in indices for seed in sample_seeds(self.seed, period, self.prompts[i].id, count)],
+            samples_per_prompt=count,
+            logps=self.loss is not None,
             mix_with=self.teacher.model if (mix > 0 or veto > 0) and self.teacher is not None else None,
             mix=mix,
             veto=veto,
-            longest=self.context,
-            progress=self.progress,
         )
+        self.sampler.refresh()
+        return self.sampler.draw(task, lambda place, response: self.progress(1) if self.progress else None)
 
     def _scored(self, indices: list[int], responses: list[Response]) -> list[Response]:
         """The responses with the teacher's log-prob of each token."""
@@ -102,6 +103,11 @@ class StudentPen:
                 own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
                 scored[i] = replace(responses[i], teacher_logps=tuple(own))
         return scored
+
+
+def _grouped(responses: list[Response], count: int) -> list[tuple[Response, ...]]:
+    """The responses by example, `count` to each."""
+    return [tuple(responses[first : first + count]) for first in range(0, len(responses), count)]
 
 
 def _with_advantages(responses: list[Response], loss: RolloutLoss[Any]) -> list[Response]:
@@ -124,12 +130,9 @@ def _with_advantages(responses: list[Response], loss: RolloutLoss[Any]) -> list[
 class TeacherPen:
     """Gives the teacher's responses: from the store where they are, else drawn and put there."""
 
-    teacher: LiveTeacher | None  # None: all that is wanted must be in the store
+    sampler: Callable[[], Sampler] | None  # opens one; None: all that is wanted must be in the store
     prompts: Sequence[Prompt]
     sampling: SamplingSettings
-    eos_ids: frozenset[int]
-    pad_id: int
-    vocabulary: int
     seed: int
     crew: Crew
     context: int | None  # the longest sequence that both models read
@@ -142,7 +145,7 @@ class TeacherPen:
         # One response per distinct prompt: the store's, so that a run is the same whether it or an earlier one wrote.
         distinct = {self.prompts[i].prompt_ids: i for i in reversed(indices)}
         missing = [i for prompt, i in distinct.items() if self.store.get(prompt) is None]
-        if missing and self.teacher is None:
+        if missing and self.sampler is None:
             raise DpkdError(
                 f"{len(missing):,} of {len(distinct):,} responses of the teacher are not in the store "
                 f"{self.store.folder.parent.parent}: it was written for other data, another seed or other "
@@ -173,17 +176,14 @@ class TeacherPen:
             if self.progress is not None:
                 self.progress(done, len(indices))
 
-        assert self.teacher is not None
-        sample(
-            self.teacher.model,
-            prompts,
-            self.sampling,
-            eos_ids=self.eos_ids,
-            pad_id=self.pad_id,
-            seeds=[prompt_seed(self.seed, prompt) for prompt in prompts],
-            vocabulary=self.vocabulary,
-            on_finished=finished,
-        )
+        assert self.sampler is not None
+        sampler = self.sampler()
+        try:
+            seeds = [prompt_seed(self.seed, prompt) for prompt in prompts]
+            sampler.refresh()
+            sampler.draw(sampling_task(self.sampling, prompts, seeds, logps=False), finished)
+        finally:
+            sampler.close()  # it is not needed again: its memory is the student's
         return indices
 
 

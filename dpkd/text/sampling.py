@@ -18,7 +18,7 @@ from dpkd.text.flight import Flights, Request, Sampled
 from dpkd.text.settings import SamplingSettings
 from dpkd.text.stream import Stream, evaluating, longest_sequence
 
-__all__ = ["Sampled", "sample"]
+__all__ = ["Sampled", "room", "sample"]
 
 
 def sample(
@@ -87,7 +87,7 @@ def _requests(
         )
     requests = []
     for number, prompt in enumerate(prompts):
-        limit = _room(number, len(prompt), longest, settings.max_new_tokens)
+        limit = room(number, len(prompt), longest, settings.max_new_tokens)
         last = (number + 1) * samples_per_prompt
         for first in range(number * samples_per_prompt, last, settings.batch_size):
             own_seeds = tuple(seeds[first : min(last, first + settings.batch_size)])
@@ -95,8 +95,8 @@ def _requests(
     return requests
 
 
-def _room(number: int, prompt_tokens: int, longest: int | None, max_new_tokens: int) -> int:
-    """The largest number of tokens of a response."""
+def room(number: int, prompt_tokens: int, longest: int | None, max_new_tokens: int) -> int:
+    """The largest number of tokens of a response to the prompt of a number. Raises DpkdError when there is no room."""
     if prompt_tokens == 0:
         raise DpkdError(f"prompt {number} has no tokens: a model needs at least one (BOS, say) to begin with")
     if longest is None:

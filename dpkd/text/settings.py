@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -70,6 +70,9 @@ class TextSettings(Block):
     teacher_sampling: SamplingSettings = Field(
         SamplingSettings(), description="how the teacher's responses are drawn (once, into the store)"
     )
+    samples_per_prompt: int = Field(
+        1, ge=1, description="responses that the student writes to each prompt, all of them trained on (no pair losses)"
+    )
     teacher_mix: float = Field(
         0.0, ge=0, lt=1,
         description="α: the student's responses are drawn from α p + (1-α) q at each token (MiniLLM: 0.2)",
@@ -88,9 +91,16 @@ class TextSettings(Block):
     inner_epochs: int = Field(
         1, ge=1, description="how often the optimiser goes over the responses of one refresh (MiniLLM: 4)"
     )
+    backend: str = Field("hf", description="what draws responses: an installed sampler (hf: this process)")
+    backend_settings: dict[str, Any] = Field({}, description="the sampler's own settings")
     store: str | None = Field(
         None, description="folder of the store of teacher responses; None: the user's cache folder"
     )
+
+    @property
+    def backend_key(self) -> dict[str, Any] | None:
+        """What draws, for the key of a store; None where that is dpkd's own sampler."""
+        return None if self.backend == "hf" else {"name": self.backend, **self.backend_settings}
 
     @model_validator(mode="after")
     def _consistent(self) -> TextSettings:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +71,12 @@ class ResponseStore:
         tokenizer_fingerprint: str,
         sampling: SamplingSettings,
         seed: int,
+        backend: Mapping[str, Any] | None = None,
     ) -> ResponseStore:
         """The store of a key in `folder` (None: the user's cache); it is created when it is new.
 
-        The key is all that decides a response but for the prompt; `batch_size` decides nothing.
+        The key is all that decides a response but for the prompt; `batch_size` decides nothing. `backend` says what
+        draws, with its settings; None is dpkd's own sampler.
 
         Raises DpkdError when the folder cannot be used, or was written by another version of dpkd.
         """
@@ -83,6 +85,7 @@ class ResponseStore:
             "tokenizer": tokenizer_fingerprint,
             "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
             "seed": seed,
+            **({"backend": dict(backend)} if backend is not None else {}),
         }
         store = cls((default_folder() if folder is None else Path(folder)) / digest(key))
         with _errors_of(store.folder):

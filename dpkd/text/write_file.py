@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpkd.api import Writer
 from dpkd.data.encoding import continuation
 from dpkd.data.examples import Example, read_examples
 from dpkd.data.settings import DataSettings
@@ -19,8 +21,8 @@ from dpkd.errors import DpkdError
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
-from dpkd.text.sampling import sample
-from dpkd.text.settings import SamplingSettings
+from dpkd.text.backend import open_sampler, sampling_task
+from dpkd.text.settings import SamplingSettings, TextSettings
 from dpkd.text.writers import response_seed
 
 __all__ = ["SampleReport", "sample_to_file"]
@@ -45,6 +47,8 @@ def sample_to_file(
     output: Path,
     seed: int,
     samples_per_prompt: int = 1,
+    backend: str = "hf",
+    backend_settings: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SampleReport:
     """Append one JSON line per response; a second call goes on where an interrupted one stopped.
@@ -53,10 +57,12 @@ def sample_to_file(
     Raises DpkdError when the file was written with other settings, by another model or for other prompts.
     """
     examples = read_examples(data, require_response=False)
+    drawn_by = TextSettings(backend=backend, backend_settings=dict(backend_settings or {}))
     facts = {
         "model": model.model, "weights": model_fingerprint(str(model.model), model.revision),
         "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}), "seed": seed, "template": data.template,
         "data": examples.fingerprint, "samples_per_prompt": samples_per_prompt,
+        **({"backend": drawn_by.backend_key} if drawn_by.backend_key is not None else {}),
     }  # fmt: skip
     found = _found(output, facts)
     tokenizer = load_tokenizer(model)
@@ -67,14 +73,15 @@ def sample_to_file(
     lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
     counts = {"written": 0, "truncated": 0, "empty": 0}
     _settings_file(output).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    with output.open("a", encoding="utf-8") as file:
+    writer = Writer(lm, None, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
+    with closing(open_sampler(drawn_by, writer)) as sampler, output.open("a", encoding="utf-8") as file:
+        sampler.refresh()
         for group in _groups(todo, 4 * sampling.batch_size):
-            sampled = sample(
-                lm, [p.prompt_ids for p in group], sampling, eos_ids={tokenizer.eos_token_id},
-                pad_id=tokenizer.pad_token_id, samples_per_prompt=samples_per_prompt,
-                seeds=[response_seed(seed, n, p.id) for p in group for n in range(samples_per_prompt)],
+            seeds = [response_seed(seed, n, p.id) for p in group for n in range(samples_per_prompt)]
+            task = sampling_task(
+                sampling, [p.prompt_ids for p in group], seeds, samples_per_prompt=samples_per_prompt, logps=False
             )  # fmt: skip
-            for number, s in enumerate(sampled):
+            for number, s in enumerate(sampler.draw(task)):
                 prompt, n = group[number // samples_per_prompt], number % samples_per_prompt
                 # The space between prompt and response belongs to the response: no strip.
                 text = continuation(tokenizer, prompt.prompt_ids, s.response_ids)

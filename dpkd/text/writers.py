@@ -19,15 +19,19 @@ from dpkd.text.adaptive import Adaptive
 from dpkd.text.responses import Response
 from dpkd.text.settings import TextSettings
 
-__all__ = ["StepText", "Writers", "prompt_seed", "response_seed"]
+__all__ = ["StepText", "Writers", "prompt_seed", "response_seed", "sample_seeds"]
 
-# Writes a response for each of these examples; the number is the refresh period.
-StudentPen = Callable[[Sequence[int], int], list[Response]]
+# Writes the responses to each of these examples; the number is the refresh period.
+StudentPen = Callable[[Sequence[int], int], list[tuple[Response, ...]]]
 TeacherPen = Callable[[Sequence[int]], list[Response]]
 
 
 class StepText(NamedTuple):
-    """The responses of one step: one per example and writer, for a pair preferred first; and what was left out."""
+    """The responses of one step, and what was left out.
+
+    An entry has all responses to an example: one by each writer (for a pair the preferred first), or several by the
+    student.
+    """
 
     responses: list[tuple[int, tuple[Response, ...]]]
     counts: dict[str, float]
@@ -37,6 +41,12 @@ def response_seed(seed: int, period: int, example_id: str) -> int:
     """Seed of one response: a hash of run seed, refresh period and example."""
     digest = hashlib.sha256(f"{seed}/{period}/{example_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sample_seeds(seed: int, period: int, example_id: str, count: int) -> list[int]:
+    """Seeds of the responses to one example: the first is `response_seed`, so that more of them do not change it."""
+    first = response_seed(seed, period, example_id)
+    return [first, *(response_seed(first, number, "sample") for number in range(1, count))]
 
 
 def prompt_seed(seed: int, prompt_ids: Sequence[int]) -> int:
@@ -65,7 +75,7 @@ class Writers:
         self.settings, self.family, self.prompts, self.schedule = settings, family, prompts, schedule
         self._seed, self._eos_ids = seed, eos_ids
         self._student, self._teacher = student, teacher
-        self.student_responses: dict[int, Response] = {}
+        self.student_responses: dict[int, tuple[Response, ...]] = {}
         self._teacher_responses: dict[int, Response] = {}
         self.adaptive: Adaptive | None = None
         if settings.source == "adaptive" and family is not Family.PAIR:
@@ -116,10 +126,11 @@ class Writers:
         window = self.schedule.window(step)
         choice = adaptive.choose(step)
         if choice == "dataset":
-            return [(i, self._response(i, Text.DATASET)) for i in window]
+            return [(i, response) for i in window for response in self._responses(i, Text.DATASET)]
         if choice == "replay":
             return adaptive.replay(step, len(window))
-        written = list(zip(window, self._student(window, self.schedule.period(step)), strict=True))
+        drawn = self._student(window, self.schedule.period(step))
+        written = [(i, response) for i, (response,) in zip(window, drawn, strict=True)]
         adaptive.add(written)
         return written
 
@@ -128,7 +139,8 @@ class Writers:
         if self.adaptive is not None:
             return [(i, (response,)) for i, response in self._decided]
         writers = self.writers(step)
-        return [(i, tuple(self._response(i, writer) for writer in writers)) for i in self.schedule.window(step)]
+        window = self.schedule.window(step)
+        return [(i, tuple(r for writer in writers for r in self._responses(i, writer))) for i in window]
 
     def _student_examples(self, step: int) -> list[int]:
         period, wanted = self.schedule.period(step), {}
@@ -138,12 +150,14 @@ class Writers:
             step += 1
         return list(wanted)
 
-    def _response(self, index: int, writer: Text) -> Response:
-        if writer is Text.DATASET:
-            prompt = self.prompts[index]
-            return Response(prompt.response_ids, writer, truncated=prompt.response_ids[-1] not in self._eos_ids)
-        written = self._teacher_responses if writer is Text.TEACHER else self.student_responses
-        return written[index]
+    def _responses(self, index: int, writer: Text) -> tuple[Response, ...]:
+        """All that a writer has written to an example."""
+        if writer is Text.STUDENT:
+            return self.student_responses[index]
+        if writer is Text.TEACHER:
+            return (self._teacher_responses[index],)
+        prompt = self.prompts[index]
+        return (Response(prompt.response_ids, writer, truncated=prompt.response_ids[-1] not in self._eos_ids),)
 
     def step(self, step: int) -> StepText:
         """The responses of a step. Pairs of equal responses prefer nothing; empty teacher responses teach nothing."""

@@ -33,5 +33,5 @@ def test_every_public_method_is_a_hook():
 
 
 def test_the_example_is_that_of_the_example_package():
-    block, _ = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    block, *_ = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     assert block in (DOCS / "examples/dpkd-hello/dpkd_hello.py").read_text(encoding="utf-8")

@@ -58,9 +58,10 @@ def test_accumulation_changes_nothing(settings_of, quiet):
 def _writers(responses, family=Family.TOKEN):
     """One prompt and one step, by writers who are told what to write; 9 is EOS."""
     prompt = Prompt(id="a", prompt_ids=(1,), response_ids=(2, 9), references=(), text="")
+    by_student, by_teacher = responses
     pens = {
-        who: lambda indices, *_, ids=ids, writer=writer: [Response(ids, writer) for _ in indices]
-        for who, writer, ids in zip(("student", "teacher"), (Text.STUDENT, Text.TEACHER), responses, strict=True)
+        "student": lambda indices, _period: [(Response(by_student, Text.STUDENT),) for _ in indices],
+        "teacher": lambda indices: [Response(by_teacher, Text.TEACHER) for _ in indices],
     }
     settings = TextSettings(source="each", each=("teacher", "student", "dataset"))
     writers = Writers(settings, family, [prompt], Schedule([3], batch_size=1, steps=1, seed=0), seed=0,

@@ -86,9 +86,9 @@ def test_a_replay_is_of_other_prompts_than_the_steps_own() -> None:
     prompts = [Prompt(str(i), (i,), (i, 9), (), "") for i in range(1, 7)]
     written: list[int] = []
 
-    def student(indices: Any, _period: int) -> list[Response]:
+    def student(indices: Any, _period: int) -> list[tuple[Response]]:
         written.extend(indices)
-        return [Response((i + 1, 8, 9), Text.STUDENT) for i in indices]
+        return [(Response((i + 1, 8, 9), Text.STUDENT),) for i in indices]
 
     settings = TextSettings(source="adaptive", adaptive=AdaptiveSettings(share=1.0, capacity=2, fresh="increasing"))
     schedule = Schedule([2] * 6, batch_size=2, steps=300, seed=0)

@@ -44,6 +44,20 @@ def _tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
 
 
+class Answers:
+    """A sampler with one answer to everything."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.answer = Sampled(tuple(ids), (), (), False)
+
+    def refresh(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def draw(self, task):
+        return [self.answer for _ in task.seeds]
+
+
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch):
     """`written(row, ids, ...)`: the file that a model which answers `ids` writes, and the tokenizer."""
@@ -56,8 +70,7 @@ def written(tmp_path: Path, monkeypatch):
         output = tmp_path / "out.jsonl"
         monkeypatch.setattr(write_file, "load_tokenizer", lambda settings: tokenizer)
         monkeypatch.setattr(write_file, "load_model", lambda *a, **k: torch.nn.Identity())
-        answers = lambda lm, prompts, *a, **k: [Sampled(tuple(ids), (), (), False) for _ in k["seeds"]]  # noqa: E731
-        monkeypatch.setattr(write_file, "sample", answers)
+        monkeypatch.setattr(write_file, "open_sampler", lambda text, writer: Answers(ids))
         settings = DataSettings(path=str(tmp_path / "prompts.jsonl"), **data)
         report = write_file.sample_to_file(ModelSettings(model=str(folder)), settings, SAMPLING, output=output, seed=1)
         return output, report
