@@ -38,7 +38,7 @@ from dpkd.models.settings import ModelSettings, StudentSettings
 from dpkd.students.initialise import make_student
 from dpkd.teachers.live import LiveTeacher
 
-RATES = {"full": 3e-3, "lora": 2e-2}
+RATES = {"full": 3e-3, "lora": 5e-3}
 
 
 def texts(spec: LossSpec) -> Iterator[tuple[str, dict[str, Any]]]:
