@@ -76,12 +76,14 @@ def dolly(teacher: str, start: str) -> dict[str, Any]:
 
 
 def numbers(run: SweepRun) -> dict[str, Any]:
-    """The scores of a run, its log-probs per token at the start and at the end, and whether it warned."""
-    scores = json.loads(next((run.folder / "eval").rglob("scores.json")).read_text(encoding="utf-8"))["metrics"]
-    found: dict[str, Any] = {name: scores[name]["mean"] for name in NUMBERS}
+    """The scores of a run (nothing where it was not scored), its log-probs per token, and whether it warned."""
+    files = list((run.folder / "eval").rglob("scores.json"))
+    scores = json.loads(files[0].read_text(encoding="utf-8"))["metrics"] if files else {}
+    found: dict[str, Any] = {name: scores.get(name, {}).get("mean", float("nan")) for name in NUMBERS}
     for which in ("preferred", "dispreferred"):
         values = per_token(run.folder, which)
-        found[f"{which} first"], found[f"{which} last"] = values[0], sum(values[-3:]) / 3
+        found[f"{which} first"], found[f"{which} lowest"] = values[0], min(values)
+        found[f"{which} last"] = sum(values[-3:]) / 3
     log = run.folder.with_name(f"{run.name}.log")
     found["warned"] = "log q of the preferred responses has fallen" in log.read_text(encoding="utf-8")
     return found
@@ -94,21 +96,26 @@ def per_token(folder: Path, which: str) -> list[float]:
 
 def table(plan: Plan) -> str:
     lines = [
-        "| run | Rouge-L | fKL | rKL | tokens | EOS % | log q(yₜ) first → last | log q(yₛ) first → last | warned |",
+        "| run | Rouge-L | fKL | rKL | tokens | EOS % | log q(yₜ): first, lowest, last | log q(yₛ) | warned |",
         "|---|---:|---:|---:|---:|---:|---|---|---|",
     ]
     for run in pairs(plan):
         n = numbers(run)
         lines.append(
             f"| {run.name} | {n['rouge_l']:.1f} | {n['forward_kl']:.2f} | {n['reverse_kl']:.2f} | {n['tokens']:.0f} | "
-            f"{100 * n['eos_rate']:.0f} | {n['preferred first']:.2f} → {n['preferred last']:.2f} | "
-            f"{n['dispreferred first']:.2f} → {n['dispreferred last']:.2f} | {'yes' if n['warned'] else ''} |"
+            f"{n['eos_rate']:.0f} | {_three(n, 'preferred')} | {_three(n, 'dispreferred')} | "
+            f"{'yes' if n['warned'] else ''} |"
         )
     return "\n".join(lines)
 
 
+def _three(found: dict[str, Any], which: str) -> str:
+    return ", ".join(f"{found[f'{which} {when}']:.1f}" for when in ("first", "lowest", "last"))
+
+
 def pairs(plan: Plan) -> list[SweepRun]:
-    return [run for run in plan.runs if run.name != "start"]
+    """The runs on pairs, as far as they have begun."""
+    return [run for run in plan.runs if run.name != "start" and (run.folder / "metrics.jsonl").exists()]
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -139,6 +146,7 @@ def main() -> None:
     parser.add_argument("--on", choices=["stories", "dolly"], required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--teacher", help="with dolly: the folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--show", action="store_true", help="only what is there already: run nothing")
     parser.add_argument("--start", help="with dolly: the model that configs/small/start.yaml gives")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +154,8 @@ def main() -> None:
     path = given.folder / "sweep.yaml"
     path.write_text(yaml.safe_dump({"output": str(given.folder / "runs"), **values}, sort_keys=False), encoding="utf-8")
     plan = read_sweep(path)
-    run_sweep(plan)
+    if not given.show:
+        run_sweep(plan)
     print(table(plan))
     draw(plan, given.folder / "curves.png")
 
