@@ -138,7 +138,7 @@ def draw(plan: Plan, path: Path) -> None:
             axis.set(title=title, xlabel="step")
     axes[3].set_yscale("symlog")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=60)
 
 
 def main() -> None:
