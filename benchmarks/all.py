@@ -1,6 +1,6 @@
 """Run every benchmark (but gpu.py, which needs one) and write the tables into docs/performance.md: `make bench`.
 
-Meant to take at most 20 minutes on two idle cores; --only takes a part. A page without one of the
+Takes about 35 minutes on two idle cores; --only takes a part. A page without one of the
 places for a table, or with another, is an error.
 
     python benchmarks/all.py [--only step ...] [--tiny]     # --tiny: seconds, prints, writes nothing
