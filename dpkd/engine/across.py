@@ -29,6 +29,8 @@ def token_by_token(resolved: Resolved) -> list[str]:
             reasons.append(f"the loss {objective.spec.name} compares the two models token by token")
         if objective.text is not None and objective.text.teacher_mix > 0:
             reasons.append("text.teacher_mix mixes the teacher's tokens into the student's")
+        if objective.text is not None and objective.text.teacher_veto > 0:
+            reasons.append("text.teacher_veto puts the teacher's tokens among the student's")
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.kd_ratio > 0:
         reasons.append("terms.pretrain.kd_ratio distils token by token")
     return reasons
@@ -37,7 +39,8 @@ def token_by_token(resolved: Resolved) -> list[str]:
 def _needs_one_tokenizer(objective: Objective) -> bool:
     if objective.spec.family is Family.ROLLOUT:
         return True
-    reads_teacher = bool({Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS} & objective.reads)
+    of_teacher = {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS, Signal.TEACHER_HIDDEN}
+    reads_teacher = bool(of_teacher & objective.reads)
     return reads_teacher and Trait.ACROSS_TOKENIZERS not in objective.spec.traits
 
 

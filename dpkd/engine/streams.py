@@ -51,8 +51,13 @@ class Group:
         ]
         spans = None
         if self.translator is not None and any(map(_on_spans, self.losses.values())):
-            twins = self.translator.twins([(i, r.ids) for i, (r,) in text.responses])
-            units = [unit._replace(twin=twin) for unit, twin in zip(units, twins, strict=True)]
+            # A teacher with other tokens shares no prompt: each response stands by itself.
+            apart = [(i, response) for i, responses in text.responses for response in responses]
+            twins = self.translator.twins([(i, response.ids) for i, response in apart])
+            units = [
+                Unit((TokenSequence(prompts[i].prompt_ids, response.ids),), (response,), twin)
+                for (i, response), twin in zip(apart, twins, strict=True)
+            ]
             spans = sum(len(twin.spans) for twin in twins)
         rows = len(units) if self.pairs else _tokens(units)
         terms = [

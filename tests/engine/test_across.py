@@ -96,3 +96,18 @@ def test_an_idle_process_gives_zero(across, quiet):
     total.backward()
     assert total.item() == 0.0
     assert sums.averages() == {}
+
+
+@pytest.mark.parametrize("changes", [
+    {"text.source": "student", "text.samples_per_prompt": 2},
+    {"text.source": "each", "text.each": ["dataset", "student"]},
+])  # fmt: skip
+def test_several_responses_to_a_prompt_have_a_twin_each(changes, across, quiet):
+    found, _, (assembly, texts) = gradients(across("uld", changes), quiet)
+    (stream,) = assembly.builder.streams(0, texts)
+    assert len(stream.units) == 2 * len(texts[0].responses)
+    assert all(len(unit.sequences) == 1 and unit.twin is not None for unit in stream.units)
+    # One micro-batch or many: the same gradient.
+    again, _, _ = gradients(across("uld", {**changes, "train.micro_batch_size": 1}), quiet)
+    for name, gradient in found.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-8)
