@@ -12,7 +12,7 @@ __all__ = ["memory_problems"]
 
 # How something is found and read: of an object in memory that was decided before.
 POINTLESS = {
-    "teacher.model": ("revision", "dtype", "attention", "trust_remote_code"),
+    "teacher.model": ("revision", "dtype", "attention", "quantization", "trust_remote_code"),
     "student.model": ("revision", "attention", "trust_remote_code"),
     "data.path": ("subset", "split", "streaming"),
 }

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from dpkd.api import Family, Signal, Text
-from dpkd.config.objective import text_writers
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.engine.preparation import Prepared
@@ -98,7 +97,7 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
 
 
 def _writers(resolved: Resolved) -> set[Text]:
-    return set(text_writers(resolved.settings.text, resolved.loss.family).values())
+    return set(resolved.objectives[0].writers.values())
 
 
 def _teacher_bytes(settings: RunSettings, prepared: Prepared) -> float:

@@ -247,6 +247,7 @@ def test_a_run_whose_teacher_was_in_memory_is_evaluated_with_the_teacher_that_is
         ({"data": {"train": []}}, "data: expected rows, but got a dict of train: give one split of it"),
         ({"data": ["red"]}, r"row:1: not a mapping: expected \{column: value\}, found 'red'"),
         ({"tokenizer": object()}, "tokenizer: belongs to a model in memory, and none was given"),
+        ({"settings": {"teacher.quantization": "4bit"}}, "teacher.quantization: says nothing of in-memory:teacher"),
         ({"settings": {"data.split": "test"}}, r"data.split: says nothing of in-memory:data.*\(from settings\)"),
         ({"student": "in-memory:student"}, "stands for an object that a Python program had"),
     ],
