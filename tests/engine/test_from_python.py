@@ -247,7 +247,6 @@ def test_a_run_whose_teacher_was_in_memory_is_evaluated_with_the_teacher_that_is
         ({"data": {"train": []}}, "data: expected rows, but got a dict of train: give one split of it"),
         ({"data": ["red"]}, r"row:1: not a mapping: expected \{column: value\}, found 'red'"),
         ({"tokenizer": object()}, "tokenizer: belongs to a model in memory, and none was given"),
-        ({"settings": {"teacher.quantization": "4bit"}}, "teacher.quantization: says nothing of in-memory:teacher"),
         ({"settings": {"data.split": "test"}}, r"data.split: says nothing of in-memory:data.*\(from settings\)"),
         ({"student": "in-memory:student"}, "stands for an object that a Python program had"),
     ],
@@ -257,6 +256,12 @@ def test_what_cannot_be_used_is_explained(arguments, message, toy, rows, tmp_pat
     with pytest.raises(DpkdError, match=message):
         dpkd.train(loss="sft", **given)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_in_memory_are_not_packed(models, tokenizer, rows):
+    packed = {"teacher.quantization": "4bit"}
+    with pytest.raises(DpkdError, match="teacher.quantization: says nothing of in-memory:teacher"):
+        dpkd.train(loss="kd", teacher=models[0], student=models[1], tokenizer=tokenizer, data=rows, settings=packed)
 
 
 def test_a_model_without_a_tokenizer_is_explained(models, rows):
