@@ -260,7 +260,7 @@ def test_what_cannot_be_used_is_explained(arguments, message, toy, rows, tmp_pat
 
 def test_weights_in_memory_are_not_packed(models, tokenizer, rows):
     packed = {"teacher.quantization": "4bit"}
-    with pytest.raises(DpkdError, match="teacher.quantization: says nothing of in-memory:teacher"):
+    with pytest.raises(DpkdError, match=r"teacher\.quantization: says nothing of in-memory:teacher"):
         dpkd.train(loss="kd", teacher=models[0], student=models[1], tokenizer=tokenizer, data=rows, settings=packed)
 
 
