@@ -1,7 +1,7 @@
 """When sequence-level DPKD collapses and when it holds: likelihood term, length normalisation, freshness of pairs, β.
 
 Every run begins with the same fine-tuned student and differs in four settings. The table has Rouge-L and divergences on
-held-out rows, and what became of the log-probs per token of preferred and dispreferred responses; the figure has them
+held-out rows, and what became of the log-probs per token of chosen and rejected responses; the figure has them
 over the steps. Stale pairs are written once and gone over again and again.
 
     python benchmarks/collapse.py --on stories --folder NEW           # stories260K into two of its five layers
@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 from every_loss import SHARED, STORIES, write_stories
 
-from dpkd.engine.sweep import Plan, SweepRun, read_sweep, run_sweep
 from dpkd.report.reading import read_run
+from dpkd.train.sweep import Plan, SweepRun, read_sweep, run_sweep
 
 FRESH, STALE = {"text.every": 10, "text.refresh": "every_n_steps"}, {"text.refresh": "once"}
 LM, HOW, BETA = "terms.lm.weight", "loss.aggregation", "loss.beta"
@@ -33,14 +33,17 @@ def stories(folder: Path) -> dict[str, Any]:
     data, held_out = write_stories(folder)
     grid = {LM: [0.0, 1.0], HOW: ["mean", "sum"], BETA: [0.1, 1.0]}
     of_all = {"loss.name": "dpkd", "student.model": "{start}", "train.steps": 400, "train.lr": 1e-3}
-    start = {
-        "loss.name": "sft", "student.init": "layers", "student.layers": 2, "train.steps": 400, "train.lr": 3e-3,
-    }  # fmt: skip
+    start = {"loss.name": "sft", "student.init": "layers", "student.layers": 2, "train.steps": 400, "train.lr": 3e-3}
     return {
         "settings": {
-            "data.template": "none", "train.batch_size": 16, "train.micro_batch_size": 32, "train.log_every": 20,
-            "text.sampling.max_new_tokens": 64, "text.teacher_sampling.max_new_tokens": 64,
-            "teacher.model": str(STORIES), "data.path": str(data),
+            "data.template": "none",
+            "train.batch_size": 16,
+            "train.micro_batch_size": 32,
+            "train.log_every": 20,
+            "text.sampling.max_new_tokens": 64,
+            "text.teacher_sampling.max_new_tokens": 64,
+            "teacher.model": str(STORIES),
+            "data.path": str(data),
         },
         "stages": {
             "start": {"settings": start},
@@ -48,10 +51,11 @@ def stories(folder: Path) -> dict[str, Any]:
             "stale": {"settings": {**of_all, **STALE, "data.limit": 160}, "matrix": grid},
         },
         "evaluate": {
-            "data": [str(held_out)], "stages": ["fresh", "stale"],
+            "data": [str(held_out)],
+            "stages": ["fresh", "stale"],
             "options": {"seeds": "10,20,30", "max_new_tokens": 64},
         },
-    }  # fmt: skip
+    }
 
 
 def dolly(teacher: str, start: str) -> dict[str, Any]:
@@ -59,10 +63,18 @@ def dolly(teacher: str, start: str) -> dict[str, Any]:
     of_all = {"loss.name": "dpkd", "student.model": start, "train.steps": 150, "train.lr": 3e-4, "data.limit": 200}
     return {
         "settings": {
-            "teacher.model": teacher, "student.dropout": "off", "data.path": str(SHARED / "data/dolly/train.jsonl"),
-            "data.template": "alpaca", "data.max_prompt_tokens": 128, "data.max_tokens": 192,
-            "text.sampling.max_new_tokens": 48, "text.teacher_sampling.max_new_tokens": 64,
-            "train.batch_size": 4, "train.min_lr": 1e-5, "train.warmup_steps": 10, "train.log_every": 10,
+            "teacher.model": teacher,
+            "student.dropout": "off",
+            "data.path": str(SHARED / "data/dolly/train.jsonl"),
+            "data.template": "alpaca",
+            "data.max_prompt_tokens": 128,
+            "data.max_tokens": 192,
+            "text.sampling.max_new_tokens": 48,
+            "text.teacher_sampling.max_new_tokens": 64,
+            "train.batch_size": 4,
+            "train.min_lr": 1e-5,
+            "train.warmup_steps": 10,
+            "train.log_every": 10,
         },
         "stages": {
             "fresh": {"settings": {**of_all, **FRESH, LM: 0.0}, "matrix": {HOW: ["mean", "sum"]}},
@@ -72,7 +84,7 @@ def dolly(teacher: str, start: str) -> dict[str, Any]:
             "data": [str(SHARED / "data/dolly/eval.jsonl")],
             "options": {"limit": 100, "seeds": "10", "max_new_tokens": 64, "long_prompts": "skip"},
         },
-    }  # fmt: skip
+    }
 
 
 def numbers(run: SweepRun) -> dict[str, Any]:
@@ -80,17 +92,17 @@ def numbers(run: SweepRun) -> dict[str, Any]:
     files = list((run.folder / "eval").rglob("scores.json"))
     scores = json.loads(files[0].read_text(encoding="utf-8"))["metrics"] if files else {}
     found: dict[str, Any] = {name: scores.get(name, {}).get("mean", float("nan")) for name in NUMBERS}
-    for which in ("preferred", "dispreferred"):
+    for which in ("chosen", "rejected"):
         values = per_token(run.folder, which)
         found[f"{which} first"], found[f"{which} lowest"] = values[0], min(values)
         found[f"{which} last"] = sum(values[-3:]) / 3
     log = run.folder.with_name(f"{run.name}.log")
-    found["warned"] = "log q of the preferred responses has fallen" in log.read_text(encoding="utf-8")
+    found["warned"] = "log q of the chosen responses has fallen" in log.read_text(encoding="utf-8")
     return found
 
 
 def per_token(folder: Path, which: str) -> list[float]:
-    """log q(y) / |y| of the preferred or the dispreferred responses at the logged steps."""
+    """log q(y) / |y| of the chosen or the rejected responses at the logged steps."""
     return [m[f"logp/{which}"] / m[f"length/{which}"] for m in read_run(folder).metrics if f"logp/{which}" in m]
 
 
@@ -103,7 +115,7 @@ def table(plan: Plan) -> str:
         n = numbers(run)
         lines.append(
             f"| {run.name} | {n['rouge_l']:.1f} | {n['forward_kl']:.2f} | {n['reverse_kl']:.2f} | {n['tokens']:.0f} | "
-            f"{n['eos_rate']:.0f} | {_three(n, 'preferred')} | {_three(n, 'dispreferred')} | "
+            f"{n['eos_rate']:.0f} | {_three(n, 'chosen')} | {_three(n, 'rejected')} | "
             f"{'yes' if n['warned'] else ''} |"
         )
     return "\n".join(lines)
@@ -123,15 +135,15 @@ def draw(plan: Plan, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = {
-        "log q(yₜ) per token": lambda m: m["logp/preferred"] / m["length/preferred"],
-        "log q(yₛ) per token": lambda m: m["logp/dispreferred"] / m["length/dispreferred"],
+        "log q(yₜ) per token": lambda m: m["logp/chosen"] / m["length/chosen"],
+        "log q(yₛ) per token": lambda m: m["logp/rejected"] / m["length/rejected"],
         "reverse KL": lambda m: m["kl/reverse"],
         "reward margin": lambda m: m["reward/margin"],
-        "length of yₛ": lambda m: m["length/dispreferred"],
+        "length of yₛ": lambda m: m["length/rejected"],
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
     for run in pairs(plan):
-        metrics = [m for m in read_run(run.folder).metrics if "logp/preferred" in m]
+        metrics = [m for m in read_run(run.folder).metrics if "logp/chosen" in m]
         style = "-" if "weight_1.0" in run.name else "--"
         for axis, (title, of) in zip(axes, panels.items(), strict=True):
             axis.plot([m["step"] for m in metrics], [of(m) for m in metrics], style, lw=1.2, label=run.name)

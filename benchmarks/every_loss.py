@@ -18,27 +18,42 @@ import time
 from pathlib import Path
 
 import dpkd
-from dpkd.host import load_host
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
 from dpkd.models.smollm2 import bundled_teacher
-from dpkd.text.sampling import sample
-from dpkd.text.settings import SamplingSettings
-from dpkd.text.store import default_folder
+from dpkd.plugins import load_host
+from dpkd.rollout.response_store import default_folder
+from dpkd.rollout.sampling import sample
+from dpkd.rollout.settings import SamplingSettings
 
 SHARED = Path(os.environ.get("DPKD_SHARED", Path(__file__).parents[2] / "shared"))
 STORIES = SHARED / "models" / "stories260K"
 # A student of 2 of 5 layers learns with a larger rate than the losses suggest for real models.
 STORY_SETTINGS = {
-    "student.init": "layers", "student.layers": 2, "data.template": "none", "train.batch_size": 16,
-    "train.micro_batch_size": 32, "train.lr": 3e-3, "train.steps": 400, "train.log_every": 50,
-    "text.sampling.max_new_tokens": 64, "text.teacher_sampling.max_new_tokens": 64,
-}  # fmt: skip
+    "student.init": "layers",
+    "student.layers": 2,
+    "data.template": "none",
+    "train.batch_size": 16,
+    "train.micro_batch_size": 32,
+    "train.lr": 3e-3,
+    "train.steps": 400,
+    "train.log_every": 50,
+    "text.sampling.max_new_tokens": 64,
+    "text.teacher_sampling.max_new_tokens": 64,
+}
 DOLLY_SETTINGS = {
-    "student.init": "layers", "student.layers": 10, "data.limit": 600, "data.max_prompt_tokens": 96,
-    "data.max_tokens": 160, "train.batch_size": 4, "train.steps": 30, "train.log_every": 10, "train.lr": 1e-4,
-    "text.sampling.max_new_tokens": 24, "text.teacher_sampling.max_new_tokens": 40,
-}  # fmt: skip
+    "student.init": "layers",
+    "student.layers": 10,
+    "data.limit": 600,
+    "data.max_prompt_tokens": 96,
+    "data.max_tokens": 160,
+    "train.batch_size": 4,
+    "train.steps": 30,
+    "train.log_every": 10,
+    "train.lr": 1e-4,
+    "text.sampling.max_new_tokens": 24,
+    "text.teacher_sampling.max_new_tokens": 40,
+}
 
 
 def write_stories(folder: Path, count: int = 700) -> tuple[Path, Path]:
@@ -50,9 +65,13 @@ def write_stories(folder: Path, count: int = 700) -> tuple[Path, Path]:
     tokenizer, model = load_tokenizer(settings), load_model(settings, device="cpu", dtype=None)
     start = "Once upon a time"
     sampled = sample(
-        model, [tokenizer(start)["input_ids"]] * count, SamplingSettings(max_new_tokens=90, batch_size=128),
-        eos_ids={tokenizer.eos_token_id}, pad_id=tokenizer.pad_token_id, seeds=list(range(count)),
-    )  # fmt: skip
+        model,
+        [tokenizer(start)["input_ids"]] * count,
+        SamplingSettings(max_new_tokens=90, batch_size=128),
+        eos_ids={tokenizer.eos_token_id},
+        pad_id=tokenizer.pad_token_id,
+        seeds=list(range(count)),
+    )
     rng, rows = random.Random(0), []
     for one in sampled:
         words = (start + tokenizer.decode(one.response_ids, skip_special_tokens=True)).split(" ")

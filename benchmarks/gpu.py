@@ -42,11 +42,16 @@ def configs(shapes: str) -> tuple[Any, Any]:
     sizes = ((24, 896, 14, 4864), (28, 1536, 12, 8960)) if large else ((1, 32, 2, 64), (2, 48, 2, 96))
     student, teacher = (
         Qwen2Config(
-            vocab_size=151936 if large else 512, hidden_size=width, intermediate_size=inner, num_hidden_layers=n,
-            num_attention_heads=heads, num_key_value_heads=2, tie_word_embeddings=True,
+            vocab_size=151936 if large else 512,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=n,
+            num_attention_heads=heads,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
         )
         for n, width, heads, inner in sizes
-    )  # fmt: skip
+    )
     return student, teacher
 
 

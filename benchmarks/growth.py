@@ -45,9 +45,7 @@ class Point:
 
     def steps(self) -> dict[str, Callable[[], Any]]:
         models = self.models()
-        rows = sequences(
-            self.batch, (self.prompt, self.prompt), (self.response // 2, self.response), self.vocabulary
-        )  # fmt: skip
+        rows = sequences(self.batch, (self.prompt, self.prompt), (self.response // 2, self.response), self.vocabulary)
         return {
             "dense": peers.dense(self.loss, models, rows, self.vocabulary - 1),
             "dpkd": engine_step(self.loss, models, rows),

@@ -78,19 +78,26 @@ def divergence(model: Any, folder: Path) -> float:
 def ours(folder: Path, size: Any, *, loss: str, on_policy: bool = False, pairs: bool = False) -> Result:
     """`dpkd train`: its loop is measured, after everything is loaded and the teacher's responses are written."""
     from dpkd.cli.main import app
-    from dpkd.engine.train import Trainer
+    from dpkd.train.trainer import Trainer
 
     output = Path(tempfile.mkdtemp(dir=folder)) / "run"
     settings = {
-        "data.template": "none", "train.device": "cpu", "train.steps": size.steps, "train.batch_size": size.batch,
-        "train.micro_batch_size": (2 if pairs else 1) * size.batch, "train.lr": LR, "train.schedule": "constant",
-        "terms.lm.weight": 0.0, "text.store": output.parent / "store",
-        "text.sampling.max_new_tokens": size.sampled, "text.teacher_sampling.max_new_tokens": size.sampled,
-    }  # fmt: skip
+        "data.template": "none",
+        "train.device": "cpu",
+        "train.steps": size.steps,
+        "train.batch_size": size.batch,
+        "train.micro_batch_size": (2 if pairs else 1) * size.batch,
+        "train.lr": LR,
+        "train.schedule": "constant",
+        "terms.lm.weight": 0.0,
+        "text.store": output.parent / "store",
+        "text.sampling.max_new_tokens": size.sampled,
+        "text.teacher_sampling.max_new_tokens": size.sampled,
+    }
     if on_policy:
         settings["text.source"] = "student"
     if pairs:  # both responses are there before the loop, as DPOTrainer wants them
-        settings |= {"text.pairs.preferred": "dataset", "text.pairs.dispreferred": "teacher", "text.refresh": "once"}
+        settings |= {"text.pairs.chosen": "dataset", "text.pairs.rejected": "teacher", "text.refresh": "once"}
     words = ["train", "--loss", loss, "--output", str(output), "--data", str(folder / "rows.jsonl")]
     words += ["--student", str(folder / "student"), "--teacher", str(folder / "teacher")]
     words += [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]
@@ -109,9 +116,12 @@ def ours(folder: Path, size: Any, *, loss: str, on_policy: bool = False, pairs: 
         Trainer.run = loop  # type: ignore[method-assign]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tokens = round(sum(line["tokens_per_second"] * line["seconds"] for line in lines))
-    return Result(*taken[0], size.steps, tokens, load_model(
-        ModelSettings(model=str(output / "model")), device="cpu", dtype=torch.float32
-    ))  # fmt: skip
+    return Result(
+        *taken[0],
+        size.steps,
+        tokens,
+        load_model(ModelSettings(model=str(output / "model")), device="cpu", dtype=torch.float32),
+    )
 
 
 def _chunked(kind: str, student: Any, teacher: Any, batch: Any) -> Tensor:
@@ -139,9 +149,7 @@ def _sampled(student: Any, rows: Sequence[TokenSequence], new: int, eos: int) ->
         input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new, pad_token_id=eos
     )
     student.train()
-    return [
-        TokenSequence(row.prompt_ids, line.tolist()) for row, line in zip(rows, out[:, width:], strict=True)
-    ]  # fmt: skip
+    return [TokenSequence(row.prompt_ids, line.tolist()) for row, line in zip(rows, out[:, width:], strict=True)]
 
 
 def floor(folder: Path, size: Any, *, loss: str, on_policy: bool = False) -> Result:
@@ -150,7 +158,7 @@ def floor(folder: Path, size: Any, *, loss: str, on_policy: bool = False) -> Res
     rows = sorted(
         rows_of(folder / "rows.jsonl", tokenizer), key=lambda row: len(row.prompt_ids) + len(row.response_ids)
     )
-    optimiser = torch.optim.AdamW(student.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LR)
     tokens: list[int] = []
 
     def loop() -> None:
@@ -159,10 +167,10 @@ def floor(folder: Path, size: Any, *, loss: str, on_policy: bool = False) -> Res
             if on_policy:
                 window = _sampled(student, window, size.sampled, tokenizer.eos_token_id)
             batch = collate(window, pad_id=tokenizer.eos_token_id)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             _chunked(loss, student, teacher, batch).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
             tokens.append(len(batch.targets))
 
     taken = measured(loop)
@@ -176,16 +184,16 @@ def released(folder: Path, size: Any) -> Result:
     flat = [token for row in rows for part in row for token in part] * (1 + size.batch * size.length // len(rows))
     corpus = peers.padded(
         [TokenSequence((), flat[i * size.length : (i + 1) * size.length]) for i in range(size.batch)], size.length, eos
-    )  # fmt: skip
-    optimiser = torch.optim.AdamW(student.parameters(), lr=LR)
+    )
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LR)
     windows = [rows[i : i + size.batch] for i in range(0, len(rows), size.batch)][: min(RELEASED_STEPS, size.steps)]
 
     def loop() -> None:
         for window in windows:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             peers.released_loss("dpkd", (student, teacher), peers.padded(window, size.length, eos), corpus).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
 
     taken = measured(loop)
     tokens = sum(len(row.response_ids) for window in windows for row in window)

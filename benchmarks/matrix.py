@@ -27,16 +27,16 @@ from every_loss import STORIES, write_stories
 from dpkd.api import Family, LossSpec, Text
 from dpkd.cli.main import app
 from dpkd.data.batches import TokenSequence
+from dpkd.data.encode import tokenize
 from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
-from dpkd.data.tokenise import tokenise
 from dpkd.evaluation.divergences import measure
-from dpkd.host import load_host
 from dpkd.models.head import head_of
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings, StudentSettings
-from dpkd.students.initialise import make_student
-from dpkd.teachers.live import LiveTeacher
+from dpkd.models.student_init import make_student
+from dpkd.plugins import load_host
+from dpkd.teachers.local import LocalTeacher
 
 RATES = {"full": 3e-3, "lora": 5e-3}
 
@@ -45,11 +45,11 @@ def texts(spec: LossSpec) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every text that a loss takes: its name, and the settings for it."""
     takes = [writer for writer in (Text.DATASET, Text.TEACHER, Text.STUDENT) if writer in spec.accepts]
     if spec.family is Family.PAIR:
-        for preferred in (Text.TEACHER, Text.DATASET):
+        for chosen in (Text.TEACHER, Text.DATASET):
             for other in (Text.STUDENT, Text.TEACHER, Text.DATASET):
-                if preferred is not other and {preferred, other} <= set(takes):
-                    pairs = {"text.pairs.preferred": preferred.value, "text.pairs.dispreferred": other.value}
-                    yield f"{preferred.value} > {other.value}", pairs
+                if chosen is not other and {chosen, other} <= set(takes):
+                    pairs = {"text.pairs.chosen": chosen.value, "text.pairs.rejected": other.value}
+                    yield f"{chosen.value} > {other.value}", pairs
         return
     for writer in takes:
         yield writer.value, {"text.source": writer.value, "text.mix": "{}"}
@@ -73,9 +73,9 @@ class Judge:
     def __init__(self, held_out: Path) -> None:
         settings = ModelSettings(model=str(STORIES))
         self.tokenizer, model = load_tokenizer(settings), load_model(settings, device="cpu", dtype=torch.float32)
-        self.teacher = LiveTeacher(model, head_of(model).weight.shape[0], torch.device("cpu"))
+        self.teacher = LocalTeacher(model, head_of(model).weight.shape[0], torch.device("cpu"))
         rows = DataSettings(path=str(held_out), template="none")
-        prompts = tokenise(read_examples(rows).examples, self.tokenizer, rows).prompts
+        prompts = tokenize(read_examples(rows).examples, self.tokenizer, rows).prompts
         self.sequences = [TokenSequence(p.prompt_ids, p.response_ids) for p in prompts]
 
     def __call__(self, student: Any) -> tuple[float, float]:
@@ -118,17 +118,33 @@ def main() -> None:
 
 
 def _left(
-    name: str, data: Path, folder: Path, text: dict[str, Any], weights: str, rate: float, steps: int, judge: Judge,
+    name: str,
+    data: Path,
+    folder: Path,
+    text: dict[str, Any],
+    weights: str,
+    rate: float,
+    steps: int,
+    judge: Judge,
     before: tuple[float, float],
-) -> tuple[float | None, float | None]:  # fmt: skip
+) -> tuple[float | None, float | None]:
     """What is left of forward and reverse KL after a run, as shares; None where it failed."""
     shutil.rmtree(folder, ignore_errors=True)
     settings = {
-        "student.init": "layers", "student.layers": 2, "data.template": "none", "train.batch_size": 8,
-        "train.micro_batch_size": 16, "train.lr": rate, "train.steps": steps, "train.log_every": steps,
-        "text.sampling.max_new_tokens": 32, "text.teacher_sampling.max_new_tokens": 32, "text.every": 10,
-        "text.refresh": "every_n_steps", **text,
-    }  # fmt: skip
+        "student.init": "layers",
+        "student.layers": 2,
+        "data.template": "none",
+        "train.batch_size": 8,
+        "train.micro_batch_size": 16,
+        "train.lr": rate,
+        "train.steps": steps,
+        "train.log_every": steps,
+        "text.sampling.max_new_tokens": 32,
+        "text.teacher_sampling.max_new_tokens": 32,
+        "text.every": 10,
+        "text.refresh": "every_n_steps",
+        **text,
+    }
     if weights == "lora":
         settings["student.lora"] = "{r: 8}"
     try:

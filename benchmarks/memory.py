@@ -30,14 +30,21 @@ RUNS: dict[str, tuple[Shape, Shape, dict[str, Any]]] = {
     "rkl, on the student's text": (SMALL, LARGE, {"loss.name": "rkl", "text.source": "student"}),
     "dpkd pairs, 4 x 256 of 8 x 512": (SMALL, LARGE, {"loss.name": "dpkd", "train.micro_batch_size": 16}),
     "fkl, 12 x 256, vocabulary 50k, batch of 16": (
-        Shape(12, 256, 4), SMALL, {"loss.name": "fkl", "train.batch_size": 16, "train.micro_batch_size": 16},
+        Shape(12, 256, 4),
+        SMALL,
+        {"loss.name": "fkl", "train.batch_size": 16, "train.micro_batch_size": 16},
     ),
     "fkl, gradient checkpointing": (
-        Shape(12, 256, 4), SMALL,
-        {"loss.name": "fkl", "train.batch_size": 16, "train.micro_batch_size": 16,
-         "student.gradient_checkpointing": True},
+        Shape(12, 256, 4),
+        SMALL,
+        {
+            "loss.name": "fkl",
+            "train.batch_size": 16,
+            "train.micro_batch_size": 16,
+            "student.gradient_checkpointing": True,
+        },
     ),
-}  # fmt: skip
+}
 TINY = {"fkl": (*TINY_PAIR, {"loss.name": "fkl"})}
 
 
@@ -53,11 +60,16 @@ def prepare(folder: str, name: str, tiny: bool) -> None:
 def settings_of(folder: Path, name: str, tiny: bool) -> dict[str, Any]:
     own = (TINY if tiny else RUNS)[name][2]
     common = {
-        "student.model": str(folder / "student"), "data.path": str(folder / "rows.jsonl"), "data.template": "none",
-        "train.device": "cpu", "train.steps": STEPS, "train.log_every": 1,
-        "text.sampling.max_new_tokens": 64, "text.teacher_sampling.max_new_tokens": 64,
+        "student.model": str(folder / "student"),
+        "data.path": str(folder / "rows.jsonl"),
+        "data.template": "none",
+        "train.device": "cpu",
+        "train.steps": STEPS,
+        "train.log_every": 1,
+        "text.sampling.max_new_tokens": 64,
+        "text.teacher_sampling.max_new_tokens": 64,
         "text.store": str(folder / "store"),
-    }  # fmt: skip
+    }
     return common | ({} if own["loss.name"] == "sft" else {"teacher.model": str(folder / "teacher")}) | own
 
 
@@ -67,10 +79,10 @@ def predicted(folder: str, name: str, tiny: bool) -> tuple[float, str]:
 
     from dpkd.config.layers import flag_layer
     from dpkd.config.resolve import resolve
-    from dpkd.engine.memory import memory_estimate
-    from dpkd.engine.preparation import prepare as look
-    from dpkd.engine.progress import Display
-    from dpkd.host import load_host
+    from dpkd.plugins import load_host
+    from dpkd.train.memory import memory_estimate
+    from dpkd.train.prepare import prepare as look
+    from dpkd.train.progress import Display
 
     layers = [flag_layer("settings", path, value) for path, value in settings_of(Path(folder), name, tiny).items()]
     resolved = resolve(layers, load_host())
@@ -83,8 +95,8 @@ def measured(folder: str, name: str, tiny: bool) -> float:
     import datasets  # noqa: F401
     from transformers import GPT2LMHeadModel, GPT2TokenizerFast  # noqa: F401
 
-    import dpkd.engine.finish
-    import dpkd.engine.run
+    import dpkd.train.finish
+    import dpkd.train.run
 
     gc.collect()
     before = resident_mib()

@@ -58,8 +58,9 @@ def _logits(models: Models, batch: Padded) -> tuple[Tensor, Tensor]:
 
 def _kl(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy to the teacher, in the way of the published scripts."""
-    product = torch.masked_fill(F.softmax(p, -1, dtype=torch.float32) * F.log_softmax(q, -1, dtype=torch.float32),
-                                torch.isinf(q), 0)  # fmt: skip
+    product = torch.masked_fill(
+        F.softmax(p, -1, dtype=torch.float32) * F.log_softmax(q, -1, dtype=torch.float32), torch.isinf(q), 0
+    )
     return -(product.sum(-1) * mask).sum() / mask.sum()
 
 

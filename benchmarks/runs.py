@@ -76,9 +76,12 @@ def run(folder: str, size: str, name: str) -> dict[str, float]:
     function, settings = VARIANTS[name]
     result = function(Path(folder), SIZES[size], **settings)
     return {
-        "seconds": result.seconds, "steps": result.steps, "tokens": result.tokens, "growth": result.growth,
+        "seconds": result.seconds,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "growth": result.growth,
         "divergence": loops.divergence(result.model, Path(folder)),
-    }  # fmt: skip
+    }
 
 
 def collect(names: list[str], repeats: int, size: str, *, apart: bool = True) -> dict[str, dict[str, float]]:
@@ -105,11 +108,15 @@ def table(names: list[str] | None = None, repeats: int = 2, size: str = "real", 
     base = speeds.get(BASE, min(speeds.values()))
     rows = [
         [
-            name, f"{one['seconds'] / one['steps']:.2f}", f"{speeds[name]:,.0f}", f"{speeds[name] / base:.2f}",
-            f"{one['growth']:,.0f}", f"{one['divergence']:.3f}" + ("" if one["steps"] == SIZES[size].steps else " *"),
+            name,
+            f"{one['seconds'] / one['steps']:.2f}",
+            f"{speeds[name]:,.0f}",
+            f"{speeds[name] / base:.2f}",
+            f"{one['growth']:,.0f}",
+            f"{one['divergence']:.3f}" + ("" if one["steps"] == SIZES[size].steps else " *"),
         ]
         for name, one in found.items()
-    ]  # fmt: skip
+    ]
     head = ["run", "s/step", "supervised tokens/s", "of TRL GKD", "memory growth, MiB", "KL to the teacher after"]
     return markdown(head, rows) + f"\n\n\\* after {loops.RELEASED_STEPS} steps only."
 

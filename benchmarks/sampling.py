@@ -1,4 +1,4 @@
-"""Tokens per second of `dpkd.text.sampling.sample` against plain batched `generate` of transformers.
+"""Tokens per second of `dpkd.rollout.sampling.sample` against plain batched `generate` of transformers.
 
 Both answer the same prompts of mixed length with the same models, in batches of the same size, temperature 1.
 `generate` gets the prompts in the order of the data, left-padded, as usual. Where responses end early, some
@@ -21,8 +21,8 @@ from harness import markdown
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.utils import logging
 
-from dpkd.text.sampling import sample
-from dpkd.text.settings import SamplingSettings
+from dpkd.rollout.sampling import sample
+from dpkd.rollout.settings import SamplingSettings
 
 PROMPTS, BATCH, NEW, REPEATS = 48, 16, 64, 2
 EOS_SHARE = 1 / 32  # of the vocabulary, where responses end early
@@ -31,9 +31,14 @@ EOS_SHARE = 1 / 32  # of the vocabulary, where responses end early
 def models(folder: str | None) -> dict[str, torch.nn.Module]:
     gpt2 = GPT2Config(vocab_size=50257, n_embd=256, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)
     llama = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+    )
     found = {
         "GPT-2 4x256": AutoModelForCausalLM.from_config(gpt2),
         "Llama 5x64": AutoModelForCausalLM.from_config(llama),
@@ -52,9 +57,16 @@ def with_generate(model: torch.nn.Module, prompts: list[list[int]], eos: list[in
         ids = torch.tensor([[0] * (width - len(one)) + one for one in batch])
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch])
         out = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=NEW, eos_token_id=eos, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=NEW,
+            eos_token_id=eos,
+            pad_token_id=0,
+        )
         for row in out[:, width:]:
             ends = torch.isin(row, torch.tensor(eos)).nonzero()
             tokens += int(ends[0]) + 1 if len(ends) else len(row)

@@ -44,10 +44,18 @@ def new_model(shape: Shape, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = GPT2Config(
-        n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, n_positions=shape.positions,
-        vocab_size=shape.vocabulary, initializer_range=shape.spread, bos_token_id=shape.vocabulary - 1,
-        eos_token_id=shape.vocabulary - 1, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
-    )  # fmt: skip
+        n_layer=shape.layers,
+        n_embd=shape.width,
+        n_head=shape.heads,
+        n_positions=shape.positions,
+        vocab_size=shape.vocabulary,
+        initializer_range=shape.spread,
+        bos_token_id=shape.vocabulary - 1,
+        eos_token_id=shape.vocabulary - 1,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+    )
     return AutoModelForCausalLM.from_config(config)
 
 

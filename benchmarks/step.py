@@ -73,9 +73,13 @@ def ours(
     name: str, size: Size, *, pairs: bool = False, stored: bool = False, pretrain: bool = False, shared: bool = True
 ) -> Step:
     return engine_step(
-        name, size.models(), size.pairs() if pairs else size.sequences(), stored=stored,
-        corpus=size.corpus() if pretrain else (), shared=shared,
-    )  # fmt: skip
+        name,
+        size.models(),
+        size.pairs() if pairs else size.sequences(),
+        stored=stored,
+        corpus=size.corpus() if pretrain else (),
+        shared=shared,
+    )
 
 
 def _liger(size: Size) -> Step:

@@ -35,11 +35,20 @@ def _parts(folder: Path) -> tuple[Any, Any, Any]:
 
 def _common(folder: Path, size: Any) -> dict[str, Any]:
     return {
-        "output_dir": tempfile.mkdtemp(dir=folder), "per_device_train_batch_size": size.batch, "max_steps": size.steps,
-        "learning_rate": LR, "lr_scheduler_type": "constant", "logging_steps": 10, "save_strategy": "no",
-        "report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
+        "output_dir": tempfile.mkdtemp(dir=folder),
+        "per_device_train_batch_size": size.batch,
+        "max_steps": size.steps,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
         "dataloader_pin_memory": False,
-    }  # fmt: skip
+    }
 
 
 def _run(trainer: Any, steps: int, tokens: int) -> Result:
@@ -68,13 +77,20 @@ def gkd(folder: Path, size: Any, *, on_policy: bool) -> Result:
         names = (("prompt", "user"), ("completion", "assistant"))
         chats = [{"messages": [{"role": role, "content": row[key]} for key, role in names]} for row in rows]
         arguments = GKDConfig(
-            lmbda=float(on_policy), beta=0.5, temperature=1.0, max_new_tokens=size.sampled, max_length=size.length,
+            lmbda=float(on_policy),
+            beta=0.5,
+            temperature=1.0,
+            max_new_tokens=size.sampled,
+            max_length=size.length,
             **_common(folder, size),
-        )  # fmt: skip
+        )
         trainer = GKDTrainer(
-            model=student, teacher_model=teacher, args=arguments, processing_class=tokenizer,
+            model=student,
+            teacher_model=teacher,
+            args=arguments,
+            processing_class=tokenizer,
             train_dataset=Dataset.from_list(chats),
-        )  # fmt: skip
+        )
     tokens = len(rows) * size.sampled if on_policy else _responses(rows, tokenizer)
     return _run(trainer, size.steps, tokens)
 
@@ -90,9 +106,12 @@ def distillation(folder: Path, size: Any) -> Result:
         rows = _rows(folder / "rows.jsonl")
         arguments = DistillationConfig(beta=0.5, max_completion_length=size.sampled, **_common(folder, size))
         trainer = DistillationTrainer(
-            model=student, teacher_model=teacher, args=arguments, processing_class=tokenizer,
+            model=student,
+            teacher_model=teacher,
+            args=arguments,
+            processing_class=tokenizer,
             train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
-        )  # fmt: skip
+        )
     return _run(trainer, size.steps, len(rows) * size.sampled)
 
 
@@ -110,7 +129,10 @@ def dpo(folder: Path, size: Any) -> Result:
             for row, other in zip(rows, second, strict=True)
         ]
         trainer = DPOTrainer(
-            model=student, ref_model=teacher, args=DPOConfig(beta=0.1, max_length=size.length, **_common(folder, size)),
-            processing_class=tokenizer, train_dataset=Dataset.from_list(pairs),
-        )  # fmt: skip
+            model=student,
+            ref_model=teacher,
+            args=DPOConfig(beta=0.1, max_length=size.length, **_common(folder, size)),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(pairs),
+        )
     return _run(trainer, size.steps, _responses(rows, tokenizer) + _responses(second, tokenizer))

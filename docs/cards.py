@@ -9,11 +9,11 @@ from typing import Any
 
 from dpkd.cli.describe import facts, range_text, value_text
 from dpkd.cli.losses import _row
-from dpkd.host import RegisteredLoss, load_host
+from dpkd.plugins import RegisteredLoss, load_host
 
 FAMILIES = {
     "token": "Token losses: a value per response position",
-    "pair": "Pair losses: a preferred and a dispreferred response to each prompt",
+    "pair": "Pair losses: a chosen and a rejected response to each prompt",
     "rollout": "Rollout losses: policy gradients on sampled responses",
 }
 OWN_LINE = ("use when", "avoid when", "notes", "sources", "suggests", "from", "family")

@@ -30,6 +30,7 @@ __all__ = [
     "Answers",
     "Card",
     "Family",
+    "GenerationModel",
     "Layers",
     "LossConfig",
     "LossSpec",
@@ -54,7 +55,6 @@ __all__ = [
     "TokenLoss",
     "Trait",
     "UndeclaredSignal",
-    "Writer",
     "hookimpl",
     "setting",
 ]
@@ -89,7 +89,7 @@ class Signal(StrEnum):
     BY_STUDENT = "by_student"  # whether the student wrote the response that the position is in [N], bool
     STUDENT_LOGITS = "student_logits"  # [N, V]
     TEACHER_LOGITS = "teacher_logits"  # [N, V]
-    STUDENT_LOGPS = "student_logps"  # of whole responses, preferred and dispreferred [B]
+    STUDENT_LOGPS = "student_logps"  # of whole responses, chosen and rejected [B]
     TEACHER_LOGPS = "teacher_logps"  # of whole responses [B]; in a RolloutLoss of the drawn tokens [N]
     REFERENCE_LOGPS = "reference_logps"  # of whole responses, under the student as it was at the start of the run [B]
     LENGTHS = "lengths"  # tokens of each response, EOS included [B]
@@ -173,10 +173,10 @@ class Card:
 
 
 class Pair(NamedTuple):
-    """One value for the preferred (y_t) and one for the dispreferred response (y_s) of each prompt, `[B]`."""
+    """One value for the chosen (y_t) and one for the rejected response (y_s) of each prompt, `[B]`."""
 
-    preferred: Tensor
-    dispreferred: Tensor
+    chosen: Tensor
+    rejected: Tensor
 
 
 class Stack(NamedTuple):
@@ -321,7 +321,7 @@ class RolloutInputs(TokenInputs):
 
 
 class PairInputs(_Inputs):
-    """A preferred and a dispreferred response per prompt: summed log-probs in nats, lengths in tokens, `[B]`."""
+    """A chosen and a rejected response per prompt: summed log-probs in nats, lengths in tokens, `[B]`."""
 
     @property
     def student(self) -> Pair:
@@ -373,7 +373,7 @@ class TokenLoss(nn.Module, Generic[ConfigT]):
     def bind(self, student: Stack, teacher: Stack) -> Layers:
         """Make the weights that depend on the models, and say which hidden states the loss reads.
 
-        Called once, before the optimiser is made, on a loss that reads hidden states; without a teacher its stack is
+        Called once, before the optimizer is made, on a loss that reads hidden states; without a teacher its stack is
         `Stack(0, 0)`. Raises ValueError, in words for the user, when the models do not fit the settings.
         """
         raise NotImplementedError(f"{type(self).__name__} reads hidden states, so it needs a method `bind`")
@@ -527,7 +527,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class SamplingTask:
-    """What is to be written: `samples_per_prompt` responses to each prompt.
+    """What is to be written: `num_generations` responses to each prompt.
 
     prompts             token ids of each prompt
     seeds               one non-negative number per response, those of one prompt together; the response to a prompt
@@ -543,7 +543,7 @@ class SamplingTask:
 
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int]
-    samples_per_prompt: int = 1
+    num_generations: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -569,11 +569,11 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
-class Writer:
+class GenerationModel:
     """The model that a sampler is opened for.
 
     model       a causal LM of transformers, perhaps with adapters of peft; its weights change while it is trained
-    vocabulary  only ids below it are drawn, and log-probs are normalised over them; None: all that the model has
+    vocabulary  only ids below it are drawn, and log-probs are normalized over them; None: all that the model has
     eos_ids     a response ends with any of them
     context     prompt and response have so many tokens at most, if not fewer by the model itself; None: the model's
     """
@@ -608,7 +608,7 @@ class SamplerSpec:
 
     name: str
     summary: str
-    open: Callable[[Writer, Any], Sampler]
+    open: Callable[[GenerationModel, Any], Sampler]
     config: type[SamplerConfig] = SamplerConfig
     lacks: Mapping[Ability, str] = field(default_factory=dict)
     missing: Callable[[], str | None] = _nothing_missing

@@ -10,8 +10,6 @@ import pluggy
 
 from dpkd.api import LossSpec, MetricSpec, SamplerSpec
 
-__all__ = ["DEPRECATED_ARGUMENTS", "Deprecated", "DpkdHooks", "PluginDeprecation", "hook"]
-
 HookT = TypeVar("HookT", bound=Callable[..., Any])
 hookspec = pluggy.HookspecMarker("dpkd")
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dpkd.evaluation.results import Evaluation
-    from dpkd.models.given import Given
+    from dpkd.models.in_memory import InMemory
     from dpkd.run_folder import RunFolder
 
 __all__ = ["evaluate", "resume", "train"]
@@ -43,15 +43,19 @@ def train(
     """
     from dpkd.config.layers import file_layer, flag_layer
     from dpkd.config.resolve import resolve
-    from dpkd.engine.callers import own_accelerate_state
-    from dpkd.engine.run import train as run
-    from dpkd.host import load_host
+    from dpkd.plugins import load_host
+    from dpkd.train.accelerate_state import own_accelerate_state
+    from dpkd.train.run import train as run
 
     names, given = _names({"teacher": teacher, "student": student}, data, tokenizer)
     named = {
-        "loss.name": loss, "teacher.model": names["teacher"], "student.model": names["student"],
-        "data.path": names["data"], "output": None if output is None else str(output), "seed": seed,
-    }  # fmt: skip
+        "loss.name": loss,
+        "teacher.model": names["teacher"],
+        "student.model": names["student"],
+        "data.path": names["data"],
+        "output": None if output is None else str(output),
+        "seed": seed,
+    }
     layers = [file_layer(Path(path)) for path in config]
     layers += [flag_layer("train()", path, value) for path, value in named.items() if value is not None]
     layers += [flag_layer("settings", path, value) for path, value in (settings or {}).items()]
@@ -74,8 +78,8 @@ def resume(
 
     Raises DpkdError when the run is finished, when an object is missing, or when one is not what it was.
     """
-    from dpkd.engine.callers import own_accelerate_state
-    from dpkd.engine.run import resume_folder
+    from dpkd.train.accelerate_state import own_accelerate_state
+    from dpkd.train.run import resume_folder
 
     _, given = _names({"teacher": teacher, "student": student}, data, tokenizer)
     path = folder if isinstance(folder, str | Path) else folder.path
@@ -84,12 +88,22 @@ def resume(
 
 
 def evaluate(
-    model: Model | RunFolder, data: Data, *, teacher: Model | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None, seeds: Sequence[int] | None = None, greedy: bool = False,
-    max_new_tokens: int = 256, batch_size: int = 32, dtype: str = "float32", limit: int | None = None,
-    rewards: bool = False, long_prompts: Literal["error", "skip"] = "error", settings: Mapping[str, Any] | None = None,
+    model: Model | RunFolder,
+    data: Data,
+    *,
+    teacher: Model | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seeds: Sequence[int] | None = None,
+    greedy: bool = False,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    limit: int | None = None,
+    rewards: bool = False,
+    long_prompts: Literal["error", "skip"] = "error",
+    settings: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
-) -> Evaluation:  # fmt: skip
+) -> Evaluation:
     """Score a run, model or hub id on a set, as `dpkd eval` does; nothing is written without `output`.
 
     Model, teacher and data may be objects, as for `train`; `dtype` is that of weights that are loaded here, and an
@@ -100,31 +114,31 @@ def evaluate(
     """
     from dpkd.config.problems import checked
     from dpkd.data.settings import DataSettings
-    from dpkd.evaluation.evaluate import PAPER_SEEDS, Bench, EvaluationSettings
+    from dpkd.evaluation.evaluator import PAPER_SEEDS, EvaluationSettings, Evaluator
     from dpkd.evaluation.sets import find_set
-    from dpkd.evaluation.subject import find_subject
-    from dpkd.text.settings import SamplingSettings
+    from dpkd.evaluation.target import find_target
+    from dpkd.rollout.settings import SamplingSettings
 
     names, given = _names({"model": getattr(model, "path", model), "teacher": teacher}, data, tokenizer)
-    one, subject = find_set(str(names["data"])), find_subject(str(names["model"]), names["teacher"])
-    rows = checked(DataSettings, one.given(subject.data, {"limit": limit, **(settings or {})}), "data")
+    one, target = find_set(str(names["data"])), find_target(str(names["model"]), names["teacher"])
+    rows = checked(DataSettings, one.given(target.data, {"limit": limit, **(settings or {})}), "data")
     sampling = SamplingSettings(
         temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     how = EvaluationSettings(sampling, tuple(seeds or PAPER_SEEDS), rewards, long_prompts=long_prompts)
     with given.left_alone():
-        bench = Bench(subject.model, subject.teacher, dtype=dtype, given=given)
-        return bench.evaluate(one.name, rows, how, output=Path(output) if output is not None else None)
+        evaluator = Evaluator(target.model, target.teacher, dtype=dtype, given=given)
+        return evaluator.evaluate(one.name, rows, how, output=Path(output) if output is not None else None)
 
 
-def _names(models: Mapping[str, Any], data: Any, tokenizer: Any) -> tuple[dict[str, str | None], Given]:
+def _names(models: Mapping[str, Any], data: Any, tokenizer: Any) -> tuple[dict[str, str | None], InMemory]:
     """What the settings call each argument, and the objects among them by those names.
 
     Raises DpkdError for an object that is nothing of the kind, and for a tokenizer without a model.
     """
     from dpkd.data.memory import memory_name
     from dpkd.errors import DpkdError
-    from dpkd.models.given import Given, given_model, given_rows
+    from dpkd.models.in_memory import InMemory, given_model, given_rows
 
     names: dict[str, str | None] = {}
     objects: dict[str, Any] = {}
@@ -139,4 +153,6 @@ def _names(models: Mapping[str, Any], data: Any, tokenizer: Any) -> tuple[dict[s
             "tokenizer: belongs to a model in memory, and none was given; a model with a name brings its own "
             "(settings={'teacher.tokenizer': NAME} for another of the teacher)"
         )
-    return names, Given({memory_name(what): given_model(what, one, tokenizer) for what, one in objects.items()}, rows)
+    return names, InMemory(
+        {memory_name(what): given_model(what, one, tokenizer) for what, one in objects.items()}, rows
+    )

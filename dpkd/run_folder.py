@@ -9,8 +9,6 @@ from pathlib import Path
 
 from dpkd.errors import DpkdError
 
-__all__ = ["RunFolder"]
-
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -12,8 +12,6 @@ from typing import Any
 
 from dpkd.errors import DpkdError
 
-__all__ = ["metric_lines", "parsed_line", "read_metrics"]
-
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 

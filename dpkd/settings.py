@@ -6,8 +6,6 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-__all__ = ["Block", "with_none"]
-
 
 class Block(BaseModel):
     """A block of run settings. Unknown keys are mistakes; values never change after validation."""

@@ -6,8 +6,6 @@ from typing import Any
 
 from dpkd.api import LossConfig, LossSpec, MetricSpec, PairLoss, RolloutLoss, SamplerConfig, SamplerSpec, TokenLoss
 
-__all__ = ["PluginError", "checked_loss", "checked_metric", "checked_sampler"]
-
 
 class PluginError(Exception):
     """What is wrong with a plugin, as a sentence."""

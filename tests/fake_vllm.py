@@ -48,9 +48,20 @@ class _Engine:
 
 class LLM:
     def __init__(
-        self, model, *, load_format, skip_tokenizer_init, dtype, max_model_len, gpu_memory_utilization, enforce_eager,
-        enable_sleep_mode, enable_prefix_caching, logprobs_mode, seed,
-    ):  # fmt: skip
+        self,
+        model,
+        *,
+        load_format,
+        skip_tokenizer_init,
+        dtype,
+        max_model_len,
+        gpu_memory_utilization,
+        enforce_eager,
+        enable_sleep_mode,
+        enable_prefix_caching,
+        logprobs_mode,
+        seed,
+    ):
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         assert (load_format, skip_tokenizer_init, logprobs_mode) == ("dummy", True, "processed_logprobs")
         assert 0 < gpu_memory_utilization < 1

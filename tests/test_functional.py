@@ -38,7 +38,7 @@ def _logits(rows: int, vocabulary: int, seed: int, scale: float = 2.0) -> Tensor
 
 
 def _log_p(rows: int, vocabulary: int, seed: int) -> Tensor:
-    """Log-probabilities that SciPy, not the code under test, normalised."""
+    """Log-probabilities that SciPy, not the code under test, normalized."""
     return torch.from_numpy(special.log_softmax(_logits(rows, vocabulary, seed).numpy(), axis=-1))
 
 

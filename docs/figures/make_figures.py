@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dpkd.api import Family, LossSpec, Signal, TokenInputs
-from dpkd.host import load_host
+from dpkd.plugins import load_host
 
 FOLDER = Path(__file__).parent
 X_V = torch.linspace(-6, 6, 121, dtype=torch.float64)
@@ -82,12 +82,12 @@ def evaluate(spec: LossSpec, m_N: Tensor, s_N: Tensor) -> tuple[Tensor, Tensor, 
 def descend(spec: LossSpec, start: tuple[float, float], steps: int = 800) -> tuple[float, float]:
     """Where gradient descent from m and s ends, within the figure."""
     m, log_s = (torch.nn.Parameter(torch.full((1,), number, dtype=X_V.dtype)) for number in (start[0], log(start[1])))
-    optimiser = torch.optim.Adam([m, log_s], lr=0.02)
+    optimizer = torch.optim.Adam([m, log_s], lr=0.02)
     for _ in range(steps):
         s = log_s.detach().exp()
         _, slope_m, slope_s = evaluate(spec, m.detach(), s)
         m.grad, log_s.grad = slope_m, slope_s * s
-        optimiser.step()
+        optimizer.step()
         with torch.no_grad():
             m.clamp_(MIDDLE_M[0], MIDDLE_M[-1])
             log_s.clamp_(WIDTH_S[0].log(), WIDTH_S[-1].log())

@@ -10,8 +10,6 @@ import typer
 from dpkd.cli.options import Config, Data, LossName, Seed, Set, Student, Teacher, resolved
 from dpkd.errors import SettingsError
 
-__all__ = ["cache"]
-
 
 def cache(
     output: Annotated[Path, typer.Option(help="folder of the store; an interrupted call is continued")],
@@ -38,11 +36,14 @@ def cache(
     if problems:
         raise SettingsError(problems)
     flags = {
-        "--loss": ("loss.name", loss), "--teacher": ("teacher.model", teacher), "--student": ("student.model", student),
-        "--data": ("data.path", data), "--seed": ("seed", seed),
-    }  # fmt: skip
+        "--loss": ("loss.name", loss),
+        "--teacher": ("teacher.model", teacher),
+        "--student": ("student.model", student),
+        "--data": ("data.path", data),
+        "--seed": ("seed", seed),
+    }
     settings = resolved(config=config, assignments=set_, flags=flags)
-    from dpkd.engine.cache import CacheSettings
-    from dpkd.engine.cache import cache as run
+    from dpkd.train.cache import CacheSettings
+    from dpkd.train.cache import cache as run
 
     run(settings, CacheSettings(output, kind, k, dtype, batch_size))  # type: ignore[arg-type]

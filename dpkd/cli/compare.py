@@ -11,9 +11,7 @@ from dpkd.cli.describe import facts, range_text, value_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dpkd.host import RegisteredLoss
-
-__all__ = ["ABSENT", "Difference", "as_json", "compare", "print_comparison"]
+    from dpkd.plugins import RegisteredLoss
 
 ABSENT = "—"  # the loss has no such setting
 

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from dpkd.report.comparison import Comparison
     from dpkd.report.reading import Run
 
-__all__ = ["Format", "compare_runs"]
-
 
 class Format(StrEnum):
     """How a comparison is written."""
@@ -78,9 +76,11 @@ def _written(found: Comparison, form: Format) -> str:
     if form is Format.TABLE:
         return _table(found)
     writers = {
-        Format.MARKDOWN: text.as_markdown, Format.CSV: text.as_csv, Format.LATEX: text.as_latex,
+        Format.MARKDOWN: text.as_markdown,
+        Format.CSV: text.as_csv,
+        Format.LATEX: text.as_latex,
         Format.JSON: text.as_json,
-    }  # fmt: skip
+    }
     return writers[form](found)
 
 

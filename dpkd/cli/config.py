@@ -8,23 +8,31 @@ import typer
 
 from dpkd.cli.options import Config, Data, LossName, Output, Seed, Set, Student, Teacher, resolved
 
-__all__ = ["config_app"]
-
 config_app = typer.Typer(help="Show settings, and where each came from.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @config_app.command()
 def show(
-    loss: LossName = None, teacher: Teacher = None, student: Student = None, data: Data = None, output: Output = None,
-    config: Config = None, set_: Set = None, seed: Seed = None,
-) -> None:  # fmt: skip
+    loss: LossName = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    data: Data = None,
+    output: Output = None,
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+) -> None:
     """Print the settings that `dpkd train` would use with these flags."""
     from dpkd.config.write import annotated_yaml
 
     flags = {
-        "--loss": ("loss.name", loss), "--teacher": ("teacher.model", teacher), "--student": ("student.model", student),
-        "--data": ("data.path", data), "--output": ("output", output), "--seed": ("seed", seed),
-    }  # fmt: skip
+        "--loss": ("loss.name", loss),
+        "--teacher": ("teacher.model", teacher),
+        "--student": ("student.model", student),
+        "--data": ("data.path", data),
+        "--output": ("output", output),
+        "--seed": ("seed", seed),
+    }
     typer.echo(annotated_yaml(resolved(config=config, assignments=set_, flags=flags)), nl=False)
 
 
@@ -32,7 +40,7 @@ def show(
 def schema(loss: LossName = None) -> None:
     """Print the JSON schema of all settings, with those of one loss."""
     from dpkd.config.write import schema as make_schema
-    from dpkd.host import load_host
+    from dpkd.plugins import load_host
 
     registered = load_host().get(loss) if loss else None
     typer.echo(json.dumps(make_schema(registered), indent=2))

@@ -6,14 +6,11 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["demo"]
-
 
 def demo(
     loss: Annotated[str, typer.Option(help="objective, see `dpkd list-losses`")] = "kd",
     steps: Annotated[
-        int | None,
-        typer.Option(help="optimiser steps [default: fits the time of the demo]", min=1, show_default=False),
+        int | None, typer.Option(help="optimizer steps [default: fits the time of the demo]", min=1, show_default=False)
     ] = None,
     output: Annotated[
         str | None, typer.Option(help="run folder [default: runs/demo-LOSS-N]", show_default=False)

@@ -12,9 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from dpkd.host import RegisteredLoss
-
-__all__ = ["facts", "print_card", "range_text", "value_text"]
+    from dpkd.plugins import RegisteredLoss
 
 
 def print_card(loss: RegisteredLoss, row: Mapping[str, Any], console: Console | None = None) -> None:
@@ -93,19 +91,8 @@ def range_text(field: Mapping[str, Any]) -> str:
         return " or ".join(range_text(option) for option in field["anyOf"])
     bounds = [
         f"{sign} {field[key]:g}"
-        for key, sign in (
-            ("exclusiveMinimum", ">"),
-            ("minimum", "≥"),
-            ("exclusiveMaximum", "<"),
-            ("maximum", "≤"),
-        )
+        for key, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
         if key in field
     ]
-    kind = {
-        "number": "number",
-        "integer": "whole number",
-        "boolean": "true | false",
-        "string": "text",
-        "null": "none",
-    }
+    kind = {"number": "number", "integer": "whole number", "boolean": "true | false", "string": "text", "null": "none"}
     return " ".join([kind.get(field.get("type", ""), str(field.get("type", ""))), ", ".join(bounds)]).strip()

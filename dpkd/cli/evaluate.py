@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dpkd.data.settings import DataSettings
-    from dpkd.evaluation.evaluate import EvaluationSettings
+    from dpkd.evaluation.evaluator import EvaluationSettings
     from dpkd.evaluation.results import Evaluation
     from dpkd.evaluation.sets import EvalSet
-    from dpkd.evaluation.subject import Subject
-
-__all__ = ["evaluate"]
+    from dpkd.evaluation.target import EvalTarget
 
 
 def evaluate(
@@ -58,9 +56,12 @@ def evaluate(
     goes on where it stopped: call it again.
     """
     sampling = {
-        "temperature": 0.0 if greedy else temperature, "top_p": top_p, "top_k": top_k,
-        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
-    }  # fmt: skip
+        "temperature": 0.0 if greedy else temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+    }
     settings = _settings(seeds, sampling, rewards, cuts, unit, long_prompts)
     given = {"limit": limit, "template": template and template.value, "on_bad_row": on_bad_row and on_bad_row.value}
     tasks = _tasks(model, teacher, data, sets_folder, given, set_, output)
@@ -72,23 +73,28 @@ def evaluate(
 class _Task:
     """A model, and the sets that it is scored on: name → rows, and where the results go."""
 
-    subject: Subject
+    target: EvalTarget
     sets: Mapping[str, tuple[DataSettings, Path]]
 
 
 def _tasks(
-    models: Sequence[str], teacher: str | None, data: Sequence[str], sets_folder: str | None, given: dict[str, Any],
-    assignments: list[str] | None, output: Path | None,
-) -> list[_Task]:  # fmt: skip
+    models: Sequence[str],
+    teacher: str | None,
+    data: Sequence[str],
+    sets_folder: str | None,
+    given: dict[str, Any],
+    assignments: list[str] | None,
+    output: Path | None,
+) -> list[_Task]:
     """What is to be scored on what. Raises SettingsError or DpkdError before anything is loaded."""
     from dpkd.evaluation.sets import find_set
-    from dpkd.evaluation.subject import find_subject
+    from dpkd.evaluation.target import find_target
 
     sets = [find_set(name, sets_folder) for name in data]
-    subjects = [find_subject(name, teacher) for name in models]
-    rows = {(s.name, one.name): data_settings(one.given(s.data, given), assignments) for s in subjects for one in sets}
-    folders = _folders(subjects, sets, output)
-    return [_Task(s, {one.name: (rows[s.name, one.name], folders[s.name, one.name]) for one in sets}) for s in subjects]
+    targets = [find_target(name, teacher) for name in models]
+    rows = {(s.name, one.name): data_settings(one.given(s.data, given), assignments) for s in targets for one in sets}
+    folders = _folders(targets, sets, output)
+    return [_Task(s, {one.name: (rows[s.name, one.name], folders[s.name, one.name]) for one in sets}) for s in targets]
 
 
 def _all_scored(
@@ -103,28 +109,35 @@ def _all_scored(
     console, notes = Console(), Console(stderr=True)
     results = []
     for task in tasks:
-        name = task.subject.name
+        name = task.target.name
         for set_name, result in _scored(task, settings, dtype, notes):
             results.append((name, result))
             if shown:
                 print_scores(name, result, task.sets[set_name][1], console)
         if rescored:
-            rescore(task.subject.folder.parent)
+            rescore(task.target.folder.parent)
     return results
 
 
 def _scored(task: _Task, settings: EvaluationSettings, dtype: str, notes: Console) -> Iterator[tuple[str, Evaluation]]:
     """The results of one model, set by set."""
     from dpkd.cli.progress import shown
-    from dpkd.evaluation.evaluate import Bench
+    from dpkd.evaluation.evaluator import Evaluator
 
-    bench = Bench(task.subject.model, task.subject.teacher, dtype=dtype)
+    evaluator = Evaluator(task.target.model, task.target.teacher, dtype=dtype)
     for name, (rows, folder) in task.sets.items():
         with shown(notes) as progress:
-            yield name, bench.evaluate(
-                name, rows, settings, output=folder, progress=progress,
-                say=lambda text: notes.print(text, highlight=False, markup=False, soft_wrap=True),
-            )  # fmt: skip
+            yield (
+                name,
+                evaluator.evaluate(
+                    name,
+                    rows,
+                    settings,
+                    output=folder,
+                    progress=progress,
+                    say=lambda text: notes.print(text, highlight=False, markup=False, soft_wrap=True),
+                ),
+            )
 
 
 def _print_together(results: list[tuple[str, Evaluation]], as_json: bool) -> None:
@@ -143,30 +156,34 @@ def _settings(
     seeds: str, sampling: dict[str, Any], rewards: bool, cuts: str, unit: Unit, long_prompts: flags.OnRow
 ) -> EvaluationSettings:
     from dpkd.config.problems import checked
-    from dpkd.evaluation.evaluate import EvaluationSettings
+    from dpkd.evaluation.evaluator import EvaluationSettings
     from dpkd.evaluation.lengths import WORDS, parse_cuts
-    from dpkd.text.settings import SamplingSettings
+    from dpkd.rollout.settings import SamplingSettings
 
     parts = [part.strip() for part in seeds.split(",") if part.strip()]
     if not parts or not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
         raise SettingsError([f"--seeds {seeds!r}: expected different whole numbers with commas between, such as 10,20"])
     return EvaluationSettings(
-        checked(SamplingSettings, sampling, "sampling"), tuple(map(int, parts)), rewards, parse_cuts(cuts),
-        WORDS if unit is Unit.WORDS else None, long_prompts.value,
-    )  # fmt: skip
+        checked(SamplingSettings, sampling, "sampling"),
+        tuple(map(int, parts)),
+        rewards,
+        parse_cuts(cuts),
+        WORDS if unit is Unit.WORDS else None,
+        long_prompts.value,
+    )
 
 
-def _folders(subjects: list[Subject], sets: list[EvalSet], output: Path | None) -> dict[tuple[str, str], Path]:
+def _folders(targets: list[EvalTarget], sets: list[EvalSet], output: Path | None) -> dict[tuple[str, str], Path]:
     """Where the results of each model on each set go: no two of them in one folder.
 
     Raises SettingsError when two of the models, or of the sets, would be filed under one name.
     """
-    if output is not None and len(subjects) > 1:
+    if output is not None and len(targets) > 1:
         raise SettingsError([f"--output {output}: names the folder of one model; with several, each has its own"])
     problems = [
         f"--{flag}: {', '.join(same)} would all be filed under {name}: evaluate them one by one, with --output"
         for flag, pairs in (
-            ("model", [(str(s.folder), s.name) for s in subjects]),
+            ("model", [(str(s.folder), s.name) for s in targets]),
             ("data", [(one.name, one.path) for one in sets]),
         )
         for name, count in Counter(name for name, _ in pairs).items()
@@ -177,6 +194,6 @@ def _folders(subjects: list[Subject], sets: list[EvalSet], output: Path | None) 
         raise SettingsError(problems)
     return {
         (s.name, one.name): output if output is not None and len(sets) == 1 else (output or s.folder) / one.name
-        for s in subjects
+        for s in targets
         for one in sets
     }

@@ -10,33 +10,6 @@ import typer
 
 from dpkd.cli.score import Unit
 
-__all__ = [
-    "AsJson",
-    "BatchSize",
-    "Cuts",
-    "DType",
-    "Greedy",
-    "Limit",
-    "LongPrompts",
-    "MaxNewTokens",
-    "Models",
-    "OnBadRow",
-    "OnRow",
-    "Output",
-    "Rewards",
-    "Seeds",
-    "Sets",
-    "SetsFolder",
-    "Teacher",
-    "Temperature",
-    "Template",
-    "TemplateFlag",
-    "TopK",
-    "TopP",
-    "UnitFlag",
-    "Weights",
-]
-
 
 class OnRow(StrEnum):
     """What to do with a row that cannot be scored."""

@@ -14,8 +14,6 @@ from dpkd.errors import SettingsError
 if TYPE_CHECKING:
     from dpkd.evaluation.judge import JudgeReport
 
-__all__ = ["judge"]
-
 KEY = "DPKD_JUDGE_KEY"
 
 
@@ -40,8 +38,7 @@ def judge(
     ] = None,
     extra: Annotated[str, typer.Option(help="more fields of a request, as JSON; null takes one away")] = "{}",
     output: Annotated[
-        Path | None,
-        typer.Option(help="file of the verdicts [default: beside PREDICTIONS]", show_default=False),
+        Path | None, typer.Option(help="file of the verdicts [default: beside PREDICTIONS]", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a sentence")] = False,
 ) -> None:
@@ -70,10 +67,15 @@ def judge(
     asked = Endpoint(endpoint, model, os.environ.get(KEY, "").strip() or None, _extra(extra), timeout, attempts)
     with shown(Console(stderr=True)) as progress:
         report = run(
-            rows[:count], wanted[:count], asked, verdicts=verdicts, summary=summary, parallel=parallel,
+            rows[:count],
+            wanted[:count],
+            asked,
+            verdicts=verdicts,
+            summary=summary,
+            parallel=parallel,
             prices=Prices(price_prompt, price_completion),
             progress=lambda done, of: progress("judged", done, of),
-        )  # fmt: skip
+        )
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:

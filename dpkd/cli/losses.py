@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from dpkd.host import Host, RegisteredLoss
-
-__all__ = ["check_loss", "describe_loss", "list_losses"]
+    from dpkd.plugins import Host, RegisteredLoss
 
 
 def list_losses(
@@ -30,7 +28,7 @@ def list_losses(
     ] = None,
 ) -> None:
     """List the installed losses."""
-    from dpkd.host import load_host
+    from dpkd.plugins import load_host
 
     host = load_host()
     if broken:
@@ -56,15 +54,20 @@ def _row(loss: RegisteredLoss) -> dict[str, Any]:
     needs = spec.needs()
     text = spec.suggests.get("text", {})
     teacher_writes = text.get("source") == "teacher" or (
-        spec.family is Family.PAIR and text.get("pairs", {}).get("preferred", "teacher") == "teacher"
+        spec.family is Family.PAIR and text.get("pairs", {}).get("chosen", "teacher") == "teacher"
     )
     if needs is TeacherAccess.NONE and teacher_writes:
         needs = TeacherAccess.TEXT
     return {
-        "name": spec.name, "family": spec.family.value, "text": [t.value for t in Text if t in spec.accepts],
-        "needs": needs.value, "title": spec.card.title, "summary": spec.card.summary,
-        "paper": spec.card.sources[0].url if spec.card.sources else "", "from": f"{loss.distribution} {loss.version}",
-    }  # fmt: skip
+        "name": spec.name,
+        "family": spec.family.value,
+        "text": [t.value for t in Text if t in spec.accepts],
+        "needs": needs.value,
+        "title": spec.card.title,
+        "summary": spec.card.summary,
+        "paper": spec.card.sources[0].url if spec.card.sources else "",
+        "from": f"{loss.distribution} {loss.version}",
+    }
 
 
 _ACCESS = ["nothing", "text", "token log-probs", "sampled tokens", "top-k log-probs", "logits", "hidden states"]
@@ -104,11 +107,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def _print_broken(host: Host, as_json: bool) -> None:
     rows = [{"entry_point": b.entry_point, "distribution": b.distribution, "reason": b.reason} for b in host.broken]
     rows += [
-        {
-            "entry_point": name,
-            "distribution": ", ".join(c.distribution for c in claims),
-            "reason": host.conflict(name),
-        }
+        {"entry_point": name, "distribution": ", ".join(c.distribution for c in claims), "reason": host.conflict(name)}
         for name, claims in host.conflicts.items()
     ]
     if as_json:
@@ -130,7 +129,7 @@ def describe_loss(
 ) -> None:
     """Explain a loss: formula, when to use it, and every setting."""
     from dpkd.errors import SettingsError
-    from dpkd.host import load_host
+    from dpkd.plugins import load_host
 
     if (name is None) == (compare is None):
         raise SettingsError(["name one loss, or two with --compare A B"])
@@ -174,7 +173,7 @@ def check_loss(
 ) -> None:
     """Run the conformance checks on a loss: the contract in executable form."""
     from dpkd.errors import SettingsError
-    from dpkd.host import load_host
+    from dpkd.plugins import load_host
     from dpkd.testing import check_installed
 
     host = load_host()

@@ -23,8 +23,6 @@ from dpkd.cli.sweep import sweep
 from dpkd.cli.train import train
 from dpkd.errors import DpkdError, Stopped
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="dpkd",
     help="Distil language models with any objective.",

@@ -7,21 +7,18 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["new_loss"]
-
 
 def new_loss(
     name: Annotated[str, typer.Argument(help="name of the loss: what --loss will take")],
     kind: Annotated[
-        str,
-        typer.Option(help="what it works on: token (logits), pair (two responses) or rollout (policy gradients)"),
+        str, typer.Option(help="what it works on: token (logits), pair (two responses) or rollout (policy gradients)")
     ] = "token",
     output: Annotated[
         Path | None, typer.Option(help="folder to write [default: dpkd-NAME, here]", show_default=False)
     ] = None,
 ) -> None:
     """Write a package for a loss of your own: module, test, pyproject and README, which work as they are."""
-    from dpkd.host import load_host
+    from dpkd.plugins import load_host
     from dpkd.scaffold import names_of, write_package
 
     host = load_host()

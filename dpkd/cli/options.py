@@ -11,20 +11,6 @@ if TYPE_CHECKING:
     from dpkd.config.resolve import Resolved
     from dpkd.data.settings import DataSettings
 
-__all__ = [
-    "Config",
-    "Data",
-    "LossName",
-    "Output",
-    "Seed",
-    "Set",
-    "SetData",
-    "Student",
-    "Teacher",
-    "data_settings",
-    "resolved",
-]
-
 LossName = Annotated[str | None, typer.Option("--loss", help="objective, see `dpkd list-losses`", show_default=False)]
 Teacher = Annotated[str | None, typer.Option(help="teacher: hub id or folder", show_default=False)]
 Student = Annotated[str | None, typer.Option(help="student: hub id or folder", show_default=False)]
@@ -70,6 +56,6 @@ def resolved(
     """Settings from files, then flags and --set; `flags` maps a flag to its path and value (None: not given)."""
     from dpkd.config.layers import user_layers
     from dpkd.config.resolve import resolve
-    from dpkd.host import load_host
+    from dpkd.plugins import load_host
 
     return resolve(user_layers(config or [], flags, assignments or []), load_host())

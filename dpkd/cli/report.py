@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["report"]
-
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or folders of evaluations")],
@@ -20,8 +18,7 @@ def report(
     token_rewards: Annotated[
         int,
         typer.Option(
-            min=0,
-            help="load teacher and student of each run, and shade each token of this many answers by its reward",
+            min=0, help="load teacher and student of each run, and shade each token of this many answers by its reward"
         ),
     ] = 0,
 ) -> None:

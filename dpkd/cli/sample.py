@@ -9,8 +9,6 @@ import typer
 
 from dpkd.cli.options import SetData, data_settings
 
-__all__ = ["sample"]
-
 
 def sample(
     model: Annotated[str, typer.Option(help="who writes: hub id, model folder or run folder")],
@@ -33,11 +31,11 @@ def sample(
     from dpkd.cli.progress import shown
     from dpkd.config.problems import checked
     from dpkd.errors import SettingsError
-    from dpkd.evaluation.subject import model_of
-    from dpkd.host import find_sampler
-    from dpkd.text.backend import refusals
-    from dpkd.text.settings import SamplingSettings
-    from dpkd.text.write_file import sample_to_file
+    from dpkd.evaluation.target import model_of
+    from dpkd.plugins import find_sampler
+    from dpkd.rollout.generator import refusals
+    from dpkd.rollout.sample_file import sample_to_file
+    from dpkd.rollout.settings import SamplingSettings
 
     prompts = data_settings({"path": data, "limit": limit}, set_)
     sampling = checked(
@@ -55,9 +53,15 @@ def sample(
         raise SettingsError([f"--backend: {problem}" for problem in problems])
     with shown(Console(stderr=True)) as progress:
         report = sample_to_file(
-            model_of(model), prompts, sampling, output=output, seed=seed, samples_per_prompt=samples,
-            backend=backend, progress=lambda done, of: progress("responses", done, of),
-        )  # fmt: skip
+            model_of(model),
+            prompts,
+            sampling,
+            output=output,
+            seed=seed,
+            num_generations=samples,
+            backend=backend,
+            progress=lambda done, of: progress("responses", done, of),
+        )
     for note in report.notes:
         typer.echo(note)
     found = f", {report.found} were there" if report.found else ""

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from dpkd.evaluation.lengths import LengthMeasure
     from dpkd.evaluation.text_metrics import Score, TextScores
 
-__all__ = ["Unit", "score"]
-
 
 class Unit(StrEnum):
     """What the length of a reference is counted in."""
@@ -29,8 +27,7 @@ class Unit(StrEnum):
 
 def score(
     predictions: Annotated[
-        Path,
-        typer.Argument(help="JSON lines with `prediction` (or output, response, text, ...), or .txt"),
+        Path, typer.Argument(help="JSON lines with `prediction` (or output, response, text, ...), or .txt")
     ],
     references: Annotated[
         Path | None,

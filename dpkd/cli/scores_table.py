@@ -11,18 +11,24 @@ if TYPE_CHECKING:
 
     from dpkd.evaluation.results import Evaluation, Metric
 
-__all__ = ["print_overview", "print_scores"]
-
 ABOUT = {
-    "rouge_l": "stemmed, best over references, × 100", "exact_match": "%, best over references",
-    "nll": "of the references, nats per token", "perplexity": "of the references, per token",
-    "bits_per_byte": "of the references", "teacher_nll": "nats per token",
-    "forward_kl": "KL(teacher‖student), nats per token", "reverse_kl": "KL(student‖teacher), nats per token",
-    "first_token_forward_kl": "the same at the first token", "first_token_reverse_kl": "the same at the first token",
-    "reward_sum": "log q/p of the references", "reward_mean": "the same, per token",
-    "student_answer_reward_sum": "log q/p of the model's own answers", "student_answer_reward_mean": "per token",
-    "teacher_answer_reward_sum": "log q/p of the teacher's answers", "teacher_answer_reward_mean": "per token",
-}  # fmt: skip
+    "rouge_l": "stemmed, best over references, × 100",
+    "exact_match": "%, best over references",
+    "nll": "of the references, nats per token",
+    "perplexity": "of the references, per token",
+    "bits_per_byte": "of the references",
+    "teacher_nll": "nats per token",
+    "forward_kl": "KL(teacher‖student), nats per token",
+    "reverse_kl": "KL(student‖teacher), nats per token",
+    "first_token_forward_kl": "the same at the first token",
+    "first_token_reverse_kl": "the same at the first token",
+    "reward_sum": "log q/p of the references",
+    "reward_mean": "the same, per token",
+    "student_answer_reward_sum": "log q/p of the model's own answers",
+    "student_answer_reward_mean": "per token",
+    "teacher_answer_reward_sum": "log q/p of the teacher's answers",
+    "teacher_answer_reward_mean": "per token",
+}
 OVERVIEW = ("rouge_l", "exact_match", "nll", "forward_kl", "reverse_kl")
 
 

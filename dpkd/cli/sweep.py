@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["sweep"]
-
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML file: stages of runs, and how they are scored")],
@@ -19,7 +17,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs; run nothing")] = False,
 ) -> None:
     """Run a matrix of settings, resumable; failed runs are listed and do not stop the others."""
-    from dpkd.engine.sweep import read_sweep, run_sweep, summary
+    from dpkd.train.sweep import read_sweep, run_sweep, summary
 
     plan = read_sweep(file)
     if dry_run:

@@ -10,8 +10,6 @@ import typer
 from dpkd.cli.options import Config, Data, LossName, Output, Seed, Set, Student, Teacher, resolved
 from dpkd.errors import SettingsError
 
-__all__ = ["train"]
-
 
 def train(
     loss: LossName = None,
@@ -32,26 +30,30 @@ def train(
 ) -> None:
     """Distil a teacher into a student."""
     flags = {
-        "--loss": ("loss.name", loss), "--teacher": ("teacher.model", teacher), "--student": ("student.model", student),
-        "--data": ("data.path", data), "--output": ("output", output), "--seed": ("seed", seed),
+        "--loss": ("loss.name", loss),
+        "--teacher": ("teacher.model", teacher),
+        "--student": ("student.model", student),
+        "--data": ("data.path", data),
+        "--output": ("output", output),
+        "--seed": ("seed", seed),
         "--probe": ("batch.probe", True if probe else None),
-    }  # fmt: skip
+    }
     if resume is not None:
         given = [flag for flag, (_, value) in flags.items() if value is not None]
         given += ["--config"] if config else []
         given += ["--set"] if set_ else []
         if given:
             raise SettingsError([f"--resume continues a run with its own settings; leave out {', '.join(given)}"])
-        from dpkd.engine.run import resume_folder
+        from dpkd.train.run import resume_folder
 
         resume_folder(resume)
         return
     settings = resolved(config=config, assignments=set_, flags=flags)
     if dry_run:
-        from dpkd.engine.plan import dry_run as show_plan
+        from dpkd.train.plan import dry_run as show_plan
 
         show_plan(settings)
         return
-    from dpkd.engine.run import train as run
+    from dpkd.train.run import train as run
 
     run(settings)

@@ -9,11 +9,9 @@ from dpkd.config.objective import Objective, text_writers
 from dpkd.config.problems import checked
 from dpkd.config.settings import RunSettings
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.host import find_sampler
-from dpkd.text.backend import refusals, wanted_abilities
-from dpkd.text.settings import TextSettings
-
-__all__ = ["backend_problems"]
+from dpkd.plugins import find_sampler
+from dpkd.rollout.generator import refusals, wanted_abilities
+from dpkd.rollout.settings import TextSettings
 
 
 def backend_problems(settings: RunSettings, spec: LossSpec, extras: Sequence[Objective]) -> list[str]:
@@ -22,7 +20,7 @@ def backend_problems(settings: RunSettings, spec: LossSpec, extras: Sequence[Obj
         problem
         for path, text, family in _texts(settings, spec, extras)
         for problem in _problems(path, text, family, settings.teacher.quantization != "none")
-    ]  # fmt: skip
+    ]
 
 
 def _texts(

@@ -14,19 +14,6 @@ from typing import Any
 from dpkd.config.yaml_text import YamlError, parse
 from dpkd.errors import SettingsError
 
-__all__ = [
-    "Layer",
-    "Merged",
-    "drop",
-    "file_layer",
-    "flag_layer",
-    "get_path",
-    "merge",
-    "set_layer",
-    "suggestion_layer",
-    "user_layers",
-]
-
 # A text in place of one of these blocks is shorthand for one of its settings.
 SHORTHANDS = {"loss": "name", "teacher": "model", "student": "model", "data": "path"}
 # Blocks whose other settings belong to their name.
@@ -40,10 +27,10 @@ DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
         "text.mix": ("mixed",),
         "text.each": ("each",),
         **dict.fromkeys(("text.teacher_mix", "text.teacher_veto"), ("student", "mixed", "each", "adaptive")),
-        **dict.fromkeys(("text.refresh", "text.every", "text.inner_epochs"), ("student", "mixed", "each")),
+        **dict.fromkeys(("text.refresh", "text.every", "text.num_iterations"), ("student", "mixed", "each")),
         "text.adaptive": ("adaptive",),
     },
-    "text.refresh": {"text.every": ("every_n_steps",), "text.inner_epochs": ("every_step", "every_n_steps")},
+    "text.refresh": {"text.every": ("every_n_steps",), "text.num_iterations": ("every_step", "every_n_steps")},
     "student.init": {"student.layers": ("layers", "random")},
 }
 

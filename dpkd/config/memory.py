@@ -6,9 +6,7 @@ from dpkd.config.layers import Merged
 from dpkd.config.settings import RunSettings
 from dpkd.data.memory import is_memory, refuse_memory
 from dpkd.errors import DpkdError
-from dpkd.models.given import Given
-
-__all__ = ["memory_problems"]
+from dpkd.models.in_memory import InMemory
 
 # How something is found and read: of an object in memory that was decided before.
 POINTLESS = {
@@ -18,7 +16,7 @@ POINTLESS = {
 }
 
 
-def memory_problems(settings: RunSettings, merged: Merged, given: Given) -> list[str]:
+def memory_problems(settings: RunSettings, merged: Merged, given: InMemory) -> list[str]:
     """Names of objects that nobody gave, and settings that say nothing of an object, in sentences."""
     problems: list[str] = []
     for path, pointless in POINTLESS.items():

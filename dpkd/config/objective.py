@@ -13,12 +13,8 @@ from dpkd.config.layers import Layer, merge
 from dpkd.config.problems import checked
 from dpkd.config.settings import ExtraTerm, RunSettings, ScheduleSettings
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.host import Host, RegisteredLoss
-from dpkd.text.settings import TextSettings
-
-__all__ = [
-    "Objective", "extra_objective", "main_objective", "samples_problem", "schedule_problems", "text_writers",
-]  # fmt: skip
+from dpkd.plugins import Host, RegisteredLoss
+from dpkd.rollout.settings import TextSettings
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ def text_writers(text: TextSettings, family: Family) -> dict[str, Text]:
     """Setting → writer, for all writers of a text."""
     if family is Family.PAIR:
         pairs = text.pairs
-        return {"pairs.preferred": Text(pairs.preferred), "pairs.dispreferred": Text(pairs.dispreferred)}
+        return {"pairs.chosen": Text(pairs.chosen), "pairs.rejected": Text(pairs.rejected)}
     if text.source == "mixed":
         return {f"mix.{writer.value}": writer for writer, share in text.mix.items() if share > 0}
     if text.source == "each":
@@ -72,12 +68,12 @@ def main_objective(settings: RunSettings, registered: RegisteredLoss, config: Lo
 
 def samples_problem(text: TextSettings, family: Family, path: str) -> list[str]:
     """What is wrong with several samples per prompt, where they cannot be."""
-    if text.samples_per_prompt == 1:
+    if text.num_generations == 1:
         return []
     if family is Family.PAIR:
-        return [f"{path}.samples_per_prompt: a pair has one response by each writer, so it must be 1"]
+        return [f"{path}.num_generations: a pair has one response by each writer, so it must be 1"]
     if text.source not in ("student", "mixed") or Text.STUDENT not in text_writers(text, family).values():
-        return [f"{path}.samples_per_prompt: is used only where the student writes; set {path}.source=student or mixed"]
+        return [f"{path}.num_generations: is used only where the student writes; set {path}.source=student or mixed"]
     return []
 
 

@@ -11,8 +11,6 @@ from pydantic import BaseModel, ValidationError
 from dpkd.config.layers import Merged
 from dpkd.errors import SettingsError
 
-__all__ = ["all_paths", "checked", "sentences"]
-
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -79,12 +77,20 @@ def _expected(problem: Mapping[str, Any]) -> str:
     message = problem["msg"]
     kind, context = problem["type"], problem.get("ctx", {})
     plain = {
-        "float_parsing": "a number", "float_type": "a number", "finite_number": "a finite number",
-        "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
-        "bool_parsing": "true or false", "bool_type": "true or false", "string_type": "a text",
-        "list_type": "a list", "tuple_type": "a list",
-        "dict_type": "a block of settings", "model_type": "a block of settings",
-    }  # fmt: skip
+        "float_parsing": "a number",
+        "float_type": "a number",
+        "finite_number": "a finite number",
+        "int_parsing": "a whole number",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "bool_parsing": "true or false",
+        "bool_type": "true or false",
+        "string_type": "a text",
+        "list_type": "a list",
+        "tuple_type": "a list",
+        "dict_type": "a block of settings",
+        "model_type": "a block of settings",
+    }
     if kind in plain:
         return plain[kind]
     if kind in ("literal_error", "enum"):

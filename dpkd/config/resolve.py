@@ -20,17 +20,15 @@ from dpkd.config.objective import (
     samples_problem,
     schedule_problems,
     text_writers,
-)  # fmt: skip
+)
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
 from dpkd.config.text_checks import adaptive_problems, sampling_reasons
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.host import Host, RegisteredLoss
-from dpkd.models.given import Given
-from dpkd.teachers.manifest import read_manifest
-from dpkd.teachers.serving import why_not
-
-__all__ = ["Resolved", "resolve"]
+from dpkd.models.in_memory import InMemory
+from dpkd.plugins import Host, RegisteredLoss
+from dpkd.teachers.store_check import why_not
+from dpkd.teachers.store_manifest import read_manifest
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -47,7 +45,7 @@ class Resolved:
     loss_config: LossConfig
     provenance: dict[str, str]
     extras: tuple[Objective, ...] = ()
-    given: Given = field(default_factory=Given)
+    given: InMemory = field(default_factory=InMemory)
 
     @property
     def main(self) -> Objective:
@@ -75,7 +73,7 @@ class Resolved:
         return {"loss": loss, **self.settings.model_dump(mode="json", exclude={"text": unused})}
 
 
-def resolve(layers: Sequence[Layer], host: Host, given: Given | None = None) -> Resolved:
+def resolve(layers: Sequence[Layer], host: Host, given: InMemory | None = None) -> Resolved:
     """Merge and check the layers; `given` has what they name and a caller has in memory.
 
     Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
@@ -112,13 +110,13 @@ def resolve(layers: Sequence[Layer], host: Host, given: Given | None = None) -> 
             problems += schedule_problems(registered.spec, config, sound.schedules, "schedules")
             main = main_objective(sound, registered, config)
         problems += _cross_checks(sound, spec, config, merged, damaged, main, extras)
-        problems += memory_problems(sound, merged, given or Given())
+        problems += memory_problems(sound, merged, given or InMemory())
     if problems:
         raise SettingsError(problems)
     assert settings is not None
     assert registered is not None
     assert config is not None
-    return Resolved(settings, registered, config, dict(merged.provenance), tuple(extras), given or Given())
+    return Resolved(settings, registered, config, dict(merged.provenance), tuple(extras), given or InMemory())
 
 
 def _leave_set_values_alone(merged: Merged, loss: str) -> None:
@@ -195,9 +193,14 @@ def _damaged(values: Mapping[str, Any]) -> set[str]:
 
 
 def _cross_checks(
-    settings: RunSettings, spec: LossSpec | None, config: LossConfig | None, merged: Merged, damaged: set[str],
-    main: Objective | None, extras: Sequence[Objective],
-) -> list[str]:  # fmt: skip
+    settings: RunSettings,
+    spec: LossSpec | None,
+    config: LossConfig | None,
+    merged: Merged,
+    damaged: set[str],
+    main: Objective | None,
+    extras: Sequence[Objective],
+) -> list[str]:
     """What no block can see alone: does the loss fit the text, the teacher, the student?"""
     problems: list[str] = []
     if spec is not None and "text" not in damaged:
@@ -272,8 +275,8 @@ def _writer_problems(settings: RunSettings, spec: LossSpec, merged: Merged) -> l
     source_layer = merged.provenance.get("text.source")
     if spec.family is Family.PAIR and source_layer is not None:
         problems.append(
-            f"text.source: {spec.name} compares two responses per prompt; use text.pairs.preferred and "
-            f"text.pairs.dispreferred instead (from {source_layer})"
+            f"text.source: {spec.name} compares two responses per prompt; use text.pairs.chosen and "
+            f"text.pairs.rejected instead (from {source_layer})"
         )
     pairs_layer = merged.layer_of("text.pairs")
     if spec.family is not Family.PAIR and pairs_layer is not None:

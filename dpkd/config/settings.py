@@ -13,20 +13,8 @@ from pydantic import Field, model_validator
 
 from dpkd.data.settings import CorpusSettings, DataSettings
 from dpkd.models.settings import StudentSettings, TeacherSettings
+from dpkd.rollout.settings import TextSettings
 from dpkd.settings import Block
-from dpkd.text.settings import TextSettings
-
-__all__ = [
-    "BatchSettings",
-    "DevSettings",
-    "ExtraTerm",
-    "LmTerm",
-    "PretrainTerm",
-    "RunSettings",
-    "ScheduleSettings",
-    "TermSettings",
-    "TrainSettings",
-]
 
 
 class LmTerm(Block):
@@ -42,7 +30,7 @@ class PretrainTerm(Block):
     kd_ratio: float = Field(
         0.0, ge=0, le=1, description="share of word-level KD from the teacher (released code: 0.5; paper: 0)"
     )
-    batch_size: int | None = Field(None, ge=1, description="blocks of text per optimiser step; None: train.batch_size")
+    batch_size: int | None = Field(None, ge=1, description="blocks of text per optimizer step; None: train.batch_size")
     corpus: CorpusSettings | None = Field(None, description="the plain text")
 
     @model_validator(mode="after")
@@ -98,11 +86,11 @@ class TermSettings(Block):
 
 
 class TrainSettings(Block):
-    """The optimiser and the loop."""
+    """The optimizer and the loop."""
 
-    steps: int | None = Field(None, ge=1, description="optimiser steps; None: `epochs` of the data")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; None: `epochs` of the data")
     epochs: float = Field(1.0, gt=0, description="passes over the data when `steps` is not given")
-    batch_size: int = Field(8, ge=1, description="examples per optimiser step, over all processes")
+    batch_size: int = Field(8, ge=1, description="examples per optimizer step, over all processes")
     micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass and process; never changes a result")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
     min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the cosine or linear schedule")
@@ -131,9 +119,10 @@ class BatchSettings(Block):
     """How the sequences of a step are laid out for the forward passes; never changes a result."""
 
     tokens: int | None = Field(
-        None, ge=1,
+        None,
+        ge=1,
         description="tokens per forward pass and process, padding included (beside train.micro_batch_size); None: any",
-    )  # fmt: skip
+    )
     shared_prompts: bool = Field(
         True, description="the responses of a pair stand behind one copy of their prompt, where the models allow it"
     )
@@ -151,7 +140,7 @@ class DevSettings(Block):
     path: str | None = Field(None, description="held-out rows (file or hub id), never the test set; None: off")
     split: str = Field("validation", description="split of a hub data set")
     limit: int = Field(64, ge=1, description="only the first rows: the fixed probe set")
-    every: int = Field(100, ge=1, description="optimiser steps between evaluations")
+    every: int = Field(100, ge=1, description="optimizer steps between evaluations")
     metric: str = Field("rouge_l", description="what decides which model is the best")
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations that are no better")
     temperature: float = Field(1.0, ge=0, description="of the answers, as in `dpkd eval`; 0 is greedy")

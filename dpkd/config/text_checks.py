@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dpkd.api import Family, LossSpec
 from dpkd.config.objective import Objective
 from dpkd.config.settings import RunSettings
-from dpkd.text.settings import TextSettings
-
-__all__ = ["adaptive_problems", "sampling_reasons"]
+from dpkd.rollout.settings import TextSettings
 
 
 def adaptive_problems(settings: RunSettings, spec: LossSpec, extras: Sequence[Objective]) -> list[str]:

@@ -9,9 +9,7 @@ from dpkd.config.layers import SHORTHANDS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.config.yaml_text import dump_value
-from dpkd.host import RegisteredLoss
-
-__all__ = ["annotated_yaml", "schema", "write_config"]
+from dpkd.plugins import RegisteredLoss
 
 
 def annotated_yaml(resolved: Resolved) -> str:

@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["YamlError", "dump_value", "parse"]
-
 
 class YamlError(ValueError):
     """What is wrong with a text, as the end of a sentence, and the line where (from 1)."""
@@ -33,7 +31,7 @@ _PLAIN = {
         "-+0123456789.",
     ),
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-}  # fmt: skip
+}
 for _tag, (_pattern, _first) in _PLAIN.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 

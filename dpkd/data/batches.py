@@ -12,8 +12,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PLAIN", "Batch", "Layout", "TokenSequence", "collate", "micro_batches"]
-
 
 class TokenSequence(NamedTuple):
     """Ids of a prompt and of a response (its EOS included)."""
@@ -122,11 +120,16 @@ def collate(
         sequence += [b] * len(known)
         lengths.append(len(known))
     return Batch(
-        input_ids, attention_mask, position_ids, spans if len(widths) < len(sequences) else None,
-        rows=torch.tensor(rows, dtype=torch.long), targets=torch.tensor(targets, dtype=torch.long),
-        sequence=torch.tensor(sequence, dtype=torch.long), lengths=torch.tensor(lengths, dtype=torch.long),
+        input_ids,
+        attention_mask,
+        position_ids,
+        spans if len(widths) < len(sequences) else None,
+        rows=torch.tensor(rows, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+        sequence=torch.tensor(sequence, dtype=torch.long),
+        lengths=torch.tensor(lengths, dtype=torch.long),
         sequences=tuple(sequences),
-    )  # fmt: skip
+    )
 
 
 def _places(sequences: Sequence[TokenSequence], layout: Layout) -> tuple[list[_Place], list[int]]:

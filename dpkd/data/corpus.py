@@ -10,16 +10,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from dpkd.data.encoding import encode, require_eos
+from dpkd.data.formats import check_text
 from dpkd.data.rows import BadRow, RawRow, text_rows
 from dpkd.data.settings import CorpusSettings
-from dpkd.data.shapes import check_text
 from dpkd.data.sources import Place, Source, open_source
 from dpkd.errors import DpkdError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Corpus", "check_corpus", "read_corpus"]
 
 SETTING = "terms.pretrain.corpus"
 DOCUMENTS_AT_ONCE = 1000

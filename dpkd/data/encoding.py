@@ -13,8 +13,6 @@ from dpkd.errors import DpkdError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["continuation", "encode", "encode_continuations", "prompt_prefix", "require_eos"]
-
 # Encoded before a response and taken off again. The empty one is tried first: most tokenizers need none.
 ANCHORS = ("", "\n", ":", "x")
 

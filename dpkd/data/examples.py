@@ -10,13 +10,11 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+from dpkd.data.formats import Example, RowFormat, find_shape, not_understood, to_example
 from dpkd.data.rows import BadRow, RawRow
 from dpkd.data.settings import DataSettings
-from dpkd.data.shapes import Example, Message, Shape, find_shape, not_understood, to_example
 from dpkd.data.sources import Place, memory_source, open_source
 from dpkd.errors import DpkdError
-
-__all__ = ["BadRow", "Example", "ExampleSet", "Message", "fingerprint", "read_examples"]
 
 MOST_BAD_ROWS_SHOWN = 20
 
@@ -79,7 +77,7 @@ class _Reader:
 
     def __init__(self, settings: DataSettings, require_response: bool) -> None:
         self._settings, self._require_response = settings, require_response
-        self._shape: Shape | None = None
+        self._shape: RowFormat | None = None
         self._input_seen = settings.columns.input is None or settings.limit is not None
         self.examples: list[Example] = []
         self.bad: list[BadRow] = []

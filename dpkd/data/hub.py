@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlparse
 
-__all__ = ["local_only", "out_of_reach"]
-
 
 def out_of_reach() -> bool:
     """Whether the hub's address has no number here, and no proxy would find one."""

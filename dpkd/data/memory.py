@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dpkd.errors import DpkdError
 
-__all__ = ["is_memory", "memory_name", "refuse_memory"]
-
 PREFIX = "in-memory:"
 
 

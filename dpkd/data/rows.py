@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 from dpkd.errors import DpkdError
 
-__all__ = ["READERS", "BadRow", "RawRow", "Rows", "file_rows", "text_rows"]
-
 BOM = b"\xef\xbb\xbf"
 LONGEST_CSV_CELL = 2**31 - 1
 LINE_FEED = "\n"

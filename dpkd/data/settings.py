@@ -8,8 +8,6 @@ from pydantic import Field, model_validator
 
 from dpkd.settings import Block
 
-__all__ = ["DEFAULT_DATA", "Columns", "CorpusSettings", "DataSettings"]
-
 DEFAULT_DATA = "databricks/databricks-dolly-15k"
 
 

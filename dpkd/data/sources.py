@@ -15,8 +15,6 @@ from dpkd.data.rows import READERS, BadRow, RawRow, Rows, file_rows
 from dpkd.data.settings import DEFAULT_DATA
 from dpkd.errors import DpkdError
 
-__all__ = ["Place", "Source", "memory_source", "open_source"]
-
 SPLIT_NAMES = frozenset({"train", "dev", "valid", "validation", "val", "test", "eval"})
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 Reader = Callable[[Path, str], Rows]

@@ -6,13 +6,11 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from dpkd.data.shapes import Example, Message
+from dpkd.data.formats import Example, Message
 from dpkd.errors import DpkdError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["ALPACA", "ALPACA_INPUT", "Form", "Rendered", "chat_lead", "render", "template_fingerprint"]
 
 Form = Literal["alpaca", "chat", "none"]
 Template = Literal["auto", "alpaca", "chat", "none"]
@@ -93,11 +91,7 @@ def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _apply(
-    messages: tuple[Message, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-    *,
-    add_generation_prompt: bool,
+    messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, where: str, *, add_generation_prompt: bool
 ) -> str:
     from jinja2 import TemplateError
 

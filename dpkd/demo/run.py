@@ -22,22 +22,20 @@ from rich.text import Text
 from dpkd.config.layers import Layer, flag_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.data.settings import DataSettings
-from dpkd.engine.run import train
-from dpkd.evaluation.evaluate import EvaluationSettings, evaluate_model, metric_specs
+from dpkd.evaluation.evaluator import EvaluationSettings, evaluate_model, metric_specs
 from dpkd.evaluation.inputs import read_inputs
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation
-from dpkd.host import load_host
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
 from dpkd.models.smollm2 import bundled_teacher
-from dpkd.students.initialise import make_student
-from dpkd.teachers.live import LiveTeacher
-from dpkd.text.settings import SamplingSettings
-from dpkd.text.store import default_folder
-from dpkd.text.stream import longest_sequence
-
-__all__ = ["DemoScore", "run_demo", "show"]
+from dpkd.models.student_init import make_student
+from dpkd.plugins import load_host
+from dpkd.rollout.kv_cache import longest_sequence
+from dpkd.rollout.response_store import default_folder
+from dpkd.rollout.settings import SamplingSettings
+from dpkd.teachers.local import LocalTeacher
+from dpkd.train.run import train
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 LAYERS = 20
@@ -47,10 +45,8 @@ SETTINGS: dict[str, Any] = {
     "student": {"init": "layers", "layers": LAYERS, "dropout": "off"},
     "data": {"template": "alpaca", "max_prompt_tokens": 192, "max_tokens": 288},
     "text": {"sampling": {"max_new_tokens": 48}, "teacher_sampling": {"max_new_tokens": 64}},
-    "train": {
-        "batch_size": 8, "lr": 2e-4, "min_lr": 1e-5, "warmup_steps": 5, "schedule": "cosine", "log_every": 10,
-    },
-}  # fmt: skip
+    "train": {"batch_size": 8, "lr": 2e-4, "min_lr": 1e-5, "warmup_steps": 5, "schedule": "cosine", "log_every": 10},
+}
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ def _scores(resolved: Resolved, trained: Path, held_out: Path, console: Console)
     how = EvaluationSettings(SamplingSettings(temperature=0.0, max_new_tokens=48, batch_size=40), (settings.seed,))
     teacher_model = load_model(settings.teacher, device="cpu", dtype=torch.float32)
     vocabulary = teacher_model.get_output_embeddings().weight.shape[0]
-    teacher = LiveTeacher(teacher_model, vocabulary, torch.device("cpu"))
+    teacher = LocalTeacher(teacher_model, vocabulary, torch.device("cpu"))
     untrained = make_student(settings.student, teacher=teacher_model, device="cpu", seed=settings.seed)
     distilled = load_model(ModelSettings(model=str(trained)), device="cpu", dtype=torch.float32)
     inputs = read_inputs(data, tokenizer, context=longest_sequence(teacher_model), max_new_tokens=48)
@@ -142,9 +138,11 @@ def show(scores: Sequence[DemoScore], console: Console) -> None:
     for score in scores:
         table.add_column(score.name, justify="right")
     rows = {
-        "NLL (nats per token)": "nll", "forward KL to the teacher": "forward_kl",
-        "reverse KL to the teacher": "reverse_kl", "Rouge-L of greedy answers": "rouge_l",
-    }  # fmt: skip
+        "NLL (nats per token)": "nll",
+        "forward KL to the teacher": "forward_kl",
+        "reverse KL to the teacher": "reverse_kl",
+        "Rouge-L of greedy answers": "rouge_l",
+    }
     for title, metric in rows.items():
         table.add_row(title, *(f"{score.evaluation[metric]:.2f}" for score in scores))
     console.print(table)

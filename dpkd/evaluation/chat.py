@@ -14,8 +14,6 @@ from urllib.parse import urlparse
 
 from dpkd.errors import DpkdError
 
-__all__ = ["Endpoint", "Reply", "chat"]
-
 LONGEST_PAUSE = 60.0
 LARGEST_ANSWER = 2**24  # bytes
 TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
@@ -88,9 +86,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def chat(
-    endpoint: Endpoint, messages: Sequence[Mapping[str, str]], accept: Accept, *,
+    endpoint: Endpoint,
+    messages: Sequence[Mapping[str, str]],
+    accept: Accept,
+    *,
     sleep: Callable[[float], None] = time.sleep,
-) -> Reply:  # fmt: skip
+) -> Reply:
     """Ask until an answer is acceptable, at most `endpoint.attempts` times.
 
     An answer that never is comes back with `accepted=False`. Raises DpkdError when the server refuses the request, and

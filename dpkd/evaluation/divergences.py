@@ -16,9 +16,7 @@ from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, kl, log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, chunks
 from dpkd.models.head import head_of, hidden_rows
-from dpkd.teachers.live import LiveTeacher
-
-__all__ = ["Divergences", "measure"]
+from dpkd.teachers.local import LocalTeacher
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def measure(
     student: nn.Module,
     sequences: Sequence[TokenSequence],
     *,
-    teacher: LiveTeacher | None,
+    teacher: LocalTeacher | None,
     vocabulary: int,
     pad_id: int,
     text_bytes: int | None = None,
@@ -93,7 +91,7 @@ def measure(
     return totals.result(text_bytes)
 
 
-def _batch_rows(student: nn.Module, teacher: LiveTeacher | None, batch: Batch, vocabulary: int, size: int) -> _Rows:
+def _batch_rows(student: nn.Module, teacher: LocalTeacher | None, batch: Batch, vocabulary: int, size: int) -> _Rows:
     hidden, head = hidden_rows(student, batch), head_of(student, vocabulary)
     teacher_rows = teacher.rows(batch) if teacher is not None else None
     columns: list[list[Tensor]] = [[], [], [], []]
@@ -110,7 +108,7 @@ def _batch_rows(student: nn.Module, teacher: LiveTeacher | None, batch: Batch, v
 
 
 class _Totals:
-    """Sums over batches."""
+    """MeanMetrics over batches."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -146,8 +144,15 @@ class _Totals:
         nll = self.sums.get("nll", 0.0) / max(1, self.tokens)
         bits = self.sums.get("nll", 0.0) / math.log(2)
         return Divergences(
-            self.tokens, nll, math.exp(min(nll, 700.0)), bits / text_bytes if text_bytes else None,
-            over(self.tokens, "teacher_nll"), over(self.tokens, "forward"), over(self.tokens, "reverse"),
-            over(self.responses, "first_forward"), over(self.responses, "first_reverse"),
-            over(self.responses, "reward_sum"), over(self.responses, "reward_mean"),
-        )  # fmt: skip
+            self.tokens,
+            nll,
+            math.exp(min(nll, 700.0)),
+            bits / text_bytes if text_bytes else None,
+            over(self.tokens, "teacher_nll"),
+            over(self.tokens, "forward"),
+            over(self.tokens, "reverse"),
+            over(self.responses, "first_forward"),
+            over(self.responses, "first_reverse"),
+            over(self.responses, "reward_sum"),
+            over(self.responses, "reward_mean"),
+        )

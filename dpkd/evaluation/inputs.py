@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dpkd.data.batches import TokenSequence
-from dpkd.data.examples import Example, read_examples
+from dpkd.data.encode import Prompt, tokenize
+from dpkd.data.examples import read_examples
+from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
-from dpkd.data.tokenise import Prompt, tokenise
 from dpkd.errors import DpkdError
-
-__all__ = ["Inputs", "LongPrompts", "read_inputs"]
 
 LongPrompts = Literal["error", "skip"]
 UNLIMITED = 10**9
@@ -52,10 +51,15 @@ class Inputs:
 
 
 def read_inputs(
-    data: DataSettings, tokenizer: Any, *, context: int | None, max_new_tokens: int,
-    long_prompts: LongPrompts = "error", rows: Iterable[Any] | None = None,
-) -> Inputs:  # fmt: skip
-    """Read and tokenise a set; `context` is the longest sequence that the models read, `rows` those in memory.
+    data: DataSettings,
+    tokenizer: Any,
+    *,
+    context: int | None,
+    max_new_tokens: int,
+    long_prompts: LongPrompts = "error",
+    rows: Iterable[Any] | None = None,
+) -> Inputs:
+    """Read and tokenize a set; `context` is the longest sequence that the models read, `rows` those in memory.
 
     Rows are left out, and counted, by `data.on_bad_row=skip`, `data.min_response_words` and `long_prompts="skip"`, and
     by nothing else. Raises DpkdError when a prompt is longer than `data.max_prompt_tokens`, or leaves no room for an
@@ -91,9 +95,9 @@ def _encoded(found: Sequence[Example], tokenizer: Any, data: DataSettings, skipp
     if not examples:
         return []
     wide = {"max_prompt_tokens": UNLIMITED - 1, "max_tokens": UNLIMITED, "min_response_words": 0}
-    tokenised = tokenise(examples, tokenizer, data.model_copy(update=wide))
-    skipped.update(tokenised.report.dropped)
-    return tokenised.prompts
+    tokenized = tokenize(examples, tokenizer, data.model_copy(update=wide))
+    skipped.update(tokenized.report.dropped)
+    return tokenized.prompts
 
 
 def _words(example: Example) -> int:

@@ -22,8 +22,6 @@ from dpkd.evaluation.chat import Endpoint, Reply, chat
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import write_json
 
-__all__ = ["PROMPT", "SYSTEM", "JudgeReport", "Prices", "judge", "messages_of", "parse_score", "verdict_files"]
-
 SYSTEM = "You grade answers of language models. You are strict, and fair to answers of any length."
 PROMPT = """\
 Grade the answer to the task below on a scale from 1 to 10. The reference is a good answer by a human; another answer \
@@ -88,14 +86,22 @@ class JudgeReport:
         """For JSON."""
         judged = self.judged
         return {
-            "format": 1, "judge": self.judge, "rows": len(self.scores), "judged": len(judged),
+            "format": 1,
+            "judge": self.judge,
+            "rows": len(self.scores),
+            "judged": len(judged),
             "mean": statistics.fmean(judged) if judged else None,
-            "sd_over_rows": statistics.stdev(judged) if len(judged) > 1 else None, "scale": [1, 10],
-            "prompt": fingerprint([SYSTEM, PROMPT]), "asked_now": self.asked,
-            "prompt_tokens": self.tokens[0], "completion_tokens": self.tokens[1], "cost": self.cost,
-            "new_prompt_tokens": self.new_tokens[0], "new_completion_tokens": self.new_tokens[1],
+            "sd_over_rows": statistics.stdev(judged) if len(judged) > 1 else None,
+            "scale": [1, 10],
+            "prompt": fingerprint([SYSTEM, PROMPT]),
+            "asked_now": self.asked,
+            "prompt_tokens": self.tokens[0],
+            "completion_tokens": self.tokens[1],
+            "cost": self.cost,
+            "new_prompt_tokens": self.new_tokens[0],
+            "new_completion_tokens": self.new_tokens[1],
             "new_cost": self.new_cost,
-        }  # fmt: skip
+        }
 
 
 def fingerprint(value: Any) -> str:
@@ -157,10 +163,17 @@ class _Verdicts:
 
 
 def judge(
-    rows: Sequence[Prediction], references: Sequence[Sequence[str]], endpoint: Endpoint, *, verdicts: Path,
-    summary: Path | None = None, prices: Prices = Prices(), parallel: int = 4,
-    progress: Callable[[int, int], None] | None = None, sleep: Callable[[float], None] | None = None,
-) -> JudgeReport:  # fmt: skip
+    rows: Sequence[Prediction],
+    references: Sequence[Sequence[str]],
+    endpoint: Endpoint,
+    *,
+    verdicts: Path,
+    summary: Path | None = None,
+    prices: Prices = Prices(),
+    parallel: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+    sleep: Callable[[float], None] | None = None,
+) -> JudgeReport:
     """Have every row rated against its first reference; what `verdicts` holds already is not asked again.
 
     A row for which the judge never names a score counts as not judged, and is asked again by the next call. Raises
@@ -188,9 +201,15 @@ def judge(
 
 def _verdict(key: str, row: Prediction, reply: Reply) -> dict[str, Any]:
     return {
-        "question": key, "id": row.id, "seed": row.seed, "score": parse_score(reply.text), "reply": reply.text,
-        "prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens, "attempts": reply.attempts,
-    }  # fmt: skip
+        "question": key,
+        "id": row.id,
+        "seed": row.seed,
+        "score": parse_score(reply.text),
+        "reply": reply.text,
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "attempts": reply.attempts,
+    }
 
 
 class _Abandoned(Exception):
@@ -198,9 +217,12 @@ class _Abandoned(Exception):
 
 
 def _all(
-    ask: Callable[[str, Callable[[float], None]], Reply], keys: Sequence[str], parallel: int,
-    sleep: Callable[[float], None] | None, tell: Callable[[int], None],
-) -> list[Reply]:  # fmt: skip
+    ask: Callable[[str, Callable[[float], None]], Reply],
+    keys: Sequence[str],
+    parallel: int,
+    sleep: Callable[[float], None] | None,
+    tell: Callable[[int], None],
+) -> list[Reply]:
     """Ask all, several at a time; the first failure ends the others' pauses, and is raised."""
     over = Event()
 
@@ -231,7 +253,7 @@ def _all(
 
 def _report(
     name: str, known: Sequence[Mapping[str, Any] | None], asked: int, new: tuple[int, int], prices: Prices
-) -> JudgeReport:  # fmt: skip
+) -> JudgeReport:
     paid = {v["question"]: (v["prompt_tokens"], v["completion_tokens"]) for v in known if v is not None}
     tokens = (sum(a for a, _ in paid.values()), sum(b for _, b in paid.values()))
     scores = tuple(None if v is None else float(v["score"]) for v in known)

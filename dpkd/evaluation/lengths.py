@@ -17,19 +17,6 @@ from typing import Any
 
 from dpkd.errors import DpkdError, SettingsError
 
-__all__ = [
-    "DEFAULT_CUTS",
-    "WORDS",
-    "LengthMeasure",
-    "bucket_labels",
-    "bucket_of",
-    "checked_cuts",
-    "parse_cuts",
-    "tokens_by",
-    "tokens_of",
-    "word_count",
-]
-
 DEFAULT_CUTS = (30, 70)
 
 

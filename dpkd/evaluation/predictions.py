@@ -16,16 +16,6 @@ from typing import Any
 from dpkd.errors import DpkdError
 from dpkd.evaluation.rows import read_rows
 
-__all__ = [
-    "Prediction",
-    "References",
-    "match_references",
-    "own_references",
-    "read_predictions",
-    "read_references",
-    "write_predictions",
-]
-
 _PREDICTION_KEYS = ("output", "response", "completion", "generated_text", "text")
 _REFERENCE_KEYS = ("reference", "output", "response", "answer", "target", "text")
 _OWN_KEYS = ("id", "prompt", "prediction", "references", "seed")

@@ -13,8 +13,6 @@ from dpkd.api import Answers, MetricSpec
 from dpkd.errors import DpkdError
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, bucket_labels, bucket_of
 
-__all__ = ["Bucket", "Evaluation", "Metric", "score", "write_json", "write_scores"]
-
 FORMAT = 2
 
 
@@ -66,7 +64,9 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """For scores.json."""
         return {
-            "format": FORMAT, "rows": self.rows, "seeds": list(self.seeds),
+            "format": FORMAT,
+            "rows": self.rows,
+            "seeds": list(self.seeds),
             "metrics": {name: metric.as_dict() for name, metric in self.metrics.items()},
             "units": {name: metric.unit for name, metric in self.metrics.items()},
             "better": {name: metric.better for name, metric in self.metrics.items()},
@@ -78,13 +78,16 @@ class Evaluation:
                 ],
             },
             **self.facts,
-        }  # fmt: skip
+        }
 
 
 def score(
-    answers: Mapping[int, Answers], specs: Mapping[str, MetricSpec], *, cuts: Sequence[int] = DEFAULT_CUTS,
+    answers: Mapping[int, Answers],
+    specs: Mapping[str, MetricSpec],
+    *,
+    cuts: Sequence[int] = DEFAULT_CUTS,
     measure: LengthMeasure = WORDS,
-) -> tuple[dict[str, Metric], tuple[Bucket, ...], dict[int, list[dict[str, float]]]]:  # fmt: skip
+) -> tuple[dict[str, Metric], tuple[Bucket, ...], dict[int, list[dict[str, float]]]]:
     """All metrics over seeds, the row metrics again by length of the first reference, and the rows' own values.
 
     Raises DpkdError when a metric does not give one value per row.
@@ -121,9 +124,12 @@ def _of_rows(spec: MetricSpec, answers: Answers, rows: list[dict[str, float]]) -
 
 
 def _buckets(
-    answers: Mapping[int, Answers], rows: Mapping[int, list[dict[str, float]]], specs: Mapping[str, MetricSpec],
-    cuts: Sequence[int], measure: LengthMeasure,
-) -> tuple[Bucket, ...]:  # fmt: skip
+    answers: Mapping[int, Answers],
+    rows: Mapping[int, list[dict[str, float]]],
+    specs: Mapping[str, MetricSpec],
+    cuts: Sequence[int],
+    measure: LengthMeasure,
+) -> tuple[Bucket, ...]:
     if not cuts:
         return ()
     references = next(iter(answers.values())).references

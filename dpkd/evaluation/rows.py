@@ -9,8 +9,6 @@ from typing import Any
 
 from dpkd.errors import DpkdError
 
-__all__ = ["read_rows"]
-
 _JSON = {".json", ".jsonl", ".ndjson"}
 _OTHER_FORMATS = {".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zip", ".zst"}
 

@@ -16,8 +16,6 @@ from dpkd.data.rows import READERS
 from dpkd.data.sources import HUB_ID
 from dpkd.errors import DpkdError
 
-__all__ = ["SETS", "EvalSet", "find_set"]
-
 FOLDER_VARIABLE = "DPKD_SETS"
 # What a held-out split may be called, best first; MiniLLM's `valid` is its test split. `train` is for sets that have
 # no other split, as files on the hub get that name when nothing else is said.

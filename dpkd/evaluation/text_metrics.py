@@ -26,21 +26,6 @@ from dpkd.evaluation.lengths import (
     word_count,
 )
 
-__all__ = [
-    "BucketScore",
-    "RougeL",
-    "Score",
-    "TextScores",
-    "TextStatistics",
-    "distinct",
-    "exact_match",
-    "lcs_length",
-    "normalise",
-    "repetition",
-    "score_texts",
-    "text_statistics",
-]
-
 
 def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
     """Length of the longest common subsequence: one bit per element of `a` in one integer.

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
 
-__all__ = ["VARLEN", "attention_mask", "implementation", "visible"]
-
 # Attention over sequences of different length without padding.
 VARLEN = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 

@@ -19,8 +19,6 @@ from torch import Tensor
 from dpkd.functional import gather_logps, log_softmax
 from dpkd.models.head import Head, LogitRule
 
-__all__ = ["chunk_rows", "chunks", "objective", "token_logps"]
-
 # Called once per chunk with the student's logits [n, V] and the slice of rows; returns a weighted sum to minimise.
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 # Called once per chunk with log-probs [n, V] (no gradient) and the slice of rows.
@@ -95,9 +93,16 @@ class _HeadGradient:
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, chunk_loss: ChunkLoss, rule: LogitRule, size: int, starts: Sequence[int] | None,
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        chunk_loss: ChunkLoss,
+        rule: LogitRule,
+        size: int,
+        starts: Sequence[int] | None,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
         dtype = _compute_dtype(weight)
         head = Head(weight.detach(), None if bias is None else bias.detach(), rule).cast(dtype)
         gradient = _HeadGradient(hidden, head, ctx.needs_input_grad[4:7])
@@ -145,9 +150,13 @@ class _Objective(torch.autograd.Function):
 
 
 def objective(
-    chunk_loss: ChunkLoss, hidden: Tensor, head: Head, size: int, parameters: Sequence[Tensor] = (),
+    chunk_loss: ChunkLoss,
+    hidden: Tensor,
+    head: Head,
+    size: int,
+    parameters: Sequence[Tensor] = (),
     starts: Sequence[int] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Sum of `chunk_loss` over all chunks, with gradients for hidden `[N, H]`, the head, and `parameters`.
 
     `chunk_loss(logits [n, V], rows)` returns the weighted sum of its rows; `starts` are the rows at which a chunk may
@@ -161,9 +170,15 @@ def objective(
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rule: LogitRule, size: int, observer: Observer | None,
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        rule: LogitRule,
+        size: int,
+        observer: Observer | None,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+    ) -> Tensor:
         dtype = _compute_dtype(weight)
         head = Head(weight.detach(), None if bias is None else bias.detach(), rule).cast(dtype)
         logps = hidden.new_empty(

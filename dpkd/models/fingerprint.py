@@ -12,8 +12,6 @@ from dpkd.errors import DpkdError
 from dpkd.models.quantization import quantization_of
 from dpkd.models.settings import ModelSettings
 
-__all__ = ["digest", "fingerprint_of", "memory_fingerprint", "model_fingerprint"]
-
 SAMPLES, SAMPLE_BYTES = 64, 1024
 # What a loader writes into a configuration: it says nothing about the model.
 NOT_THE_MODEL = {"_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype", "use_cache"}

@@ -20,17 +20,6 @@ from dpkd.models.attention import attention_mask
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
 
-__all__ = [
-    "Head",
-    "LogitRule",
-    "causal_lm",
-    "check_head",
-    "head_of",
-    "hidden_rows",
-    "hidden_states",
-    "logit_rule",
-]
-
 
 @dataclass(frozen=True)
 class LogitRule:

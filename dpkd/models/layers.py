@@ -16,8 +16,6 @@ from dpkd.models.head import causal_lm, hidden_rows
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
 
-__all__ = ["every_state", "layer_rows"]
-
 
 @contextmanager
 def every_state(model: nn.Module) -> Iterator[list[Tensor]]:

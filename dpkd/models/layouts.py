@@ -12,8 +12,6 @@ from dpkd.data.batches import PLAIN, Layout, TokenSequence, collate
 from dpkd.models.attention import VARLEN, implementation
 from dpkd.models.head import causal_lm, hidden_rows
 
-__all__ = ["why_not"]
-
 # Two prompts of different length, two responses each.
 _PROBE = (((4, 5, 6), (7, 8)), ((9, 4), (5,)), ((4, 5, 6), (10, 11, 7, 8)), ((9, 4), (6, 9, 10)))
 

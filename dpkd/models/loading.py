@@ -13,25 +13,8 @@ import torch
 
 from dpkd.errors import DpkdError
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
-from dpkd.models.quantization import (
-    check_quantization,
-    quantization_of,
-    quantization_options,
-    quiet_bitsandbytes,
-)
+from dpkd.models.quantization import check_quantization, quantization_of, quantization_options, quiet_bitsandbytes
 from dpkd.models.settings import ModelSettings
-
-__all__ = [
-    "DTYPES",
-    "config_of",
-    "context_length",
-    "count_parameters",
-    "load_model",
-    "load_tokenizer",
-    "new_model",
-    "quiet_transformers",
-    "usable_tokenizer",
-]
 
 # Of the settings; `auto` is left out.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

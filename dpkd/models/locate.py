@@ -14,8 +14,6 @@ from dpkd.data.memory import refuse_memory
 from dpkd.errors import DpkdError
 from dpkd.models.settings import ModelSettings
 
-__all__ = ["explained", "is_gguf", "location", "refuse_pickles"]
-
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

@@ -14,8 +14,6 @@ import torch
 from dpkd.errors import DpkdError
 from dpkd.models.settings import ModelSettings, TeacherSettings
 
-__all__ = ["check_quantization", "quantization_of", "quantization_options", "quiet_bitsandbytes", "weight_bytes"]
-
 BYTES = {"8bit": 1.0, "4bit": 0.5}
 
 

@@ -8,8 +8,6 @@ from pydantic import Field, model_validator
 
 from dpkd.settings import Block
 
-__all__ = ["LoraSettings", "ModelSettings", "StudentSettings", "TeacherSettings"]
-
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 

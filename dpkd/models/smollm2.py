@@ -18,8 +18,6 @@ from dpkd.errors import DpkdError
 from dpkd.models.loading import load_model, load_tokenizer, quiet_transformers
 from dpkd.models.settings import ModelSettings
 
-__all__ = ["bundled_teacher"]
-
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

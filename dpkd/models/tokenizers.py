@@ -10,8 +10,6 @@ from typing import Any
 
 from dpkd.errors import DpkdError
 
-__all__ = ["SharedVocabulary", "difference", "shared_vocabulary", "tokenizer_fingerprint"]
-
 # Texts on which tokenizers of one vocabulary still differ: merges, spaces, numbers, accents, scripts, newlines.
 PROBES = (
     "The quick brown fox jumps over 13 lazy dogs.",

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["RESAMPLES", "SEED", "Difference", "paired_bootstrap"]
-
 RESAMPLES = 10_000
 SEED = 10
 _AT_ONCE = 4_000_000  # numbers in memory

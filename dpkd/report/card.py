@@ -11,8 +11,6 @@ import yaml
 
 from dpkd.api import Card
 
-__all__ = ["CardFacts", "ScoreLine", "model_card", "scores_section", "write_model_card"]
-
 
 @dataclass(frozen=True)
 class ScoreLine:
@@ -99,18 +97,13 @@ def _summary(facts: CardFacts) -> str:
 
 def _loss(facts: CardFacts) -> str:
     card = facts.card
-    parts = [
-        f"## Loss: {_line(card.title)}",
-        _line(card.summary),
-        _fenced(card.formula, "text"),
-        _line(card.notes),
-    ]
+    parts = [f"## Loss: {_line(card.title)}", _line(card.summary), _fenced(card.formula, "text"), _line(card.notes)]
     return "\n\n".join(part for part in parts if part)
 
 
 def _training(facts: CardFacts) -> str:
     rows = [("teacher", facts.teacher), ("student", facts.student), ("data", facts.data)]
-    rows += [("examples", facts.examples), ("optimiser steps", facts.steps)]  # type: ignore[list-item]
+    rows += [("examples", facts.examples), ("optimizer steps", facts.steps)]  # type: ignore[list-item]
     table = _table(("what", "which"), [(what, _code(value)) for what, value in rows if value is not None])
     if not facts.settings:
         return f"## Training\n\n{table}\n\nAll settings are the defaults of dpkd and of the loss."
@@ -124,12 +117,7 @@ def scores_section(scores: Sequence[ScoreLine]) -> str:
     if not scores:
         return ""
     rows = [
-        (
-            line.data,
-            line.metric,
-            _value(line),
-            *("" if n is None else str(n) for n in (line.rows, line.seeds)),
-        )
+        (line.data, line.metric, _value(line), *("" if n is None else str(n) for n in (line.rows, line.seeds)))
         for line in scores
     ]
     return "## Scores\n\n" + _table(("data", "metric", "value", "rows", "seeds"), rows)
@@ -166,11 +154,7 @@ def _sources(facts: CardFacts) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [
-        header,
-        ["---"] * len(header),
-        *([_line(cell).replace("|", "\\|") for cell in row] for row in rows),
-    ]
+    lines = [header, ["---"] * len(header), *([_line(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -16,8 +16,6 @@ from dpkd.report.panels import Bar, BarPanel, Chapter, Curve, LinePanel, Point, 
 from dpkd.report.reading import Run
 from dpkd.report.scales import finite, thin
 
-__all__ = ["chapters", "length_panels", "metric_label"]
-
 
 @dataclass(frozen=True)
 class _Chart:
@@ -33,12 +31,21 @@ class _Chart:
 
 
 _LOSS = (
-    _Chart("loss-unweighted", "Loss terms, unweighted", ("loss/main", "loss/lm", "loss/*"),
-           "nats per token, or per pair", but=("loss/total",)),
-    _Chart("loss-weighted", "Loss terms, weighted", ("weighted/main", "weighted/lm", "weighted/*", "loss/total"),
-           "their total is minimised"),
+    _Chart(
+        "loss-unweighted",
+        "Loss terms, unweighted",
+        ("loss/main", "loss/lm", "loss/*"),
+        "nats per token, or per pair",
+        but=("loss/total",),
+    ),
+    _Chart(
+        "loss-weighted",
+        "Loss terms, weighted",
+        ("weighted/main", "weighted/lm", "weighted/*", "loss/total"),
+        "their total is minimised",
+    ),
     _Chart("loss-parts", "Parts that the loss names", ("part/*",), "before their weights"),
-)  # fmt: skip
+)
 _DIVERGENCE = (
     _Chart("kl", "KL on the text trained on", ("kl/forward", "kl/reverse"), "nats per token, full vocabulary"),
     _Chart("dev-kl", "KL on the dev slice", ("forward_kl", "reverse_kl"), "nats per token of the references", dev=True),
@@ -47,28 +54,42 @@ _DIVERGENCE = (
     _Chart("agreement", "Same likeliest token", ("agreement/top1",), "share of positions", share=True),
 )
 _REWARD = (
-    _Chart("reward", "Implicit reward", ("reward/preferred", "reward/dispreferred", "reward/student",
-           "reward/teacher", "reward/dataset"), "β log q(y|x) / p(y|x), nats per response"),
-    _Chart("dev-reward", "Implicit reward on the dev slice", ("reward_mean",),
-           "log q/p of the references, nats per token", dev=True),
-    _Chart("margin", "Reward margin", ("reward/margin",), "preferred minus dispreferred, nats"),
-    _Chart("accuracy", "Preference accuracy", ("reward/accuracy",), "share of pairs with the preferred one above",
-           share=True),
-    _Chart("logp", "Log-probability of the pairs", ("logp/preferred", "logp/dispreferred"),
-           "under the student, nats per response"),
-)  # fmt: skip
+    _Chart(
+        "reward",
+        "Implicit reward",
+        ("reward/chosen", "reward/rejected", "reward/student", "reward/teacher", "reward/dataset"),
+        "β log q(y|x) / p(y|x), nats per response",
+    ),
+    _Chart(
+        "dev-reward",
+        "Implicit reward on the dev slice",
+        ("reward_mean",),
+        "log q/p of the references, nats per token",
+        dev=True,
+    ),
+    _Chart("margin", "Reward margin", ("reward/margin",), "chosen minus rejected, nats"),
+    _Chart(
+        "accuracy", "Preference accuracy", ("reward/accuracy",), "share of pairs with the chosen one above", share=True
+    ),
+    _Chart(
+        "logp", "Log-probability of the pairs", ("logp/chosen", "logp/rejected"), "under the student, nats per response"
+    ),
+)
 _SCORES = (
     _Chart("dev-rouge", "Rouge-L on the dev slice", ("rouge_l",), "× 100, of generated answers", dev=True),
     _Chart("dev-exact", "Exact match on the dev slice", ("exact_match",), "%", dev=True),
 )
 _TEXT = (
-    _Chart("length", "Length of the responses",
-           ("length/preferred", "length/dispreferred", "length/student", "length/teacher", "length/*"),
-           "tokens, EOS included"),
+    _Chart(
+        "length",
+        "Length of the responses",
+        ("length/chosen", "length/rejected", "length/student", "length/teacher", "length/*"),
+        "tokens, EOS included",
+    ),
     _Chart("dev-length", "Length of the dev answers", ("tokens",), "tokens, EOS included", dev=True),
     _Chart("dev-shape", "Shape of the dev answers", ("eos_rate", "repetition"), "%", dev=True),
     _Chart("truncated", "Responses cut off", ("text/truncated_share",), "share without EOS", share=True),
-)  # fmt: skip
+)
 _PACE = (
     _Chart("lr", "Learning rate", ("lr",)),
     _Chart("gradient-norm", "Gradient norm", ("gradient_norm",), "before clipping"),
@@ -77,28 +98,46 @@ _PACE = (
 )
 
 _LABELS = {
-    "kl/forward": "forward KL", "kl/reverse": "reverse KL", "nll/student": "student", "nll/teacher": "teacher",
-    "reward/margin": "margin", "reward/accuracy": "preference accuracy", "agreement/top1": "agreement",
-    "text/truncated_share": "share", "lr": "learning rate", "gradient_norm": "gradient norm",
+    "kl/forward": "forward KL",
+    "kl/reverse": "reverse KL",
+    "nll/student": "student",
+    "nll/teacher": "teacher",
+    "reward/margin": "margin",
+    "reward/accuracy": "preference accuracy",
+    "agreement/top1": "agreement",
+    "text/truncated_share": "share",
+    "lr": "learning rate",
+    "gradient_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
-}  # fmt: skip
+}
 
 
 def chapters(runs: Sequence[Run]) -> list[Chapter]:
     """All charts over steps that these runs have numbers for."""
     found = [
-        Chapter("scores-over-steps", "Scores while training", "Answers to rows that were held out of training.",
-                (*_drawn(_SCORES, runs), *_trails(runs))),
-        Chapter("divergence", "Divergence from the teacher",
-                "Forward KL(teacher‖student) asks the student to cover the teacher; reverse KL(student‖teacher) asks "
-                "it to stay where the teacher is.", _drawn(_DIVERGENCE, runs)),
-        Chapter("reward", "Implicit reward",
-                "What the student has come to prefer over its teacher: r̂ = β log q(y|x) / p(y|x) of whole responses.",
-                _drawn(_REWARD, runs)),
+        Chapter(
+            "scores-over-steps",
+            "Scores while training",
+            "Answers to rows that were held out of training.",
+            (*_drawn(_SCORES, runs), *_trails(runs)),
+        ),
+        Chapter(
+            "divergence",
+            "Divergence from the teacher",
+            "Forward KL(teacher‖student) asks the student to cover the teacher; reverse KL(student‖teacher) asks "
+            "it to stay where the teacher is.",
+            _drawn(_DIVERGENCE, runs),
+        ),
+        Chapter(
+            "reward",
+            "Implicit reward",
+            "What the student has come to prefer over its teacher: r̂ = β log q(y|x) / p(y|x) of whole responses.",
+            _drawn(_REWARD, runs),
+        ),
         Chapter("loss", "Loss", "What was minimised, and what it is made of.", _drawn(_LOSS, runs)),
         Chapter("text", "Text trained on", "Who wrote how much.", _drawn(_TEXT, runs)),
         Chapter("pace", "Optimisation", "Schedule, gradients and speed.", _drawn(_PACE, runs)),
-    ]  # fmt: skip
+    ]
     return [chapter for chapter in found if chapter.panels]
 
 
@@ -128,7 +167,7 @@ def _panels(chart: _Chart, runs: Sequence[Run]) -> list[LinePanel]:
 
 
 def _reweighted(names: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Without the weighted terms that are, in all runs, what they are unweighted: their charts would be twins."""
+    """Without the weighted terms that are, in all runs, what they are unweighted: their charts would be the same."""
 
     def same(name: str) -> bool:
         plain = name.replace("weighted/", "loss/")
@@ -176,10 +215,15 @@ def _trails(runs: Sequence[Run]) -> tuple[ScatterPanel, ...]:
         return ()
     return (
         ScatterPanel(
-            "reward-against-kl", "Reward against reverse KL", "reverse KL, nats per token", "implicit reward",
-            "Rouge-L", tuple(trail for trail in trails if trail.points), "on the dev slice; the line follows training",
+            "reward-against-kl",
+            "Reward against reverse KL",
+            "reverse KL, nats per token",
+            "implicit reward",
+            "Rouge-L",
+            tuple(trail for trail in trails if trail.points),
+            "on the dev slice; the line follows training",
         ),
-    )  # fmt: skip
+    )
 
 
 def _points(run: Run) -> tuple[Point, ...]:
@@ -197,7 +241,7 @@ def _reward(run: Run, row: Mapping[str, Any]) -> float | None:
     for name in ("reward_mean", "reward_sum", "reward"):
         if (value := finite(row.get(name))) is not None:
             return value
-    for name in ("reward/preferred", "reward/dataset", "reward/teacher", "reward/student"):
+    for name in ("reward/chosen", "reward/dataset", "reward/teacher", "reward/student"):
         logged = [line for line in run.metrics if finite(line.get(name)) is not None]
         if logged:
             return finite(min(logged, key=lambda line: abs(line["step"] - row["step"]))[name])

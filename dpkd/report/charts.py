@@ -11,8 +11,6 @@ from dpkd.report.names import number
 from dpkd.report.panels import Bar, BarPanel, Curve, LinePanel, Panel, ScatterPanel, Trail
 from dpkd.report.scales import Scale, label, ticks, value_range
 
-__all__ = ["PALETTE", "chart", "legend"]
-
 PALETTE = 8  # colours; more lines than that are dashed
 WIDTH, HEIGHT = 400, 236
 LEFT, RIGHT, TOP, BOTTOM = 44, 390, 10, 202
@@ -37,9 +35,11 @@ def legend(panel: Panel) -> Markup | None:
         return _keys([(name, colour, "") for name, colour in names.items()]) if len(names) > 1 else None
     values = [point.value for trail in panel.trails for point in trail.points]
     scale = element(
-        "span", f"{panel.value_label} {label(round(min(values), 2))} ", element("i", class_="ramp"),
+        "span",
+        f"{panel.value_label} {label(round(min(values), 2))} ",
+        element("i", class_="ramp"),
         f" {label(round(max(values), 2))}",
-    )  # fmt: skip
+    )
     keys = _keys([(trail.label, trail.colour, "") for trail in panel.trails]) if len(panel.trails) > 1 else None
     return joined(element("div", scale, class_="legend"), keys)
 
@@ -49,7 +49,7 @@ def _keys(entries: Sequence[tuple[str, int, str]]) -> Markup:
         "div",
         *(element("span", element("i", class_=_colour(c)), name, " ", element("b", last)) for name, c, last in entries),
         class_="legend",
-    )  # fmt: skip
+    )
 
 
 def _colour(index: int) -> str:
@@ -58,9 +58,7 @@ def _colour(index: int) -> str:
 
 def _svg(panel: Panel, *parts: str, **data: object) -> Markup:
     about = f"{panel.title}. {panel.note}" if panel.note else panel.title
-    return element(
-        "svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=about, class_="chart", **data
-    )  # fmt: skip
+    return element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=about, class_="chart", **data)
 
 
 def _text(x: float, y: float, content: str, class_: str) -> Markup:
@@ -101,15 +99,22 @@ def _lines(panel: LinePanel) -> Markup:
     y = Scale(*(panel.limits or value_range(values)), BOTTOM, TOP)
     drawn = [part for curve in panel.curves for part in _curve(curve, x, y)]
     series = [
-        {"label": c.label, "colour": _colour(c.colour), "steps": [round(s, 2) for s in c.steps],
-         "values": [None if v is None else float(f"{v:.4g}") for v in c.values]}
+        {
+            "label": c.label,
+            "colour": _colour(c.colour),
+            "steps": [round(s, 2) for s in c.steps],
+            "values": [None if v is None else float(f"{v:.4g}") for v in c.values],
+        }
         for c in panel.curves
-    ]  # fmt: skip
+    ]
     hover = {"x": [x.low, x.high, x.start, x.end], "y": [y.low, y.high, y.start, y.end], "series": series}
     return _svg(
-        panel, *_y_axis(y), *_x_axis(x, "step", whole=True), *drawn,
+        panel,
+        *_y_axis(y),
+        *_x_axis(x, "step", whole=True),
+        *drawn,
         data_hover=json.dumps(hover, separators=(",", ":"), ensure_ascii=False),
-    )  # fmt: skip
+    )
 
 
 def _curve(curve: Curve, x: Callable[[float], float], y: Callable[[float], float]) -> list[Markup]:
@@ -155,9 +160,17 @@ def _bar(bar: Bar, left: float, width: float, y: Scale, *, labelled: bool) -> li
     top, base, middle = y(bar.mean), y(0.0), left + width / 2
     told = f"{bar.label}: {number(bar.mean)}" + ("" if bar.sd is None else f" ± {number(bar.sd)}")
     parts = [
-        element("rect", element("title", told), x=_place(left + 1), y=_place(min(top, base)), width=_place(width - 2),
-                height=_place(abs(base - top)), rx=2, class_=f"bar {_colour(bar.colour)}")
-    ]  # fmt: skip
+        element(
+            "rect",
+            element("title", told),
+            x=_place(left + 1),
+            y=_place(min(top, base)),
+            width=_place(width - 2),
+            height=_place(abs(base - top)),
+            rx=2,
+            class_=f"bar {_colour(bar.colour)}",
+        )
+    ]
     peak = top
     if bar.sd is not None:
         peak = y(bar.mean + bar.sd)
@@ -187,5 +200,5 @@ def _trail(trail: Trail, x: Scale, y: Scale, low: float, high: float) -> list[Ma
         told = f"{trail.label}, step {point.step}: Rouge-L {number(point.value)}, reward {number(point.y)}"
         parts.append(
             _dot(x(point.x), y(point.y), 5.5, "value", element("title", told), style=f"--t:{100 * share:.0f}%")
-        )  # fmt: skip
+        )
     return parts

@@ -13,8 +13,6 @@ from dpkd.report.names import ordered
 from dpkd.report.reading import Cost, Run, Scored, better_of
 from dpkd.report.scales import finite
 
-__all__ = ["METRICS", "Cell", "Comparison", "SetTable", "compare"]
-
 METRICS = ("rouge_l", "exact_match", "nll", "forward_kl", "reverse_kl")  # shown where nothing else is asked for
 
 
@@ -56,9 +54,13 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[Run], baseline: str, *, metrics: Sequence[str] = METRICS, resamples: int = RESAMPLES,
+    runs: Sequence[Run],
+    baseline: str,
+    *,
+    metrics: Sequence[str] = METRICS,
+    resamples: int = RESAMPLES,
     seed: int = SEED,
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     """Compare runs, the baseline among them, on every set that any of them was evaluated on.
 
     `metrics` may be `("all",)`. Raises SettingsError when no run has scores, or none has a metric that is asked for.
@@ -103,9 +105,7 @@ def _table(
         notes.append(f"{name}: the baseline {base.name} was not evaluated on it; nothing is tested")
     shown = tuple(metric for metric in wanted if any(metric in own for own in cells.values()))
     units = {metric: unit for one in scored.values() for metric, unit in one.scores.get("units", {}).items()}
-    counts = {
-        run: (int(one.scores.get("rows", 0)), len(one.scores.get("seeds", []))) for run, one in scored.items()
-    }  # fmt: skip
+    counts = {run: (int(one.scores.get("rows", 0)), len(one.scores.get("seeds", []))) for run, one in scored.items()}
     better = {metric: better_of(metric, scored.values()) for metric in shown}
     return SetTable(name, shown, units, better, cells, counts)
 
@@ -136,9 +136,15 @@ def _row_scores(scored: Scored) -> dict[str, dict[str, float]]:
 
 
 def _difference(
-    name: str, metric: str, run: str, ours: Mapping[str, Mapping[str, float]],
-    theirs: Mapping[str, Mapping[str, float]], notes: list[str], resamples: int, seed: int,
-) -> Difference | None:  # fmt: skip
+    name: str,
+    metric: str,
+    run: str,
+    ours: Mapping[str, Mapping[str, float]],
+    theirs: Mapping[str, Mapping[str, float]],
+    notes: list[str],
+    resamples: int,
+    seed: int,
+) -> Difference | None:
     """None where a metric has no scores of rows, or the two were not scored on the same rows."""
     mine, base = ours.get(metric), theirs.get(metric)
     if mine is None or base is None:

@@ -13,8 +13,6 @@ from dpkd.report.names import spread, title
 from dpkd.report.overview import duration, memory, tokens
 from dpkd.report.reading import Cost
 
-__all__ = ["Grid", "as_csv", "as_json", "as_latex", "as_markdown", "footnotes", "grids"]
-
 SIGNIFICANT = 0.05
 _ARROWS = {"higher": " ↑", "lower": " ↓"}
 
@@ -90,10 +88,27 @@ def as_markdown(comparison: Comparison) -> str:
 
 
 _LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "±": r"$\pm$", "×": r"$\times$",
-    "−": "$-$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "∞": r"$\infty$", "‖": r"$\|$", "–": "--",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "−": "$-$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "∞": r"$\infty$",
+    "‖": r"$\|$",
+    "–": "--",
+}
 
 
 def latex_text(text: str) -> str:
@@ -113,11 +128,19 @@ def as_latex(comparison: Comparison) -> str:
         body = [lines[0], "\\midrule", *lines[1:]]
         parts.append(
             "\n".join(
-                ["\\begin{table}", "\\centering", f"\\caption{{{latex_text(grid.title)}}}",
-                 f"\\begin{{tabular}}{{l{'r' * (len(grid.heads) - 1)}}}", "\\toprule", *body, "\\bottomrule",
-                 "\\end{tabular}", "\\end{table}"]
+                [
+                    "\\begin{table}",
+                    "\\centering",
+                    f"\\caption{{{latex_text(grid.title)}}}",
+                    f"\\begin{{tabular}}{{l{'r' * (len(grid.heads) - 1)}}}",
+                    "\\toprule",
+                    *body,
+                    "\\bottomrule",
+                    "\\end{tabular}",
+                    "\\end{table}",
+                ]
             )
-        )  # fmt: skip
+        )
     notes = [f"% {note}" for note in footnotes(comparison)]
     return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
 
@@ -133,8 +156,9 @@ def as_csv(comparison: Comparison) -> str:
         for run in comparison.runs:
             for metric, cell in table.cells.get(run, {}).items():
                 d = cell.difference
-                tested: Sequence[object] = ("", "", "", "", "") if d is None else (
-                    d.mean, d.low, d.high, d.p, comparison.baseline)  # fmt: skip
+                tested: Sequence[object] = (
+                    ("", "", "", "", "") if d is None else (d.mean, d.low, d.high, d.p, comparison.baseline)
+                )
                 row = [run, table.name, metric, cell.mean, "" if cell.sd is None else cell.sd, *table.counts[run]]
                 writer.writerow([*row, table.units.get(metric, ""), *tested])
     for run in comparison.runs:

@@ -12,8 +12,6 @@ from dpkd.report.panels import BarPanel, LinePanel, Panel, ScatterPanel
 from dpkd.report.reading import Run
 from dpkd.report.scales import value_range
 
-__all__ = ["write_figures"]
-
 COLOURS = ("#2a78d6", "#e0632a", "#14936b", "#8a4fd0", "#c98a00", "#d6457f", "#4d7c0f", "#5a6472")  # the page's
 DASHES = ("-", "--", ":", "-.")
 DPI = 200
@@ -73,13 +71,18 @@ def _bars(panel: BarPanel, axes: Any) -> None:
     names = list(dict.fromkeys((bar.label, bar.colour) for _, _, bars in panel.groups for bar in bars))
     width = min(0.45, 0.8 / max(1, len(names)))
     for place, (name, colour) in enumerate(names):
-        found = [
-            (group, bar) for group, (_, _, bars) in enumerate(panel.groups) for bar in bars if bar.label == name
-        ]  # fmt: skip
+        found = [(group, bar) for group, (_, _, bars) in enumerate(panel.groups) for bar in bars if bar.label == name]
         where = [group + (place - (len(names) - 1) / 2) * width for group, _ in found]
         sds = [bar.sd or 0.0 for _, bar in found]
-        axes.bar(where, [bar.mean for _, bar in found], width * 0.92, yerr=sds, label=name,
-                 color=COLOURS[colour % len(COLOURS)], error_kw={"elinewidth": 0.9})  # fmt: skip
+        axes.bar(
+            where,
+            [bar.mean for _, bar in found],
+            width * 0.92,
+            yerr=sds,
+            label=name,
+            color=COLOURS[colour % len(COLOURS)],
+            error_kw={"elinewidth": 0.9},
+        )
     axes.set_xticks(range(len(panel.groups)), [f"{label}\n{about}" for label, about, _ in panel.groups])
     axes.set_xlim(-0.6, len(panel.groups) - 0.4)
     axes.set_xlabel(panel.note, fontsize=8)

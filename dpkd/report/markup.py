@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from html import escape
 
-__all__ = ["Markup", "element", "joined"]
-
 _VOID = frozenset({"meta", "br", "hr", "img", "link", "input", "col"})
 
 

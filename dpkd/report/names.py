@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["better_by_name", "number", "ordered", "public", "spread", "title"]
-
 _TITLES = {
     "rouge_l": "Rouge-L",
     "exact_match": "exact match",
@@ -31,8 +29,15 @@ _TITLES = {
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
 }
-_LOWER = ("nll", "perplexity", "bits_per_byte", "forward_kl", "reverse_kl", "first_token_forward_kl",
-          "first_token_reverse_kl")  # fmt: skip
+_LOWER = (
+    "nll",
+    "perplexity",
+    "bits_per_byte",
+    "forward_kl",
+    "reverse_kl",
+    "first_token_forward_kl",
+    "first_token_reverse_kl",
+)
 _HIGHER = ("rouge_l", "exact_match")
 
 

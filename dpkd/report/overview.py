@@ -10,8 +10,6 @@ from dpkd.report.names import number, public, spread, title
 from dpkd.report.reading import Cost, Run
 from dpkd.report.scales import finite, label
 
-__all__ = ["duration", "facts_of", "memory", "overview", "run_name", "subtitle", "table"]
-
 
 def subtitle(runs: Sequence[Run]) -> str:
     """One line: teacher, student, data, steps of a run; what several have in common."""
@@ -102,10 +100,14 @@ def overview(runs: Sequence[Run]) -> Markup | None:
         return _runs_table(runs)
     tiles = _tiles(runs[0])
     shown = [
-        element("div", element("b", value, element("small", f" {extra}") if extra else None), element("span", what),
-                class_="tile")
+        element(
+            "div",
+            element("b", value, element("small", f" {extra}") if extra else None),
+            element("span", what),
+            class_="tile",
+        )
         for what, value, extra in tiles
-    ]  # fmt: skip
+    ]
     return element("div", *shown, class_="tiles") if shown else None
 
 
@@ -120,9 +122,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
                 tiles.append((f"{title(metric)} on {name}", *_apart(spread(found["mean"], sd))))
     last = run.metrics[-1] if run.metrics else {}
     for key, what in (
-        ("kl/forward", "forward KL at the end"), ("kl/reverse", "reverse KL at the end"),
-        ("reward/margin", "reward margin at the end"), ("reward/accuracy", "preference accuracy at the end"),
-    ):  # fmt: skip
+        ("kl/forward", "forward KL at the end"),
+        ("kl/reverse", "reverse KL at the end"),
+        ("reward/margin", "reward margin at the end"),
+        ("reward/accuracy", "preference accuracy at the end"),
+    ):
         if (value := finite(last.get(key))) is not None:
             tiles.append((what, number(value), ""))
     cost = run.cost
@@ -146,20 +150,29 @@ def _runs_table(runs: Sequence[Run]) -> Markup:
     keys = [key for key in ("loss", "teacher", "student", "data", "steps", "seed") if any(own[key] for own in told)]
     numeric = ("steps", "seed")
     rows = [
-        [run_name(run, i), *(own[key] or "–" for key in keys), duration(run.cost.seconds), tokens(run.cost.tokens),
-         memory(run.cost.peak_memory_mib)]
+        [
+            run_name(run, i),
+            *(own[key] or "–" for key in keys),
+            duration(run.cost.seconds),
+            tokens(run.cost.tokens),
+            memory(run.cost.peak_memory_mib),
+        ]
         for i, (run, own) in enumerate(zip(runs, told, strict=True))
-    ]  # fmt: skip
+    ]
     heads = ["run", *keys, "time", "tokens", "peak memory"]
     right = {i for i, head in enumerate(heads) if head in (*numeric, "time", "tokens", "peak memory")}
     return table(heads, rows, right=right)
 
 
 def table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int] | frozenset[int] = frozenset(),
-    caption: Markup | None = None, best: set[tuple[int, int]] | frozenset[tuple[int, int]] = frozenset(),
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: set[int] | frozenset[int] = frozenset(),
+    caption: Markup | None = None,
+    best: set[tuple[int, int]] | frozenset[tuple[int, int]] = frozenset(),
     class_: str | None = None,
-) -> Markup:  # fmt: skip
+) -> Markup:
     """A table that scrolls sideways in its own frame; `best` marks cells by row and column."""
 
     def cell(row: int, column: int, content: str) -> Markup:

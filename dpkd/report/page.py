@@ -16,8 +16,6 @@ from dpkd.report.reading import Run
 from dpkd.report.tables import scores_tables, settings_section, technical_section
 from dpkd.report.texts import samples_section, tokens_section
 
-__all__ = ["page", "write_page"]
-
 
 def write_page(runs: Sequence[Run], output: Path) -> None:
     """Write the page; it appears whole or not at all."""
@@ -69,8 +67,11 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, str, Markup] | None]:
     scores = scores_tables(runs)
     found = [_section("overview", "Overview", "", overview(runs))]
     if scores or bars:
-        about = "Mean ± standard deviation over seeds. The best run of a row is bold." if len(runs) > 1 else (
-            "Mean ± standard deviation over seeds.")  # fmt: skip
+        about = (
+            "Mean ± standard deviation over seeds. The best run of a row is bold."
+            if len(runs) > 1
+            else ("Mean ± standard deviation over seeds.")
+        )
         found.append(_section("scores", "Scores", about, joined(*scores, _grid(bars) if bars else None)))
     for chapter in chapters(runs):
         found.append(_section(chapter.key, chapter.title, chapter.about, _grid(chapter.panels)))

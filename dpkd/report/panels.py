@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Bar", "BarPanel", "Chapter", "Curve", "LinePanel", "Panel", "Point", "ScatterPanel", "Trail"]
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -25,7 +23,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class LinePanel:
-    """Curves over optimiser steps; `key` names its file, `limits` are the ends of the axis (None: what fits).
+    """Curves over optimizer steps; `key` names its file, `limits` are the ends of the axis (None: what fits).
 
     `by_run`: the curves are runs, and their names say which.
     """

@@ -18,8 +18,6 @@ from dpkd.report.names import better_by_name
 from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
 
-__all__ = ["Cost", "Run", "Scored", "better_of", "read_evaluations", "read_run", "read_runs"]
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -133,11 +131,17 @@ def read_run(path: Path, name: str | None = None) -> Run:
     text = folder.config.read_text(encoding="utf-8")
     dev = path / "dev.jsonl"
     return Run(
-        name, path, config=yaml.safe_load(text) or {}, sources=_sources(text), facts=_json(folder.facts, {}),
+        name,
+        path,
+        config=yaml.safe_load(text) or {},
+        sources=_sources(text),
+        facts=_json(folder.facts, {}),
         metrics=read_metrics(folder.metrics) if folder.metrics.is_file() else [],
-        dev=read_metrics(dev) if dev.is_file() else [], samples=_json_lines(folder.samples),
-        evaluations=read_evaluations(path / "eval"), rewards=_json(path / "token_rewards.json", []),
-    )  # fmt: skip
+        dev=read_metrics(dev) if dev.is_file() else [],
+        samples=_json_lines(folder.samples),
+        evaluations=read_evaluations(path / "eval"),
+        rewards=_json(path / "token_rewards.json", []),
+    )
 
 
 def read_evaluations(folder: Path) -> dict[str, Scored]:

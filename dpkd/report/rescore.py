@@ -14,8 +14,6 @@ from dpkd.report.reading import Scored, read_evaluations
 from dpkd.report.scales import finite
 from dpkd.run_folder import RunFolder
 
-__all__ = ["CARD_METRICS", "rescore", "score_lines", "with_scores"]
-
 CARD_METRICS = ("rouge_l", "exact_match", "nll", "perplexity", "forward_kl", "reverse_kl")
 _HEADING = "## Scores"
 _AFTER = "## How to load it"  # where a card without scores gets them: before this

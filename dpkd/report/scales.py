@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Scale", "finite", "label", "thin", "ticks", "value_range"]
-
 
 @dataclass(frozen=True)
 class Scale:

@@ -13,8 +13,6 @@ from dpkd.report.overview import duration, memory, table, tokens
 from dpkd.report.reading import Cost, Run, Scored, better_of
 from dpkd.report.scales import finite
 
-__all__ = ["flat", "scores_tables", "settings_section", "technical_section"]
-
 _SOURCE = re.compile(r"^- \[(?P<title>.+)\]\((?P<url>https?://[^)\s]+)\)(?P<where>.*)$")
 
 
@@ -142,7 +140,7 @@ def _technical(run: Run, named: bool) -> Markup | None:
         ("machine", f"{machine.get('platform', '')}, {machine.get('threads', '?')} threads" if machine else ""),
         ("versions", ", ".join(f"{name} {v}" for name, v in versions.items())),
         ("command", " ".join(public(part) for part in facts.get("command", []))),
-    ]  # fmt: skip
+    ]
     rows = [
         element("tr", element("th", what, scope="row"), element("td", value)) for what, value in lines if value.strip()
     ]
@@ -154,8 +152,11 @@ def _technical(run: Run, named: bool) -> Markup | None:
 def _cost_lines(cost: Cost) -> list[tuple[str, str]]:
     if cost == Cost():
         return []
-    return [("training time", duration(cost.seconds)), ("tokens trained on", tokens(cost.tokens)),
-            ("peak memory", memory(cost.peak_memory_mib))]  # fmt: skip
+    return [
+        ("training time", duration(cost.seconds)),
+        ("tokens trained on", tokens(cost.tokens)),
+        ("peak memory", memory(cost.peak_memory_mib)),
+    ]
 
 
 def _sources(run: Run) -> Markup | None:

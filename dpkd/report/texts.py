@@ -10,8 +10,6 @@ from dpkd.report.names import number
 from dpkd.report.reading import Run, Scored
 from dpkd.report.scales import finite
 
-__all__ = ["samples_section", "tokens_section"]
-
 PER_SET = 3  # rows of each evaluated set
 DURING = 2  # prompts of the first and of the last logged step
 STRONGEST = 72  # per cent of colour at the strongest reward
@@ -37,8 +35,9 @@ def _sets(runs: Sequence[Run]) -> list[str]:
 def _evaluated(name: str, runs: Sequence[Run]) -> list[Markup]:
     """The first rows of a set: reference, teacher, and the answer of each run under its first seed."""
     answers = {run.name: _first_seed(run.evaluations[name]) for run in runs if name in run.evaluations}
-    teachers = next((rows for run in runs if name in run.evaluations
-                     if (rows := _first_seed(_teacher(run.evaluations[name])))), {})  # fmt: skip
+    teachers = next(
+        (rows for run in runs if name in run.evaluations if (rows := _first_seed(_teacher(run.evaluations[name])))), {}
+    )
     first = next((rows for rows in answers.values() if rows), {})
     cards = []
     for key, row in list(first.items())[:PER_SET]:
@@ -95,15 +94,23 @@ def _text(text: str) -> Markup:
 
 def tokens_section(runs: Sequence[Run]) -> Markup | None:
     """Answers of token_rewards.json; one scale of colours for the whole page."""
-    sizes = sorted(abs(v) for run in runs for own in run.rewards for t in own.get("tokens", ())
-                   if (v := finite(t.get("reward"))) is not None)  # fmt: skip
+    sizes = sorted(
+        abs(v)
+        for run in runs
+        for own in run.rewards
+        for t in own.get("tokens", ())
+        if (v := finite(t.get("reward"))) is not None
+    )
     if not sizes:
         return None
     top = sizes[min(len(sizes) - 1, int(0.97 * len(sizes)))] or 1.0  # a few extremes do not bleach the rest
     scale = element(
-        "p", f"−{number(top)} the teacher likes it better", element("i", class_="shades"),
-        f"the student likes it better +{number(top)}", class_="about",
-    )  # fmt: skip
+        "p",
+        f"−{number(top)} the teacher likes it better",
+        element("i", class_="shades"),
+        f"the student likes it better +{number(top)}",
+        class_="about",
+    )
     cards = [_shaded(prompt, answers, top) for prompt, answers in _by_prompt(runs).items()]
     return joined(scale, *cards)
 

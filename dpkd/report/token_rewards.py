@@ -16,9 +16,7 @@ from dpkd.report.reading import Run, Scored
 
 if TYPE_CHECKING:
     from dpkd.data.batches import TokenSequence
-    from dpkd.teachers.live import LiveTeacher
-
-__all__ = ["Answer", "answers_of", "token_rewards", "write_token_rewards"]
+    from dpkd.teachers.local import LocalTeacher
 
 FILE = "token_rewards.json"
 
@@ -39,13 +37,13 @@ def write_token_rewards(run: Run, count: int) -> Path:
     Raises DpkdError when the run has no teacher, no model yet, or no answer to look at.
     """
     from dpkd.evaluation.results import write_json
-    from dpkd.evaluation.subject import find_subject
+    from dpkd.evaluation.target import find_target
 
     answers = answers_of(run, count)
-    subject = find_subject(str(run.path), None)
-    if subject.teacher is None or subject.teacher.model is None:
+    target = find_target(str(run.path), None)
+    if target.teacher is None or target.teacher.model is None:
         raise DpkdError(f"--token-rewards: {run.path} was trained without a teacher; there is no reward to show")
-    rows = _rewards(subject.model, subject.teacher, answers, run.config)
+    rows = _rewards(target.model, target.teacher, answers, run.config)
     return write_json(run.path / FILE, rows)  # type: ignore[arg-type]
 
 
@@ -56,7 +54,7 @@ def answers_of(run: Run, count: int) -> list[Answer]:
     """
     answers = [
         answer for scored in list(run.evaluations.values())[:1] for answer in _evaluated(scored, count)
-    ] or _sampled(run, count)  # fmt: skip
+    ] or _sampled(run, count)
     if not answers:
         raise DpkdError(
             f"--token-rewards: {run.path} has no answers to look at; write some with "
@@ -90,21 +88,25 @@ def _sampled(run: Run, count: int) -> list[Answer]:
 
 
 def _rewards(student: Any, teacher: Any, answers: Sequence[Answer], config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    from dpkd.evaluation.evaluate import Bench
+    from dpkd.evaluation.evaluator import Evaluator
 
-    bench = Bench(student, teacher)
-    if bench.teacher is None:
-        raise DpkdError(f"--token-rewards: {bench.note}")
+    evaluator = Evaluator(student, teacher)
+    if evaluator.teacher is None:
+        raise DpkdError(f"--token-rewards: {evaluator.note}")
     sequences = [
-        _sequence(answer, bench.tokenizer, config.get("data", {}).get("template", "auto")) for answer in answers
+        _sequence(answer, evaluator.tokenizer, config.get("data", {}).get("template", "auto")) for answer in answers
     ]
     beta = config.get("loss", {}).get("beta", 1.0)
     found = token_rewards(
-        bench.model, bench.teacher, sequences, vocabulary=bench.vocabulary, pad_id=bench.tokenizer.pad_token_id,
+        evaluator.model,
+        evaluator.teacher,
+        sequences,
+        vocabulary=evaluator.vocabulary,
+        pad_id=evaluator.tokenizer.pad_token_id,
         beta=float(beta),
-    )  # fmt: skip
+    )
     return [
-        {"prompt": answer.prompt, "writer": answer.writer, "tokens": _tokens(sequence, values, bench.tokenizer)}
+        {"prompt": answer.prompt, "writer": answer.writer, "tokens": _tokens(sequence, values, evaluator.tokenizer)}
         for answer, sequence, values in zip(answers, sequences, found, strict=True)
     ]
 
@@ -136,9 +138,15 @@ def _tokens(sequence: TokenSequence, rewards: Sequence[float], tokenizer: Any) -
 
 
 def token_rewards(
-    student: Any, teacher: LiveTeacher, sequences: Sequence[TokenSequence], *, vocabulary: int, pad_id: int,
-    beta: float = 1.0, chunk_mib: float = 32.0,
-) -> list[list[float]]:  # fmt: skip
+    student: Any,
+    teacher: LocalTeacher,
+    sequences: Sequence[TokenSequence],
+    *,
+    vocabulary: int,
+    pad_id: int,
+    beta: float = 1.0,
+    chunk_mib: float = 32.0,
+) -> list[list[float]]:
     """`β · (log q - log p)` in nats of each response token of each sequence, at temperature 1, in eval mode."""
     import torch
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from dpkd.errors import SettingsError
 
-__all__ = ["Names", "names_of"]
-
 _FORM = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 # With these the class of the loss or of its settings would hide the base that it inherits from.
 _BASES = ("loss", "pair", "rollout", "token")

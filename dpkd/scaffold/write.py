@@ -9,8 +9,6 @@ from string import Template
 from dpkd.errors import SettingsError
 from dpkd.scaffold.names import Names
 
-__all__ = ["KINDS", "rendered", "write_package"]
-
 KINDS = ("token", "pair", "rollout")
 _SUFFIX = ".template"  # so that no tool takes a template for a module or a test
 

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from dpkd.api import TeacherAccess
-from dpkd.data.twins import TwinBatch
+from dpkd.cross_tokenizer.retokenize import AlignedBatch
+from dpkd.cross_tokenizer.union_vocabulary import UnionVocabulary
 from dpkd.functional import segment_sum
 from dpkd.models.chunked import token_logps
 from dpkd.models.head import Head
-from dpkd.models.union import UnionVocabulary
-from dpkd.teachers.live import LiveTeacher
-
-__all__ = ["AlignedRows", "AlignedTeacher"]
+from dpkd.teachers.local import LocalTeacher
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class AlignedTeacher:
 
     offers = TeacherAccess.LOGITS
 
-    def __init__(self, live: LiveTeacher, union: UnionVocabulary) -> None:
+    def __init__(self, live: LocalTeacher, union: UnionVocabulary) -> None:
         """`live` is cut to the teacher's own vocabulary."""
         self.live, self.union = live, union
 
@@ -54,10 +52,8 @@ class AlignedTeacher:
         return self.live.model
 
     @torch.no_grad()
-    def rows(self, twins: TwinBatch, chunk: int) -> AlignedRows:
+    def rows(self, aligned: AlignedBatch, chunk: int) -> AlignedRows:
         """What it says at each span of a batch: one forward, in its own tokens."""
-        rows, at = self.live.rows(twins.batch), twins.teacher
-        rest_R = token_logps(rows.hidden[at.rest], rows.head, twins.batch.targets[at.rest], chunk)
-        return AlignedRows(
-            rows.hidden[at.first], rows.head, self.union, segment_sum(rest_R, at.span, len(at.first))
-        )  # fmt: skip
+        rows, at = self.live.rows(aligned.batch), aligned.teacher
+        rest_R = token_logps(rows.hidden[at.rest], rows.head, aligned.batch.targets[at.rest], chunk)
+        return AlignedRows(rows.hidden[at.first], rows.head, self.union, segment_sum(rest_R, at.span, len(at.first)))

@@ -13,14 +13,12 @@ from pydantic import ValidationError
 from dpkd.api import HIDDEN, Card, Family, LossConfig, Rollout, RolloutLoss, Signal, UndeclaredSignal
 from dpkd.testing.inputs import Inputs, rollout_of
 from dpkd.testing.results import CheckFailed
-from dpkd.testing.subject import Check, Subject, fail, require
-
-__all__ = ["CHECKS"]
+from dpkd.testing.subject import Check, LossUnderTest, fail, require
 
 SUGGESTED = ("data", "text", "terms", "train", "student", "teacher", "schedules")
 
 
-def config_is_closed(subject: Subject) -> None:
+def config_is_closed(subject: LossUnderTest) -> None:
     """Unknown settings are refused, values cannot change later, infinities are refused, JSON gives the same back."""
     config, kind = subject.config, type(subject.config)
     require(issubclass(kind, LossConfig), f"{kind.__name__} should inherit from dpkd.api.LossConfig")
@@ -50,14 +48,14 @@ def _refused(kind: type[LossConfig], values: dict[str, Any]) -> bool:
     return False
 
 
-def card_is_complete(subject: Subject) -> None:
+def card_is_complete(subject: LossUnderTest) -> None:
     """Name, card, docstrings, described settings and suggestions: what a user reads before choosing a loss."""
     missing = [*_card_gaps(subject), *_setting_gaps(subject), *_suggestion_gaps(subject)]
     if missing:
         fail("; ".join(missing))
 
 
-def _card_gaps(subject: Subject) -> Iterator[str]:
+def _card_gaps(subject: LossUnderTest) -> Iterator[str]:
     spec = subject.spec
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", spec.name):
         yield f"the name {spec.name!r} should be lower-case letters and digits with dashes between"
@@ -74,7 +72,7 @@ def _card_gaps(subject: Subject) -> Iterator[str]:
             yield f"the class {kind.__name__} has no docstring"
 
 
-def _setting_gaps(subject: Subject) -> Iterator[str]:
+def _setting_gaps(subject: LossUnderTest) -> Iterator[str]:
     for name, field in subject.spec.config.model_fields.items():
         extra = field.json_schema_extra
         if not field.description:
@@ -83,7 +81,7 @@ def _setting_gaps(subject: Subject) -> Iterator[str]:
             yield f"the setting {name!r} does not say where its default comes from: use dpkd.api.setting(source=...)"
 
 
-def _suggestion_gaps(subject: Subject) -> Iterator[str]:
+def _suggestion_gaps(subject: LossUnderTest) -> Iterator[str]:
     from dpkd.config.settings import RunSettings
 
     suggests = dict(subject.spec.suggests)
@@ -98,7 +96,7 @@ def _suggestion_gaps(subject: Subject) -> Iterator[str]:
             yield f"suggests {'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
 
 
-def only_declared_signals(subject: Subject) -> None:
+def only_declared_signals(subject: LossUnderTest) -> None:
     """The loss reads what its spec declares, all of it and nothing else."""
     if HIDDEN & subject.reads:
         others = sorted(subject.reads - HIDDEN - {Signal.TARGETS})

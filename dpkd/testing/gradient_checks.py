@@ -8,14 +8,12 @@ from torch import Tensor
 from dpkd.api import Loss, Trait
 from dpkd.testing.inputs import Batch
 from dpkd.testing.results import CheckSkipped
-from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, Subject, require, require_close
-
-__all__ = ["CHECKS"]
+from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, LossUnderTest, require, require_close
 
 STEPS = 20
 
 
-def gradient_reaches_the_student_only(subject: Subject) -> None:
+def gradient_reaches_the_student_only(subject: LossUnderTest) -> None:
     """The value has a gradient to the student; no other signal gets one."""
     batch = subject.batch(seed=8)
     student_NK = batch.student.clone().requires_grad_()
@@ -34,7 +32,7 @@ def gradient_reaches_the_student_only(subject: Subject) -> None:
             require(not own, f"the loss lets a gradient into {signal.value!r}: only the student is trained")
 
 
-def gradient_is_the_derivative(subject: Subject) -> None:
+def gradient_is_the_derivative(subject: LossUnderTest) -> None:
     """Autograd equals central differences, along random directions, in float64."""
     traits = subject.spec.traits & {Trait.SCORE_FUNCTION, Trait.DETACHED_WEIGHTS}
     if traits:
@@ -49,14 +47,16 @@ def gradient_is_the_derivative(subject: Subject) -> None:
         _, gradient_NK = subject.evaluate(batch, loss)
         slope, close = _slope(subject, batch, direction_NK, loss)
         require_close(
-            (gradient_NK * direction_NK).sum(), slope,
+            (gradient_NK * direction_NK).sum(),
+            slope,
             "autograd is not the derivative: is there a stray detach or a wrong custom backward? (Where a weight is "
             "detached on purpose, promise Trait.DETACHED_WEIGHTS)",
-            atol=close, rtol=close,
-        )  # fmt: skip
+            atol=close,
+            rtol=close,
+        )
 
 
-def _slope(subject: Subject, batch: Batch, direction_NK: Tensor, loss: Loss) -> tuple[Tensor, float]:
+def _slope(subject: LossUnderTest, batch: Batch, direction_NK: Tensor, loss: Loss) -> tuple[Tensor, float]:
     """Derivative of the summed values along a direction, by differences, and the tolerance that it deserves."""
 
     def total(distance: float) -> Tensor:
@@ -73,20 +73,22 @@ def _slope(subject: Subject, batch: Batch, direction_NK: Tensor, loss: Loss) -> 
     return slope(1e-2), 2e-2
 
 
-def state_dict_round_trip(subject: Subject) -> None:
+def state_dict_round_trip(subject: LossUnderTest) -> None:
     """A new instance with the state dict of another gives the same values: nothing that matters is left out."""
     batch = subject.batch(seed=10)
     one, other = subject.build(seed=1), subject.build(seed=2)
     other.load_state_dict(one.state_dict())
     require_close(
-        subject.values(batch, other), subject.values(batch, one),
+        subject.values(batch, other),
+        subject.values(batch, one),
         "the state dict does not hold all of the loss's state, so that a checkpoint would not either: use "
         "nn.Parameter, or register_buffer with persistent=True",
-        atol=0, rtol=1e-6,
-    )  # fmt: skip
+        atol=0,
+        rtol=1e-6,
+    )
 
 
-def weights_train(subject: Subject) -> None:
+def weights_train(subject: LossUnderTest) -> None:
     """A loss that owns weights gets a finite gradient for each, and a small step along it lowers the loss."""
     loss, batch = subject.build(), subject.batch(seed=11)
     weights = {name: w for name, w in loss.named_parameters() if w.requires_grad}
@@ -111,19 +113,19 @@ def weights_train(subject: Subject) -> None:
     require(after < before.item(), f"a step of the loss's weights went from {before.item():.6g} up to {after:.6g}")
 
 
-def short_run_lowers_the_loss(subject: Subject) -> None:
+def short_run_lowers_the_loss(subject: LossUnderTest) -> None:
     """Twenty steps of Adam on a table of student logits (or log-probs), against a fixed teacher, lower the loss."""
     if Trait.SCORE_FUNCTION in subject.spec.traits:
         raise CheckSkipped("the value of a score function means nothing")
     batch, loss = subject.batch(8, seed=12), subject.build()
     table_NK = torch.nn.Parameter(batch.student.clone())
-    optimiser = torch.optim.Adam([table_NK, *loss.parameters()], lr=0.1)
+    optimizer = torch.optim.Adam([table_NK, *loss.parameters()], lr=0.1)
     history = []
     for _ in range(STEPS):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         mean = subject.values(batch.with_student(table_NK), loss).mean()
         mean.backward()
-        optimiser.step()
+        optimizer.step()
         history.append(mean.item())
     with torch.no_grad():
         history.append(_mean(subject.values(batch.with_student(table_NK), loss)))

@@ -1,7 +1,7 @@
 """Random inputs of each family, as the engine would hand them over.
 
 N rows (positions, or pairs), V vocabulary. A `Batch` shows the student as one matrix `[N, K]` whatever the family:
-logits (K = V), hidden states of all layers one after the other, or the log-probs of the preferred and the dispreferred
+logits (K = V), hidden states of all layers one after the other, or the log-probs of the chosen and the rejected
 response (K = 2).
 """
 
@@ -18,19 +18,6 @@ from dpkd.api import HIDDEN, Family, Layers, Pair, PairInputs, Rollout, RolloutI
 from dpkd.functional import gather_logps, log_mix
 from dpkd.testing.results import CheckSkipped
 
-__all__ = [
-    "EXCLUDED",
-    "STUDENT_STACK",
-    "TEACHER_STACK",
-    "VOCABULARY",
-    "Batch",
-    "Inputs",
-    "Shape",
-    "matched",
-    "random_batch",
-    "rollout_of",
-]
-
 VOCABULARY = 7
 EXCLUDED = 2  # so many of the last tokens may be excluded (logits of -inf); they are never targets
 STUDENT_STACK, TEACHER_STACK = Stack(3, 4), Stack(6, 5)  # of losses on hidden states
@@ -44,7 +31,7 @@ _RESTS = (Signal.STUDENT_REST, Signal.TEACHER_REST)
 
 
 @dataclass(frozen=True)
-class Shape:
+class InputShape:
     """Which hidden states a loss reads, and how wide those of student and teacher are."""
 
     layers: Layers
@@ -127,9 +114,16 @@ class Batch:
 
 
 def random_batch(
-    family: Family, rows: int = 6, *, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float32,
-    student_excludes: int = 0, teacher_excludes: int = 0, hidden: Shape | None = None,
-) -> Batch:  # fmt: skip
+    family: Family,
+    rows: int = 6,
+    *,
+    seed: int = 0,
+    scale: float = 2.0,
+    dtype: torch.dtype = torch.float32,
+    student_excludes: int = 0,
+    teacher_excludes: int = 0,
+    hidden: InputShape | None = None,
+) -> Batch:
     """Rows of a family; `scale` is the standard deviation of logits, or the size of log-probs per token in nats.
 
     With `hidden` the rows have hidden states in place of logits.
@@ -148,13 +142,16 @@ def random_batch(
         return Batch(family, _drawn(student, teacher, generator)).to(dtype)
     targets = torch.randint(VOCABULARY - EXCLUDED, (rows,), generator=generator)
     signals = {
-        Signal.STUDENT_LOGITS: student, Signal.TEACHER_LOGITS: teacher, Signal.TARGETS: targets,
-        Signal.BY_STUDENT: torch.arange(rows) % 2 == 0, **{rest: _rest(rows, scale, generator) for rest in _RESTS},
-    }  # fmt: skip
+        Signal.STUDENT_LOGITS: student,
+        Signal.TEACHER_LOGITS: teacher,
+        Signal.TARGETS: targets,
+        Signal.BY_STUDENT: torch.arange(rows) % 2 == 0,
+        **{rest: _rest(rows, scale, generator) for rest in _RESTS},
+    }
     return Batch(family, signals).to(dtype)
 
 
-def _hidden(rows: int, scale: float, shape: Shape, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
+def _hidden(rows: int, scale: float, shape: InputShape, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
     def states(layers: tuple[int, ...], width: int) -> Tensor:
         return scale * torch.randn(rows, len(layers), width, generator=generator, dtype=torch.float64)
 

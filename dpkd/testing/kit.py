@@ -30,9 +30,7 @@ from dpkd.testing import (
     value_checks,
 )
 from dpkd.testing.results import CheckSkipped, CheckWarned, NonConforming, Outcome, Report, Result
-from dpkd.testing.subject import Check, Subject
-
-__all__ = ["ALL_CHECKS", "check_installed", "check_loss", "loss_checks", "parametrize_checks"]
+from dpkd.testing.subject import Check, LossUnderTest
 
 ALL_CHECKS: tuple[Check, ...] = (
     *config_checks.CHECKS,
@@ -50,9 +48,13 @@ TestT = TypeVar("TestT", bound=Callable[..., None])
 
 
 def check_loss(
-    spec: LossSpec, *, config: Settings = None, reference: Callable[..., Any] | None = None,
-    expected_failures: Expected = None, objective: Callable[..., Any] | None = None,
-) -> Report:  # fmt: skip
+    spec: LossSpec,
+    *,
+    config: Settings = None,
+    reference: Callable[..., Any] | None = None,
+    expected_failures: Expected = None,
+    objective: Callable[..., Any] | None = None,
+) -> Report:
     """Run every check that applies to a loss.
 
     config             settings to check under; the defaults when None
@@ -75,9 +77,12 @@ def check_installed(spec: LossSpec) -> Report:
 
 
 def loss_checks(
-    spec: LossSpec, *, config: Settings = None, reference: Callable[..., Any] | None = None,
+    spec: LossSpec,
+    *,
+    config: Settings = None,
+    reference: Callable[..., Any] | None = None,
     objective: Callable[..., Any] | None = None,
-) -> Iterator[tuple[str, Callable[[], None]]]:  # fmt: skip
+) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, callable) of every check that applies.
 
     The callable returns where the loss passes and raises CheckFailed (or whatever the loss raised), CheckSkipped or
@@ -89,9 +94,13 @@ def loss_checks(
 
 
 def parametrize_checks(
-    spec: LossSpec, *, config: Settings = None, reference: Callable[..., Any] | None = None,
-    expected_failures: Expected = None, objective: Callable[..., Any] | None = None,
-) -> Callable[[TestT], TestT]:  # fmt: skip
+    spec: LossSpec,
+    *,
+    config: Settings = None,
+    reference: Callable[..., Any] | None = None,
+    expected_failures: Expected = None,
+    objective: Callable[..., Any] | None = None,
+) -> Callable[[TestT], TestT]:
     """A pytest decorator: one case per check for a test with the argument `check`, which calls it.
 
     A check that warns or cannot judge is skipped with its reason; an expected failure is a strict xfail.
@@ -111,7 +120,7 @@ def parametrize_checks(
 class _Suite:
     """The checks of one loss; remembers how each ended, because others depend on it."""
 
-    subject: Subject
+    subject: LossUnderTest
     expected: Mapping[str, str] = field(default_factory=dict)
     _errors: dict[str, Exception | None] = field(default_factory=dict)
 
@@ -143,9 +152,12 @@ class _Suite:
 
 
 def _run(
-    spec: LossSpec, config: Settings, reference: Callable[..., Any] | None, objective: Callable[..., Any] | None,
+    spec: LossSpec,
+    config: Settings,
+    reference: Callable[..., Any] | None,
+    objective: Callable[..., Any] | None,
     expected_failures: Expected,
-) -> Report:  # fmt: skip
+) -> Report:
     suite = _Suite(_subject(spec, config, reference, objective), _checked(spec, expected_failures))
     return Report(spec.name, tuple(_result(suite, check) for check in suite.applicable))
 
@@ -195,11 +207,11 @@ def _for_pytest(suite: _Suite, check: Check) -> Callable[[], None]:
 
 def _subject(
     spec: LossSpec, config: Settings, reference: Callable[..., Any] | None, objective: Callable[..., Any] | None
-) -> Subject:
+) -> LossUnderTest:
     if isinstance(config, LossConfig):
-        return Subject(spec, config, reference, objective)
+        return LossUnderTest(spec, config, reference, objective)
     try:
-        return Subject(spec, spec.config(**(config or {})), reference, objective)
+        return LossUnderTest(spec, spec.config(**(config or {})), reference, objective)
     except ValueError as error:
         raise DpkdError(
             f"the loss {spec.name!r} cannot be checked under the settings {config or {}}: {error}"

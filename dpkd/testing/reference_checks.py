@@ -19,9 +19,7 @@ from torch import Tensor
 from dpkd.api import HIDDEN, Family, Loss, Pair, Signal
 from dpkd.testing.inputs import EXCLUDED, Batch
 from dpkd.testing.results import CheckWarned
-from dpkd.testing.subject import FOUNDATION, Check, Subject, require, require_close
-
-__all__ = ["CHECKS"]
+from dpkd.testing.subject import FOUNDATION, Check, LossUnderTest, require, require_close
 
 PAIR_NAMES = {
     Signal.STUDENT_LOGPS: "student",
@@ -31,7 +29,7 @@ PAIR_NAMES = {
 }
 
 
-def matches_reference(subject: Subject) -> None:
+def matches_reference(subject: LossUnderTest) -> None:
     """Equal to the author's independent float64 function, on ordinary rows and with excluded tokens."""
     if subject.reference is None:
         raise CheckWarned(
@@ -55,7 +53,7 @@ def matches_reference(subject: Subject) -> None:
         )
 
 
-def _reference_values(subject: Subject, batch: Batch, loss: Loss) -> Tensor:
+def _reference_values(subject: LossUnderTest, batch: Batch, loss: Loss) -> Tensor:
     import numpy as np
 
     assert subject.reference is not None

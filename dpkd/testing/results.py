@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["CheckFailed", "CheckSkipped", "CheckWarned", "NonConforming", "Outcome", "Report", "Result"]
-
 
 class CheckFailed(AssertionError):
     """A loss breaks the contract: what was found, what was expected, what to do."""

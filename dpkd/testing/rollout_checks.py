@@ -22,14 +22,12 @@ from dpkd.api import Family, Loss, Rollout, RolloutLoss, Signal, Trait
 from dpkd.functional import gather_logps
 from dpkd.testing.inputs import Batch, rollout_of
 from dpkd.testing.results import CheckWarned
-from dpkd.testing.subject import FOUNDATION, Check, Subject, fail, require, require_close
-
-__all__ = ["CHECKS", "sequence_reverse_kl"]
+from dpkd.testing.subject import FOUNDATION, Check, LossUnderTest, fail, require, require_close
 
 TOKENS, END, LONGEST = 3, 0, 3
 
 
-def one_advantage_per_token(subject: Subject) -> None:
+def one_advantage_per_token(subject: LossUnderTest) -> None:
     """`advantages` gives a finite worth `[N]` to every drawn token, and nothing for an empty collection."""
     loss = subject.build()
     assert isinstance(loss, RolloutLoss)
@@ -42,7 +40,7 @@ def one_advantage_per_token(subject: Subject) -> None:
         require(bool(worth_N.isfinite().all()), f"advantages of {rows} tokens are not finite on ordinary inputs")
 
 
-def expected_gradient(subject: Subject) -> None:
+def expected_gradient(subject: LossUnderTest) -> None:
     """The surrogate's gradient, summed over every possible response times its probability, is the objective's.
 
     Without `objective=` it is compared with that of the reverse KL of whole responses: equal passes, of the same
@@ -95,14 +93,16 @@ def _toy(longest: int, seed: int) -> Toy:
     )
     place = {prefix: i for i, prefix in enumerate(prefixes)}
     return Toy(
-        tuple(responses), student_PV, teacher_PV,
+        tuple(responses),
+        student_PV,
+        teacher_PV,
         prefix_N=torch.tensor([place[y[:t]] for y in responses for t in range(len(y))]),
         ids_N=torch.tensor([token for y in responses for token in y]),
         response_N=torch.tensor([i for i, y in enumerate(responses) for _ in y]),
-    )  # fmt: skip
+    )
 
 
-def _surrogate_gradient(subject: Subject, toy: Toy) -> Tensor:
+def _surrogate_gradient(subject: LossUnderTest, toy: Toy) -> Tensor:
     """Σ_y q(y) ∇ Σ_t value_t, `[P, V]`: responses drawn by the student itself, just now."""
     table_PV = toy.student_PV.clone().requires_grad_()
     loss = subject.build(torch.float64)
@@ -132,7 +132,7 @@ def _advantages(loss: Loss, rollout: Rollout) -> Tensor:
         return loss.advantages(rollout)
 
 
-def _objective_gradient(subject: Subject, toy: Toy) -> Tensor:
+def _objective_gradient(subject: LossUnderTest, toy: Toy) -> Tensor:
     table_PV = toy.student_PV.clone().requires_grad_()
     log_q_N = gather_logps(table_PV[toy.prefix_N].log_softmax(-1), toy.ids_N)
     log_p_N = gather_logps(toy.teacher_PV[toy.prefix_N].log_softmax(-1), toy.ids_N)

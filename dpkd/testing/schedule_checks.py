@@ -11,12 +11,10 @@ from torch import Tensor
 from dpkd.api import Loss, LossConfig, RolloutLoss
 from dpkd.testing.inputs import rollout_of
 from dpkd.testing.results import CheckSkipped
-from dpkd.testing.subject import FOUNDATION, Check, Subject, require_close
-
-__all__ = ["CHECKS"]
+from dpkd.testing.subject import FOUNDATION, Check, LossUnderTest, require_close
 
 
-def settings_are_read_at_each_call(subject: Subject) -> None:
+def settings_are_read_at_each_call(subject: LossUnderTest) -> None:
     """A new value of any numeric setting decides the next call: nothing is worked out of the config in `__init__`.
 
     Settings that decide the shape of the loss's own weights are left out: they cannot follow the step.
@@ -26,7 +24,7 @@ def settings_are_read_at_each_call(subject: Subject) -> None:
         raise CheckSkipped("the loss has no numeric setting")
     for name, config in others:
         old, new = getattr(subject.config, name), getattr(config, name)
-        changed, fresh = subject.build(), Subject(subject.spec, config).build()
+        changed, fresh = subject.build(), LossUnderTest(subject.spec, config).build()
         if _shapes(changed) != _shapes(fresh):
             continue
         changed.config = config
@@ -59,10 +57,10 @@ def _shapes(loss: Loss) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in loss.state_dict().items()}
 
 
-def _results(subject: Subject, loss: Loss) -> list[Tensor]:
+def _results(subject: LossUnderTest, loss: Loss) -> list[Tensor]:
     """Values `[N]` of the current settings, and before them the advantages `[N]` of a rollout loss."""
     batch = subject.batch(seed=5)
-    own = Subject(subject.spec, loss.config)
+    own = LossUnderTest(subject.spec, loss.config)
     advantages = [loss.advantages(rollout_of(batch))] if isinstance(loss, RolloutLoss) else []
     return [*advantages, own.values(batch, loss)]
 

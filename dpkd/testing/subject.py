@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from dpkd.api import HIDDEN, Family, Loss, LossConfig, LossSpec, Signal, Stack, TokenLoss, Trait
-from dpkd.testing.inputs import STUDENT_STACK, TEACHER_STACK, Batch, Shape, random_batch
+from dpkd.testing.inputs import STUDENT_STACK, TEACHER_STACK, Batch, InputShape, random_batch
 from dpkd.testing.results import CheckFailed
-
-__all__ = ["FOUNDATION", "WITH_GRADIENT", "Check", "Subject", "fail", "require", "require_close"]
 
 # Nothing is to be learnt from the value of a loss that fails one of these.
 FOUNDATION = ("only_declared_signals", "one_value_per_position", "deterministic")
@@ -21,7 +19,7 @@ WITH_GRADIENT = (*FOUNDATION, "gradient_reaches_the_student_only")
 
 
 @dataclass(frozen=True)
-class Subject:
+class LossUnderTest:
     """A loss, the settings that it is checked under, and what its author knows of it."""
 
     spec: LossSpec
@@ -40,18 +38,18 @@ class Subject:
             torch.manual_seed(seed)
             return self._bound()[0].to(dtype)
 
-    def _bound(self) -> tuple[Loss, Shape | None]:
+    def _bound(self) -> tuple[Loss, InputShape | None]:
         """A new instance, told of the models where it reads hidden states. Raises what its `bind` raises."""
         try:
             return self._bound_to(TEACHER_STACK)
         except ValueError:  # it takes models of one width only
             return self._bound_to(Stack(TEACHER_STACK.layers, STUDENT_STACK.width))
 
-    def _bound_to(self, teacher: Stack) -> tuple[Loss, Shape | None]:
+    def _bound_to(self, teacher: Stack) -> tuple[Loss, InputShape | None]:
         loss = self.spec.loss(self.config)
         if not (HIDDEN & self.reads and isinstance(loss, TokenLoss)):
             return loss, None
-        return loss, Shape(loss.bind(STUDENT_STACK, teacher), STUDENT_STACK.width, teacher.width)
+        return loss, InputShape(loss.bind(STUDENT_STACK, teacher), STUDENT_STACK.width, teacher.width)
 
     def batch(self, rows: int = 6, **how: Any) -> Batch:
         """Random rows of the loss's family; see `random_batch`."""
@@ -89,7 +87,7 @@ class Check:
     requires   checks without which its judgement means nothing
     """
 
-    run: Callable[[Subject], None]
+    run: Callable[[LossUnderTest], None]
     families: frozenset[Family] = field(default=frozenset(Family))
     logits: bool = False
     trait: Trait | None = None

@@ -6,25 +6,24 @@ import torch
 
 from dpkd.api import Family, RolloutLoss, Signal, Trait
 from dpkd.testing.inputs import EXCLUDED, Batch, matched, rollout_of
-from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, Subject, require, require_close
-
-__all__ = ["CHECKS"]
+from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, LossUnderTest, require, require_close
 
 SEEDS = 20
 
 
-def zero_at_match(subject: Subject) -> None:
+def zero_at_match(subject: LossUnderTest) -> None:
     """Student = teacher: the value is 0, and so is the gradient."""
     for seed in range(3):
         values_N, gradient_NK = subject.evaluate(_at_match(subject, seed))
         require_close(
-            values_N, torch.zeros_like(values_N),
+            values_N,
+            torch.zeros_like(values_N),
             "the value is not 0 where the student equals the teacher: a cross-entropy where a divergence is meant?",
-        )  # fmt: skip
+        )
         _require_no_gradient(gradient_NK)
 
 
-def stationary_at_match(subject: Subject) -> None:
+def stationary_at_match(subject: LossUnderTest) -> None:
     """Student = teacher: the gradient is 0, whatever the value."""
     for seed in range(3):
         _require_no_gradient(subject.evaluate(_at_match(subject, seed))[1])
@@ -32,12 +31,13 @@ def stationary_at_match(subject: Subject) -> None:
 
 def _require_no_gradient(gradient_NK: torch.Tensor) -> None:
     require_close(
-        gradient_NK, torch.zeros_like(gradient_NK),
+        gradient_NK,
+        torch.zeros_like(gradient_NK),
         "the gradient is not 0 where the student equals the teacher: training would leave the optimum",
-    )  # fmt: skip
+    )
 
 
-def _at_match(subject: Subject, seed: int) -> Batch:
+def _at_match(subject: LossUnderTest, seed: int) -> Batch:
     batch = matched(subject.batch(seed=seed))
     loss = subject.build()
     if isinstance(loss, RolloutLoss):
@@ -45,7 +45,7 @@ def _at_match(subject: Subject, seed: int) -> Batch:
     return batch
 
 
-def non_negative(subject: Subject) -> None:
+def non_negative(subject: LossUnderTest) -> None:
     """No value below 0, over many seeds and scales."""
     loss = subject.build()
     for seed in range(SEEDS):
@@ -56,7 +56,7 @@ def non_negative(subject: Subject) -> None:
         )
 
 
-def shift_invariant(subject: Subject) -> None:
+def shift_invariant(subject: LossUnderTest) -> None:
     """A constant added to all logits of a position, another for each model and position, changes nothing."""
     generator = torch.Generator().manual_seed(13)
     for seed in range(3):
@@ -68,13 +68,14 @@ def shift_invariant(subject: Subject) -> None:
             assert isinstance(logits_NV, torch.Tensor)
             shifted = shifted.having(signal, logits_NV + constant_N1)
         require_close(
-            subject.values(shifted), subject.values(batch),
+            subject.values(shifted),
+            subject.values(batch),
             "a constant added to all logits of a position changes the value: logits are used without a softmax",
             rtol=1e-3,
-        )  # fmt: skip
+        )
 
 
-def linear_in_the_teacher(subject: Subject) -> None:
+def linear_in_the_teacher(subject: LossUnderTest) -> None:
     """The gradient under the mean of two teachers is the mean of the gradients under each: samples will do."""
     for seed in range(3):
         batch, other = subject.batch(seed=seed), subject.batch(seed=seed + 100)
@@ -84,12 +85,13 @@ def linear_in_the_teacher(subject: Subject) -> None:
         mean = (0.5 * one.softmax(-1) + 0.5 * two.softmax(-1)).log()
         gradients = [subject.evaluate(batch.having(Signal.TEACHER_LOGITS, p))[1] for p in (one, two, mean)]
         require_close(
-            gradients[2], 0.5 * gradients[0] + 0.5 * gradients[1],
+            gradients[2],
+            0.5 * gradients[0] + 0.5 * gradients[1],
             "the gradient is not linear in the teacher's probabilities: samples of them would bias it",
-        )  # fmt: skip
+        )
 
 
-def finite_with_two_vocabularies(subject: Subject) -> None:
+def finite_with_two_vocabularies(subject: LossUnderTest) -> None:
     """Each model has tokens that the other has not (logits of -inf): value and gradient are finite all the same."""
     for seed in range(3):
         batch = subject.batch(seed=seed, student_excludes=EXCLUDED)
@@ -109,10 +111,7 @@ CHECKS = (
     Check(zero_at_match, trait=Trait.ZERO_AT_MATCH, requires=WITH_GRADIENT),
     Check(stationary_at_match, trait=Trait.STATIONARY_AT_MATCH, requires=WITH_GRADIENT),
     Check(
-        linear_in_the_teacher,
-        families=frozenset({Family.TOKEN}),
-        trait=Trait.LINEAR_IN_TEACHER,
-        requires=WITH_GRADIENT,
+        linear_in_the_teacher, families=frozenset({Family.TOKEN}), trait=Trait.LINEAR_IN_TEACHER, requires=WITH_GRADIENT
     ),
     Check(
         finite_with_two_vocabularies,

@@ -10,9 +10,7 @@ from torch import Tensor
 from dpkd.api import Family, Signal
 from dpkd.functional import log_softmax
 from dpkd.testing.inputs import EXCLUDED, Batch
-from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, Subject, require, require_close
-
-__all__ = ["CHECKS"]
+from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, LossUnderTest, require, require_close
 
 LOGITS = frozenset({Family.TOKEN, Family.ROLLOUT})
 EXCLUSIONS = (
@@ -22,7 +20,7 @@ EXCLUSIONS = (
 )
 
 
-def one_value_per_position(subject: Subject) -> None:
+def one_value_per_position(subject: LossUnderTest) -> None:
     """N rows give a float32 result of shape `[N]`, for one row too."""
     for rows in (6, 2, 1):
         values_N = subject.values(subject.batch(rows))
@@ -32,24 +30,30 @@ def one_value_per_position(subject: Subject) -> None:
         require(bad == 0, f"{bad} of {rows} values are not finite on ordinary inputs")
 
 
-def deterministic(subject: Subject) -> None:
+def deterministic(subject: LossUnderTest) -> None:
     """No random numbers, and nothing remembered from one call to the next."""
     batch, other = subject.batch(seed=1), subject.batch(3, seed=2)
     loss = subject.build()
     first_N = _seeded(subject, batch, loss, 1)
     require_close(
-        _seeded(subject, batch, loss, 2), first_N, "the same rows gave another value under another random seed",
-        atol=0, rtol=0,
-    )  # fmt: skip
+        _seeded(subject, batch, loss, 2),
+        first_N,
+        "the same rows gave another value under another random seed",
+        atol=0,
+        rtol=0,
+    )
     _seeded(subject, other, loss, 1)
     for again, what in ((loss, "after a call with other rows"), (subject.build(), "from a new instance")):
         require_close(
-            _seeded(subject, batch, again, 1), first_N, f"the same rows gave another value {what}: the loss remembers",
-            atol=0, rtol=0,
-        )  # fmt: skip
+            _seeded(subject, batch, again, 1),
+            first_N,
+            f"the same rows gave another value {what}: the loss remembers",
+            atol=0,
+            rtol=0,
+        )
 
 
-def _seeded(subject: Subject, batch: Batch, loss: torch.nn.Module, seed: int) -> Tensor:
+def _seeded(subject: LossUnderTest, batch: Batch, loss: torch.nn.Module, seed: int) -> Tensor:
     """Values under a seed of every usual generator, whose states are put back."""
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
@@ -61,7 +65,7 @@ def _seeded(subject: Subject, batch: Batch, loss: torch.nn.Module, seed: int) ->
             random.setstate(state)
 
 
-def no_positions(subject: Subject) -> None:
+def no_positions(subject: LossUnderTest) -> None:
     """No rows give no values: shape `[0]`, a sum of exactly 0, and a backward that works."""
     empty = subject.batch().take(slice(0, 0))
     student = empty.student.detach().clone().requires_grad_()
@@ -75,7 +79,7 @@ def no_positions(subject: Subject) -> None:
     total.backward()
 
 
-def positions_are_independent(subject: Subject) -> None:
+def positions_are_independent(subject: LossUnderTest) -> None:
     """A row has the same value and gradient alone, among others, and in any order."""
     batch = subject.batch(seed=3)
     values_N, gradient_NK = subject.evaluate(batch)
@@ -88,7 +92,7 @@ def positions_are_independent(subject: Subject) -> None:
         require_close(part_gradient_nK, gradient_NK[rows], f"gradients differ when the batch is cut; {hint}")
 
 
-def inputs_are_left_alone(subject: Subject) -> None:
+def inputs_are_left_alone(subject: LossUnderTest) -> None:
     """Nothing that others still read is changed in place: inputs, and log-probabilities shared with other terms."""
     batch = subject.batch(seed=4)
     student = batch.student.clone().requires_grad_()
@@ -114,7 +118,7 @@ def inputs_are_left_alone(subject: Subject) -> None:
         )
 
 
-def finite_on_extreme_logits(subject: Subject) -> None:
+def finite_on_extreme_logits(subject: LossUnderTest) -> None:
     """Values and gradients are finite at a logit scale (for pairs: nats per token) of 1e-4, 50 and 1e4."""
     for scale in (1e-4, 50.0, 1e4):
         values_N, gradient_NK = subject.evaluate(subject.batch(8, seed=5, scale=scale))
@@ -127,7 +131,7 @@ def finite_on_extreme_logits(subject: Subject) -> None:
             )
 
 
-def excluded_tokens_give_no_nan(subject: Subject) -> None:
+def excluded_tokens_give_no_nan(subject: LossUnderTest) -> None:
     """Logits of -inf: no NaN in a value, nor in a gradient where the value is finite.
 
     A value may be infinite where one model alone excludes a token; that it is so only where the formula says it is for
@@ -149,7 +153,7 @@ def excluded_tokens_give_no_nan(subject: Subject) -> None:
         )
 
 
-def bfloat16_inputs(subject: Subject) -> None:
+def bfloat16_inputs(subject: LossUnderTest) -> None:
     """bfloat16 logits or hidden states give what the same numbers give in float32: the loss works in float32."""
     half = subject.batch(seed=7).to(torch.bfloat16)
     values_N, gradient_NK = subject.evaluate(half)

@@ -15,8 +15,6 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl
 from dpkd_zoo.papers import AKL, at
 
-__all__ = ["SPEC", "AKLConfig", "AKLLoss", "dpkd_losses", "head_share"]
-
 
 class AKLConfig(LossConfig):
     """Mass of the head, and the side of the token that crosses it."""

@@ -14,8 +14,6 @@ from torch import Tensor
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
 from dpkd_zoo.papers import ABKD, at
 
-__all__ = ["SPEC", "AlphaBetaConfig", "AlphaBetaLoss", "alpha_beta", "dpkd_losses"]
-
 # Below it 1/α amplifies the rounding of float32 more than the limit differs from the value.
 NEAR_ZERO = 1e-3
 
@@ -24,9 +22,12 @@ class AlphaBetaConfig(LossConfig):
     """The two exponents."""
 
     alpha: float = setting(
-        0.2, description="α: exponent of the teacher; large: only its likely tokens count",
-        source="ABKD's GPT-2 scripts (α = 0.2, α+β = 0.9)", ge=-2, le=2,
-    )  # fmt: skip
+        0.2,
+        description="α: exponent of the teacher; large: only its likely tokens count",
+        source="ABKD's GPT-2 scripts (α = 0.2, α+β = 0.9)",
+        ge=-2,
+        le=2,
+    )
     beta: float = setting(
         0.7, description="β: exponent of the student", source="ABKD's GPT-2 scripts (α = 0.2, α+β = 0.9)", ge=-2, le=2
     )

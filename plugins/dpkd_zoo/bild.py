@@ -16,8 +16,6 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl
 from dpkd_zoo.papers import BILD, at
 
-__all__ = ["SPEC", "BiLDConfig", "BiLDLoss", "dpkd_losses"]
-
 
 class BiLDConfig(LossConfig):
     """How many tokens (two have one difference, and nothing to learn), and the temperature of their differences."""

@@ -13,8 +13,6 @@ from dpkd.api import Card, LossConfig, LossSpec, Pair, PairInputs, PairLoss, Sig
 from dpkd.functional import aggregate, preference
 from dpkd_zoo.papers import DADPO, DPO, at
 
-__all__ = ["SPEC", "DaDPOConfig", "DaDPOLoss", "dpkd_losses"]
-
 
 class DaDPOConfig(LossConfig):
     """One strength for each anchor, and length normalisation."""
@@ -47,8 +45,8 @@ class DaDPOLoss(PairLoss[DaDPOConfig]):
 
     def _gap(self, x: PairInputs, anchor: Pair) -> Tensor:
         how = self.config.aggregation
-        ratio_t = aggregate(x.student.preferred - anchor.preferred, x.lengths.preferred, how)
-        ratio_s = aggregate(x.student.dispreferred - anchor.dispreferred, x.lengths.dispreferred, how)
+        ratio_t = aggregate(x.student.chosen - anchor.chosen, x.lengths.chosen, how)
+        ratio_s = aggregate(x.student.rejected - anchor.rejected, x.lengths.rejected, how)
         return ratio_t - ratio_s
 
 
@@ -70,7 +68,7 @@ SPEC = LossSpec(
         "through student, its copy and the teacher: about three times kd, a second student in memory, and sampling.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.REFERENCE_LOGPS, Signal.LENGTHS}),
-    suggests={"text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "once"}},
+    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "once"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

@@ -15,8 +15,6 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl, log_mix
 from dpkd_zoo.papers import DISTILLM, at
 
-__all__ = ["SPEC", "DistiLLMConfig", "DistiLLMLoss", "dpkd_losses"]
-
 
 class DistiLLMConfig(LossConfig):
     """The divergence and its skew."""
@@ -54,7 +52,7 @@ SPEC = LossSpec(
         notes="The paper's text: text.source=adaptive with dev.path=ROWS (and dev.every, an epoch in the paper). φ "
         "starts at 0 and rises by 0.1 whenever the loss on these rows is 0.1 above what it was at the last rise, at "
         "first before training; text.adaptive has the numbers, all as in the released code. There a draw is made for "
-        "each micro-batch, here for each optimiser step, and the held-out loss is a mean over batches, here over "
+        "each micro-batch, here for each optimizer step, and the held-out loss is a mean over batches, here over "
         "tokens. Without held-out rows φ = 0.5 throughout (our choice), with responses that are up to an epoch old. "
         "The paper adds a language-model term of weight 1 on plain text (terms.pretrain.weight=1 with a corpus), and "
         "starts from a fine-tuned student. The loss itself takes about 1.7 times kd's time, and more goes into "

@@ -13,8 +13,6 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl, log_mix
 from dpkd_zoo.papers import DISTILLM2, at
 
-__all__ = ["SPEC", "DistiLLM2Config", "DistiLLM2Loss", "dpkd_losses"]
-
 
 class DistiLLM2Config(LossConfig):
     """The two skews, and the weight of the student's text."""
@@ -26,9 +24,12 @@ class DistiLLM2Config(LossConfig):
         0.1, description="α on the student's text: share of q in the mixture", source="DistiLLM-2: α₀ = 0.1", ge=0, lt=1
     )
     beta: float = setting(
-        0.5, description="β: weight of the student's text; 1-β is that of the teacher's", source="DistiLLM-2: β₀ = 0.5",
-        gt=0, lt=1,
-    )  # fmt: skip
+        0.5,
+        description="β: weight of the student's text; 1-β is that of the teacher's",
+        source="DistiLLM-2: β₀ = 0.5",
+        gt=0,
+        lt=1,
+    )
 
 
 class DistiLLM2Loss(TokenLoss[DistiLLM2Config]):

@@ -16,21 +16,22 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl, log_total
 from dpkd_zoo.papers import DKD, at
 
-__all__ = ["SPEC", "DKDConfig", "DKDLoss", "dpkd_losses"]
-
 
 class DKDConfig(LossConfig):
     """The two weights, which token is the target, and a temperature."""
 
     alpha: float = setting(1.0, description="α: weight of the target's part", source="DKD: 1.0 in all runs", ge=0)
     beta: float = setting(
-        1.0, description="β: weight of the other tokens' part",
-        source="our choice; tuned in the paper, from 0.5 (ImageNet) to 8 (CIFAR-100), from memory", gt=0,
-    )  # fmt: skip
+        1.0,
+        description="β: weight of the other tokens' part",
+        source="our choice; tuned in the paper, from 0.5 (ImageNet) to 8 (CIFAR-100), from memory",
+        gt=0,
+    )
     target: Literal["response", "teacher"] = setting(
-        "response", description="the response's token, or the teacher's likeliest one",
+        "response",
+        description="the response's token, or the teacher's likeliest one",
         source="DKD: the label; `teacher` for text that is no reference",
-    )  # fmt: skip
+    )
     temperature: float = setting(
         1.0, description="divides both models' logits", source="DKD: 1 on ImageNet, 4 on CIFAR-100 (from memory)", gt=0
     )

@@ -1,6 +1,6 @@
 """Direct preference knowledge distillation (2406.19774), Eq. 8 and 9: prefer the teacher's response to the student's.
 
-It is DPO with the teacher as reference, the teacher's response preferred and the student's dispreferred.
+It is DPO with the teacher as reference, the teacher's response chosen and the student's rejected.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, T
 from dpkd.functional import aggregate, preference
 from dpkd_zoo.papers import DPKD, DPKD_CODE, at
 
-__all__ = ["SPEC", "DPKDConfig", "DPKDLoss", "dpkd_losses"]
-
 
 class DPKDConfig(LossConfig):
     """Strength, length normalisation and label noise."""
@@ -26,11 +24,7 @@ class DPKDConfig(LossConfig):
         "mean", description="mean: β/|y| as in Eq. 9; sum: Eq. 8", source="Eq. 9; Algorithm 1, line 5"
     )
     label_smoothing: float = setting(
-        0.0,
-        description="share of pairs taken to be the wrong way round",
-        source="released arguments.py",
-        ge=0,
-        lt=0.5,
+        0.0, description="share of pairs taken to be the wrong way round", source="released arguments.py", ge=0, lt=0.5
     )
 
 
@@ -39,8 +33,8 @@ class DPKDLoss(PairLoss[DPKDConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         how = self.config.aggregation
-        reward_t = aggregate(x.student.preferred - x.teacher.preferred, x.lengths.preferred, how)
-        reward_s = aggregate(x.student.dispreferred - x.teacher.dispreferred, x.lengths.dispreferred, how)
+        reward_t = aggregate(x.student.chosen - x.teacher.chosen, x.lengths.chosen, how)
+        reward_s = aggregate(x.student.rejected - x.teacher.rejected, x.lengths.rejected, how)
         return preference(self.config.beta * (reward_t - reward_s), self.config.label_smoothing)
 
 
@@ -52,10 +46,7 @@ SPEC = LossSpec(
         title="DPKD, the paper's objective",
         summary="Preference of the teacher's response over the student's, with the teacher as reference.",
         formula="-log σ(β/|yₜ|·log(q(yₜ)/p(yₜ)) - β/|yₛ|·log(q(yₛ)/p(yₛ)))",
-        sources=(
-            at(DPKD, "Eq. 8, Eq. 9, Algorithm 1"),
-            at(DPKD_CODE, "main.py: another objective, see dpkd-token"),
-        ),
+        sources=(at(DPKD, "Eq. 8, Eq. 9, Algorithm 1"), at(DPKD_CODE, "main.py: another objective, see dpkd-token")),
         use_when="You want preference distillation as the paper states it, from pairs that both models write.",
         avoid_when="Alone, without an LM or pre-training term: a re-run in DistiLLM-2 (Table 12) collapsed to Rouge-L "
         "6.4, because pushing log q(yₛ) down is unbounded. Start from an SFT student.",
@@ -67,7 +58,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={
-        "text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"},
+        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
     traits=frozenset({Trait.NON_NEGATIVE}),

@@ -14,17 +14,16 @@ from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, T
 from dpkd.functional import aggregate
 from dpkd_zoo.papers import APO, DPKD, TRL_PREFERENCE, at
 
-__all__ = ["SPEC", "DPKDAPOConfig", "DPKDAPOLoss", "dpkd_losses"]
-
 
 class DPKDAPOConfig(LossConfig):
     """Strength, and where the likelihoods go."""
 
     beta: float = setting(0.1, description="β of the implicit reward", source="TRL's DPO trainer", gt=0)
     form: Literal["zero", "down"] = setting(
-        "zero", description="zero: y_t up, y_s down; down: both down, y_s more (only where the student outdoes y_t)",
-        source="APO: zero where the preferred response is better than the model's own",
-    )  # fmt: skip
+        "zero",
+        description="zero: y_t up, y_s down; down: both down, y_s more (only where the student outdoes y_t)",
+        source="APO: zero where the chosen response is better than the model's own",
+    )
     aggregation: Literal["sum", "mean"] = setting(
         "sum", description="log-ratios of whole responses, or per token", source="APO and TRL: sums"
     )
@@ -35,13 +34,13 @@ class DPKDAPOLoss(PairLoss[DPKDAPOConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         c = self.config
-        ratio_t = aggregate(x.student.preferred - x.teacher.preferred, x.lengths.preferred, c.aggregation)
-        ratio_s = aggregate(x.student.dispreferred - x.teacher.dispreferred, x.lengths.dispreferred, c.aggregation)
+        ratio_t = aggregate(x.student.chosen - x.teacher.chosen, x.lengths.chosen, c.aggregation)
+        ratio_s = aggregate(x.student.rejected - x.teacher.rejected, x.lengths.rejected, c.aggregation)
         reward_t, reward_s = c.beta * ratio_t, c.beta * ratio_s
         # 1 - σ(z) is written σ(-z), which keeps its digits where it is small.
         if c.form == "zero":
-            return x.part("preferred", (-reward_t).sigmoid()) + x.part("dispreferred", reward_s.sigmoid())
-        return x.part("preferred", reward_t.sigmoid()) + x.part("margin", (reward_s - reward_t).sigmoid())
+            return x.part("chosen", (-reward_t).sigmoid()) + x.part("rejected", reward_s.sigmoid())
+        return x.part("chosen", reward_t.sigmoid()) + x.part("margin", (reward_s - reward_t).sigmoid())
 
 
 SPEC = LossSpec(
@@ -69,7 +68,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={
-        "text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"},
+        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
     traits=frozenset({Trait.NON_NEGATIVE}),

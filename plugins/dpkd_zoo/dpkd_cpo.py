@@ -1,4 +1,4 @@
-"""CPO form of DPKD (Table 2 of 2406.19774; Xu et al., 2401.08417): no reference, plus likelihood of the preferred.
+"""CPO form of DPKD (Table 2 of 2406.19774; Xu et al., 2401.08417): no reference, plus likelihood of the chosen.
 
 The paper prints `β log q(y_t)/q(y_t)`, which is 0 for every model; the denominator must be q(y_s).
 """
@@ -12,8 +12,6 @@ from torch import Tensor
 from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, Trait, hookimpl, setting
 from dpkd.functional import aggregate, preference
 from dpkd_zoo.papers import CPO, DPKD, at
-
-__all__ = ["SPEC", "DPKDCPOConfig", "DPKDCPOLoss", "dpkd_losses"]
 
 
 class DPKDCPOConfig(LossConfig):
@@ -29,9 +27,10 @@ class DPKDCPOConfig(LossConfig):
         1.0, description="weight of -log q(y_t)", source="DPKD Table 2 caption; TRL's cpo_alpha", ge=0
     )
     nll_aggregation: Literal["sum", "mean"] = setting(
-        "sum", description="log-prob in the likelihood term: of the whole response, or per token",
+        "sum",
+        description="log-prob in the likelihood term: of the whole response, or per token",
         source="DPKD Table 2 caption (TRL: mean over tokens)",
-    )  # fmt: skip
+    )
 
 
 class DPKDCPOLoss(PairLoss[DPKDCPOConfig]):
@@ -39,11 +38,11 @@ class DPKDCPOLoss(PairLoss[DPKDCPOConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         c = self.config
-        logp_t = aggregate(x.student.preferred, x.lengths.preferred, c.aggregation)
-        logp_s = aggregate(x.student.dispreferred, x.lengths.dispreferred, c.aggregation)
-        likelihood = aggregate(x.student.preferred, x.lengths.preferred, c.nll_aggregation)
-        preferred = x.part("preference", preference(c.beta * (logp_t - logp_s)))
-        return preferred - c.nll_weight * x.part("log_likelihood", likelihood)
+        logp_t = aggregate(x.student.chosen, x.lengths.chosen, c.aggregation)
+        logp_s = aggregate(x.student.rejected, x.lengths.rejected, c.aggregation)
+        likelihood = aggregate(x.student.chosen, x.lengths.chosen, c.nll_aggregation)
+        chosen = x.part("preference", preference(c.beta * (logp_t - logp_s)))
+        return chosen - c.nll_weight * x.part("log_likelihood", likelihood)
 
 
 SPEC = LossSpec(
@@ -61,7 +60,7 @@ SPEC = LossSpec(
         "teacher's response is inside, so that no LM term is needed. TRL averages the likelihood over tokens.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.LENGTHS}),
-    suggests={"text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"}},
+    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

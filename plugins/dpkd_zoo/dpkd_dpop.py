@@ -1,6 +1,6 @@
 """DPKD with the penalty of DPOP (Smaug, Pal et al., 2402.13228), on whole responses.
 
-A preference loss is content when both responses become unlikely, the dispreferred one faster. The penalty takes from
+A preference loss is content when both responses become unlikely, the rejected one faster. The penalty takes from
 the margin what log q(y_t) lacks against the reference, here the teacher: y_t may not become less likely.
 """
 
@@ -15,8 +15,6 @@ from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, T
 from dpkd.functional import aggregate, preference
 from dpkd_zoo.papers import DPKD, DPKD_CODE, SMAUG, at
 
-__all__ = ["SPEC", "DPKDDPOPConfig", "DPKDDPOPLoss", "dpkd_losses"]
-
 
 class DPKDDPOPConfig(LossConfig):
     """Strength, weight of the penalty, length normalisation."""
@@ -28,9 +26,11 @@ class DPKDDPOPConfig(LossConfig):
         gt=0,
     )
     dpop_weight: float = setting(
-        50.0, description="λ: what a nat that log q(y_t) lacks takes from the margin",
-        source="Smaug (from memory); released arguments.py of DPKD", ge=0,
-    )  # fmt: skip
+        50.0,
+        description="λ: what a nat that log q(y_t) lacks takes from the margin",
+        source="Smaug (from memory); released arguments.py of DPKD",
+        ge=0,
+    )
     aggregation: Literal["mean", "sum"] = setting(
         "mean", description="mean: log-ratios per token; sum: of whole responses", source="DPKD Eq. 9 (Smaug: sum)"
     )
@@ -41,8 +41,8 @@ class DPKDDPOPLoss(PairLoss[DPKDDPOPConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         c = self.config
-        ratio_t = aggregate(x.student.preferred - x.teacher.preferred, x.lengths.preferred, c.aggregation)
-        ratio_s = aggregate(x.student.dispreferred - x.teacher.dispreferred, x.lengths.dispreferred, c.aggregation)
+        ratio_t = aggregate(x.student.chosen - x.teacher.chosen, x.lengths.chosen, c.aggregation)
+        ratio_s = aggregate(x.student.rejected - x.teacher.rejected, x.lengths.rejected, c.aggregation)
         penalty = x.part("penalty", torch.relu(-ratio_t))  # relu has no gradient at 0, clamp has
         margin = x.part("margin", ratio_t - ratio_s)
         return preference(c.beta * (margin - c.dpop_weight * penalty))
@@ -74,7 +74,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={
-        "text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"},
+        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
     traits=frozenset({Trait.NON_NEGATIVE}),

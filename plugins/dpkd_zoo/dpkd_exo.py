@@ -15,17 +15,18 @@ from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, T
 from dpkd.functional import aggregate, preference
 from dpkd_zoo.papers import DPKD, EXO, TRL_PREFERENCE, at
 
-__all__ = ["SPEC", "DPKDEXOConfig", "DPKDEXOLoss", "dpkd_losses"]
-
 
 class DPKDEXOConfig(LossConfig):
     """Strength, and how sure the label is."""
 
     beta: float = setting(0.1, description="β of the implicit reward", source="TRL's DPO trainer", gt=0)
     label_smoothing: float = setting(
-        1e-3, description="ε: the label prefers y_t with probability 1-ε; the margin aimed at is log((1-ε)/ε)",
-        source="TRL's DPO trainer (exo_pair)", gt=0, lt=0.5,
-    )  # fmt: skip
+        1e-3,
+        description="ε: the label prefers y_t with probability 1-ε; the margin aimed at is log((1-ε)/ε)",
+        source="TRL's DPO trainer (exo_pair)",
+        gt=0,
+        lt=0.5,
+    )
     aggregation: Literal["sum", "mean"] = setting(
         "sum", description="log-ratios of whole responses, or per token", source="EXO and TRL: sums"
     )
@@ -36,8 +37,8 @@ class DPKDEXOLoss(PairLoss[DPKDEXOConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         c = self.config
-        ratio_t = aggregate(x.student.preferred - x.teacher.preferred, x.lengths.preferred, c.aggregation)
-        ratio_s = aggregate(x.student.dispreferred - x.teacher.dispreferred, x.lengths.dispreferred, c.aggregation)
+        ratio_t = aggregate(x.student.chosen - x.teacher.chosen, x.lengths.chosen, c.aggregation)
+        ratio_s = aggregate(x.student.rejected - x.teacher.rejected, x.lengths.rejected, c.aggregation)
         margin = c.beta * (ratio_t - ratio_s)
         # log σ(m) is -preference(m).
         right = margin.sigmoid() * (-preference(margin) - math.log1p(-c.label_smoothing))
@@ -65,7 +66,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={
-        "text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"},
+        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
     traits=frozenset({Trait.NON_NEGATIVE}),

@@ -14,8 +14,6 @@ from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, T
 from dpkd.functional import aggregate
 from dpkd_zoo.papers import RSO, SLIC, TRL_PREFERENCE, at
 
-__all__ = ["SPEC", "DPKDHingeConfig", "DPKDHingeLoss", "dpkd_losses"]
-
 
 class DPKDHingeConfig(LossConfig):
     """The margin, and what it is measured against."""
@@ -38,9 +36,9 @@ class DPKDHingeLoss(PairLoss[DPKDHingeConfig]):
         c = self.config
         logp_t, logp_s = x.student
         if c.reference == "teacher":
-            logp_t, logp_s = logp_t - x.teacher.preferred, logp_s - x.teacher.dispreferred
-        reward_t = aggregate(logp_t, x.lengths.preferred, c.aggregation)
-        reward_s = aggregate(logp_s, x.lengths.dispreferred, c.aggregation)
+            logp_t, logp_s = logp_t - x.teacher.chosen, logp_s - x.teacher.rejected
+        reward_t = aggregate(logp_t, x.lengths.chosen, c.aggregation)
+        reward_s = aggregate(logp_s, x.lengths.rejected, c.aggregation)
         return torch.relu(1 - c.beta * x.part("margin", reward_t - reward_s))
 
 
@@ -71,7 +69,7 @@ SPEC = LossSpec(
     ),
     reads=_reads,
     suggests={
-        "text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"},
+        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
     traits=frozenset({Trait.NON_NEGATIVE}),

@@ -10,22 +10,15 @@ from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, T
 from dpkd.functional import aggregate
 from dpkd_zoo.papers import DPKD, IPO, at
 
-__all__ = ["SPEC", "DPKDIPOConfig", "DPKDIPOLoss", "dpkd_losses"]
-
 
 class DPKDIPOConfig(LossConfig):
     """The margin."""
 
     tau: float = setting(
-        0.1,
-        description="τ: the margin aimed at is 1/(2τ) nats",
-        source="TRL's DPO trainer (DPKD: none)",
-        gt=0,
+        0.1, description="τ: the margin aimed at is 1/(2τ) nats", source="TRL's DPO trainer (DPKD: none)", gt=0
     )
     aggregation: Literal["sum", "mean"] = setting(
-        "sum",
-        description="log-probs of whole responses, or per token",
-        source="DPKD Table 2 caption (TRL: mean)",
+        "sum", description="log-probs of whole responses, or per token", source="DPKD Table 2 caption (TRL: mean)"
     )
 
 
@@ -34,8 +27,8 @@ class DPKDIPOLoss(PairLoss[DPKDIPOConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         how = self.config.aggregation
-        ratio_t = aggregate(x.student.preferred - x.teacher.preferred, x.lengths.preferred, how)
-        ratio_s = aggregate(x.student.dispreferred - x.teacher.dispreferred, x.lengths.dispreferred, how)
+        ratio_t = aggregate(x.student.chosen - x.teacher.chosen, x.lengths.chosen, how)
+        ratio_s = aggregate(x.student.rejected - x.teacher.rejected, x.lengths.rejected, how)
         return (ratio_t - ratio_s - 1 / (2 * self.config.tau)) ** 2
 
 
@@ -54,7 +47,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={
-        "text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"},
+        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
     traits=frozenset({Trait.NON_NEGATIVE}),

@@ -12,8 +12,6 @@ from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, T
 from dpkd.functional import aggregate, preference
 from dpkd_zoo.papers import ORPO, TRL_PREFERENCE, at
 
-__all__ = ["SPEC", "DPKDORPOConfig", "DPKDORPOLoss", "dpkd_losses"]
-
 CERTAIN = -1e-6  # mean log-probs above it count as it where 1 - P is taken: the odds stay finite
 
 
@@ -34,8 +32,8 @@ class DPKDORPOLoss(PairLoss[DPKDORPOConfig]):
     """`-log P(y_t) - λ log σ(log odds(y_t) - log odds(y_s))`."""
 
     def forward(self, x: PairInputs) -> Tensor:
-        logp_t = aggregate(x.student.preferred, x.lengths.preferred, "mean")
-        logp_s = aggregate(x.student.dispreferred, x.lengths.dispreferred, "mean")
+        logp_t = aggregate(x.student.chosen, x.lengths.chosen, "mean")
+        logp_s = aggregate(x.student.rejected, x.lengths.rejected, "mean")
         log_ratio = x.part("log_odds_ratio", _log_odds(logp_t) - _log_odds(logp_s))
         likelihood = x.part("log_likelihood", logp_t)
         return self.config.odds_weight * preference(log_ratio) - likelihood
@@ -49,10 +47,7 @@ SPEC = LossSpec(
         title="DPKD, ORPO form",
         summary="Likelihood of the teacher's response, plus a preference by the odds of both; no reference.",
         formula="-log P(yₜ) - λ·log σ(log(P(yₜ)/(1-P(yₜ))) - log(P(yₛ)/(1-P(yₛ)))),  P(y) = q(y)^(1/|y|)",
-        sources=(
-            at(ORPO, "§4, the odds-ratio loss (Eq. 6 and 7, from memory)"),
-            at(TRL_PREFERENCE, "ORPOTrainer"),
-        ),
+        sources=(at(ORPO, "§4, the odds-ratio loss (Eq. 6 and 7, from memory)"), at(TRL_PREFERENCE, "ORPOTrainer")),
         use_when="Only the teacher's text is to be had, and one run should do both fine-tuning and preference: it "
         "needs no SFT start, no reference and no LM term.",
         avoid_when="The teacher can score: dpkd uses what it knows. λ = 0.1 leaves the preference a nudge beside the "
@@ -63,7 +58,7 @@ SPEC = LossSpec(
         "responses per prompt through the student, none through the teacher, and the sampling of both.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.LENGTHS}),
-    suggests={"text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"}},
+    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

@@ -14,8 +14,6 @@ from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, h
 from dpkd.functional import aggregate, preference
 from dpkd_zoo.papers import DPKD, RDPO, TRL_PREFERENCE, at
 
-__all__ = ["SPEC", "DPKDRobustConfig", "DPKDRobustLoss", "dpkd_losses"]
-
 
 class DPKDRobustConfig(LossConfig):
     """Strength, the share of wrong pairs, length normalisation."""
@@ -24,9 +22,12 @@ class DPKDRobustConfig(LossConfig):
         0.1, description="β of the implicit reward", source="released arguments.py of DPKD; TRL", gt=0
     )
     flipped: float = setting(
-        0.1, description="ε: share of pairs that are the wrong way round",
-        source="our choice (TRL's label_smoothing: 0, which is dpkd)", ge=0, lt=0.5,
-    )  # fmt: skip
+        0.1,
+        description="ε: share of pairs that are the wrong way round",
+        source="our choice (TRL's label_smoothing: 0, which is dpkd)",
+        ge=0,
+        lt=0.5,
+    )
     aggregation: Literal["mean", "sum"] = setting(
         "mean", description="mean: log-ratios per token; sum: of whole responses", source="DPKD Eq. 9 (TRL: sum)"
     )
@@ -37,8 +38,8 @@ class DPKDRobustLoss(PairLoss[DPKDRobustConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         c = self.config
-        reward_t = aggregate(x.student.preferred - x.teacher.preferred, x.lengths.preferred, c.aggregation)
-        reward_s = aggregate(x.student.dispreferred - x.teacher.dispreferred, x.lengths.dispreferred, c.aggregation)
+        reward_t = aggregate(x.student.chosen - x.teacher.chosen, x.lengths.chosen, c.aggregation)
+        reward_s = aggregate(x.student.rejected - x.teacher.rejected, x.lengths.rejected, c.aggregation)
         margin = c.beta * (reward_t - reward_s)
         right, wrong = preference(margin), preference(-margin)
         return ((1 - c.flipped) * right - c.flipped * wrong) / (1 - 2 * c.flipped)
@@ -68,7 +69,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={
-        "text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"},
+        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
 )

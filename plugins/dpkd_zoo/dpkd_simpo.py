@@ -1,4 +1,4 @@
-"""SimPO form of DPKD (Table 2 of 2406.19774; Meng et al., 2405.14734): length-normalised, no reference, margin γ."""
+"""SimPO form of DPKD (Table 2 of 2406.19774; Meng et al., 2405.14734): length-normalized, no reference, margin γ."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, T
 from dpkd.functional import aggregate, preference
 from dpkd_zoo.papers import DPKD, SIMPO, at
 
-__all__ = ["SPEC", "DPKDSimPOConfig", "DPKDSimPOLoss", "dpkd_losses"]
-
 
 class DPKDSimPOConfig(LossConfig):
     """Strength and margin."""
 
     beta: float = setting(
-        2.0,
-        description="β of the reward per token",
-        source="SimPO trains with 2.0 to 2.5 (TRL: 0.1; DPKD: none)",
-        gt=0,
+        2.0, description="β of the reward per token", source="SimPO trains with 2.0 to 2.5 (TRL: 0.1; DPKD: none)", gt=0
     )
     gamma: float = setting(
         1.0,
-        description="γ: margin that the preferred reward should have",
+        description="γ: margin that the chosen reward should have",
         source="SimPO: γ/β 0.3 to 0.8 (TRL: γ 0.5)",
         ge=0,
     )
@@ -32,8 +27,8 @@ class DPKDSimPOLoss(PairLoss[DPKDSimPOConfig]):
     """`-log σ(β/|y_t| log q(y_t) - β/|y_s| log q(y_s) - γ)`."""
 
     def forward(self, x: PairInputs) -> Tensor:
-        reward_t = aggregate(x.student.preferred, x.lengths.preferred, "mean")
-        reward_s = aggregate(x.student.dispreferred, x.lengths.dispreferred, "mean")
+        reward_t = aggregate(x.student.chosen, x.lengths.chosen, "mean")
+        reward_s = aggregate(x.student.rejected, x.lengths.rejected, "mean")
         return preference(self.config.beta * (reward_t - reward_s) - self.config.gamma)
 
 
@@ -53,7 +48,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.LENGTHS}),
     suggests={
-        "text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"},
+        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
     traits=frozenset({Trait.NON_NEGATIVE}),

@@ -15,8 +15,6 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import at_least_float32, gather_logps, preference
 from dpkd_zoo.papers import DPKD, DPKD_CODE, at
 
-__all__ = ["SPEC", "DPKDTokenConfig", "DPKDTokenLoss", "dpkd_losses"]
-
 
 class DPKDTokenConfig(LossConfig):
     """The switches of the released script."""
@@ -25,21 +23,16 @@ class DPKDTokenConfig(LossConfig):
         0.1, description="β; in the IPO form it is τ", source="released arguments.py: --dpo-beta", gt=0
     )
     form: Literal["sigmoid", "ipo", "dpop"] = setting(
-        "sigmoid", description="-log σ(βh), (h - 1/(2β))², or sigmoid plus a penalty where q(a) < p(a)",
+        "sigmoid",
+        description="-log σ(βh), (h - 1/(2β))², or sigmoid plus a penalty where q(a) < p(a)",
         source="released main.py: neither --ipo nor --DPOP",
-    )  # fmt: skip
+    )
     dpop_weight: float = setting(50.0, description="λ of the DPOP penalty", source="released arguments.py", ge=0)
     reference_free: bool = setting(
-        False,
-        description="leave the teacher's log-probs out of h",
-        source="released main.py: --reference-free is off",
+        False, description="leave the teacher's log-probs out of h", source="released main.py: --reference-free is off"
     )
     label_smoothing: float = setting(
-        0.0,
-        description="share of pairs taken to be the wrong way round",
-        source="released arguments.py",
-        ge=0,
-        lt=0.5,
+        0.0, description="share of pairs taken to be the wrong way round", source="released arguments.py", ge=0, lt=0.5
     )
 
 

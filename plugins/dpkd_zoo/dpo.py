@@ -1,6 +1,6 @@
-"""Direct preference optimisation (Rafailov et al., 2305.18290), the student's own start as reference.
+"""Direct preference optimization (Rafailov et al., 2305.18290), the student's own start as reference.
 
-For distillation: the teacher's response is preferred, the student's dispreferred. `dpkd` is the same loss with the
+For distillation: the teacher's response is chosen, the student's rejected. `dpkd` is the same loss with the
 teacher as reference.
 """
 
@@ -13,8 +13,6 @@ from torch import Tensor
 from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, Trait, hookimpl, setting
 from dpkd.functional import aggregate, preference
 from dpkd_zoo.papers import DPO, TRL_PREFERENCE, at
-
-__all__ = ["SPEC", "DPOConfig", "DPOLoss", "dpkd_losses"]
 
 
 class DPOConfig(LossConfig):
@@ -34,8 +32,8 @@ class DPOLoss(PairLoss[DPOConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         how = self.config.aggregation
-        ratio_t = aggregate(x.student.preferred - x.reference.preferred, x.lengths.preferred, how)
-        ratio_s = aggregate(x.student.dispreferred - x.reference.dispreferred, x.lengths.dispreferred, how)
+        ratio_t = aggregate(x.student.chosen - x.reference.chosen, x.lengths.chosen, how)
+        ratio_s = aggregate(x.student.rejected - x.reference.rejected, x.lengths.rejected, how)
         return preference(self.config.beta * (ratio_t - ratio_s), self.config.label_smoothing)
 
 
@@ -58,7 +56,7 @@ SPEC = LossSpec(
         "through its copy: about twice sft, a second student in memory, and sampling.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.REFERENCE_LOGPS, Signal.LENGTHS}),
-    suggests={"text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "once"}},
+    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "once"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

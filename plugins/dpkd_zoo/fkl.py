@@ -11,17 +11,16 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl
 from dpkd_zoo.papers import AKL, HINTON, at
 
-__all__ = ["SPEC", "FKLConfig", "FKLLoss", "dpkd_losses"]
-
 
 class FKLConfig(LossConfig):
     """Temperature, and Hinton's correction for it."""
 
     temperature: float = setting(1.0, description="divides both models' logits", source="AKL's experiments: none", gt=0)
     scale_by_t2: bool = setting(
-        False, description="multiply by temperature², so that the gradient keeps its size",
+        False,
+        description="multiply by temperature², so that the gradient keeps its size",
         source="on in Hinton et al. §2; does nothing at temperature 1",
-    )  # fmt: skip
+    )
 
 
 class FKLLoss(TokenLoss[FKLConfig]):

@@ -12,16 +12,17 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import jensen_shannon, kl
 from dpkd_zoo.papers import GKD, TRL, at
 
-__all__ = ["SPEC", "GKDConfig", "GKDLoss", "dpkd_losses"]
-
 
 class GKDConfig(LossConfig):
     """The divergence; λ is the student's share in `text.mix`."""
 
     beta: float = setting(
-        0.5, description="β: share of the teacher in the mixture m; 0 is forward KL, 1 reverse KL",
-        source="TRL's GKDConfig; the paper tries 0.1, 0.5, 0.9", ge=0, le=1,
-    )  # fmt: skip
+        0.5,
+        description="β: share of the teacher in the mixture m; 0 is forward KL, 1 reverse KL",
+        source="TRL's GKDConfig; the paper tries 0.1, 0.5, 0.9",
+        ge=0,
+        le=1,
+    )
 
 
 class GKDLoss(TokenLoss[GKDConfig]):

@@ -15,8 +15,6 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import jensen_shannon, sorted_distance
 from dpkd_zoo.papers import GOLD, TRL_GOLD, ULD, at
 
-__all__ = ["SPEC", "GOLDConfig", "GOLDLoss", "dpkd_losses"]
-
 
 class GOLDConfig(LossConfig):
     """The divergence of common tokens, and what the others weigh."""
@@ -25,13 +23,18 @@ class GOLDConfig(LossConfig):
         0.5, description="β: share of the teacher in the mixture m", source="TRL's GOLDConfig", gt=0, lt=1
     )
     hybrid: bool = setting(
-        True, description="compare common tokens by what they are; false: sort all of them, as ULD does",
+        True,
+        description="compare common tokens by what they are; false: sort all of them, as ULD does",
         source="GOLD's article (TRL: off unless asked for)",
-    )  # fmt: skip
+    )
     matched_weight: float | None = setting(
-        None, description="weight of the common tokens, the others have the rest; none: their share of the teacher's "
-        "vocabulary", source="TRL's GOLDConfig", gt=0, le=1,
-    )  # fmt: skip
+        None,
+        description="weight of the common tokens, the others have the rest; none: their share of the teacher's "
+        "vocabulary",
+        source="TRL's GOLDConfig",
+        gt=0,
+        le=1,
+    )
 
 
 class GOLDLoss(TokenLoss[GOLDConfig]):
@@ -48,10 +51,11 @@ class GOLDLoss(TokenLoss[GOLDConfig]):
         value_N = x.part(
             "common",
             jensen_shannon(
-                log_p_NV.masked_fill(~common_NV, -math.inf), log_q_NV.masked_fill(~common_NV, -math.inf),
+                log_p_NV.masked_fill(~common_NV, -math.inf),
+                log_q_NV.masked_fill(~common_NV, -math.inf),
                 self.config.beta,
             ),
-        )  # fmt: skip
+        )
         weight_N: Tensor | float = common_NV.sum(-1) / known_NV.sum(-1)
         if self.config.matched_weight is not None:
             weight_N = self.config.matched_weight

@@ -7,8 +7,6 @@ from torch import Tensor
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
 from dpkd_zoo.papers import ABKD, at
 
-__all__ = ["SPEC", "HellingerConfig", "HellingerLoss", "dpkd_losses"]
-
 
 class HellingerConfig(LossConfig):
     """Temperature only."""

@@ -11,40 +11,30 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dpkd.api import (
-    HIDDEN,
-    Card,
-    Layers,
-    LossConfig,
-    LossSpec,
-    Stack,
-    TokenInputs,
-    TokenLoss,
-    Trait,
-    hookimpl,
-    setting,
-)
+from dpkd.api import HIDDEN, Card, Layers, LossConfig, LossSpec, Stack, TokenInputs, TokenLoss, Trait, hookimpl, setting
 from dpkd.functional import layer_pairs
 from dpkd_zoo.papers import DISTILBERT, at
-
-__all__ = ["SPEC", "HiddenCosineConfig", "HiddenCosineLoss", "dpkd_losses"]
 
 
 class HiddenCosineConfig(LossConfig):
     """Which layers, and whether a projection lies between them."""
 
     layers: Literal["last", "even"] = setting(
-        "last", description="pairs of layers: the last ones; or the student's, each with the teacher's at the same "
-        "share of the depth", source="DistilBERT: the last hidden states",
-    )  # fmt: skip
+        "last",
+        description="pairs of layers: the last ones; or the student's, each with the teacher's at the same "
+        "share of the depth",
+        source="DistilBERT: the last hidden states",
+    )
     pairs: tuple[tuple[int, int], ...] = setting(
-        (), description="pairs (student's, teacher's) in place of layers, such as [[1, 4], [2, 8]]; 0 is the "
-        "embedding", source="our choice",
-    )  # fmt: skip
+        (),
+        description="pairs (student's, teacher's) in place of layers, such as [[1, 4], [2, 8]]; 0 is the embedding",
+        source="our choice",
+    )
     projection: Literal["learned", "none"] = setting(
-        "learned", description="a matrix for each pair, or none, which takes models of one width",
+        "learned",
+        description="a matrix for each pair, or none, which takes models of one width",
         source="our choice; DistilBERT has one width and none",
-    )  # fmt: skip
+    )
 
 
 class HiddenCosineLoss(TokenLoss[HiddenCosineConfig]):

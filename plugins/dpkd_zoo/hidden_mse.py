@@ -12,36 +12,25 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dpkd.api import (
-    HIDDEN,
-    Card,
-    Layers,
-    LossConfig,
-    LossSpec,
-    Stack,
-    TokenInputs,
-    TokenLoss,
-    Trait,
-    hookimpl,
-    setting,
-)
+from dpkd.api import HIDDEN, Card, Layers, LossConfig, LossSpec, Stack, TokenInputs, TokenLoss, Trait, hookimpl, setting
 from dpkd.functional import layer_pairs
 from dpkd_zoo.papers import FITNETS, TINYBERT, at
-
-__all__ = ["SPEC", "HiddenMSEConfig", "HiddenMSELoss", "dpkd_losses"]
 
 
 class HiddenMSEConfig(LossConfig):
     """Which layers, and whether a projection lies between them."""
 
     layers: Literal["even", "last"] = setting(
-        "even", description="pairs of layers: the student's, each with the teacher's at the same share of the depth; "
-        "or the last ones", source="TinyBERT §4.2: the uniform mapping",
-    )  # fmt: skip
+        "even",
+        description="pairs of layers: the student's, each with the teacher's at the same share of the depth; "
+        "or the last ones",
+        source="TinyBERT §4.2: the uniform mapping",
+    )
     pairs: tuple[tuple[int, int], ...] = setting(
-        (), description="pairs (student's, teacher's) in place of layers, such as [[1, 4], [2, 8]]; 0 is the "
-        "embedding", source="our choice",
-    )  # fmt: skip
+        (),
+        description="pairs (student's, teacher's) in place of layers, such as [[1, 4], [2, 8]]; 0 is the embedding",
+        source="our choice",
+    )
     projection: Literal["learned", "none"] = setting(
         "learned",
         description="a matrix for each pair, or none, which takes models of one width",

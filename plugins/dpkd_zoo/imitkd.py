@@ -14,16 +14,15 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl, nll
 from dpkd_zoo.papers import GKD, IMITKD, at
 
-__all__ = ["SPEC", "ImitKDConfig", "ImitKDLoss", "dpkd_losses"]
-
 
 class ImitKDConfig(LossConfig):
     """What the teacher says at each position."""
 
     target: Literal["choice", "distribution"] = setting(
-        "choice", description="the teacher's likeliest token as a label, or its distribution (forward KL)",
+        "choice",
+        description="the teacher's likeliest token as a label, or its distribution (forward KL)",
         source="the paper's ImitKD is the choice, ImitKD + Full the distribution (from memory)",
-    )  # fmt: skip
+    )
 
 
 class ImitKDLoss(TokenLoss[ImitKDConfig]):

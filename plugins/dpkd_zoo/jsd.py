@@ -12,20 +12,22 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import jensen_shannon, kl
 from dpkd_zoo.papers import GKD, TRL, at
 
-__all__ = ["SPEC", "JSDConfig", "JSDLoss", "dpkd_losses"]
-
 
 class JSDConfig(LossConfig):
     """Place between the two KLs, scale, temperature."""
 
     beta: float = setting(
-        0.5, description="β: share of the teacher in the mixture m; 0 is forward KL, 1 reverse KL",
-        source="TRL's GKDConfig; the paper tries 0.1, 0.5, 0.9", ge=0, le=1,
-    )  # fmt: skip
+        0.5,
+        description="β: share of the teacher in the mixture m; 0 is forward KL, 1 reverse KL",
+        source="TRL's GKDConfig; the paper tries 0.1, 0.5, 0.9",
+        ge=0,
+        le=1,
+    )
     rescale: bool = setting(
-        False, description="divide by β(1-β), so that the value goes over into the KLs at both ends",
+        False,
+        description="divide by β(1-β), so that the value goes over into the KLs at both ends",
         source="not in the paper: for β on a schedule, or to compare values of different β",
-    )  # fmt: skip
+    )
     temperature: float = setting(1.0, description="divides both models' logits", source="TRL: 1.0", gt=0)
 
 

@@ -11,26 +11,25 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl, nll
 from dpkd_zoo.papers import HINTON, LMOPS, at
 
-__all__ = ["SPEC", "KDConfig", "KDLoss", "dpkd_losses"]
-
 
 class KDConfig(LossConfig):
     """Mixture and temperature."""
 
     kd_ratio: float = setting(
-        0.5, description="α: share of the KL term; the rest is cross-entropy on the response",
-        source="MiniLLM's scripts/gpt2/kd (DistiLLM's re-implementation uses 1.0)", gt=0, le=1,
-    )  # fmt: skip
-    temperature: float = setting(
-        1.0,
-        description="divides both models' logits in the KL term",
-        source="MiniLLM's finetune.py: none",
+        0.5,
+        description="α: share of the KL term; the rest is cross-entropy on the response",
+        source="MiniLLM's scripts/gpt2/kd (DistiLLM's re-implementation uses 1.0)",
         gt=0,
+        le=1,
+    )
+    temperature: float = setting(
+        1.0, description="divides both models' logits in the KL term", source="MiniLLM's finetune.py: none", gt=0
     )
     scale_by_t2: bool = setting(
-        False, description="multiply the KL term by temperature², so that its gradient keeps its size",
+        False,
+        description="multiply the KL term by temperature², so that its gradient keeps its size",
         source="off in the released code; on in Hinton et al.",
-    )  # fmt: skip
+    )
 
 
 class KDLoss(TokenLoss[KDConfig]):

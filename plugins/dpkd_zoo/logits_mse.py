@@ -13,8 +13,6 @@ from torch import Tensor
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl
 from dpkd_zoo.papers import BA_CARUANA, HINTON, KIM_MSE, at
 
-__all__ = ["SPEC", "LogitsMSEConfig", "LogitsMSELoss", "dpkd_losses"]
-
 
 class LogitsMSEConfig(LossConfig):
     """No settings."""

@@ -26,8 +26,6 @@ from dpkd.api import (
 from dpkd.functional import kl, returns_to_go
 from dpkd_zoo.papers import LMOPS, MINILLM, at
 
-__all__ = ["SPEC", "MiniLLMConfig", "MiniLLMLoss", "dpkd_losses"]
-
 
 class MiniLLMConfig(LossConfig):
     """The paper's form; `card.notes` lists the values of the released code."""
@@ -110,10 +108,10 @@ def _reads(config: MiniLLMConfig) -> frozenset[Signal]:
 
 
 SUGGESTS = {
-    "text": {"source": "student", "teacher_mix": 0.2, "refresh": "every_n_steps", "every": 4, "inner_epochs": 4},
+    "text": {"source": "student", "teacher_mix": 0.2, "refresh": "every_n_steps", "every": 4, "num_iterations": 4},
     "student": {"dropout": "off"},
     "train": {"lr": 5e-6, "schedule": "constant", "warmup_steps": 100, "betas": [0.9, 0.95], "weight_decay": 1e-6},
-}  # fmt: skip
+}
 
 SPEC = LossSpec(
     name="minillm",

@@ -34,8 +34,6 @@ from dpkd.api import (
 from dpkd.functional import returns_to_go
 from dpkd_zoo.papers import KL_APPROXIMATION, KL_PITFALLS, ON_POLICY, at
 
-__all__ = ["SPEC", "OPDConfig", "OPDLoss", "dpkd_losses"]
-
 FAR = 20.0  # e^20 lies far above any useful ratio: the bound only keeps an overflow out
 
 
@@ -43,24 +41,32 @@ class OPDConfig(LossConfig):
     """Which estimator, what a reward looks ahead to, and importance weights."""
 
     estimator: Literal["k1", "k2", "k3"] = setting(
-        "k1", description="k1: reward of a policy gradient; k2, k3: a loss of the drawn token (k3: of the forward KL)",
+        "k1",
+        description="k1: reward of a policy gradient; k2, k3: a loss of the drawn token (k3: of the forward KL)",
         source="tinker-cookbook, train_on_policy.py: advantage log p - log q_old",
-    )  # fmt: skip
+    )
     discount: float = setting(
-        0.0, description="γ: a token's worth is its own reward plus γ times the worth of the next (k1)",
-        source="tinker-cookbook: 0.0", ge=0, le=1,
-    )  # fmt: skip
+        0.0,
+        description="γ: a token's worth is its own reward plus γ times the worth of the next (k1)",
+        source="tinker-cookbook: 0.0",
+        ge=0,
+        le=1,
+    )
     reward_clip: float | None = setting(
         None, description="largest absolute reward (k1); none: off", source="tinker-cookbook: none", gt=0
     )
     importance: bool = setting(
-        True, description="weigh a token by q/q_drawn: how likely it is now against when it was drawn",
+        True,
+        description="weigh a token by q/q_drawn: how likely it is now against when it was drawn",
         source="tinker-cookbook: loss_fn importance_sampling",
-    )  # fmt: skip
+    )
     clip_epsilon: float | None = setting(
-        None, description="ε of the PPO clipping of that ratio (k1); none: off",
-        source="tinker-cookbook: none (PPO: 0.2)", gt=0, lt=1,
-    )  # fmt: skip
+        None,
+        description="ε of the PPO clipping of that ratio (k1); none: off",
+        source="tinker-cookbook: none (PPO: 0.2)",
+        gt=0,
+        lt=1,
+    )
 
     @model_validator(mode="after")
     def _of_use(self) -> OPDConfig:

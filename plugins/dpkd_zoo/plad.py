@@ -14,16 +14,15 @@ from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, T
 from dpkd.functional import aggregate
 from dpkd_zoo.papers import PLAD, SLIC, at
 
-__all__ = ["SPEC", "PLaDConfig", "PLaDLoss", "dpkd_losses"]
-
 
 class PLaDConfig(LossConfig):
     """Which margin the two likelihoods should keep."""
 
     form: Literal["ranking", "margin"] = setting(
-        "ranking", description="ranking: the same margin for every pair; margin: what a score says of the pair",
+        "ranking",
+        description="ranking: the same margin for every pair; margin: what a score says of the pair",
         source="PLaD has both (from memory)",
-    )  # fmt: skip
+    )
     margin: float = setting(
         1.0,
         description="δ of the ranking form, in nats per token",
@@ -36,13 +35,13 @@ class PLaDLoss(PairLoss[PLaDConfig]):
     """`max(0, δ - log q(y_t)/|y_t| + log q(y_s)/|y_s|)`, δ fixed or `log p(y_t)/|y_t| - log p(y_s)/|y_s|`."""
 
     def forward(self, x: PairInputs) -> Tensor:
-        logp_t = aggregate(x.student.preferred, x.lengths.preferred, "mean")
-        logp_s = aggregate(x.student.dispreferred, x.lengths.dispreferred, "mean")
+        logp_t = aggregate(x.student.chosen, x.lengths.chosen, "mean")
+        logp_s = aggregate(x.student.rejected, x.lengths.rejected, "mean")
         gap = x.part("margin", logp_t - logp_s)
         if self.config.form == "ranking":
             return torch.relu(self.config.margin - gap)
-        score_t = aggregate(x.teacher.preferred, x.lengths.preferred, "mean")
-        score_s = aggregate(x.teacher.dispreferred, x.lengths.dispreferred, "mean")
+        score_t = aggregate(x.teacher.chosen, x.lengths.chosen, "mean")
+        score_s = aggregate(x.teacher.rejected, x.lengths.rejected, "mean")
         return torch.relu(score_t - score_s - gap)
 
 
@@ -75,7 +74,7 @@ SPEC = LossSpec(
     ),
     reads=_reads,
     suggests={
-        "text": {"pairs": {"preferred": "teacher", "dispreferred": "student"}, "refresh": "every_step"},
+        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
     traits=frozenset({Trait.NON_NEGATIVE}),

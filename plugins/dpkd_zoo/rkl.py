@@ -12,8 +12,6 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl
 from dpkd_zoo.papers import AKL, MINILLM, at
 
-__all__ = ["SPEC", "RKLConfig", "RKLLoss", "dpkd_losses"]
-
 
 class RKLConfig(LossConfig):
     """Temperature only."""

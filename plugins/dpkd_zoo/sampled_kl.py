@@ -15,8 +15,6 @@ from torch import Tensor
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
 from dpkd_zoo.papers import SAMPLED_KD, at
 
-__all__ = ["SPEC", "SampledKLConfig", "SampledKLLoss", "dpkd_losses", "draw", "estimate", "uniforms"]
-
 
 class SampledKLConfig(LossConfig):
     """How many tokens are drawn, from what, and by which seed."""
@@ -90,7 +88,7 @@ SPEC = LossSpec(
         notes="Single values may be negative; only their expectation is the KL. At a student equal to the teacher the "
         "value is 0 but the gradient is not, except on average. Same seed, same draws at positions with the "
         "same four likeliest tokens, over all epochs: the paper's store does the same. The paper weighs by "
-        "counts, c/S, which is τ = 1; for τ ≠ 1 weights here are p/r exactly, not normalised over the draw, "
+        "counts, c/S, which is τ = 1; for τ ≠ 1 weights here are p/r exactly, not normalized over the draw, "
         "which would bias. The loss itself takes about 0.6 times kd's time. Infinite where the student excludes "
         "a drawn token (a logit of -inf).",
     ),

@@ -7,31 +7,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dpkd.api import (
-    Card,
-    LossConfig,
-    LossSpec,
-    Signal,
-    Text,
-    TokenInputs,
-    TokenLoss,
-    Trait,
-    hookimpl,
-    setting,
-)
+from dpkd.api import Card, LossConfig, LossSpec, Signal, Text, TokenInputs, TokenLoss, Trait, hookimpl, setting
 from dpkd.functional import kl, nll
 from dpkd_zoo.papers import LMOPS, SEQKD, at
-
-__all__ = ["SPEC", "SeqKDConfig", "SeqKDLoss", "dpkd_losses"]
 
 
 class SeqKDConfig(LossConfig):
     """Pure likelihood, or the released mixture."""
 
     kd_ratio: float = setting(
-        0.0, description="share of word-level forward KL mixed in, as the released scripts do at 0.5",
-        source="Kim & Rush: 0 (LMOps' seqkd_base.sh passes --kd-ratio 0.5)", ge=0, le=1,
-    )  # fmt: skip
+        0.0,
+        description="share of word-level forward KL mixed in, as the released scripts do at 0.5",
+        source="Kim & Rush: 0 (LMOps' seqkd_base.sh passes --kd-ratio 0.5)",
+        ge=0,
+        le=1,
+    )
 
 
 class SeqKDLoss(TokenLoss[SeqKDConfig]):
@@ -61,10 +51,7 @@ SPEC = LossSpec(
         title="Sequence-level knowledge distillation",
         summary="Cross-entropy on responses written by the teacher.",
         formula="-log q(yᵢ | y₍<ᵢ₎, x),  y ~ p(·|x)",
-        sources=(
-            at(SEQKD, "§3.2"),
-            at(LMOPS, "scripts/gpt2/seqkd, scripts/gpt2/tools/generate_data_seqkd.sh"),
-        ),
+        sources=(at(SEQKD, "§3.2"), at(LMOPS, "scripts/gpt2/seqkd, scripts/gpt2/tools/generate_data_seqkd.sh")),
         use_when="The teacher can be sampled but not scored (another tokenizer, an API), or must run only once.",
         avoid_when="Its logits are at hand: word-level losses learn more from the same text.",
         notes="The teacher's text is sampled at T = 1, top-p 1, once per prompt, and kept in a store. The released "

@@ -11,8 +11,6 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, Text, TokenInputs, Toke
 from dpkd.functional import nll
 from dpkd_zoo.papers import LMOPS, at
 
-__all__ = ["SPEC", "SFTConfig", "SFTLoss", "dpkd_losses"]
-
 
 class SFTConfig(LossConfig):
     """No settings."""

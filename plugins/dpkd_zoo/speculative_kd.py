@@ -15,16 +15,15 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import jensen_shannon, kl
 from dpkd_zoo.papers import SPECULATIVE_KD, at
 
-__all__ = ["SPEC", "SpeculativeKDConfig", "SpeculativeKDLoss", "dpkd_losses"]
-
 
 class SpeculativeKDConfig(LossConfig):
     """The divergence; K is `text.teacher_veto`."""
 
     divergence: Literal["fkl", "rkl", "jsd"] = setting(
-        "fkl", description="forward KL, reverse KL, or the Jensen-Shannon divergence with equal halves",
+        "fkl",
+        description="forward KL, reverse KL, or the Jensen-Shannon divergence with equal halves",
         source="SKD Algorithm 1 leaves D open and writes D(p‖q)",
-    )  # fmt: skip
+    )
 
 
 class SpeculativeKDLoss(TokenLoss[SpeculativeKDConfig]):

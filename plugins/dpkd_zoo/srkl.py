@@ -11,16 +11,17 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl, log_mix
 from dpkd_zoo.papers import DISTILLM, at
 
-__all__ = ["SPEC", "SRKLConfig", "SRKLLoss", "dpkd_losses"]
-
 
 class SRKLConfig(LossConfig):
     """How much of the student is mixed in."""
 
     skew: float = setting(
-        0.1, description="α: share of the student in the mixture; 0 is reverse KL",
-        source="DistiLLM §3.1 and losses.py", ge=0, lt=1,
-    )  # fmt: skip
+        0.1,
+        description="α: share of the student in the mixture; 0 is reverse KL",
+        source="DistiLLM §3.1 and losses.py",
+        ge=0,
+        lt=1,
+    )
 
 
 class SRKLLoss(TokenLoss[SRKLConfig]):

@@ -8,16 +8,17 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl
 from dpkd_zoo.papers import ABKD, AKL, JEFFREYS, at
 
-__all__ = ["SPEC", "SymmetricKLConfig", "SymmetricKLLoss", "dpkd_losses"]
-
 
 class SymmetricKLConfig(LossConfig):
     """The weight between the two directions, and a temperature."""
 
     reverse_weight: float = setting(
-        0.5, description="λ: weight of the reverse KL; the forward KL has 1-λ",
-        source="AKL's baseline FKL+RKL; ABKD's code, WSD", ge=0, le=1,
-    )  # fmt: skip
+        0.5,
+        description="λ: weight of the reverse KL; the forward KL has 1-λ",
+        source="AKL's baseline FKL+RKL; ABKD's code, WSD",
+        ge=0,
+        le=1,
+    )
     temperature: float = setting(1.0, description="divides both models' logits", source="AKL's experiments: none", gt=0)
 
 

@@ -12,16 +12,17 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl
 from dpkd_zoo.papers import TAID, at
 
-__all__ = ["SPEC", "TAIDConfig", "TAIDLoss", "dpkd_losses"]
-
 
 class TAIDConfig(LossConfig):
     """How far the target is on its way."""
 
     t: float = setting(
-        0.4, description="share of the teacher's logits in the target; in a run `schedules.t` decides it; 1 is fkl",
-        source="TAID: starts at 0.4 (0.2 to 0.4)", ge=0, le=1,
-    )  # fmt: skip
+        0.4,
+        description="share of the teacher's logits in the target; in a run `schedules.t` decides it; 1 is fkl",
+        source="TAID: starts at 0.4 (0.2 to 0.4)",
+        ge=0,
+        le=1,
+    )
 
 
 class TAIDLoss(TokenLoss[TAIDConfig]):

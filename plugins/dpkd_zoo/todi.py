@@ -13,16 +13,16 @@ from torch import Tensor
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
 from dpkd_zoo.papers import TODI, at
 
-__all__ = ["SPEC", "ToDiConfig", "ToDiLoss", "dpkd_losses"]
-
 
 class ToDiConfig(LossConfig):
     """How sharply a token chooses."""
 
     beta: float = setting(
-        1.0, description="β: slope of the weight; 0 is (forward + reverse)/2, large is a hard choice",
-        source="ToDi: β = 1", ge=0,
-    )  # fmt: skip
+        1.0,
+        description="β: slope of the weight; 0 is (forward + reverse)/2, large is a hard choice",
+        source="ToDi: β = 1",
+        ge=0,
+    )
 
 
 class ToDiLoss(TokenLoss[ToDiConfig]):

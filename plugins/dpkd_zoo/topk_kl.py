@@ -16,17 +16,16 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import kl, log_total
 from dpkd_zoo.papers import SAMPLED_KD, at
 
-__all__ = ["SPEC", "TopKKLConfig", "TopKKLLoss", "dpkd_losses"]
-
 
 class TopKKLConfig(LossConfig):
     """How many tokens, and what becomes of the others."""
 
     k: int = setting(64, description="tokens kept per position; more than V: all", source="usual: 5 to 64", ge=1)
     tail: Literal["bucket", "renormalise"] = setting(
-        "bucket", description="the rest as one more token, or both models renormalised over the k tokens",
+        "bucket",
+        description="the rest as one more token, or both models renormalised over the k tokens",
         source="our choice: renormalising says nothing about the mass outside",
-    )  # fmt: skip
+    )
 
 
 def _renormalised(log_NK: Tensor) -> Tensor:

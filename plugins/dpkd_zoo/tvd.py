@@ -7,8 +7,6 @@ from torch import Tensor
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
 from dpkd_zoo.papers import DISTILLM, FDISTILL, at
 
-__all__ = ["SPEC", "TVDConfig", "TVDLoss", "dpkd_losses"]
-
 
 class TVDConfig(LossConfig):
     """Temperature only."""

@@ -12,20 +12,22 @@ from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss,
 from dpkd.functional import nll, sorted_distance
 from dpkd_zoo.papers import TRL_GOLD, ULD, at
 
-__all__ = ["SPEC", "ULDConfig", "ULDLoss", "dpkd_losses"]
-
 
 class ULDConfig(LossConfig):
     """The weights of the two parts, and a temperature."""
 
     uld_weight: float = setting(
-        1.5, description="λ: weight of the distance between sorted probabilities",
-        source="the authors' llm-recipes fork, from memory (TRL: 1.0)", gt=0,
-    )  # fmt: skip
+        1.5,
+        description="λ: weight of the distance between sorted probabilities",
+        source="the authors' llm-recipes fork, from memory (TRL: 1.0)",
+        gt=0,
+    )
     ce_weight: float = setting(
-        1.0, description="weight of the cross-entropy on the text; 0: the distance alone",
-        source="the paper (TRL: 0)", ge=0,
-    )  # fmt: skip
+        1.0,
+        description="weight of the cross-entropy on the text; 0: the distance alone",
+        source="the paper (TRL: 0)",
+        ge=0,
+    )
     temperature: float = setting(
         1.0, description="divides both models' logits in the distance", source="the paper and TRL: 1", gt=0
     )

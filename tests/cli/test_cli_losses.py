@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dpkd.api import Text
 from dpkd.cli.main import app
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.host import load_host
+from dpkd.plugins import load_host
 
 LossSource = Callable[[str], str]
 

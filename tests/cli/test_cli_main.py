@@ -89,7 +89,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dpkd.host.load_host", interrupt)
+    monkeypatch.setattr("dpkd.plugins.load_host", interrupt)
     assert call(monkeypatch, "list-losses") == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -112,8 +112,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
             setattr(fake, name, lambda given, label=label: calls.append((label, given)))
         monkeypatch.setitem(sys.modules, module, fake)
 
-    stand_in("dpkd.engine.run", train="train", resume_folder="resume")
-    stand_in("dpkd.engine.plan", dry_run="dry run")
+    stand_in("dpkd.train.run", train="train", resume_folder="resume")
+    stand_in("dpkd.train.plan", dry_run="dry run")
     return calls
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dpkd.cli.main import app
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.host import load_host
+from dpkd.plugins import load_host
 
 
 def call(*arguments: str) -> Any:

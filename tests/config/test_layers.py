@@ -45,9 +45,12 @@ def test_settings_of_a_loss_may_come_before_its_name() -> None:
 def test_text_in_place_of_a_block_is_shorthand() -> None:
     values = {"loss": "kd", "teacher": "big", "student": "small", "data": "rows.jsonl", "output": "runs/x"}
     assert merge([Layer("base.yaml", values)]).values == {
-        "loss": {"name": "kd"}, "teacher": {"model": "big"}, "student": {"model": "small"},
-        "data": {"path": "rows.jsonl"}, "output": "runs/x",
-    }  # fmt: skip
+        "loss": {"name": "kd"},
+        "teacher": {"model": "big"},
+        "student": {"model": "small"},
+        "data": {"path": "rows.jsonl"},
+        "output": "runs/x",
+    }
 
 
 def test_a_value_takes_the_place_of_a_block_and_the_other_way_round() -> None:
@@ -84,9 +87,7 @@ def test_a_setting_that_lost_its_meaning_goes_with_its_layer() -> None:
 def test_set_takes_yaml_and_keeps_the_order() -> None:
     layers = set_layer(["train.lr=1e-4", "student.lora={r: 4}", "train.trackers=[wandb]", "output=", "train.lr=2"])
     merged = merge(layers)
-    assert merged.values == {
-        "train": {"lr": 2, "trackers": ["wandb"]}, "student": {"lora": {"r": 4}}, "output": None,
-    }  # fmt: skip
+    assert merged.values == {"train": {"lr": 2, "trackers": ["wandb"]}, "student": {"lora": {"r": 4}}, "output": None}
     assert set(merged.provenance.values()) == {"--set"}
 
 
@@ -131,11 +132,27 @@ def test_an_empty_file_is_an_empty_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("5e-4", 5e-4), ("1E3", 1000.0), (".5", 0.5), ("-3", -3), ("007", 7), ("1_000", "1_000"), ("off", "off"),
-        ("no", "no"), ("yes", "yes"), ("true", True), ("null", None), ("~", None), ("", None), ("1:30", "1:30"),
-        ("2024-01-01", "2024-01-01"), (".inf", float("inf")), ("-.inf", float("-inf")), ("'5'", "5"), ("0x10", "0x10"),
+        ("5e-4", 5e-4),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("-3", -3),
+        ("007", 7),
+        ("1_000", "1_000"),
+        ("off", "off"),
+        ("no", "no"),
+        ("yes", "yes"),
+        ("true", True),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        (".inf", float("inf")),
+        ("-.inf", float("-inf")),
+        ("'5'", "5"),
+        ("0x10", "0x10"),
     ],
-)  # fmt: skip
+)
 def test_plain_values_hold_no_surprises(text: str, value: object) -> None:
     assert parse(text) == value
     assert type(parse(text)) is type(value)

@@ -9,24 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from dpkd.api import (
-    Card,
-    Family,
-    LossConfig,
-    LossSpec,
-    PairLoss,
-    RolloutLoss,
-    Signal,
-    Source,
-    Text,
-    TokenLoss,
-    setting,
-)
+from dpkd.api import Card, Family, LossConfig, LossSpec, PairLoss, RolloutLoss, Signal, Source, Text, TokenLoss, setting
 from dpkd.config.layers import Layer, file_layer, set_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import annotated_yaml, schema, write_config
 from dpkd.errors import SettingsError
-from dpkd.host import Host, RegisteredLoss, load_host
+from dpkd.plugins import Host, RegisteredLoss, load_host
 
 
 class Inner(LossConfig):
@@ -44,19 +32,27 @@ TOKEN_READS = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS})
 SPECS = [
     LossSpec("soft", TokenLoss, Config, CARD, TOKEN_READS),
     LossSpec(
-        "hard", TokenLoss, LossConfig, CARD, frozenset({Signal.TARGETS}),
+        "hard",
+        TokenLoss,
+        LossConfig,
+        CARD,
+        frozenset({Signal.TARGETS}),
         accepts=frozenset({Text.DATASET, Text.TEACHER}),
     ),
     LossSpec(
-        "moving", TokenLoss, Config, CARD, TOKEN_READS,
-        suggests={"schedules": {"beta": {"start": 0.1, "end": 0.9}}},
+        "moving", TokenLoss, Config, CARD, TOKEN_READS, suggests={"schedules": {"beta": {"start": 0.1, "end": 0.9}}}
     ),
     LossSpec("choice", PairLoss, Config, CARD, PAIR_READS, suggests={"train": {"lr": 1e-5}}),
     LossSpec(
-        "policy", RolloutLoss, LossConfig, CARD, frozenset({Signal.TEACHER_LOGPS, Signal.ADVANTAGES}),
-        accepts=frozenset({Text.STUDENT}), suggests={"text": {"source": "student", "teacher_mix": 0.2}},
+        "policy",
+        RolloutLoss,
+        LossConfig,
+        CARD,
+        frozenset({Signal.TEACHER_LOGPS, Signal.ADVANTAGES}),
+        accepts=frozenset({Text.STUDENT}),
+        suggests={"text": {"source": "student", "teacher_mix": 0.2}},
     ),
-]  # fmt: skip
+]
 HOST = Host({spec.name: RegisteredLoss(spec, "fakes", "1.0", spec.name, "fakes.py") for spec in SPECS})
 
 
@@ -129,11 +125,11 @@ WRONG = {
     "unknown loss": (["loss=sofd"], "loss: no loss is called 'sofd'; did you mean soft? (from --set)"),
     "pair loss with a source": (
         ["loss=choice", "text.source=student"],
-        "text.source: choice compares two responses per prompt; use text.pairs.preferred and "
-        "text.pairs.dispreferred instead (from --set)",
+        "text.source: choice compares two responses per prompt; use text.pairs.chosen and "
+        "text.pairs.rejected instead (from --set)",
     ),
     "token loss with pairs": (
-        ["text.pairs.preferred=dataset"],
+        ["text.pairs.chosen=dataset"],
         "text.pairs: is used by pair losses only, and soft is a token loss; use text.source instead (from --set)",
     ),
     "text that the loss does not take": (
@@ -152,7 +148,7 @@ WRONG = {
         ["text.teacher_mix=0.1"],
         "text.teacher_mix: is used only where the student writes (from --set)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -194,15 +190,24 @@ def test_what_may_only_be_misspelt_is_not_missing() -> None:
     ("loss", "sets", "reason"),
     [
         ("soft", (), "the loss soft needs its logits"),
-        ("choice", ("text.pairs.dispreferred=dataset",), "the loss choice needs its token log-probs; "
-         "it writes responses (text.pairs.preferred)"),
+        (
+            "choice",
+            ("text.pairs.rejected=dataset",),
+            "the loss choice needs its token log-probs; it writes responses (text.pairs.chosen)",
+        ),
         ("hard", ("text.source=teacher",), "it writes responses (text.source)"),
-        ("hard", ("text.source=mixed", "text.mix={teacher: 0.5, dataset: 0.5}"),
-         "it writes responses (text.mix.teacher)"),
-        ("hard", ("terms.pretrain.weight=1", "terms.pretrain.kd_ratio=0.5", "terms.pretrain.corpus.path=c.txt"),
-         "terms.pretrain.kd_ratio distils from it on plain text"),
+        (
+            "hard",
+            ("text.source=mixed", "text.mix={teacher: 0.5, dataset: 0.5}"),
+            "it writes responses (text.mix.teacher)",
+        ),
+        (
+            "hard",
+            ("terms.pretrain.weight=1", "terms.pretrain.kd_ratio=0.5", "terms.pretrain.corpus.path=c.txt"),
+            "terms.pretrain.kd_ratio distils from it on plain text",
+        ),
     ],
-)  # fmt: skip
+)
 def test_why_a_teacher_is_needed(loss: str, sets: tuple[str, ...], reason: str) -> None:
     (found,) = problems(Layer("base.yaml", {"loss": loss, "student": "small"}), sets=sets)
     assert found == f"teacher.model: is missing, but {reason}. Name one with --teacher."

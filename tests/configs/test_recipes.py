@@ -8,8 +8,8 @@ import pytest
 
 from dpkd.config.layers import file_layer
 from dpkd.config.resolve import resolve
-from dpkd.engine.sweep import read_sweep
-from dpkd.host import load_host
+from dpkd.plugins import load_host
+from dpkd.train.sweep import read_sweep
 
 FOLDER = Path(__file__).parents[2] / "configs"
 SWEEPS = sorted((FOLDER / "sweeps").glob("*.yaml"))

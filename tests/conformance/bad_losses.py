@@ -11,15 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from good_losses import (
-    BOTH,
-    DPO_SPEC,
-    PAIRS,
-    Settings,
-    forward_kl_reference,
-    loss_class,
-    spec_of,
-)
+from good_losses import BOTH, DPO_SPEC, PAIRS, Settings, forward_kl_reference, loss_class, spec_of
 from torch import Tensor, nn
 
 from dpkd.api import LossConfig, LossSpec, PairLoss, Signal, TokenLoss, Trait
@@ -42,9 +34,13 @@ BAD: list[Bad] = []
 
 
 def bad(
-    check: str, *traits: Trait, base: type[Any] = TokenLoss, reads: frozenset[Signal] = BOTH,
-    members: dict[str, Any] | None = None, **told: Any,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:  # fmt: skip
+    check: str,
+    *traits: Trait,
+    base: type[Any] = TokenLoss,
+    reads: frozenset[Signal] = BOTH,
+    members: dict[str, Any] | None = None,
+    **told: Any,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The decorated function is the forward of a bad loss."""
 
     def note(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +73,7 @@ def squeezed(self: Any, x: Any) -> Tensor:
 
 @bad("one_value_per_position", reads=PAIRS, base=PairLoss)
 def half_result(self: Any, x: Any) -> Tensor:
-    return (x.teacher.preferred - x.student.preferred + x.teacher.dispreferred).bfloat16()
+    return (x.teacher.chosen - x.student.chosen + x.teacher.rejected).bfloat16()
 
 
 @bad("deterministic")
@@ -116,7 +112,7 @@ def micro_batch_denominator(self: Any, x: Any) -> Tensor:
 
 @bad("positions_are_independent", reads=PAIRS, base=PairLoss)
 def centred_over_the_batch(self: Any, x: Any) -> Tensor:
-    margin_B = x.student.preferred - x.student.dispreferred - x.teacher.preferred + x.teacher.dispreferred
+    margin_B = x.student.chosen - x.student.rejected - x.teacher.chosen + x.teacher.rejected
     return F.softplus(margin_B.mean() - margin_B)
 
 
@@ -144,7 +140,7 @@ def hand_made_logsumexp(self: Any, x: Any) -> Tensor:
 
 @bad("finite_on_extreme_logits", reads=PAIRS, base=PairLoss)
 def log_of_sigmoid(self: Any, x: Any) -> Tensor:
-    margin_B = x.student.preferred - x.teacher.preferred - x.student.dispreferred + x.teacher.dispreferred
+    margin_B = x.student.chosen - x.teacher.chosen - x.student.rejected + x.teacher.rejected
     return -(margin_B / 4).sigmoid().log()
 
 
@@ -202,7 +198,7 @@ class _Half(torch.autograd.Function):
 
 @bad("gradient_is_the_derivative", reads=PAIRS, base=PairLoss)
 def wrong_backward(self: Any, x: Any) -> Tensor:
-    ratio_B = x.student.preferred - x.student.dispreferred - x.teacher.preferred + x.teacher.dispreferred
+    ratio_B = x.student.chosen - x.student.rejected - x.teacher.chosen + x.teacher.rejected
     return F.softplus(-_Half.apply(ratio_B))
 
 

@@ -33,7 +33,7 @@ def temperature_of_the_first_step(self: Any, x: Any) -> Tensor:
 
 @bad("settings_are_read_at_each_call", base=PairLoss, reads=PAIRS, members={"__init__": _keep(PairLoss)})
 def beta_of_the_first_step(self: Any, x: Any) -> Tensor:
-    ratio_t, ratio_s = x.student.preferred - x.teacher.preferred, x.student.dispreferred - x.teacher.dispreferred
+    ratio_t, ratio_s = x.student.chosen - x.teacher.chosen, x.student.rejected - x.teacher.rejected
     return preference(self.kept * (ratio_t - ratio_s))
 
 
@@ -42,9 +42,10 @@ def _cubed(self: Any, x: Any) -> Tensor:
 
 
 bad_spec(
-    "settings_are_read_at_each_call", "power_of_the_first_step",
+    "settings_are_read_at_each_call",
+    "power_of_the_first_step",
     spec_of("power", loss_class(TokenLoss, _cubed, __init__=_keep(TokenLoss)), BOTH, config=Power),
-)  # fmt: skip
+)
 
 
 def _advantages_of_the_first_step(self: Any, rollout: Rollout) -> Tensor:
@@ -55,6 +56,7 @@ _whole = loss_class(
     RolloutLoss, Reinforce.forward, __init__=_keep(RolloutLoss), advantages=_advantages_of_the_first_step
 )
 bad_spec(
-    "settings_are_read_at_each_call", "advantages_of_the_first_step",
+    "settings_are_read_at_each_call",
+    "advantages_of_the_first_step",
     spec_of("advantages-of-the-first-step", _whole, DRAWN, Trait.SCORE_FUNCTION, config=Settings),
-)  # fmt: skip
+)

@@ -75,8 +75,8 @@ class DPO(PairLoss[Settings]):
     """-log σ(β · difference of log-ratios)."""
 
     def forward(self, x: PairInputs) -> Tensor:
-        ratio_t = x.student.preferred - x.teacher.preferred
-        ratio_s = x.student.dispreferred - x.teacher.dispreferred
+        ratio_t = x.student.chosen - x.teacher.chosen
+        ratio_s = x.student.rejected - x.teacher.rejected
         return preference(self.config.beta * (ratio_t - ratio_s))
 
 
@@ -151,16 +151,21 @@ class TotalVariation(TokenLoss[Settings]):
 
 
 FORWARD_KL = spec_of(
-    "forward-kl", ForwardKL, BOTH,
-    Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER,
+    "forward-kl",
+    ForwardKL,
+    BOTH,
+    Trait.ZERO_AT_MATCH,
+    Trait.NON_NEGATIVE,
+    Trait.SHIFT_INVARIANT,
+    Trait.LINEAR_IN_TEACHER,
     suggests={"text": {"source": "teacher"}},
-)  # fmt: skip
+)
 DPO_SPEC = spec_of("dpo", DPO, PAIRS, Trait.NON_NEGATIVE)
 REINFORCE = spec_of("reinforce", Reinforce, DRAWN, Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT)
 SAMPLED = spec_of("sampled", Sampled, BOTH | {Signal.TARGETS}, Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT)
 VARIATION = spec_of(
     "variation", TotalVariation, BOTH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.ACROSS_TOKENIZERS
-)  # fmt: skip
+)
 TEMPERED = spec_of("tempered", Tempered, BOTH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT)
 COPY = spec_of("copy", Copy, HIDDEN, Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE)
 

@@ -48,9 +48,7 @@ def test_an_objective_is_proved() -> None:
         pairs = zip(student_logps, teacher_logps, strict=True)
         return torch.stack([q.sum().exp() * (q.sum() - p.sum()) / 2 for q, p in pairs]).sum()
 
-    settings = {
-        "reward_scale": 2.0, "length_normalise": False, "include_current": True, "single_step_weight": 0.0,
-    }  # fmt: skip
+    settings = {"reward_scale": 2.0, "length_normalise": False, "include_current": True, "single_step_weight": 0.0}
     assert _warned("minillm", config=settings, objective=half) == ("matches_reference",)
     with pytest.raises(AssertionError, match="expected gradient of the surrogate"):
         check_loss(SPECS["minillm"], config={**settings, "reward_scale": 1.0}, objective=half)

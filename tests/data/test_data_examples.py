@@ -8,7 +8,8 @@ import json
 
 import pytest
 
-from dpkd.data.examples import Example, Message, read_examples
+from dpkd.data.examples import read_examples
+from dpkd.data.formats import Example, Message
 from dpkd.data.settings import Columns, DataSettings
 from dpkd.errors import DpkdError
 
@@ -40,30 +41,17 @@ def problem(path, **settings) -> str:
             Example("data.jsonl:1", "Sum up.", "Long.", ("Short.",)),
         ),
         ({"instruction": "Go", "output": "Gone"}, Example("data.jsonl:1", "Go", "", ("Gone",))),
-        (
-            {"instruction": "Go", "input": None, "output": "Gone"},
-            Example("data.jsonl:1", "Go", "", ("Gone",)),
-        ),
+        ({"instruction": "Go", "input": None, "output": "Gone"}, Example("data.jsonl:1", "Go", "", ("Gone",))),
         ({"prompt": "1 + 1 =", "completion": " 2"}, Example("data.jsonl:1", "", "", (" 2",), "1 + 1 =")),
         ({"prompt": "Q", "response": "A"}, Example("data.jsonl:1", "", "", ("A",), "Q")),
-        (
-            {"instruction": "Go", "output": ["Gone", "", "Went"]},
-            Example("data.jsonl:1", "Go", "", ("Gone", "Went")),
-        ),
-        (
-            {"messages": CHAT},
-            Example(
-                "data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS
-            ),
-        ),
+        ({"instruction": "Go", "output": ["Gone", "", "Went"]}, Example("data.jsonl:1", "Go", "", ("Gone", "Went"))),
+        ({"messages": CHAT}, Example("data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS)),
         (
             {"messages": [*CHAT, {"role": "user", "content": "Bye"}]},
-            Example(
-                "data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS
-            ),
+            Example("data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS),
         ),
     ],
-)  # fmt: skip
+)
 def test_shapes_of_rows(jsonl, row, expected):
     assert read(jsonl(row)).examples == (expected,)
 
@@ -81,11 +69,7 @@ def test_a_mapped_response_rules_out_messages(jsonl):
 
 
 def test_settings_that_contradict_each_other():
-    for wrong in (
-        {"instruction": "a", "prompt": "b"},
-        {"prompt": "a", "input": "b"},
-        {"messages": "a", "output": "b"},
-    ):
+    for wrong in ({"instruction": "a", "prompt": "b"}, {"prompt": "a", "input": "b"}, {"messages": "a", "output": "b"}):
         with pytest.raises(ValueError, match=r"name one of|name `instruction`|leave `input`"):
             Columns(**wrong)
 
@@ -96,41 +80,25 @@ def test_prompts_without_responses(jsonl):
     assert [e.references for e in found.examples] == [(), (), ("x",)]
     path = jsonl({"messages": CHAT[:2]}, {"messages": CHAT}, {"messages": [*CHAT, CHAT[1]]})
     found = read(path, require_response=False)
-    assert [(len(e.messages or ()), e.references) for e in found.examples] == [
-        (2, ()),
-        (2, ("Hello!",)),
-        (4, ()),
-    ]
+    assert [(len(e.messages or ()), e.references) for e in found.examples] == [(2, ()), (2, ("Hello!",)), (4, ())]
 
 
 BAD_ROWS = [
     (b'{"instruction": ', "not JSON: Expecting value at column 16"),
     (b'["a list"]', 'not an object: expected {...}, found ["a list"]'),
     (b'{"instruction": "caf\xe9", "output": "x"}', "not UTF-8: byte 0xe9 at byte 21 of the line"),
-    (
-        b'{"instruction": "x", "output": "\\ud83d"}',
-        "not UTF-8: `output` holds U+D83D, half of a character, at 1",
-    ),
+    (b'{"instruction": "x", "output": "\\ud83d"}', "not UTF-8: `output` holds U+D83D, half of a character, at 1"),
     ({"instruction": "x"}, "missing field: no response in `output` or `response` or `completion`"),
     ({"output": "x"}, "missing field: `instruction` is not there"),
     ({"instruction": None, "output": "x"}, "missing field: `instruction` is null"),
     ({"instruction": "x", "output": 42}, "wrong type: `output` is a number (42), expected text"),
     ({"instruction": "x", "output": [["a"]]}, "wrong type: `output` is a list (['a']), expected text"),
-    (
-        {"instruction": "x", "input": {}, "output": "x"},
-        "wrong type: `input` is an object ({}), expected text",
-    ),
+    ({"instruction": "x", "input": {}, "output": "x"}, "wrong type: `input` is an object ({}), expected text"),
     ({"instruction": " ", "output": "x"}, "empty instruction: `instruction` holds no text"),
     ({"instruction": "x", "output": " \n"}, "empty response: `output` holds no text"),
     ({"instruction": "x", "output": []}, "empty response: `output` holds no text"),
-    (
-        {"instruction": "x", "output": "a", "response": "b"},
-        "ambiguous: both `output` and `response` are given",
-    ),
-    (
-        b"[" * 100_000,
-        "not JSON: brackets nested too deeply",
-    ),
+    ({"instruction": "x", "output": "a", "response": "b"}, "ambiguous: both `output` and `response` are given"),
+    (b"[" * 100_000, "not JSON: brackets nested too deeply"),
 ]
 
 
@@ -150,16 +118,10 @@ def test_every_kind_of_bad_row_is_found_at_its_line(jsonl, bad, said):
         ("Hi", "wrong type: `messages` is text ('Hi'), expected a list of messages"),
         (["Hi"], "wrong type: message 1 is text ('Hi'), expected an object"),
         ([{"role": "user"}], "missing field: message 1 has no `content`"),
-        (
-            [{"role": "user", "content": ["x"]}],
-            "wrong type: `content` of message 1 is a list (['x']), expected text",
-        ),
+        ([{"role": "user", "content": ["x"]}], "wrong type: `content` of message 1 is a list (['x']), expected text"),
         (CHAT[:2], "missing field: `messages` has no assistant message"),
         (CHAT[2:], "empty prompt: `messages` has nothing before the response"),
-        (
-            [*CHAT[:2], {"role": "assistant", "content": ""}],
-            "empty response: the last assistant message holds no text",
-        ),
+        ([*CHAT[:2], {"role": "assistant", "content": ""}], "empty response: the last assistant message holds no text"),
         (
             [*CHAT[:2], {"role": "assistant", "content": "", "tool_calls": [{}]}],
             "tool call: message 3 calls a tool; only text can be trained",
@@ -245,10 +207,7 @@ def test_only_line_feeds_end_a_line_and_a_byte_order_mark_is_no_text(jsonl):
     assert (example.instruction, example.references) == ("日本 é\u2028x", ("😀\x85y",))
 
 
-ROWS = [
-    {"instruction": "Sum\nup", "input": "a,b", "output": "42"},
-    {"instruction": "日本", "input": "", "output": "é"},
-]
+ROWS = [{"instruction": "Sum\nup", "input": "a,b", "output": "42"}, {"instruction": "日本", "input": "", "output": "é"}]
 
 
 def write_as(suffix, path):

@@ -66,8 +66,10 @@ def test_a_folder_with_files_of_splits_gives_the_split_alone(tmp_path, jsonl):
     jsonl(ROW, name="d/train/more.jsonl")
     found = read_examples(DataSettings(path=str(tmp_path / "d")))
     assert [e.id for e in found.examples] == [
-        "train/more.jsonl:1", "train-00000-of-00002.jsonl:1", "train-00001-of-00002.jsonl:1",
-    ]  # fmt: skip
+        "train/more.jsonl:1",
+        "train-00000-of-00002.jsonl:1",
+        "train-00001-of-00002.jsonl:1",
+    ]
 
 
 def test_a_folder_without_the_split_is_an_error(tmp_path, jsonl):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpkd.data.examples import Example, Message
+from dpkd.data.formats import Example, Message
 from dpkd.data.templates import chat_lead, render, template_fingerprint
 from dpkd.errors import DpkdError
 
@@ -34,7 +34,7 @@ ALPACA_PLAIN = """Below is an instruction that describes a task. Write a respons
 Add {1} and {input}.
 
 ### Response:
-"""  # fmt: skip # noqa: E501
+"""  # noqa: E501
 ALPACA_WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.
 
 ### Instruction:
@@ -45,7 +45,7 @@ Sum up {x}.
 z
 
 ### Response:
-"""  # fmt: skip # noqa: E501
+"""  # noqa: E501
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typer.main import get_command
 from dpkd.cli.main import app
 from dpkd.config.layers import user_layers
 from dpkd.config.resolve import resolve
-from dpkd.host import load_host
+from dpkd.plugins import load_host
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCKS = "".join(
@@ -21,8 +21,14 @@ BLOCKS = "".join(
 )
 LAUNCHED = re.compile(r"^accelerate launch .* -m dpkd\.cli\.main ")  # the same command line, in several processes
 COMMANDS = [shlex.split(LAUNCHED.sub("dpkd ", line)) for line in BLOCKS.replace("\\\n", " ").splitlines()]
-FLAGS = {"loss": "loss.name", "teacher": "teacher.model", "student": "student.model", "data": "data.path",
-         "output": "output", "seed": "seed"}  # fmt: skip
+FLAGS = {
+    "loss": "loss.name",
+    "teacher": "teacher.model",
+    "student": "student.model",
+    "data": "data.path",
+    "output": "output",
+    "seed": "seed",
+}
 
 
 def parsed(words):

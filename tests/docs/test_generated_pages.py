@@ -14,7 +14,7 @@ from typer.main import get_command
 from dpkd.cli.main import app
 from dpkd.config.problems import all_paths
 from dpkd.config.settings import RunSettings
-from dpkd.host import load_host
+from dpkd.plugins import load_host
 
 LOSSES = {name: loss.spec for name, loss in load_host({}).losses.items() if loss.distribution == "dpkd"}
 PAGES = reference.pages()

@@ -21,8 +21,10 @@ def test_a_link_ends_where_the_sentence_goes_on(tmp_path):
         "See [a](https://a.org/x#y), <https://b.org/>. Or https://c.org/z. | http://localhost:1/v1 |", "utf-8"
     )
     assert links.links([page]) == {
-        "https://a.org/x": ["page.md"], "https://b.org/": ["page.md"], "https://c.org/z": ["page.md"]
-    }  # fmt: skip
+        "https://a.org/x": ["page.md"],
+        "https://b.org/": ["page.md"],
+        "https://c.org/z": ["page.md"],
+    }
 
 
 def test_what_is_broken_is_printed_with_its_pages(capsys):

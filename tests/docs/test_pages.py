@@ -13,11 +13,13 @@ from typer.main import get_command
 from dpkd.cli.main import app
 from dpkd.config.problems import all_paths
 from dpkd.config.settings import RunSettings
-from dpkd.host import load_host
+from dpkd.plugins import load_host
 
 ROOT = Path(__file__).parents[2]
-PAGES = {name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in
-         ("life-of-a-batch", "footguns", "hooks", "write-a-loss", "zoo", "concepts", "cookbook")}  # fmt: skip
+PAGES = {
+    name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+    for name in ("life-of-a-batch", "footguns", "hooks", "write-a-loss", "zoo", "concepts", "cookbook")
+}
 EVERYTHING = "\n".join(PAGES.values())
 CODE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", EVERYTHING, flags=re.DOTALL | re.MULTILINE))
 
@@ -48,12 +50,14 @@ def test_every_function_exists(file, name):
 
 
 def test_the_loop_calls_its_stages_in_the_order_of_the_page():
-    loop = (ROOT / "dpkd/engine/train.py").read_text(encoding="utf-8")
+    loop = (ROOT / "dpkd/train/trainer.py").read_text(encoding="utf-8")
     stages = {
-        "Writers.prepare`": "group.writers.prepare(step)", "Writers.step`": "group.writers.step(step)",
-        "StreamBuilder.streams`": "self.builder.streams(", "Stepper`": "self.stepper(",
+        "Writers.prepare`": "group.writers.prepare(step)",
+        "Writers.step`": "group.writers.step(step)",
+        "StepBatchBuilder.streams`": "self.builder.streams(",
+        "TrainStep`": "self.train_step(",
         "MetricsLog`": "self._log(done",
-    }  # fmt: skip
+    }
     for text, calls in ((PAGES["life-of-a-batch"], list(stages)), (loop, list(stages.values()))):
         places = [text.index(call) for call in calls]
         assert places == sorted(places)

@@ -53,7 +53,7 @@ class Preference(PairLoss[Settings]):
     """Of the teacher's response."""
 
     def forward(self, x: PairInputs) -> Tensor:
-        return preference(x.student.preferred - x.student.dispreferred)
+        return preference(x.student.chosen - x.student.rejected)
 
 
 class Policy(RolloutLoss[Settings]):

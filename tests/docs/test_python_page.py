@@ -38,9 +38,14 @@ def place(tmp_path, monkeypatch):
     torch.manual_seed(0)
     for name, layers in (("gpt2-xl", 2), ("gpt2", 1)):
         config = LlamaConfig(
-            hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32, vocab_size=257,
-            bos_token_id=256, eos_token_id=256,
-        )  # fmt: skip
+            hidden_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=32,
+            vocab_size=257,
+            bos_token_id=256,
+            eos_token_id=256,
+        )
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
         tokenizer().save_pretrained(tmp_path / name)
     (tmp_path / "train.jsonl").write_text(json.dumps(ROW) + "\n", encoding="utf-8")

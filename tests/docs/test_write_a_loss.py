@@ -31,8 +31,7 @@ def squeezed(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("file", "language"),
-    [("dpkd_hello.py", "python"), ("test_hello.py", "python"), ("pyproject.toml", "toml")],
+    ("file", "language"), [("dpkd_hello.py", "python"), ("test_hello.py", "python"), ("pyproject.toml", "toml")]
 )
 def test_the_blocks_make_up_the_file(file, language):
     assert written(file, blocks(language)) == squeezed((EXAMPLE / file).read_text(encoding="utf-8"))

@@ -24,9 +24,15 @@ def folder(tmp_path_factory):
     tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
     config = LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=257,
-        bos_token_id=256, eos_token_id=256, max_position_embeddings=128,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=257,
+        bos_token_id=256,
+        eos_token_id=256,
+        max_position_embeddings=128,
+    )
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

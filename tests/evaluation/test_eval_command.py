@@ -42,8 +42,21 @@ def scores(path: str) -> dict:
 
 
 def test_models_by_sets_over_seeds(here):
-    output = call("--model", "student", "--model", "teacher", "--data", "one.jsonl", "--data", "two.jsonl", *QUICK,
-                  "--teacher", "teacher", "--cuts", "2")  # fmt: skip
+    output = call(
+        "--model",
+        "student",
+        "--model",
+        "teacher",
+        "--data",
+        "one.jsonl",
+        "--data",
+        "two.jsonl",
+        *QUICK,
+        "--teacher",
+        "teacher",
+        "--cuts",
+        "2",
+    )
     assert output.count("4 rows read, 4 scored under each of 2 seeds") == 4
     overview = [line.split() for line in output.splitlines() if re.match(r" ?(student|teacher) +(one|two) ", line)]
     assert [(line[0], line[1], line[2]) for line in overview] == [
@@ -55,9 +68,14 @@ def test_models_by_sets_over_seeds(here):
             assert (found["set"], found["rows"], found["seeds"], found["greedy"]) == (name, 4, [1, 2], False)
             assert (found["model"], found["teacher"]) == (model, "teacher")
             assert found["generation"] == {
-                "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 4, "max_prompt_tokens": 256,
-                "template": "auto", "dtype": "float32",
-            }  # fmt: skip
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "top_k": 0,
+                "max_new_tokens": 4,
+                "max_prompt_tokens": 256,
+                "template": "auto",
+                "dtype": "float32",
+            }
             assert found["data"]["skipped"] == {}
             assert [len(found["metrics"][m]["values"]) for m in ("rouge_l", "nll", "forward_kl")] == [2, 1, 1]
             assert set(found["units"]) == set(found["metrics"])
@@ -90,15 +108,38 @@ def test_rows_are_read_as_asked(here):
     with pytest.raises(
         DpkdError, match=r"no row of 6 is left to score: 1 wrong type; 5 prompts longer than 126 tokens"
     ):
-        call("--model", "student", "--data", "one.jsonl", *asked, "--long-prompts", "skip",
-             "--set", "data.max_prompt_tokens=126")  # fmt: skip
+        call(
+            "--model",
+            "student",
+            "--data",
+            "one.jsonl",
+            *asked,
+            "--long-prompts",
+            "skip",
+            "--set",
+            "data.max_prompt_tokens=126",
+        )
 
 
 def test_rows_left_out_are_shown(here):
     with Path("one.jsonl").open("a") as file:
         file.write('{"prompt": 3, "response": "x"}\n')
-    output = call("--model", "student", "--data", "one.jsonl", "--seeds", "1", "--max-new-tokens", 2,
-                  "--on-bad-row", "skip", "--unit", "tokens", "--cuts", "8")  # fmt: skip
+    output = call(
+        "--model",
+        "student",
+        "--data",
+        "one.jsonl",
+        "--seeds",
+        "1",
+        "--max-new-tokens",
+        2,
+        "--on-bad-row",
+        "skip",
+        "--unit",
+        "tokens",
+        "--cuts",
+        "8",
+    )
     assert "6 rows read, 1 left out (wrong type), 5 scored" in output
     assert "by reference length (tokens)" in output
     assert scores("runs/eval/student/one")["lengths"]["unit"] == "tokens"
@@ -118,7 +159,7 @@ def test_rows_left_out_are_shown(here):
     ],
 )
 def test_mistakes_are_said_before_anything_is_loaded(here, monkeypatch, arguments, problem):
-    monkeypatch.setattr("dpkd.models.given.load_model", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr("dpkd.models.in_memory.load_model", lambda *_, **__: pytest.fail("too late"))
     Path("sub").mkdir()
     shutil.copy("one.jsonl", "sub/one.jsonl")
     with pytest.raises(SettingsError, match=re.escape(problem)):

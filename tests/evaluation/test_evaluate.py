@@ -16,15 +16,15 @@ from dpkd.data.batches import TokenSequence
 from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
-from dpkd.evaluation import evaluate as module
-from dpkd.evaluation.answers import Desk
+from dpkd.evaluation import evaluator as module
+from dpkd.evaluation.answer_cache import AnswerCache
 from dpkd.evaluation.divergences import measure
-from dpkd.evaluation.evaluate import Bench, EvaluationSettings, metric_specs
+from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, metric_specs
 from dpkd.evaluation.results import score
 from dpkd.evaluation.sets import find_set
 from dpkd.models.settings import ModelSettings, TeacherSettings
-from dpkd.teachers.live import LiveTeacher
-from dpkd.text.settings import SamplingSettings
+from dpkd.rollout.settings import SamplingSettings
+from dpkd.teachers.local import LocalTeacher
 
 DRAWN = EvaluationSettings(SamplingSettings(max_new_tokens=6, batch_size=3), (1, 2, 3), cuts=(2,))
 
@@ -33,14 +33,14 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def bench(folder: Path, *, teacher: bool = True) -> Bench:
+def evaluator(folder: Path, *, teacher: bool = True) -> Evaluator:
     other = TeacherSettings(model=str(folder / "teacher")) if teacher else None
-    return Bench(ModelSettings(model=str(folder / "student")), other)
+    return Evaluator(ModelSettings(model=str(folder / "student")), other)
 
 
 def run(folder: Path, name: str = "rows.jsonl", settings: EvaluationSettings = DRAWN, **more):
     data = DataSettings(path=str(folder / name), **more.pop("data", {}))
-    return bench(folder).evaluate("rows", data, settings, **more)
+    return evaluator(folder).evaluate("rows", data, settings, **more)
 
 
 def test_every_row_is_scored_under_every_seed(folder, tmp_path):
@@ -67,7 +67,7 @@ def test_every_row_is_scored_under_every_seed(folder, tmp_path):
 def test_an_interrupted_evaluation_goes_on_to_the_same_result(folder, tmp_path, monkeypatch):
     whole = run(folder, output=tmp_path / "whole")
     count = 0
-    append = Desk.append
+    append = AnswerCache.append
 
     def interrupted(self, seed, prediction):
         nonlocal count
@@ -77,14 +77,14 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(folder, tmp_path, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Desk, "append", interrupted)
+        patch.setattr(AnswerCache, "append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(folder, output=tmp_path / "cut")
     part = next((tmp_path / "cut").glob("*.part"))
     part.write_text(part.read_text() + '{"id": "torn')
     drawn = []
     with monkeypatch.context() as patch:
-        patch.setattr(Desk, "append", lambda self, seed, p: (drawn.append(p.id), append(self, seed, p)))
+        patch.setattr(AnswerCache, "append", lambda self, seed, p: (drawn.append(p.id), append(self, seed, p)))
         assert run(folder, output=tmp_path / "cut").as_dict() == whole.as_dict()
     assert len(drawn) == 36 - 16
     for seed in (1, 2, 3):
@@ -120,7 +120,7 @@ def test_half_precision_is_read_as_float32_so_that_batches_change_nothing(folder
     half = ModelSettings(model=str(tmp_path / "half"))
     data = DataSettings(path=str(folder / "rows.jsonl"))
     found = [
-        Bench(half, None).evaluate(
+        Evaluator(half, None).evaluate(
             "rows", data, replace(DRAWN, sampling=SamplingSettings(max_new_tokens=6, batch_size=n))
         )
         for n in (1, 5)
@@ -128,9 +128,9 @@ def test_half_precision_is_read_as_float32_so_that_batches_change_nothing(folder
     assert found[0].facts["generation"]["dtype"] == "float32"
     for name in ("rouge_l", "tokens", "distinct_1"):
         assert found[0].metrics[name] == found[1].metrics[name], name
-    assert Bench(half, None, dtype="auto").dtype == "bfloat16"
+    assert Evaluator(half, None, dtype="auto").dtype == "bfloat16"
     with pytest.raises(DpkdError, match="dtype 'fp16': expected auto, float32, bfloat16, float16"):
-        Bench(half, None, dtype="fp16")
+        Evaluator(half, None, dtype="fp16")
 
 
 LONG = [{"prompt": "a", "response": "b"}, {"prompt": "x" * 130, "response": "b"}, {"prompt": "y" * 40, "response": "b"}]
@@ -162,10 +162,7 @@ def test_long_prompts_are_left_out_when_asked_and_counted(folder):
     said: list[str] = []
     skipping = replace(DRAWN, long_prompts="skip")
     result = run(folder, "long.jsonl", skipping, say=said.append)
-    assert said == [
-        f"rows: 3 rows of {folder / 'long.jsonl'}",
-        "left out 1 of 3 rows: prompts longer than 127 tokens",
-    ]
+    assert said == [f"rows: 3 rows of {folder / 'long.jsonl'}", "left out 1 of 3 rows: prompts longer than 127 tokens"]
     assert result.rows == 2
     assert result.facts["data"]["rows_read"] == 3
     assert result.facts["data"]["skipped"] == {"prompts longer than 127 tokens": 1}
@@ -203,7 +200,7 @@ def test_references_beyond_the_context_are_cut_and_counted(folder, tmp_path):
 
 def test_a_teacher_beside_itself_has_no_divergence(folder, tmp_path):
     own = str(folder / "student")
-    same = Bench(ModelSettings(model=own), TeacherSettings(model=own)).evaluate(
+    same = Evaluator(ModelSettings(model=own), TeacherSettings(model=own)).evaluate(
         "rows",
         DataSettings(path=str(folder / "rows.jsonl")),
         replace(DRAWN, seeds=(1,), rewards=True),
@@ -233,13 +230,19 @@ def _log_probs(model, sequence: TokenSequence) -> np.ndarray:
 
 def test_divergences_are_those_of_the_definition(folder):
     """Against loops over transformers' logits: no chunks, no packing, no batches."""
-    parts = bench(folder)
+    parts = evaluator(folder)
     sequences = [TokenSequence((1, 2, 3), (4, 5, 256)), TokenSequence((9,), (8, 256)), TokenSequence((7, 7), (3,))]
     found = measure(
-        parts.model, sequences, teacher=parts.teacher, vocabulary=257, pad_id=256, text_bytes=11, batch_size=2,
+        parts.model,
+        sequences,
+        teacher=parts.teacher,
+        vocabulary=257,
+        pad_id=256,
+        text_bytes=11,
+        batch_size=2,
         chunk_mib=1e-6,
-    )  # fmt: skip
-    assert isinstance(parts.teacher, LiveTeacher)
+    )
+    assert isinstance(parts.teacher, LocalTeacher)
     nll = teacher_nll = forward = reverse = 0.0
     first, rewards = [], []
     for sequence in sequences:
@@ -251,12 +254,18 @@ def test_divergences_are_those_of_the_definition(folder):
         first.append((f[0], r[0]))
         rewards.append(((q[at] - p[at]).sum(), (q[at] - p[at]).mean()))
     expected = {
-        "tokens": 6, "nll": nll / 6, "perplexity": math.exp(nll / 6), "bits_per_byte": nll / math.log(2) / 11,
-        "teacher_nll": teacher_nll / 6, "forward_kl": forward / 6, "reverse_kl": reverse / 6,
+        "tokens": 6,
+        "nll": nll / 6,
+        "perplexity": math.exp(nll / 6),
+        "bits_per_byte": nll / math.log(2) / 11,
+        "teacher_nll": teacher_nll / 6,
+        "forward_kl": forward / 6,
+        "reverse_kl": reverse / 6,
         "first_token_forward_kl": np.mean([f for f, _ in first]),
         "first_token_reverse_kl": np.mean([r for _, r in first]),
-        "reward_sum": np.mean([s for s, _ in rewards]), "reward_mean": np.mean([m for _, m in rewards]),
-    }  # fmt: skip
+        "reward_sum": np.mean([s for s, _ in rewards]),
+        "reward_mean": np.mean([m for _, m in rewards]),
+    }
     assert found.as_dict() == pytest.approx(expected, rel=1e-4)
 
 
@@ -265,10 +274,18 @@ ANSWERS = Answers(["the cat", "a b c d a b c d", ""], [["the cat"], ["x"], ["y",
 
 def test_the_built_in_metrics_by_hand():
     metrics, _, rows = score({1: ANSWERS}, metric_specs(), cuts=())
-    assert {name: metric.mean for name, metric in metrics.items()} == pytest.approx({
-        "rouge_l": 100 / 3, "exact_match": 100 / 3, "words": 10 / 3, "tokens": 13 / 3, "eos_rate": 200 / 3,
-        "repetition": 20.0, "distinct_1": 60.0, "distinct_2": 100 * 5 / 8,
-    })  # fmt: skip
+    assert {name: metric.mean for name, metric in metrics.items()} == pytest.approx(
+        {
+            "rouge_l": 100 / 3,
+            "exact_match": 100 / 3,
+            "words": 10 / 3,
+            "tokens": 13 / 3,
+            "eos_rate": 200 / 3,
+            "repetition": 20.0,
+            "distinct_1": 60.0,
+            "distinct_2": 100 * 5 / 8,
+        }
+    )
     assert [row.get("repetition") for row in rows[1]] == [None, 20.0, None]
 
 
@@ -299,10 +316,13 @@ def test_the_papers_sets_by_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "split"),
     [
-        (("train", "dev", "eval"), "eval"), (("train", "valid"), "valid"), (("train",), "train"),
-        (("test-00000-of-00001", "train"), "test"), (("rows",), None),
+        (("train", "dev", "eval"), "eval"),
+        (("train", "valid"), "valid"),
+        (("train",), "train"),
+        (("test-00000-of-00001", "train"), "test"),
+        (("rows",), None),
     ],
-)  # fmt: skip
+)
 def test_of_a_folder_the_held_out_split_is_read(tmp_path, files, split):
     for name in files:
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "a", "response": name}) + "\n")
@@ -313,7 +333,7 @@ def test_of_a_folder_the_held_out_split_is_read(tmp_path, files, split):
 
 
 def test_plugins_that_break_are_said(folder, monkeypatch):
-    from dpkd.host import BrokenPlugin
+    from dpkd.plugins import BrokenPlugin
 
     specs = metric_specs()
     monkeypatch.setattr(module, "load_metrics", lambda: (specs, [BrokenPlugin("odd", "strangers", "ImportError: no")]))

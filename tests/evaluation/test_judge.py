@@ -92,10 +92,14 @@ def run(server: Server, folder: Path, count: int = 3, pauses: list[float] | None
     settings = {"timeout": 0.3, "attempts": 4, **more.pop("endpoint", {})}
     given = rows(count)
     return judge(
-        given, [row.references for row in given], Endpoint(server.url, "judge-1", KEY, **settings),
-        verdicts=folder / "v.jsonl", parallel=more.pop("parallel", 1),
-        sleep=(pauses.append if pauses is not None else lambda _: None), **more,
-    )  # fmt: skip
+        given,
+        [row.references for row in given],
+        Endpoint(server.url, "judge-1", KEY, **settings),
+        verdicts=folder / "v.jsonl",
+        parallel=more.pop("parallel", 1),
+        sleep=(pauses.append if pauses is not None else lambda _: None),
+        **more,
+    )
 
 
 def test_scores_tokens_and_cost(server, tmp_path):
@@ -212,12 +216,24 @@ def test_one_failure_ends_the_pauses_of_the_others(server, tmp_path):
 @pytest.mark.parametrize(
     ("text", "score"),
     [
-        ("Fine.\nScore: 7", 7), ("score = 10", 10), ("Score:\n\n4", 4), ("SCORE: 3 / 10", 3), ("8", 8), (" 8/10. ", 8),
-        ("A score of 3 would be harsh.\nScore: 6", 6), ("Score: 0", None), ("Score: 10.5", None), ("Score: -3", None),
+        ("Fine.\nScore: 7", 7),
+        ("score = 10", 10),
+        ("Score:\n\n4", 4),
+        ("SCORE: 3 / 10", 3),
+        ("8", 8),
+        (" 8/10. ", 8),
+        ("A score of 3 would be harsh.\nScore: 6", 6),
+        ("Score: 0", None),
+        ("Score: 10.5", None),
+        ("Score: -3", None),
         ("Score: 10-20", None),
-        ("about 7", None), ("Score: N", None), ("Score: 1 - 10", None), ("", None), ("2024", None),
+        ("about 7", None),
+        ("Score: N", None),
+        ("Score: 1 - 10", None),
+        ("", None),
+        ("2024", None),
     ],
-)  # fmt: skip
+)
 def test_scores_are_read_with_care(text, score):
     assert parse_score(text) == score
 
@@ -273,8 +289,9 @@ def test_the_command(server, predictions, monkeypatch):
     assert lines[2] == "30 + 9 tokens used now, cost 0.0000 (all rows: 0.0000)"
     file, summary = verdict_files(predictions, "org/judge 1")
     assert [path.name for path in (file, summary)] == [
-        "predictions-10.judge-org-judge-1.jsonl", "predictions-10.judge-org-judge-1.json",
-    ]  # fmt: skip
+        "predictions-10.judge-org-judge-1.jsonl",
+        "predictions-10.judge-org-judge-1.json",
+    ]
     assert [json.loads(line)["score"] for line in file.read_text().splitlines()] == [4.0] * 3
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
     facts = json.loads(call(predictions, *asked, "--limit", 0, "--json"))

@@ -9,7 +9,7 @@ import pytest
 from dpkd.api import Answers
 from dpkd.errors import DpkdError
 from dpkd.evaluation.results import score
-from dpkd.host import load_host, load_metrics
+from dpkd.plugins import load_host, load_metrics
 
 METRIC = """
 from dpkd.api import MetricSpec, hookimpl

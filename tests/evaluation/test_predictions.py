@@ -121,10 +121,7 @@ def test_a_bad_prediction_is_named_by_file_and_line(content: str, message: str, 
     ("content", "message"),
     [
         ('{"references": []}\n', r"r\.jsonl:1: `references`: .* found an empty list"),
-        (
-            '{"output": "a"}\n{"output": [null]}\n',
-            r"r\.jsonl:2: `output`, item 1: expected a text, found null",
-        ),
+        ('{"output": "a"}\n{"output": [null]}\n', r"r\.jsonl:2: `output`, item 1: expected a text, found null"),
         ('{"instruction": "i"}\n', r"expected one of `references`, .*, found `instruction`"),
         ("3\n", "expected an object or a text, found a number"),
     ],

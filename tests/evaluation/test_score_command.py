@@ -37,11 +37,7 @@ def test_table_says_the_unit_and_the_scores(files: tuple[str, str]) -> None:
     lines = call(*files, "--cuts", "3").splitlines()
     assert any("reference length (words)" in line for line in lines)
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
-    assert cells == [
-        ["(0,3]", "1", "100.00", "100.00"],
-        ["(3,∞)", "1", "0.00", "0.00"],
-        ["all", "2", "50.00", "50.00"],
-    ]
+    assert cells == [["(0,3]", "1", "100.00", "100.00"], ["(3,∞)", "1", "0.00", "0.00"], ["all", "2", "50.00", "50.00"]]
     assert any("2.00 words on average" in line for line in lines)
 
 

@@ -24,10 +24,13 @@ CONFIGS = {
 }
 LAYOUTS = [Layout(shared=True), Layout(packed=True), Layout(shared=True, packed=True)]
 PAIRS = [
-    TokenSequence((5, 6, 7), (8, 9, 3)), TokenSequence((10, 4, 11, 12), (13,)), TokenSequence((2,), (14, 15)),
-    TokenSequence((5, 6, 7), (20, 21, 22, 23, 3)), TokenSequence((10, 4, 11, 12), (24, 25, 3)),
+    TokenSequence((5, 6, 7), (8, 9, 3)),
+    TokenSequence((10, 4, 11, 12), (13,)),
+    TokenSequence((2,), (14, 15)),
+    TokenSequence((5, 6, 7), (20, 21, 22, 23, 3)),
+    TokenSequence((10, 4, 11, 12), (24, 25, 3)),
     TokenSequence((2,), ()),
-]  # fmt: skip
+]
 
 
 def gradients(model, batch):

@@ -48,9 +48,14 @@ def test_chunks_cover_the_rows_and_begin_where_they_may(rows, size, data):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(0, 9), vocabulary=st.integers(2, 12), size=st.integers(1, 12), bias=st.booleans(),
-    rule=st.sampled_from(RULES), cut=st.integers(0, 3), seed=st.integers(0, 1000),
-)  # fmt: skip
+    rows=st.integers(0, 9),
+    vocabulary=st.integers(2, 12),
+    size=st.integers(1, 12),
+    bias=st.booleans(),
+    rule=st.sampled_from(RULES),
+    cut=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
 def test_objective_equals_dense(rows, vocabulary, size, bias, rule, cut, seed):
     hidden, weight, offset, teacher, _, row_weights = make(rows, 5, vocabulary + cut, bias=bias, seed=seed)
     own = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)  # a parameter of the loss
@@ -75,9 +80,13 @@ def test_objective_equals_dense(rows, vocabulary, size, bias, rule, cut, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(0, 9), vocabulary=st.integers(2, 12), size=st.integers(1, 12), bias=st.booleans(),
-    rule=st.sampled_from(RULES), seed=st.integers(0, 1000),
-)  # fmt: skip
+    rows=st.integers(0, 9),
+    vocabulary=st.integers(2, 12),
+    size=st.integers(1, 12),
+    bias=st.booleans(),
+    rule=st.sampled_from(RULES),
+    seed=st.integers(0, 1000),
+)
 def test_token_logps_equal_dense(rows, vocabulary, size, bias, rule, seed):
     hidden, weight, offset, _, targets, row_weights = make(rows, 5, vocabulary, bias=bias, seed=seed)
     head = Head(weight, offset, rule)

@@ -19,13 +19,7 @@ from dpkd.data.batches import TokenSequence, collate
 from dpkd.errors import DpkdError
 from dpkd.models.head import LogitRule, check_head, head_of, hidden_rows, logit_rule
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -37,7 +31,7 @@ CONFIGS = {
     "gemma2": Gemma2Config(**SMALL, num_key_value_heads=4, head_dim=8, final_logit_softcapping=2.0),
     "cohere": CohereConfig(**SMALL, logit_scale=0.25),
     "granite": GraniteConfig(**SMALL, logits_scaling=4.0),
-}  # fmt: skip
+}
 
 
 def build(name):

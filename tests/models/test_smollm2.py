@@ -80,9 +80,14 @@ def test_special_tokens(tokenizer: Any, model: Any) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["plain words", "  two  spaces\n\n\ttab\r\n", "naïve café — “quotes” 12,345.67 €",
-     "東京は首都です。Привет 🙂", "a<|im_end|>\n"],
-)  # fmt: skip
+    [
+        "plain words",
+        "  two  spaces\n\n\ttab\r\n",
+        "naïve café — “quotes” 12,345.67 €",
+        "東京は首都です。Привет 🙂",
+        "a<|im_end|>\n",
+    ],
+)
 def test_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 

@@ -35,14 +35,27 @@ def lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def metric_rows(count: int = 3) -> list[dict[str, Any]]:
     return [
         {
-            "step": step, "loss/main": 1.0 / step, "loss/lm": 2.0, "weighted/main": 1.0 / step, "weighted/lm": 2.0,
-            "loss/total": 2.0 + 1.0 / step, "kl/forward": 3.0 / step, "kl/reverse": 4.0 / step,
-            "reward/preferred": -1.0, "reward/dispreferred": 2.0, "reward/margin": -3.0 if step > 1 else "NaN",
-            "reward/accuracy": 0.5, "length/preferred": 10.0, "length/dispreferred": 12.0, "seconds": 2.0,
-            "tokens_per_second": 100.0, "peak_memory_mib": 500.0 + step, "lr": 1e-4,
+            "step": step,
+            "loss/main": 1.0 / step,
+            "loss/lm": 2.0,
+            "weighted/main": 1.0 / step,
+            "weighted/lm": 2.0,
+            "loss/total": 2.0 + 1.0 / step,
+            "kl/forward": 3.0 / step,
+            "kl/reverse": 4.0 / step,
+            "reward/chosen": -1.0,
+            "reward/rejected": 2.0,
+            "reward/margin": -3.0 if step > 1 else "NaN",
+            "reward/accuracy": 0.5,
+            "length/chosen": 10.0,
+            "length/rejected": 12.0,
+            "seconds": 2.0,
+            "tokens_per_second": 100.0,
+            "peak_memory_mib": 500.0 + step,
+            "lr": 1e-4,
         }
         for step in range(1, count + 1)
-    ]  # fmt: skip
+    ]
 
 
 def make_run(path: Path, loss: str = "dpkd", rows: int = 3) -> Path:
@@ -50,10 +63,13 @@ def make_run(path: Path, loss: str = "dpkd", rows: int = 3) -> Path:
     path.mkdir(parents=True)
     (path / "config.resolved.yaml").write_text(CONFIG.replace("LOSS", loss), encoding="utf-8")
     facts = {
-        "dpkd": "0.1.0", "versions": {"torch": "2.13"}, "steps": rows, "command": ["/venv/bin/dpkd", "train"],
+        "dpkd": "0.1.0",
+        "versions": {"torch": "2.13"},
+        "steps": rows,
+        "command": ["/venv/bin/dpkd", "train"],
         "data": {"path": "/data/stories.jsonl", "kept": 5, "examples": 6, "dropped": {"too long": 1}},
         "parameters": {"student": 169152, "teacher": 260032},
-    }  # fmt: skip
+    }
     (path / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     lines(path / "metrics.jsonl", metric_rows(rows))
     responses = [{"writer": "teacher", "text": "sampled <b>bold</b>"}, {"writer": "student", "text": ""}]
@@ -98,7 +114,13 @@ def add_scores(
     count = len(next(iter(rouge.values())))
     metric = {"mean": mean, "sd": sd, "values": means}
     scores = {
-        "format": 2, "set": name, "rows": count, "seeds": list(rouge), "greedy": False, "model": "m", "teacher": None,
+        "format": 2,
+        "set": name,
+        "rows": count,
+        "seeds": list(rouge),
+        "greedy": False,
+        "model": "m",
+        "teacher": None,
         "data": {"path": "d", "fingerprint": "f", "rows_read": count, "skipped": {}},
         "generation": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 60},
         "metrics": {"rouge_l": metric, "nll": {"mean": nll, "sd": None, "values": [nll]}},
@@ -110,14 +132,22 @@ def add_scores(
                 {"label": "(30,∞)", "rows": 0, "metrics": {}},
             ],
         },
-    }  # fmt: skip
+    }
     target = folder / name
     target.mkdir(parents=True)
     (target / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
     for seed, values in rouge.items():
         rows = [
-            {"id": f"r:{i}", "prompt": f"Prompt {i}", "prediction": answer, "references": ["the <reference>"],
-             "seed": seed, "tokens": 4, "truncated": False, "scores": {"rouge_l": value}}
+            {
+                "id": f"r:{i}",
+                "prompt": f"Prompt {i}",
+                "prediction": answer,
+                "references": ["the <reference>"],
+                "seed": seed,
+                "tokens": 4,
+                "truncated": False,
+                "scores": {"rouge_l": value},
+            }
             for i, value in enumerate(values)
-        ]  # fmt: skip
+        ]
         lines(target / f"predictions-{seed}.jsonl", rows)

@@ -27,10 +27,7 @@ FACTS = CardFacts(
     data="dolly.jsonl",
     steps=100,
     settings={"train.lr": 5e-05, "loss.beta": 0.5},
-    scores=(
-        ScoreLine("dolly eval", "Rouge-L", 24.618, 0.31, rows=500, seeds=5),
-        ScoreLine("dolly eval", "EM", 2.0),
-    ),
+    scores=(ScoreLine("dolly eval", "Rouge-L", 24.618, 0.31, rows=500, seeds=5), ScoreLine("dolly eval", "EM", 2.0)),
     versions={"torch": "2.13", "dpkd": "0.1.0"},
     base_model="openai-community/gpt2",
     datasets=("databricks/databricks-dolly-15k",),
@@ -70,7 +67,7 @@ As written.
 | teacher | `gpt2-xl` |
 | student | `gpt2` |
 | data | `dolly.jsonl` |
-| optimiser steps | `100` |
+| optimizer steps | `100` |
 
 Settings that differ from the defaults:
 

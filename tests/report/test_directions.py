@@ -9,15 +9,15 @@ import pytest
 from report_folders import add_scores, make_run
 
 from dpkd.api import Answers, MetricSpec
-from dpkd.engine.dev import direction_of
 from dpkd.errors import DpkdError
-from dpkd.evaluation.evaluate import DIVERGENCE_UNITS
+from dpkd.evaluation.evaluator import DIVERGENCE_UNITS
 from dpkd.evaluation.results import Evaluation, score
 from dpkd.report.comparison import compare
 from dpkd.report.comparison_text import as_json, grids
 from dpkd.report.names import better_by_name
 from dpkd.report.reading import better_of, read_runs
 from dpkd.report.tables import scores_tables
+from dpkd.train.dev import direction_of
 
 ROUGE = {10: [20.0, 21.0]}
 

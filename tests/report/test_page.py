@@ -97,11 +97,31 @@ def test_texts_of_models_and_people_are_escaped(runs: list[Run]) -> None:
 def test_everything_that_was_asked_for_is_there(runs: list[Run]) -> None:
     words = " ".join(" ".join(Checked(page(runs[:1])).words).split())
     for told in (
-        "dpkd-1", "Loss terms, unweighted", "Loss terms, weighted", "KL on the text trained on", "Implicit reward",
-        "Rouge-L on the dev slice", "Reward against reverse KL", "Reward margin", "Preference accuracy",
-        "Length of the responses", "Rouge-L on dolly", "(30,∞)", "reference", "teacher", "student", "theirs",
-        "Reward by token", "train.lr", "stories.jsonl", "torch 2.13", "6.0 s", "503 MiB", "25.75 ± 1.06", "1 too long",
-    ):  # fmt: skip
+        "dpkd-1",
+        "Loss terms, unweighted",
+        "Loss terms, weighted",
+        "KL on the text trained on",
+        "Implicit reward",
+        "Rouge-L on the dev slice",
+        "Reward against reverse KL",
+        "Reward margin",
+        "Preference accuracy",
+        "Length of the responses",
+        "Rouge-L on dolly",
+        "(30,∞)",
+        "reference",
+        "teacher",
+        "student",
+        "theirs",
+        "Reward by token",
+        "train.lr",
+        "stories.jsonl",
+        "torch 2.13",
+        "6.0 s",
+        "503 MiB",
+        "25.75 ± 1.06",
+        "1 too long",
+    ):
         assert told in words, told
     assert "/data/stories" not in words, "paths of this machine stay here"
     assert "/models/" not in words

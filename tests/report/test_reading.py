@@ -23,9 +23,12 @@ def test_a_run(tmp_path: Path) -> None:
 def test_sources_of_values_are_read_from_the_comments(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a"))
     assert run.sources == {
-        "loss.name": "--loss", "teacher.model": "--teacher", "student.init": "--set", "student.layers": "--set",
+        "loss.name": "--loss",
+        "teacher.model": "--teacher",
+        "student.init": "--set",
+        "student.layers": "--set",
         "data.path": "--data",
-    }  # fmt: skip
+    }
     assert run.config["data"]["template"] == "two  # signs"
 
 

@@ -18,7 +18,7 @@ from dpkd.data.batches import TokenSequence
 from dpkd.errors import DpkdError
 from dpkd.report.reading import read_run
 from dpkd.report.token_rewards import answers_of, token_rewards, write_token_rewards
-from dpkd.teachers.live import LiveTeacher
+from dpkd.teachers.local import LocalTeacher
 
 SHARED = Path(os.environ.get("DPKD_SHARED", Path(__file__).parents[2].parent / "shared"))
 STORIES = SHARED / "models" / "stories260K"
@@ -27,9 +27,14 @@ STORIES = SHARED / "models" / "stories260K"
 def tiny(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -37,8 +42,9 @@ def test_each_token_has_beta_times_the_difference_of_log_probs() -> None:
     student, teacher = tiny(1), tiny(2)
     student.train()
     sequences = [TokenSequence((3, 4, 5), (6, 7, 8, 9)), TokenSequence((3,), (1, 2))]
-    found = token_rewards(student, LiveTeacher(teacher, 31, torch.device("cpu")), sequences, vocabulary=31, pad_id=0,
-                          beta=0.5)  # fmt: skip
+    found = token_rewards(
+        student, LocalTeacher(teacher, 31, torch.device("cpu")), sequences, vocabulary=31, pad_id=0, beta=0.5
+    )
     assert student.training, "left as it was"
     student.eval()
     for sequence, rewards in zip(sequences, found, strict=True):
@@ -61,8 +67,10 @@ def test_answers_come_from_the_evaluation_else_from_the_samples(tmp_path: Path) 
     lines(path / "eval" / "dolly" / "teacher" / "predictions-10.jsonl", [{"id": "r:0", "prediction": "t", "ids": [4]}])
     evaluated = answers_of(read_run(path), 2)
     assert [(a.writer, a.text, a.ids) for a in evaluated] == [
-        ("student", "hello", ()), ("teacher", "t", (4,)), ("student", "hello", ()),
-    ]  # fmt: skip
+        ("student", "hello", ()),
+        ("teacher", "t", (4,)),
+        ("student", "hello", ()),
+    ]
     shutil.rmtree(path / "eval")
     (path / "samples.jsonl").unlink()
     with pytest.raises(DpkdError, match="no answers to look at"):

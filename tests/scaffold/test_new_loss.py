@@ -35,9 +35,12 @@ def test_the_example_package_is_the_token_skeleton():
 
 def test_the_names_are_the_authors():
     assert NAMES.as_dict() == {
-        "name": "tail-kl2", "package": "dpkd-tail-kl2", "module": "dpkd_tail_kl2", "test": "test_tail_kl2",
+        "name": "tail-kl2",
+        "package": "dpkd-tail-kl2",
+        "module": "dpkd_tail_kl2",
+        "test": "test_tail_kl2",
         "Class": "TailKl2",
-    }  # fmt: skip
+    }
     assert names_of("dpkd-exo", {}).package == "dpkd-exo"
 
 
@@ -61,8 +64,11 @@ def test_its_tests_are_green_at_once(kind, tmp_path):
     assert done.exit_code == 0, done.output
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"],
-        capture_output=True, text=True, cwd=tmp_path / "it", env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "it",
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )
     assert run.returncode == 0, run.stdout
     outcomes = dict(re.findall(r"::(\S+) (PASSED|FAILED|SKIPPED|ERROR)", run.stdout))
     assert len(outcomes) > 20

@@ -1,6 +1,6 @@
 """Float64 oracles of the pair losses, in plain Python loops: written from the formulas, without torch and without dpkd.
 
-Each takes what the conformance kit hands to a reference (tuples of arrays: preferred, dispreferred) and the settings,
+Each takes what the conformance kit hands to a reference (tuples of arrays: chosen, rejected) and the settings,
 and returns one value per pair.
 """
 

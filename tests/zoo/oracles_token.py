@@ -162,7 +162,7 @@ def dkd(z_p: Row, z_q: Row, target: int, c: Any) -> float:
 
 
 def taid_target(z_p: Row, z_q: Row, t: float) -> list[float]:
-    """The normalised weighted geometric mean of student and teacher."""
+    """The normalized weighted geometric mean of student and teacher."""
     masses = [b ** (1 - t) * a**t for a, b in zip(softmax(z_p), softmax(z_q), strict=True)]
     return [mass / sum(masses) for mass in masses]
 

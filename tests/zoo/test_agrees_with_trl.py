@@ -11,7 +11,7 @@ import torch
 from zoo_inputs import randn, token_inputs
 
 from dpkd.api import Pair, PairInputs, Signal
-from dpkd.host import load_host
+from dpkd.plugins import load_host
 
 trl = pytest.importorskip("trl", reason="TRL is a development dependency")
 pytestmark = [
@@ -54,13 +54,17 @@ def drawn() -> SimpleNamespace:
 
 
 def inputs(drawn: SimpleNamespace) -> PairInputs:
-    """Sums over tokens; the reference of TRL is our teacher (dpkd-...) or our start of the student (dpo)."""
+    """MeanMetrics over tokens; the reference of TRL is our teacher (dpkd-...) or our start of the student (dpo)."""
     student, reference = (Pair(*values.sum(1).chunk(2)) for values in (drawn.policy, drawn.reference))
     lengths = Pair(*drawn.lengths.float().chunk(2))
-    return PairInputs({
-        Signal.STUDENT_LOGPS: student, Signal.TEACHER_LOGPS: reference, Signal.REFERENCE_LOGPS: reference,
-        Signal.LENGTHS: lengths,
-    })  # fmt: skip
+    return PairInputs(
+        {
+            Signal.STUDENT_LOGPS: student,
+            Signal.TEACHER_LOGPS: reference,
+            Signal.REFERENCE_LOGPS: reference,
+            Signal.LENGTHS: lengths,
+        }
+    )
 
 
 def dpo_trainer_loss(drawn: SimpleNamespace, loss_type: str, **settings: float) -> torch.Tensor:
@@ -71,9 +75,17 @@ def dpo_trainer_loss(drawn: SimpleNamespace, loss_type: str, **settings: float) 
     trainer.accelerator.device = "cpu"
     trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda value: value
     trainer._total_train_tokens, trainer._tp_size = 0, 1
-    plain = {"aux_loss_enabled": False, "ld_alpha": None, "precompute_ref_logps": True, "use_weighting": False,
-             "f_divergence_type": "reverse_kl", "loss_types": [loss_type], "loss_weights": [1.0],
-             "label_smoothing": 0.0, "beta": 0.1}  # fmt: skip
+    plain = {
+        "aux_loss_enabled": False,
+        "ld_alpha": None,
+        "precompute_ref_logps": True,
+        "use_weighting": False,
+        "f_divergence_type": "reverse_kl",
+        "loss_types": [loss_type],
+        "loss_weights": [1.0],
+        "label_smoothing": 0.0,
+        "beta": 0.1,
+    }
     for name, value in (plain | settings).items():
         setattr(trainer, name, value)
     width = TOKENS + 1  # the first token has no prediction
@@ -82,9 +94,12 @@ def dpo_trainer_loss(drawn: SimpleNamespace, loss_type: str, **settings: float) 
     output = SimpleNamespace(log_probs=drawn.policy, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
     reference = drawn.reference.sum(1).chunk(2)
     batch = {
-        "input_ids": torch.zeros(2 * PAIRS, width, dtype=torch.long), "attention_mask": torch.ones_like(whole),
-        "completion_mask": whole, "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1],
-    }  # fmt: skip
+        "input_ids": torch.zeros(2 * PAIRS, width, dtype=torch.long),
+        "attention_mask": torch.ones_like(whole),
+        "completion_mask": whole,
+        "ref_chosen_logps": reference[0],
+        "ref_rejected_logps": reference[1],
+    }
     return DPOTrainer._compute_loss(trainer, lambda **more: output, batch, False)  # type: ignore[no-any-return]
 
 
@@ -169,11 +184,10 @@ def test_gold_with_its_hybrid_loss(settings: dict[str, float]) -> None:
     student, teacher = randn(8, 6, seed=23), randn(8, 5, seed=24)
     weight = settings.get("matched_weight")
     theirs = gold_of_trl(
-        beta=settings.get("beta", 0.5), uld_hybrid_matched_weight=weight,
+        beta=settings.get("beta", 0.5),
+        uld_hybrid_matched_weight=weight,
         uld_hybrid_unmatched_weight=None if weight is None else 1 - weight,
-    )._compute_hybrid_uld_loss(
-        student.softmax(-1) * rest_q.exp()[:, None], teacher.softmax(-1) * rest_p.exp()[:, None]
-    )  # fmt: skip
+    )._compute_hybrid_uld_loss(student.softmax(-1) * rest_q.exp()[:, None], teacher.softmax(-1) * rest_p.exp()[:, None])
     none = torch.full((8, 1), -torch.inf, dtype=torch.float64)
     union_q, union_p = (
         torch.cat([student, none], 1),
@@ -187,10 +201,16 @@ def test_gold_with_its_hybrid_loss(settings: dict[str, float]) -> None:
 def test_uld_with_its_sorted_distance() -> None:
     """TRL's ULD of one response whose tokens are aligned one to one: mean over tokens, each with its next place."""
     trl_loss = gold_of_trl(
-        uld_crossentropy_weight=0.0, uld_distillation_weight=1.0, uld_student_temperature=1.0,
-        uld_teacher_temperature=1.0, uld_skip_student_eos=False, uld_skip_teacher_eos=False, use_extended_uld=False,
-        uld_token_merge_strategy="bayesian", uld_use_hybrid_loss=False,
-    )  # fmt: skip
+        uld_crossentropy_weight=0.0,
+        uld_distillation_weight=1.0,
+        uld_student_temperature=1.0,
+        uld_teacher_temperature=1.0,
+        uld_skip_student_eos=False,
+        uld_skip_teacher_eos=False,
+        use_extended_uld=False,
+        uld_token_merge_strategy="bayesian",
+        uld_use_hybrid_loss=False,
+    )
     student, teacher = randn(1, 5, 6, seed=25), randn(1, 5, 8, seed=26)
     labels = torch.tensor([[-100, 1, 2, 3, 4]])
     theirs = trl_loss(student, teacher, labels, labels, labels.clamp(min=0), labels.clamp(min=0))

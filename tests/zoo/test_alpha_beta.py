@@ -25,8 +25,7 @@ def _loss(alpha: float, beta: float) -> AlphaBetaLoss:
 
 
 @pytest.mark.parametrize(
-    ("alpha", "beta"),
-    [(0.2, 0.7), (0.5, 0.5), (1, 1), (1.5, 0.25), (1, 0), (0.4, 0), (0, 1), (0, 0.4), (0, 0)],
+    ("alpha", "beta"), [(0.2, 0.7), (0.5, 0.5), (1, 1), (1.5, 0.25), (1, 0), (0.4, 0), (0, 1), (0, 0.4), (0, 0)]
 )
 def test_conforms_and_equals_loops(alpha: float, beta: float) -> None:
     check_loss(SPEC, config={"alpha": alpha, "beta": beta}, reference=reference(alpha_beta))
@@ -36,17 +35,26 @@ def test_conforms_and_equals_loops(alpha: float, beta: float) -> None:
 @pytest.mark.parametrize(("alpha", "beta"), [(-0.3, 1), (1, -0.3), (0.5, -0.5), (-0.5, 0.5)])
 def test_negative_exponents_conform_but_for_extreme_logits(alpha: float, beta: float) -> None:
     check_loss(
-        SPEC, config={"alpha": alpha, "beta": beta}, reference=reference(alpha_beta),
+        SPEC,
+        config={"alpha": alpha, "beta": beta},
+        reference=reference(alpha_beta),
         expected_failures={"finite_on_extreme_logits": "p^-0.3 of an impossible token is infinite"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("step", [1e-2, 2e-3])
 @pytest.mark.parametrize(
     ("limit", "direction"),
-    [((1, 0), (0, 1)), ((0.4, 0), (0, 1)), ((0, 1), (1, 0)), ((0, 0.4), (1, 0)), ((0.5, -0.5), (0, 1)),
-     ((-0.5, 0.5), (1, 0)), ((0, 0), (1, 1))],
-)  # fmt: skip
+    [
+        ((1, 0), (0, 1)),
+        ((0.4, 0), (0, 1)),
+        ((0, 1), (1, 0)),
+        ((0, 0.4), (1, 0)),
+        ((0.5, -0.5), (0, 1)),
+        ((-0.5, 0.5), (1, 0)),
+        ((0, 0), (1, 1)),
+    ],
+)
 def test_continuous_at_the_limits(limit: tuple[float, float], direction: tuple[int, int], step: float) -> None:
     """Close to a limit the general formula is as close to it as the step is small."""
     near = [a + step * d for a, d in zip(limit, direction, strict=True)]

@@ -25,9 +25,11 @@ def oracle(*, student_logits: Any, teacher_logits: Any, by_student: Any, config:
     values = []
     for z_q, z_p, own in zip(student_logits.tolist(), teacher_logits.tolist(), by_student.tolist(), strict=True):
         q, p, a, b = softmax(z_q), softmax(z_p), config.skew_teacher, config.skew_student
-        half = config.beta * divergence(q, mixture(q, p, b)) if own else (1 - config.beta) * divergence(
-            p, mixture(p, q, a)
-        )  # fmt: skip
+        half = (
+            config.beta * divergence(q, mixture(q, p, b))
+            if own
+            else (1 - config.beta) * divergence(p, mixture(p, q, a))
+        )
         values.append(2 * half)
     return np.array(values)
 

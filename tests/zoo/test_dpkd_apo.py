@@ -54,11 +54,11 @@ def test_zero_raises_the_preferred_and_lowers_the_dispreferred() -> None:
 
 
 def test_down_lowers_the_preferred_where_the_margin_is_large_and_the_dispreferred_always() -> None:
-    preferred, dispreferred, rewards = _gradients("down", seed=2)
-    assert preferred == pytest.approx([0.7 * (_bump(t) - _bump(t - s)) for t, s in rewards])
-    assert dispreferred == pytest.approx([0.7 * _bump(t - s) for t, s in rewards])
-    assert min(dispreferred) > 0
-    assert min(preferred) > 0
+    chosen, rejected, rewards = _gradients("down", seed=2)
+    assert chosen == pytest.approx([0.7 * (_bump(t) - _bump(t - s)) for t, s in rewards])
+    assert rejected == pytest.approx([0.7 * _bump(t - s) for t, s in rewards])
+    assert min(rejected) > 0
+    assert min(chosen) > 0
     q_t = torch.tensor([-3.0], requires_grad=True)
     far = pair_inputs((q_t, torch.tensor([-90.0])), ([1.0], [1.0]), ([-3.0], [-3.0]))
     DPKDAPOLoss(DPKDAPOConfig(form="down", beta=1))(far).sum().backward()
@@ -79,9 +79,10 @@ def test_lies_between_0_and_2(form: str, reward_t: float, reward_s: float, value
 def test_small_values_keep_their_digits_in_float32() -> None:
     """σ(-20) = 2e-9 is lost in 1 - σ(20)."""
     x = pair_inputs(
-        (torch.tensor([-10.0]), torch.tensor([-50.0])), (torch.ones(1), torch.ones(1)),
+        (torch.tensor([-10.0]), torch.tensor([-50.0])),
+        (torch.ones(1), torch.ones(1)),
         (torch.tensor([-30.0]), torch.tensor([-20.0])),
-    )  # fmt: skip
+    )
     assert DPKDAPOLoss(DPKDAPOConfig(beta=1))(x).item() == pytest.approx(sigma(-20) + sigma(-30), rel=1e-5)
 
 

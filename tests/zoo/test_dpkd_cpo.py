@@ -1,4 +1,4 @@
-"""`dpkd-cpo`: preference without a reference, plus the likelihood of the preferred response."""
+"""`dpkd-cpo`: preference without a reference, plus the likelihood of the chosen response."""
 
 from __future__ import annotations
 

@@ -68,9 +68,7 @@ def test_needs_the_reference_and_nothing_of_the_teacher() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"beta": 0}, {"aggregation": "total"}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5}],
-    ids=str,
+    "wrong", [{"beta": 0}, {"aggregation": "total"}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5}], ids=str
 )
 def test_bounds(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Input should be"):

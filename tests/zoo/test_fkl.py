@@ -44,6 +44,5 @@ def test_is_kd_without_cross_entropy() -> None:
     student, teacher = randn(3, 5, seed=1), randn(3, 5, seed=2)
     kd = KDLoss(KDConfig(kd_ratio=1, temperature=3, scale_by_t2=True))
     torch.testing.assert_close(
-        value(FKLLoss(FKLConfig(temperature=3, scale_by_t2=True)), student, teacher),
-        kd(token_inputs(student, teacher)),
+        value(FKLLoss(FKLConfig(temperature=3, scale_by_t2=True)), student, teacher), kd(token_inputs(student, teacher))
     )

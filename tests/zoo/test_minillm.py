@@ -187,12 +187,20 @@ def test_logits_are_not_needed_without_the_single_step_part() -> None:
 
 def test_suggests_the_papers_sampling_and_the_scripts_optimiser() -> None:
     assert SPEC.suggests["text"] == {
-        "source": "student", "teacher_mix": 0.2, "refresh": "every_n_steps", "every": 4, "inner_epochs": 4,
-    }  # fmt: skip
+        "source": "student",
+        "teacher_mix": 0.2,
+        "refresh": "every_n_steps",
+        "every": 4,
+        "num_iterations": 4,
+    }
     assert SPEC.suggests["student"] == {"dropout": "off"}
     assert SPEC.suggests["train"] == {
-        "lr": 5e-6, "schedule": "constant", "warmup_steps": 100, "betas": [0.9, 0.95], "weight_decay": 1e-6,
-    }  # fmt: skip
+        "lr": 5e-6,
+        "schedule": "constant",
+        "warmup_steps": 100,
+        "betas": [0.9, 0.95],
+        "weight_decay": 1e-6,
+    }
 
 
 @pytest.mark.parametrize(

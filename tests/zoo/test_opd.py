@@ -36,9 +36,13 @@ def _inputs(table: Tensor, drawn: Tensor, config: OPDConfig) -> tuple[RolloutInp
     log_share = torch.zeros(len(RESPONSES), dtype=FLOAT64).index_add(0, number, behaviour)
     assert log_share.exp().sum().item() == pytest.approx(1)
     signals = {
-        Signal.STUDENT_LOGITS: table[place], Signal.TARGETS: ids, Signal.ADVANTAGES: worth,
-        Signal.ROLLOUT_LOGPS: old, Signal.BEHAVIOUR_LOGPS: behaviour, Signal.TEACHER_LOGPS: teacher,
-    }  # fmt: skip
+        Signal.STUDENT_LOGITS: table[place],
+        Signal.TARGETS: ids,
+        Signal.ADVANTAGES: worth,
+        Signal.ROLLOUT_LOGPS: old,
+        Signal.BEHAVIOUR_LOGPS: behaviour,
+        Signal.TEACHER_LOGPS: teacher,
+    }
     return RolloutInputs({k: v for k, v in signals.items() if k in SPEC.signals(config)}), log_share.exp()[number]
 
 
@@ -208,9 +212,11 @@ def _one(log_q: float, log_p: float, drawn: float, advantage: float, **settings:
     logits = torch.tensor([[log_q, rest]], dtype=FLOAT64, requires_grad=True)
     config = OPDConfig(**settings)
     numbers = {
-        Signal.ADVANTAGES: advantage, Signal.ROLLOUT_LOGPS: drawn, Signal.BEHAVIOUR_LOGPS: drawn,
+        Signal.ADVANTAGES: advantage,
+        Signal.ROLLOUT_LOGPS: drawn,
+        Signal.BEHAVIOUR_LOGPS: drawn,
         Signal.TEACHER_LOGPS: log_p,
-    }  # fmt: skip
+    }
     signals: dict[Signal, Any] = {k: torch.tensor([v], dtype=FLOAT64) for k, v in numbers.items()}
     signals |= {Signal.STUDENT_LOGITS: logits, Signal.TARGETS: torch.tensor([0])}
     value = OPDLoss(config)(RolloutInputs({k: v for k, v in signals.items() if k in SPEC.signals(config)}))
@@ -261,8 +267,10 @@ def test_estimators_estimate_the_reverse_kl() -> None:
     for estimator, close in (("k3", 1e-12), ("k2", 0.05)):
         config = OPDConfig(estimator=estimator, importance=False)
         signals = {
-            Signal.STUDENT_LOGITS: log_q.expand(3, 3), Signal.TARGETS: torch.arange(3), Signal.TEACHER_LOGPS: log_p,
-        }  # fmt: skip
+            Signal.STUDENT_LOGITS: log_q.expand(3, 3),
+            Signal.TARGETS: torch.arange(3),
+            Signal.TEACHER_LOGPS: log_p,
+        }
         values = OPDLoss(config)(RolloutInputs(signals))
         assert (values * log_q.exp()).sum().item() == pytest.approx(wanted, rel=close)
 
@@ -272,9 +280,10 @@ def test_k3_far_above_the_student_is_a_line_and_finite() -> None:
     config = OPDConfig(estimator="k3", importance=False)
     log_q = torch.tensor([[-30.0, 0.0], [-31.0, 0.0], [-1e4, 0.0]], requires_grad=True)
     signals = {
-        Signal.STUDENT_LOGITS: log_q, Signal.TARGETS: torch.zeros(3, dtype=torch.long),
+        Signal.STUDENT_LOGITS: log_q,
+        Signal.TARGETS: torch.zeros(3, dtype=torch.long),
         Signal.TEACHER_LOGPS: torch.zeros(3),
-    }  # fmt: skip
+    }
     values = OPDLoss(config)(RolloutInputs(signals))
     values.sum().backward()
     assert values.isfinite().all()
@@ -291,9 +300,13 @@ def test_nothing_to_learn_where_student_and_teacher_agree(settings: dict[str, An
     loss = OPDLoss(OPDConfig(**settings))
     worth = loss.advantages(Rollout(logps, logps, logps, torch.zeros(4, dtype=torch.long)))
     signals = {
-        Signal.STUDENT_LOGITS: logits, Signal.TARGETS: targets, Signal.ADVANTAGES: worth,
-        Signal.ROLLOUT_LOGPS: logps, Signal.BEHAVIOUR_LOGPS: logps, Signal.TEACHER_LOGPS: logps,
-    }  # fmt: skip
+        Signal.STUDENT_LOGITS: logits,
+        Signal.TARGETS: targets,
+        Signal.ADVANTAGES: worth,
+        Signal.ROLLOUT_LOGPS: logps,
+        Signal.BEHAVIOUR_LOGPS: logps,
+        Signal.TEACHER_LOGPS: logps,
+    }
     values = loss(RolloutInputs(signals))
     values.sum().backward()
     assert values.abs().max().item() < 1e-12
@@ -319,11 +332,15 @@ def test_the_card_says_which_gradient_is_right() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"estimator": "k4"}, {"discount": -0.1}, {"discount": 1.1}, {"reward_clip": 0}, {"clip_epsilon": 0},
+        {"estimator": "k4"},
+        {"discount": -0.1},
+        {"discount": 1.1},
+        {"reward_clip": 0},
+        {"clip_epsilon": 0},
         {"clip_epsilon": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bounds(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Input should be"):
         OPDConfig(**wrong)

@@ -19,9 +19,9 @@ from dpkd.testing import check_loss
 def oracle(z_p: Row, z_q: Row, _: int, c: Any) -> float:
     p, q = softmax(z_p), softmax(z_q)
     m = mixture(p, q, 0.5)
-    return {
-        "fkl": divergence(p, q), "rkl": divergence(q, p), "jsd": (divergence(p, m) + divergence(q, m)) / 2,
-    }[c.divergence]  # fmt: skip
+    return {"fkl": divergence(p, q), "rkl": divergence(q, p), "jsd": (divergence(p, m) + divergence(q, m)) / 2}[
+        c.divergence
+    ]
 
 
 @pytest.mark.parametrize("name", ["fkl", "rkl", "jsd"])

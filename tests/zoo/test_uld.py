@@ -87,10 +87,14 @@ def test_a_vocabulary_of_another_size_is_padded_with_nothing() -> None:
 def test_the_cross_entropy_is_that_of_the_whole_span() -> None:
     """A span of two tokens with probabilities ½ and ¼: -log ⅛. The rest has its gradient."""
     rest = torch.tensor([math.log(0.25)], dtype=torch.float64, requires_grad=True)
-    x = TokenInputs({
-        Signal.STUDENT_LOGITS: logs([0.5, 0.5]), Signal.TEACHER_LOGITS: logs([0.5, 0.5]),
-        Signal.TARGETS: torch.tensor([0]), Signal.STUDENT_REST: rest,
-    })  # fmt: skip
+    x = TokenInputs(
+        {
+            Signal.STUDENT_LOGITS: logs([0.5, 0.5]),
+            Signal.TEACHER_LOGITS: logs([0.5, 0.5]),
+            Signal.TARGETS: torch.tensor([0]),
+            Signal.STUDENT_REST: rest,
+        }
+    )
     found = ULDLoss(ULDConfig())(x)
     assert found.item() == pytest.approx(math.log(8))
     found.sum().backward()

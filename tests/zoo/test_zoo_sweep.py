@@ -21,12 +21,52 @@ from dpkd.config.objective import text_writers
 from dpkd.config.settings import RunSettings
 
 NAMES = {
-    "sft", "kd", "seqkd", "rkl", "akl", "minillm", "dpkd", "dpkd-token", "dpkd-ipo", "dpkd-cpo", "dpkd-simpo",
-    "fkl", "jsd", "gkd", "skl", "srkl", "tvd", "symmetric-kl", "hellinger", "alpha-beta", "topk-kl", "sampled-kl",
-    "todi", "dkd", "taid", "distillm", "imitkd", "logits-mse", "bild", "uld", "gold",
-    "dpkd-dpop", "dpkd-orpo", "dpkd-hinge", "dpkd-robust", "dpkd-exo", "dpkd-apo", "plad", "opd", "dpo", "dadpo",
-    "hidden-mse", "hidden-cosine", "distillm2", "speculative-kd",
-}  # fmt: skip
+    "sft",
+    "kd",
+    "seqkd",
+    "rkl",
+    "akl",
+    "minillm",
+    "dpkd",
+    "dpkd-token",
+    "dpkd-ipo",
+    "dpkd-cpo",
+    "dpkd-simpo",
+    "fkl",
+    "jsd",
+    "gkd",
+    "skl",
+    "srkl",
+    "tvd",
+    "symmetric-kl",
+    "hellinger",
+    "alpha-beta",
+    "topk-kl",
+    "sampled-kl",
+    "todi",
+    "dkd",
+    "taid",
+    "distillm",
+    "imitkd",
+    "logits-mse",
+    "bild",
+    "uld",
+    "gold",
+    "dpkd-dpop",
+    "dpkd-orpo",
+    "dpkd-hinge",
+    "dpkd-robust",
+    "dpkd-exo",
+    "dpkd-apo",
+    "plad",
+    "opd",
+    "dpo",
+    "dadpo",
+    "hidden-mse",
+    "hidden-cosine",
+    "distillm2",
+    "speculative-kd",
+}
 POINTS = [p for p in entry_points(group="dpkd") if p.value.startswith("dpkd_zoo.")]
 SPECS: list[LossSpec] = [spec for point in POINTS for spec in point.load().dpkd_losses()]
 # Losses on hidden states have inputs of another kind: they have the kit, and tests of their own.
@@ -92,12 +132,21 @@ OUTSIDE: dict[str, list[dict[str, Any]]] = {
     "rkl": [{"temperature": 0.0}, {"temperature": -1.0}],
     "akl": [{"mu": 0.0}, {"mu": 1.0}, {"boundary": "code"}],
     "minillm": [
-        {"discount": 0.0}, {"discount": 1.1}, {"reward_scale": 0.0}, {"reward_clip": 0.0}, {"clip_epsilon": 0.0},
-        {"clip_epsilon": 1.0}, {"single_step_weight": -1.0},
+        {"discount": 0.0},
+        {"discount": 1.1},
+        {"reward_scale": 0.0},
+        {"reward_clip": 0.0},
+        {"clip_epsilon": 0.0},
+        {"clip_epsilon": 1.0},
+        {"single_step_weight": -1.0},
     ],
     "dpkd": [{"beta": 0.0}, {"aggregation": "total"}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5}],
     "dpkd-token": [
-        {"beta": 0.0}, {"form": "cpo"}, {"dpop_weight": -1.0}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5},
+        {"beta": 0.0},
+        {"form": "cpo"},
+        {"dpop_weight": -1.0},
+        {"label_smoothing": -0.1},
+        {"label_smoothing": 0.5},
     ],
     "dpkd-ipo": [{"tau": 0.0}, {"aggregation": "total"}],
     "dpkd-cpo": [{"beta": 0.0}, {"aggregation": "total"}, {"nll_weight": -1.0}, {"nll_aggregation": "total"}],
@@ -129,7 +178,11 @@ OUTSIDE: dict[str, list[dict[str, Any]]] = {
     "dpkd-apo": [{"beta": 0.0}, {"form": "up"}, {"aggregation": "total"}],
     "plad": [{"form": "hinge"}, {"margin": 0.0}],
     "opd": [
-        {"estimator": "k4"}, {"discount": -0.1}, {"discount": 1.1}, {"reward_clip": 0.0}, {"clip_epsilon": 0.0},
+        {"estimator": "k4"},
+        {"discount": -0.1},
+        {"discount": 1.1},
+        {"reward_clip": 0.0},
+        {"clip_epsilon": 0.0},
         {"clip_epsilon": 1.0},
     ],
     "dpo": [{"beta": 0.0}, {"aggregation": "total"}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5}],
@@ -138,7 +191,7 @@ OUTSIDE: dict[str, list[dict[str, Any]]] = {
     "speculative-kd": [{"divergence": "kl"}],
     "hidden-mse": [{"layers": "first"}, {"pairs": 1}, {"projection": "linear"}],
     "hidden-cosine": [{"layers": "first"}, {"pairs": 1}, {"projection": "linear"}],
-}  # fmt: skip
+}
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 each_on_numbers = pytest.mark.parametrize("spec", ON_NUMBERS, ids=lambda s: s.name)
 LOGITS = [case for case in CASES if case.values[0].family is not Family.PAIR]
@@ -259,7 +312,7 @@ def test_suggestions_are_settings_of_a_run(spec: LossSpec) -> None:
 def test_pairs_take_any_writer_and_suggest_teacher_over_student(spec: LossSpec) -> None:
     if spec.family is Family.PAIR:
         assert spec.accepts == frozenset(Text)
-        assert spec.suggests["text"]["pairs"] == {"preferred": "teacher", "dispreferred": "student"}
+        assert spec.suggests["text"]["pairs"] == {"chosen": "teacher", "rejected": "student"}
 
 
 @each_case
@@ -341,9 +394,11 @@ def test_traits_hold(spec: LossSpec, settings: dict[str, Any]) -> None:
             assert _run(spec, settings, student, teacher).min() >= -1e-6
         if Trait.SHIFT_INVARIANT in spec.traits:
             torch.testing.assert_close(
-                _run(spec, settings, student + 3, teacher - 5), _run(spec, settings, student, teacher),
-                atol=1e-4, rtol=1e-4,
-            )  # fmt: skip
+                _run(spec, settings, student + 3, teacher - 5),
+                _run(spec, settings, student, teacher),
+                atol=1e-4,
+                rtol=1e-4,
+            )
         at_match = teacher.clone().requires_grad_()
         values = _run(spec, settings, at_match, teacher)
         values.sum().backward()

@@ -7,16 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpkd.api import (
-    Family,
-    LossSpec,
-    Pair,
-    PairInputs,
-    Rollout,
-    RolloutInputs,
-    Signal,
-    TokenInputs,
-)
+from dpkd.api import Family, LossSpec, Pair, PairInputs, Rollout, RolloutInputs, Signal, TokenInputs
 
 FLOAT64 = torch.float64
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dpkd.api import Answers, MetricSpec, hookimpl
 from dpkd.evaluation.text_metrics import distinct
 
-__all__ = ["SPEC", "dpkd_metrics"]
-
 
 def _overall(answers: Answers) -> float | None:
     share = distinct((prediction.lower().split() for prediction in answers.predictions), 1)

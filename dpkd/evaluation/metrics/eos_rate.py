@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dpkd.api import Answers, MetricSpec, hookimpl
 
-__all__ = ["SPEC", "dpkd_metrics"]
-
 
 def _per_row(answers: Answers) -> list[float]:
     return [0.0 if truncated else 100.0 for truncated in answers.truncated]

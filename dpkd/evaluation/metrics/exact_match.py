@@ -5,8 +5,6 @@ from __future__ import annotations
 from dpkd.api import Answers, MetricSpec, hookimpl
 from dpkd.evaluation.text_metrics import exact_match
 
-__all__ = ["SPEC", "dpkd_metrics"]
-
 
 def _per_row(answers: Answers) -> list[float]:
     rows = zip(answers.predictions, answers.references, strict=True)

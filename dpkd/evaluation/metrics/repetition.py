@@ -5,8 +5,6 @@ from __future__ import annotations
 from dpkd.api import Answers, MetricSpec, hookimpl
 from dpkd.evaluation.text_metrics import repetition
 
-__all__ = ["SPEC", "dpkd_metrics"]
-
 
 def _per_row(answers: Answers) -> list[float | None]:
     shares = (repetition(prediction.lower().split()) for prediction in answers.predictions)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dpkd.api import Answers, MetricSpec, hookimpl
 from dpkd.evaluation.text_metrics import RougeL
 
-__all__ = ["SPEC", "dpkd_metrics"]
-
 
 def _per_row(answers: Answers) -> list[float]:
     rouge = RougeL()
@@ -15,11 +13,7 @@ def _per_row(answers: Answers) -> list[float]:
 
 
 SPEC = MetricSpec(
-    "rouge_l",
-    "× 100",
-    "higher",
-    "rouge-score's rougeL F with stemming, best over references",
-    per_row=_per_row,
+    "rouge_l", "× 100", "higher", "rouge-score's rougeL F with stemming, best over references", per_row=_per_row
 )
 
 

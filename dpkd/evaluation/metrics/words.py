@@ -5,8 +5,6 @@ from __future__ import annotations
 from dpkd.api import Answers, MetricSpec, hookimpl
 from dpkd.evaluation.lengths import word_count
 
-__all__ = ["SPEC", "dpkd_metrics"]
-
 
 def _per_row(answers: Answers) -> list[float]:
     return [float(word_count(prediction)) for prediction in answers.predictions]

@@ -1,0 +1,146 @@
+"""A model's answers to the rows of a set, written down one by one, so that an interrupted evaluation goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dpkd.api import Answers, Sampled
+from dpkd.data.encode import Prompt
+from dpkd.errors import DpkdError
+from dpkd.evaluation.predictions import Prediction, read_predictions, write_predictions
+from dpkd.evaluation.results import write_json
+from dpkd.rollout.sampling import sample
+from dpkd.rollout.settings import SamplingSettings
+from dpkd.rollout.sources import response_seed
+
+
+class AnswerCache:
+    """The folder of an evaluation: which answers are there already, under the same settings."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Raises DpkdError when the folder holds answers that were drawn otherwise: by another model, say."""
+        self.folder = folder
+        manifest = folder / "answers.json"
+        if manifest.exists():
+            before = json.loads(manifest.read_text(encoding="utf-8"))
+            changed = [name for name in facts if before.get(name) != facts[name]]
+            if changed:
+                raise DpkdError(
+                    f"{folder} holds answers that were drawn otherwise: {', '.join(changed)} changed "
+                    f"({manifest.name}). Choose another --output, or delete that folder."
+                )
+        else:
+            write_json(manifest, facts)
+
+    def file(self, seed: int) -> Path:
+        """Where the answers of a seed are, once they are whole."""
+        return self.folder / f"predictions-{seed}.jsonl"
+
+    def _unfinished(self, seed: int) -> Path:
+        return self.folder / f"predictions-{seed}.jsonl.part"
+
+    def found(self, seed: int) -> dict[str, Prediction]:
+        """The answers of a seed that an earlier call wrote, by row."""
+        whole, part = self.file(seed), self._unfinished(seed)
+        if whole.exists():
+            return {str(p.id): p for p in read_predictions(whole)}
+        if not part.exists():
+            return {}
+        lines = part.read_bytes().split(b"\n")
+        good = [line for line in lines if line and _is_json(line)]  # the last one may be torn
+        part.write_bytes(b"".join(line + b"\n" for line in good))
+        rows = [json.loads(line) for line in good]
+        return {str(row["id"]): _prediction(row) for row in rows}
+
+    def append(self, seed: int, prediction: Prediction) -> None:
+        """Write one answer down."""
+        with self._unfinished(seed).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(prediction.as_dict()) + "\n")
+
+    def finish(self, seed: int, predictions: Sequence[Prediction]) -> None:
+        """All answers of a seed, in the order of the rows."""
+        write_predictions(self.file(seed), predictions)
+        self._unfinished(seed).unlink(missing_ok=True)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _prediction(row: dict[str, Any]) -> Prediction:
+    own = ("prediction", "id", "prompt", "references", "seed")
+    extra = {name: value for name, value in row.items() if name not in own}
+    references = tuple(row.get("references", ()))
+    return Prediction(row["prediction"], row["id"], row.get("prompt"), references, row.get("seed"), extra)
+
+
+def answer(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    vocabulary: int,
+    sampling: SamplingSettings,
+    seed: int,
+    answer_cache: AnswerCache | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Prediction]:
+    """The model's answer to every prompt, in their order; with a answer_cache, those that are not there yet are drawn.
+
+    Each row has its own seed, so that neither order nor batch nor an interruption changes an answer.
+    """
+    if len({p.id for p in prompts}) != len(prompts):
+        raise DpkdError("two rows of the set have one id and cannot be told apart: give each of its files another name")
+    known = answer_cache.found(seed) if answer_cache is not None else {}
+    todo = [p for p in prompts if p.id not in known]
+    done = len(prompts) - len(todo)
+
+    def finished(place: int, sampled: Sampled) -> None:
+        nonlocal done
+        prompt = todo[place]
+        known[prompt.id] = _written(prompt, sampled, tokenizer, seed)
+        if answer_cache is not None:
+            answer_cache.append(seed, known[prompt.id])
+        done += 1
+        if progress is not None:
+            progress(done, len(prompts))
+
+    if todo:
+        sample(
+            model,
+            [p.prompt_ids for p in todo],
+            sampling,
+            eos_ids={tokenizer.eos_token_id},
+            pad_id=tokenizer.pad_token_id,
+            seeds=[response_seed(seed, 0, p.id) for p in todo],
+            vocabulary=vocabulary,
+            on_finished=finished,
+        )
+    answers = [known[p.id] for p in prompts]
+    if answer_cache is not None and (todo or not answer_cache.file(seed).exists()):
+        answer_cache.finish(seed, answers)
+    return answers
+
+
+def _written(prompt: Prompt, sampled: Sampled, tokenizer: Any, seed: int) -> Prediction:
+    text = tokenizer.decode(sampled.response_ids, skip_special_tokens=True).strip()
+    facts = {"tokens": len(sampled.response_ids), "truncated": sampled.truncated, "ids": list(sampled.response_ids)}
+    return Prediction(text, prompt.id, prompt.text, prompt.references, seed, facts)
+
+
+def as_answers(predictions: Sequence[Prediction]) -> Answers:
+    """What metrics see of predictions."""
+    return Answers(
+        [p.prediction for p in predictions],
+        [p.references for p in predictions],
+        [int(p.extra["tokens"]) for p in predictions],
+        [bool(p.extra["truncated"]) for p in predictions],
+    )

@@ -1,0 +1,356 @@
+"""Scores of a model on held-out data: metrics of its own answers, likelihood and divergences on the references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpkd.api import MetricSpec
+from dpkd.data.batches import TokenSequence
+from dpkd.data.settings import DataSettings
+from dpkd.errors import DpkdError
+from dpkd.evaluation.answer_cache import AnswerCache, answer, as_answers
+from dpkd.evaluation.divergences import Divergences, measure
+from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
+from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
+from dpkd.evaluation.predictions import Prediction
+from dpkd.evaluation.results import Evaluation, Metric, score, write_scores
+from dpkd.models.head import check_head
+from dpkd.models.in_memory import InMemory
+from dpkd.models.loading import DTYPES
+from dpkd.models.settings import ModelSettings, TeacherSettings
+from dpkd.models.tokenizers import difference, shared_vocabulary
+from dpkd.plugins import load_metrics
+from dpkd.rollout.kv_cache import longest_sequence
+from dpkd.rollout.settings import SamplingSettings
+from dpkd.teachers.local import LocalTeacher
+
+PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
+Progress = Callable[[str, int, int], None]  # what, done, of
+
+DIVERGENCE_UNITS = {
+    "nll": "nats per response token",
+    "perplexity": "per response token",
+    "bits_per_byte": "bits per byte",
+    "teacher_nll": "nats per response token",
+    "forward_kl": "nats per response token",
+    "reverse_kl": "nats per response token",
+    "first_token_forward_kl": "nats at the first token",
+    "first_token_reverse_kl": "nats at the first token",
+    "reward_sum": "nats per response",
+    "reward_mean": "nats per token of a response",
+}
+# Of the others, the teacher's own likelihood and the rewards, neither high nor low is better.
+LOWER_IS_BETTER = frozenset(
+    {
+        "nll",
+        "perplexity",
+        "bits_per_byte",
+        "forward_kl",
+        "reverse_kl",
+        "first_token_forward_kl",
+        "first_token_reverse_kl",
+    }
+)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a model is scored on a set.
+
+    rewards       also take the implicit reward of the model's own answers, and of the teacher's
+    cuts          ends of the buckets of reference length, in the unit of `lengths` (None: the model's tokens)
+    long_prompts  a prompt beyond the limits is an error, or left out and counted
+    """
+
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    seeds: Sequence[int] = PAPER_SEEDS
+    rewards: bool = False
+    cuts: Sequence[int] = DEFAULT_CUTS
+    lengths: LengthMeasure | None = WORDS
+    long_prompts: LongPrompts = "error"
+
+    @property
+    def drawn_seeds(self) -> tuple[int, ...]:
+        """Greedy answers are the same under every seed."""
+        return tuple(self.seeds[:1]) if self.sampling.temperature == 0 else tuple(self.seeds)
+
+
+def metric_specs(say: Callable[[str], None] | None = None) -> dict[str, MetricSpec]:
+    """All installed metrics; what could not be loaded is said."""
+    specs, broken = load_metrics()
+    for plugin in broken if say is not None else ():
+        assert say is not None
+        say(f"the metrics of {plugin.entry_point} ({plugin.distribution}) could not be loaded: {plugin.reason}")
+    return specs
+
+
+class Evaluator:
+    """A model, and its teacher where there is one, loaded once for all sets.
+
+    A teacher with another tokenizer is left out, and `note` says so: token by token the two cannot be compared.
+    """
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        teacher: TeacherSettings | None,
+        *,
+        dtype: str = "float32",
+        given: InMemory | None = None,
+    ) -> None:
+        """`dtype` is that of the weights where the settings say `auto`; `auto`: as stored.
+
+        `given` has what is in memory of model, teacher and rows; its models keep their type.
+        In half precision an answer depends on the rows beside it in its batch; in float32 all but never.
+        Raises DpkdError when something cannot be found or does not fit.
+        """
+        if dtype not in ("auto", *DTYPES):
+            raise DpkdError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+        self.given = given or InMemory()
+        self.tokenizer = self.given.tokenizer(model)
+        self.note: str | None = None
+        if teacher is not None and teacher.model is not None:
+            self.note = _left_out(self.tokenizer, self.given.tokenizer(teacher), teacher.model)
+            teacher = None if self.note else teacher
+        self.names = (model.model, teacher.model if teacher is not None else None)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = self.given.load(model, device=device, dtype=DTYPES.get(dtype))
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        check_head(self.model)
+        self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        self.teacher = None
+        if teacher is not None and teacher.model is not None:
+            loaded = self.given.load(teacher, device=device, dtype=DTYPES.get(dtype))
+            size = loaded.get_output_embeddings().weight.shape[0]
+            shared = shared_vocabulary(self.tokenizer, self.given.tokenizer(teacher), self.vocabulary, size)
+            self.vocabulary = shared.size
+            self.teacher = LocalTeacher(loaded, self.vocabulary, torch.device(device))
+            self.teacher_fingerprint = self.given.fingerprint(teacher)
+        self.fingerprint = self.given.fingerprint(model)
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that both models read."""
+        models = [self.model, *([self.teacher.model] if self.teacher is not None else [])]
+        return min((length for model in models if (length := longest_sequence(model))), default=None)
+
+    def inputs(self, data: DataSettings, settings: EvaluationSettings) -> Inputs:
+        """The rows of a set, ready for this model."""
+        return read_inputs(
+            data,
+            self.tokenizer,
+            context=self.context,
+            max_new_tokens=settings.sampling.max_new_tokens,
+            long_prompts=settings.long_prompts,
+            rows=self.given.rows(data.path),
+        )
+
+    def evaluate(
+        self,
+        name: str,
+        data: DataSettings,
+        settings: EvaluationSettings,
+        *,
+        output: Path | None = None,
+        progress: Progress | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> Evaluation:
+        """Score the model on the set of a name; with `output`, answers and scores are written and resumed there.
+
+        Raises DpkdError unless every row was answered and scored.
+        """
+        inputs = self.inputs(data, settings)
+        tell = say or (lambda text: None)
+        tell(f"{name}: {inputs.rows_read:,} rows of {inputs.source}")
+        for line in (*inputs.lines(), *([self.note] if self.note else [])):
+            tell(line)
+        generation = {
+            **settings.sampling.model_dump(mode="json", exclude={"batch_size"}),
+            "max_prompt_tokens": data.max_prompt_tokens,
+            "template": data.template,
+            "dtype": self.dtype,
+        }
+        answer_cache = teacher_answer_cache = None
+        if output is not None:
+            drawn = {
+                "weights": self.fingerprint,
+                "vocabulary": self.vocabulary,
+                "data": inputs.fingerprint,
+                "rows": len(inputs.prompts),
+                "generation": generation,
+            }
+            answer_cache = AnswerCache(output, drawn)
+            if settings.rewards and self.teacher is not None:
+                teacher_answer_cache = AnswerCache(output / "teacher", {**drawn, "weights": self.teacher_fingerprint})
+        evaluation, predictions, rows = evaluate_model(
+            self.model,
+            inputs,
+            self.tokenizer,
+            teacher=self.teacher,
+            vocabulary=self.vocabulary,
+            settings=settings,
+            specs=metric_specs(say),
+            answer_cache=answer_cache,
+            teacher_answer_cache=teacher_answer_cache,
+            progress=progress,
+        )
+        facts = {
+            "set": name,
+            "greedy": settings.sampling.temperature == 0,
+            "model": self.names[0],
+            "teacher": self.names[1],
+            "generation": generation,
+            "data": {
+                "path": data.path,
+                "source": inputs.source,
+                "fingerprint": inputs.fingerprint,
+                "rows_read": inputs.rows_read,
+                "skipped": inputs.skipped,
+                "cut_references": inputs.cut,
+                "min_response_words": data.min_response_words,
+                "max_tokens": data.max_tokens,
+            },
+            "dpkd": version("dpkd"),
+        }
+        evaluation = Evaluation(**{**vars(evaluation), "facts": facts})
+        if answer_cache is not None:
+            for seed, own in predictions.items():
+                answer_cache.finish(seed, [_scored(p, values) for p, values in zip(own, rows[seed], strict=True)])
+            write_scores(evaluation, answer_cache.folder)
+        return evaluation
+
+
+def _left_out(tokenizer: Any, others: Any, teacher: str) -> str | None:
+    """Why a teacher is not compared with, where its tokenizer is another."""
+    if difference(tokenizer, others) is None:
+        return None
+    return (
+        f"the teacher {teacher} has another tokenizer: no divergence from it and no reward is measured, token by "
+        "token there is none. bits_per_byte compares models whatever their tokenizers."
+    )
+
+
+def _scored(prediction: Prediction, values: dict[str, float]) -> Prediction:
+    kept = {name: values[name] for name in ("rouge_l", "exact_match") if name in values}
+    return Prediction(**{**vars(prediction), "extra": {**prediction.extra, "scores": kept}})
+
+
+def evaluate_model(
+    model: Any,
+    inputs: Inputs,
+    tokenizer: Any,
+    *,
+    teacher: LocalTeacher | None,
+    vocabulary: int,
+    settings: EvaluationSettings,
+    specs: dict[str, MetricSpec],
+    answer_cache: AnswerCache | None = None,
+    teacher_answer_cache: AnswerCache | None = None,
+    progress: Progress | None = None,
+) -> tuple[Evaluation, dict[int, list[Prediction]], dict[int, list[dict[str, float]]]]:
+    """Scores of a model in memory, its answers by seed, and each answer's own scores.
+
+    Raises DpkdError unless every row was answered and scored.
+    """
+    tell = progress or (lambda what, done, of: None)
+    predictions = {}
+    for seed in settings.drawn_seeds:
+        what = f"answers, seed {seed}"
+        predictions[seed] = answer(
+            model,
+            inputs.prompts,
+            tokenizer,
+            vocabulary=vocabulary,
+            sampling=settings.sampling,
+            seed=seed,
+            answer_cache=answer_cache,
+            progress=lambda done, of, what=what: tell(what, done, of),  # type: ignore[misc]
+        )
+        if len(predictions[seed]) != len(inputs.prompts):
+            raise DpkdError(f"{len(predictions[seed])} rows were answered, but there are {len(inputs.prompts)}")
+    answers = {seed: as_answers(own) for seed, own in predictions.items()}
+    lengths = settings.lengths or tokens_by(tokenizer)
+    metrics, buckets, rows = score(answers, specs, cuts=settings.cuts, measure=lengths)
+    meter = _DivergenceMeter(model, teacher, tokenizer, vocabulary, tell)
+    metrics |= _as_metrics(meter(inputs.sequences, "divergences"))
+    if settings.rewards and teacher is not None:
+        metrics |= _rewards(meter, inputs, predictions[settings.drawn_seeds[0]], settings, teacher_answer_cache)
+    evaluation = Evaluation(len(inputs.prompts), settings.drawn_seeds, metrics, buckets, lengths.unit)
+    return evaluation, predictions, rows
+
+
+def _as_metrics(found: Divergences) -> dict[str, Metric]:
+    values = found.as_dict()
+    return {
+        name: Metric((values[name],), unit, "lower" if name in LOWER_IS_BETTER else "")
+        for name, unit in DIVERGENCE_UNITS.items()
+        if name in values
+    }
+
+
+@dataclass
+class _DivergenceMeter:
+    """Divergences of a model to its teacher, on whatever responses."""
+
+    model: Any
+    teacher: LocalTeacher | None
+    tokenizer: Any
+    vocabulary: int
+    tell: Progress
+
+    def __call__(self, sequences: Sequence[TokenSequence], what: str) -> Divergences:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.tell(what, done, len(sequences))
+
+        texts = [self.tokenizer.decode(list(s.response_ids), skip_special_tokens=True) for s in sequences]
+        return measure(
+            self.model,
+            sequences,
+            teacher=self.teacher,
+            vocabulary=self.vocabulary,
+            pad_id=self.tokenizer.pad_token_id,
+            text_bytes=sum(len(text.encode()) for text in texts),
+            progress=advance,
+        )
+
+
+def _rewards(
+    meter: _DivergenceMeter,
+    inputs: Inputs,
+    own: Sequence[Prediction],
+    settings: EvaluationSettings,
+    answer_cache: AnswerCache | None,
+) -> dict[str, Metric]:
+    """Implicit reward log q/p of the student's own answers and of the teacher's, under the first seed."""
+    assert meter.teacher is not None
+    teachers = answer(
+        meter.teacher.model,
+        inputs.prompts,
+        meter.tokenizer,
+        vocabulary=meter.vocabulary,
+        sampling=settings.sampling,
+        seed=settings.drawn_seeds[0],
+        answer_cache=answer_cache,
+        progress=lambda done, of: meter.tell("the teacher's answers", done, of),
+    )
+    metrics = {}
+    for who, answers in (("student", own), ("teacher", teachers)):
+        sequences = [
+            TokenSequence(prompt.prompt_ids, tuple(p.extra["ids"]))
+            for prompt, p in zip(inputs.prompts, answers, strict=True)
+        ]
+        found = meter(sequences, f"rewards of the {who}'s answers")
+        for name, value in (("sum", found.reward_sum), ("mean", found.reward_mean)):
+            assert value is not None
+            metrics[f"{who}_answer_reward_{name}"] = Metric((value,), DIVERGENCE_UNITS[f"reward_{name}"])
+    return metrics

@@ -1,0 +1,77 @@
+"""What `--model` may be: a run folder, a model folder, or a hub id; a run brings its teacher and its data settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpkd.data.memory import is_memory
+from dpkd.errors import DpkdError
+from dpkd.models.settings import ModelSettings, TeacherSettings
+from dpkd.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class EvalTarget:
+    """A model to evaluate.
+
+    data    what its run says about reading data (columns and template), as given values of the block `data`
+    folder  where its results go
+    """
+
+    name: str
+    model: ModelSettings
+    teacher: TeacherSettings | None
+    data: Mapping[str, Any]
+    folder: Path
+
+
+def _run(name: str) -> RunFolder | None:
+    folder = RunFolder(Path(name))
+    return folder if folder.config.is_file() else None
+
+
+def model_of(name: str) -> ModelSettings:
+    """The model of a run folder, or the model itself.
+
+    Raises DpkdError for a run that is not finished, and for the adapter or the checkpoints of one.
+    """
+    run = _run(name)
+    if run is None:
+        _refuse_parts_of_runs(Path(name))
+        return ModelSettings(model=name)
+    if not run.model.is_dir():
+        raise DpkdError(f"{name} has no model yet: finish the run with `dpkd train --resume {name}`")
+    return ModelSettings(model=str(run.model))
+
+
+def _refuse_parts_of_runs(path: Path) -> None:
+    above = next((p for p in (path.parent, path.parent.parent) if _run(str(p)) is not None), None)
+    if above is not None and path.is_dir() and path.name != "model":
+        raise DpkdError(f"{path} is part of a run and no model of its own: name the run, {above}")
+
+
+def find_target(name: str, teacher: str | None) -> EvalTarget:
+    """A model with its teacher; a run's own teacher and template are used where nothing else is said.
+
+    A teacher that the run had in memory is not to be had from its folder.
+    """
+    run = _run(name)
+    saved: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run is not None else {}
+    own = {key: value for key, value in saved.get("data", {}).items() if key in ("template", "columns")}
+    settings = TeacherSettings(model=teacher) if teacher else None
+    own_teacher = saved.get("teacher", {}).get("model")
+    if teacher is None and own_teacher and not is_memory(own_teacher):
+        settings = TeacherSettings.model_validate(saved["teacher"])
+    folder = run.path / "eval" if run is not None else Path("runs") / "eval" / _filed_under(Path(name))
+    return EvalTarget(name, model_of(name), settings, own, folder)
+
+
+def _filed_under(path: Path) -> str:
+    """The last part of a model's path that says which it is: `kd-1` of `runs/kd-1/model`."""
+    path = path.resolve() if path.exists() else path
+    return path.parent.name if path.name in ("model", "final") and path.parent.name else path.name

@@ -1,0 +1,95 @@
+"""A causal LM with the KV cache of the rows that are being written.
+
+Shapes: B rows, T new tokens per row, S columns of the cache. Rows are right-aligned: the newest token of each
+row stands in the last column, padding to the left of the first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpkd.models.head import causal_lm
+from dpkd.models.loading import context_length
+
+
+class KVCacheModel:
+    """One model and its cache. `feed` adds tokens to each row; `select`, `trim`, `join` change the rows."""
+
+    def __init__(self, model: nn.Module, vocabulary: int | None) -> None:
+        self._model = model
+        self._vocabulary = vocabulary
+        parameters = inspect.signature(causal_lm(model).forward).parameters
+        self._takes_positions = "position_ids" in parameters  # models with ALiBi have none
+        self._head_on_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.device: torch.device = causal_lm(model).get_input_embeddings().weight.device
+        self._cache: Any = None
+
+    def empty(self) -> KVCacheModel:
+        """The same model without rows."""
+        return KVCacheModel(self._model, self._vocabulary)
+
+    def feed(self, ids_BT: Tensor, mask_BS: Tensor | None, positions_BT: Tensor) -> Tensor:
+        """Read T tokens per row; the logits `[B, V]` of what follows. The mask covers the new columns too."""
+        positions = {"position_ids": positions_BT.to(self.device)} if self._takes_positions else {}
+        output = self._model(
+            input_ids=ids_BT.to(self.device),
+            attention_mask=None if mask_BS is None else mask_BS.to(self.device),
+            past_key_values=self._cache,
+            use_cache=True,
+            **positions,
+            **self._head_on_last,
+        )
+        self._cache = output.past_key_values
+        return output.logits[:, -1, : self._vocabulary]  # type: ignore[no-any-return]
+
+    def select(self, index_B: Tensor) -> None:
+        """Keep the rows of an index, in its order; an index may repeat a row."""
+        self._cache.reorder_cache(index_B.to(self.device))
+
+    @property
+    def can_join(self) -> bool:
+        """Whether the cache is plain keys and values, one column per token: no window, no other state."""
+        from transformers.cache_utils import DynamicLayer
+
+        return all(type(layer) is DynamicLayer for layer in self._cache.layers)
+
+    def trim(self, columns: int) -> None:
+        """Drop the oldest columns: padding in every row. Needs `can_join`."""
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, columns:], layer.values[:, :, columns:]
+
+    def join(self, other: KVCacheModel) -> None:
+        """Add the rows of another cached_model of the same model below the own rows. Needs `can_join`."""
+        for own, new in zip(self._cache.layers, other._cache.layers, strict=True):
+            own.keys, own.values = _stacked(own.keys, new.keys), _stacked(own.values, new.values)
+
+
+def _stacked(first: Tensor, second: Tensor) -> Tensor:
+    """Keys or values `[B, heads, S, D]` of two caches, the shorter one padded on the left."""
+    columns = max(first.shape[2], second.shape[2])
+    return torch.cat([F.pad(part, (0, 0, columns - part.shape[2], 0)) for part in (first, second)])
+
+
+def longest_sequence(model: nn.Module) -> int | None:
+    """How many tokens a model reads at most, where its configuration says so."""
+    return context_length(causal_lm(model).config)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode; afterwards every module has the mode it had, whatever happened."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

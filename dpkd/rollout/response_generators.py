@@ -1,0 +1,206 @@
+"""The two generators: how the student and the teacher write responses, for all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpkd.api import Rollout, RolloutLoss, Sampled, Sampler, Text
+from dpkd.cross_tokenizer.retokenize import Retokenizer
+from dpkd.data.batches import TokenSequence, collate, micro_batches
+from dpkd.data.encode import Prompt
+from dpkd.errors import DpkdError
+from dpkd.models.chunked import chunk_rows
+from dpkd.rollout.generator import sampling_task
+from dpkd.rollout.response import Response
+from dpkd.rollout.response_store import ResponseStore
+from dpkd.rollout.settings import SamplingSettings, TextSettings
+from dpkd.rollout.sources import prompt_seed, sample_seeds
+from dpkd.teachers.local import LocalTeacher
+
+
+@dataclass(frozen=True)
+class RankShards:
+    """The processes that write together: each takes its share, and all get everything."""
+
+    rank: int = 0
+    processes: int = 1
+    gather: Callable[[list[Any]], list[Any]] = lambda items: items
+
+    def share(self, items: Sequence[int], work: Callable[[list[int]], list[Any]]) -> list[Any]:
+        """`work` on this process's items; the results of all items, in their order."""
+        if self.processes == 1:
+            return work(list(items))
+        mine = list(range(len(items)))[self.rank :: self.processes]
+        done = self.gather(list(zip(mine, work([items[i] for i in mine]), strict=True)))
+        return [result for _, result in sorted(done, key=lambda pair: pair[0])]
+
+
+@dataclass
+class StudentGenerator:
+    """Has the student's responses drawn; for a policy gradient it also scores them with the teacher."""
+
+    sampler: Sampler
+    lend: Callable[[Callable[[nn.Module], Any]], Any]  # gives the student, whole, while the sampler draws from it
+    prompts: Sequence[Prompt]
+    settings: TextSettings
+    pad_id: int
+    vocabulary: int
+    seed: int
+    rank_shards: RankShards
+    device: torch.device
+    teacher: LocalTeacher | None = None
+    loss: RolloutLoss[Any] | None = None
+    progress: Callable[[int], None] | None = None
+
+    def __call__(self, indices: Sequence[int], period: int) -> list[tuple[Response, ...]]:
+        count = self.settings.num_generations
+        shared = self.rank_shards.share(indices, lambda mine: _grouped(self._write(mine, period), count))
+        if self.loss is None:
+            return shared
+        return _grouped(_with_advantages([response for group in shared for response in group], self.loss), count)
+
+    def _write(self, indices: list[int], period: int) -> list[Response]:
+        """The responses to these examples, those to one example together."""
+        sampled = self.lend(lambda _student: self._drawn(indices, period))
+        if self.loss is None:
+            return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
+        drawn = [Response(s.response_ids, Text.STUDENT, s.truncated, s.logps, s.behaviour_logps) for s in sampled]
+        return self._scored([i for i in indices for _ in range(self.settings.num_generations)], drawn)
+
+    def _drawn(self, indices: list[int], period: int) -> Sequence[Sampled]:
+        mix, veto, count = self.settings.teacher_mix, self.settings.teacher_veto, self.settings.num_generations
+        task = sampling_task(
+            self.settings.sampling,
+            [self.prompts[i].prompt_ids for i in indices],
+            [seed for i in indices for seed in sample_seeds(self.seed, period, self.prompts[i].id, count)],
+            num_generations=count,
+            logps=self.loss is not None,
+            mix_with=self.teacher.model if (mix > 0 or veto > 0) and self.teacher is not None else None,
+            mix=mix,
+            veto=veto,
+        )
+        self.sampler.refresh()
+        return self.sampler.draw(task, lambda place, response: self.progress(1) if self.progress else None)
+
+    def _scored(self, indices: list[int], responses: list[Response]) -> list[Response]:
+        """The responses with the teacher's log-prob of each token."""
+        assert self.teacher is not None  # the plan refuses a rollout loss without a teacher
+        device = self.device
+        sequences = [TokenSequence(self.prompts[i].prompt_ids, r.ids) for i, r in zip(indices, responses, strict=True)]
+        scored = list(responses)
+        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
+        for group in micro_batches(lengths, self.settings.sampling.batch_size):
+            batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(device)
+            logps = self.teacher.logps(batch, chunk_rows(self.vocabulary, 32.0)).tolist()
+            for place, i in enumerate(group):
+                own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
+                scored[i] = replace(responses[i], teacher_logps=tuple(own))
+        return scored
+
+
+def _grouped(responses: list[Response], count: int) -> list[tuple[Response, ...]]:
+    """The responses by example, `count` to each."""
+    return [tuple(responses[first : first + count]) for first in range(0, len(responses), count)]
+
+
+def _with_advantages(responses: list[Response], loss: RolloutLoss[Any]) -> list[Response]:
+    """What each token is worth, over the whole collection at once."""
+
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([value for r in responses for value in getattr(r, name)])
+
+    lengths = torch.tensor([len(r.ids) for r in responses])
+    rollout = Rollout(
+        column("rollout_logps"),
+        column("behaviour_logps"),
+        column("teacher_logps"),
+        torch.repeat_interleave(torch.arange(len(responses)), lengths),
+    )
+    with torch.no_grad():
+        advantages = loss.advantages(rollout).split(lengths.tolist())
+    return [replace(r, advantages=tuple(a.tolist())) for r, a in zip(responses, advantages, strict=True)]
+
+
+@dataclass
+class TeacherGenerator:
+    """Gives the teacher's responses: from the store where they are, else drawn and put there."""
+
+    sampler: Callable[[], Sampler] | None  # opens one; None: all that is wanted must be in the store
+    prompts: Sequence[Prompt]
+    sampling: SamplingSettings
+    seed: int
+    rank_shards: RankShards
+    context: int | None  # the longest sequence that both models read
+    store: ResponseStore
+    decode: Callable[[Sequence[int]], str]
+    progress: Callable[[int, int], None] | None = None
+
+    def __call__(self, indices: Sequence[int]) -> list[Response]:
+        self.store.refresh()  # another generator of this run, or another run, may have written some
+        # One response per distinct prompt: the store's, so that a run is the same whether it or an earlier one wrote.
+        distinct = {self.prompts[i].prompt_ids: i for i in reversed(indices)}
+        missing = [i for prompt, i in distinct.items() if self.store.get(prompt) is None]
+        if missing and self.sampler is None:
+            raise DpkdError(
+                f"{len(missing):,} of {len(distinct):,} responses of the teacher are not in the store "
+                f"{self.store.folder.parent.parent}: it was written for other data, another seed or other "
+                "text.teacher_sampling. Write it with `dpkd cache` under the settings of the run."
+            )
+        if missing:
+            self.rank_shards.share(missing, self._write)
+            self.store.refresh()  # what other processes wrote
+        return [self._stored(self.prompts[i].prompt_ids) for i in indices]
+
+    def _stored(self, prompt_ids: Sequence[int]) -> Response:
+        stored = self.store.get(prompt_ids)
+        assert stored is not None  # written just now, if not before
+        # The store keeps what the teacher wrote; a student that reads less gets less of it.
+        room = None if self.context is None else self.context - len(prompt_ids)
+        ids = stored.response_ids[:room]
+        return Response(ids, Text.TEACHER, stored.truncated or len(ids) < len(stored.response_ids))
+
+    def _write(self, indices: list[int]) -> list[int]:
+        """Draw responses and put each into the store as it ends: an interrupted run keeps what was written."""
+        prompts = [self.prompts[i].prompt_ids for i in indices]
+        done = 0
+
+        def finished(place: int, s: Sampled) -> None:
+            nonlocal done
+            self.store.add(prompts[place], s.response_ids, s.truncated, self.decode(s.response_ids), index=0)
+            done += 1
+            if self.progress is not None:
+                self.progress(done, len(indices))
+
+        assert self.sampler is not None
+        sampler = self.sampler()
+        try:
+            seeds = [prompt_seed(self.seed, prompt) for prompt in prompts]
+            sampler.refresh()
+            sampler.draw(sampling_task(self.sampling, prompts, seeds, logps=False), finished)
+        finally:
+            sampler.close()  # it is not needed again: its memory is the student's
+        return indices
+
+
+@dataclass
+class RetokenizedResponses:
+    """The responses of a teacher with another tokenizer, told again in the student's tokens."""
+
+    generator: TeacherGenerator  # writes in the teacher's tokens, to its own prompts
+    translator: Retokenizer
+    prompts: Sequence[Prompt]
+    context: int | None  # the longest sequence that the student reads
+
+    def __call__(self, indices: Sequence[int]) -> list[Response]:
+        written = self.generator(indices)
+        told = self.translator.retold([response.ids for response in written])
+        return [self._cut(i, response, ids) for i, response, ids in zip(indices, written, told, strict=True)]
+
+    def _cut(self, index: int, response: Response, ids: tuple[int, ...]) -> Response:
+        room = None if self.context is None else self.context - len(self.prompts[index].prompt_ids)
+        return Response(ids[:room], Text.TEACHER, response.truncated or len(ids[:room]) < len(ids))

@@ -1,0 +1,148 @@
+"""A model's responses to the prompts of a data set, written to a file: SeqKD data, for any tool."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpkd.api import GenerationModel
+from dpkd.data.encode import Prompt, tokenize
+from dpkd.data.encoding import continuation
+from dpkd.data.examples import read_examples
+from dpkd.data.formats import Example
+from dpkd.data.settings import DataSettings
+from dpkd.data.templates import chat_lead
+from dpkd.errors import DpkdError
+from dpkd.models.fingerprint import model_fingerprint
+from dpkd.models.loading import load_model, load_tokenizer
+from dpkd.models.settings import ModelSettings
+from dpkd.rollout.generator import open_sampler, sampling_task
+from dpkd.rollout.settings import SamplingSettings, TextSettings
+from dpkd.rollout.sources import response_seed
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """How many responses were written now, how many were there from an interrupted call, and which rows have none."""
+
+    written: int
+    found: int
+    truncated: int
+    empty: int
+    notes: tuple[str, ...]
+
+
+def sample_to_file(
+    model: ModelSettings,
+    data: DataSettings,
+    sampling: SamplingSettings,
+    *,
+    output: Path,
+    seed: int,
+    num_generations: int = 1,
+    backend: str = "hf",
+    backend_settings: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SampleReport:
+    """Append one JSON line per response; a second call goes on where an interrupted one stopped.
+
+    A line is the row of the data set with the new response, so that it can be trained on as it is.
+    Raises DpkdError when the file was written with other settings, by another model or for other prompts.
+    """
+    examples = read_examples(data, require_response=False)
+    drawn_by = TextSettings(backend=backend, backend_settings=dict(backend_settings or {}))
+    facts = {
+        "model": model.model,
+        "weights": model_fingerprint(str(model.model), model.revision),
+        "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
+        "seed": seed,
+        "template": data.template,
+        "data": examples.fingerprint,
+        "num_generations": num_generations,
+        **({"backend": drawn_by.backend_key} if drawn_by.backend_key is not None else {}),
+    }
+    found = _found(output, facts)
+    tokenizer = load_tokenizer(model)
+    tokenized = tokenize(examples.examples, tokenizer, data, require_response=False)
+    todo = [p for p in tokenized.prompts if (p.id, num_generations - 1) not in found]
+    by_id = {example.id: example for example in examples.examples}
+    lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
+    lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
+    counts = {"written": 0, "truncated": 0, "empty": 0}
+    _settings_file(output).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    writer = GenerationModel(lm, None, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
+    with closing(open_sampler(drawn_by, writer)) as sampler, output.open("a", encoding="utf-8") as file:
+        sampler.refresh()
+        for group in _groups(todo, 4 * sampling.batch_size):
+            seeds = [response_seed(seed, n, p.id) for p in group for n in range(num_generations)]
+            task = sampling_task(
+                sampling, [p.prompt_ids for p in group], seeds, num_generations=num_generations, logps=False
+            )
+            for number, s in enumerate(sampler.draw(task)):
+                prompt, n = group[number // num_generations], number % num_generations
+                # The space between prompt and response belongs to the response: no strip.
+                text = continuation(tokenizer, prompt.prompt_ids, s.response_ids)
+                counts["written"] += 1
+                counts["truncated"] += s.truncated
+                counts["empty"] += not text.strip()
+                if (prompt.id, n) not in found:
+                    row = {**_row(by_id[prompt.id], text, lead), "id": prompt.id, "sample": n}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            if progress is not None:
+                progress(counts["written"], len(todo) * num_generations)
+    notes = [*examples.lines()[1:], *(f"dropped {count:,}: {why}" for why, count in tokenized.report.dropped.items())]
+    return SampleReport(counts["written"], len(found), counts["truncated"], counts["empty"], tuple(notes))
+
+
+def _row(example: Example, text: str, lead: str) -> dict[str, Any]:
+    """The prompt's own fields and the response, in a form that `dpkd train` reads.
+
+    `lead` is what a chat template puts before a response: it is put there again when the row is read.
+    """
+    if example.messages is not None:
+        prompt = [{"role": m.role, "content": m.content} for m in example.messages]
+        return {"messages": [*prompt, {"role": "assistant", "content": text.removeprefix(lead)}]}
+    if example.prompt is not None:
+        return {"prompt": example.prompt, "response": text}
+    return {"instruction": example.instruction, "input": example.input, "output": text}
+
+
+def _groups(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
+    for start in range(0, len(prompts), size):
+        yield list(prompts[start : start + size])
+
+
+def _settings_file(output: Path) -> Path:
+    return output.with_name(output.name + ".settings.json")
+
+
+def _found(output: Path, facts: dict[str, Any]) -> set[tuple[str, int]]:
+    """What an earlier call wrote; its settings stand beside the file."""
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return set()
+    settings_file = _settings_file(output)
+    before = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else {}
+    changed = [name for name in facts if before.get(name) != facts[name]]
+    if changed:
+        raise DpkdError(
+            f"{output} exists already, written by another model, for other prompts or with other settings: "
+            f"{', '.join(changed)} ({settings_file.name}). Choose another --output, or delete it."
+        )
+    kept, ids = [], set()
+    for line in output.read_text(encoding="utf-8").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:  # the torn last line of an interrupted call
+            continue
+        kept.append(line + "\n")
+        ids.add((row["id"], row["sample"]))
+    output.write_text("".join(kept), encoding="utf-8")
+    return ids

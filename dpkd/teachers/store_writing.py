@@ -1,0 +1,97 @@
+"""Writing a store: the teacher reads fixed text once, so that training needs it no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpkd.data.batches import TokenSequence, collate, micro_batches
+from dpkd.functional import gather_logps, log_softmax
+from dpkd.models.chunked import chunk_rows, chunks
+from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.store_manifest import Manifest, write_manifest
+from dpkd.teachers.store_shards import Shards, sequence_key
+
+SHARD_TOKENS = 100_000
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@torch.no_grad()
+def write_store(
+    folder: Path,
+    teacher: LocalTeacher,
+    sequences: Sequence[TokenSequence],
+    manifest: Manifest,
+    *,
+    pad_id: int,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write what is missing of the sequences into a store; returns how many were written now.
+
+    Raises DpkdError when the folder holds numbers of another kind.
+    """
+    write_manifest(folder, manifest)
+    shards = Shards(folder)
+    distinct = {_key(s): s for s in sequences}
+    todo = [s for key, s in distinct.items() if key not in shards]
+    waiting: dict[str, dict[str, Tensor]] = {}
+    done = tokens = 0
+    for group in micro_batches([len(s.prompt_ids) + len(s.response_ids) for s in todo], batch_size):
+        members = [todo[i] for i in group]
+        batch = collate(members, pad_id=pad_id)
+        columns = _columns(teacher, batch, manifest)
+        for place, sequence in enumerate(members):
+            own = batch.sequence == place
+            waiting[_key(sequence)] = {name: values[own] for name, values in columns.items()}
+        done += len(members)
+        tokens += len(batch.targets)
+        if tokens >= SHARD_TOKENS:
+            shards.add(waiting)
+            waiting, tokens = {}, 0
+        if progress is not None:
+            progress(done, len(todo))
+    if waiting:
+        shards.add(waiting)
+    return len(todo)
+
+
+def _key(sequence: TokenSequence) -> str:
+    ids = [*sequence.prompt_ids, *sequence.response_ids]
+    return sequence_key(ids, len(ids) - max(len(sequence.prompt_ids), 1))
+
+
+def _columns(teacher: LocalTeacher, batch: Any, manifest: Manifest) -> dict[str, Tensor]:
+    """The numbers of each response token of a batch, on the CPU."""
+    rows = teacher.rows(batch)
+    parts: dict[str, list[Tensor]] = {}
+    for chunk in chunks(len(batch.targets), chunk_rows(manifest.vocabulary, 32.0)):
+        log_p_nV = log_softmax(rows.logits(chunk))
+        targets_n = batch.targets[chunk].to(log_p_nV.device)
+        found = {"logps": gather_logps(log_p_nV, targets_n).float()}
+        if manifest.kind == "topk":
+            found |= _top(log_p_nV, manifest)
+        if manifest.kind == "sampled":
+            seed = _seed(manifest, batch.targets[chunk])
+            generator = torch.Generator(device=log_p_nV.device).manual_seed(seed)
+            drawn = torch.multinomial(log_p_nV.exp(), manifest.k, replacement=True, generator=generator)
+            found["ids"] = drawn.int()
+        for name, values in found.items():
+            parts.setdefault(name, []).append(values.cpu())
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _top(log_p_nV: Tensor, manifest: Manifest) -> dict[str, Tensor]:
+    """The k likeliest tokens, and the log of the mass of the others, which the rounding of the k does not touch."""
+    top = log_p_nV.topk(min(manifest.k, manifest.vocabulary), dim=-1)
+    others_nV = log_p_nV.scatter(-1, top.indices, -torch.inf)
+    return {"ids": top.indices.int(), "top": top.values.to(DTYPES[manifest.dtype]), "rest": others_nV.logsumexp(-1)}
+
+
+def _seed(manifest: Manifest, targets: Tensor) -> int:
+    """A seed for the draws of some rows: theirs whatever the run was interrupted by."""
+    return (manifest.seed * 1_000_003 + int(targets.sum()) * 7919 + len(targets)) % 2**31

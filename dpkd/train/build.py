@@ -1,0 +1,296 @@
+"""Puts the parts of a run together: data, models, losses, writers, optimizer. Cheap checks come first."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from dpkd.api import Signal
+from dpkd.config.resolve import Resolved
+from dpkd.config.settings import BatchSettings, RunSettings
+from dpkd.data.batch_sampler import BatchSampler
+from dpkd.data.batches import Layout
+from dpkd.data.corpus import read_corpus
+from dpkd.data.encode import EncodedData
+from dpkd.errors import DpkdError
+from dpkd.evaluation.inputs import Inputs
+from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.head import causal_lm, check_head
+from dpkd.models.layouts import why_not
+from dpkd.models.lora import add_lora
+from dpkd.models.student_init import make_student
+from dpkd.models.tokenizers import shared_vocabulary
+from dpkd.rollout.sources import Writers
+from dpkd.teachers.aligned import AlignedTeacher
+from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.store import StoreTeacher
+from dpkd.teachers.store_manifest import read_manifest
+from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
+from dpkd.train.cross_tokenizer import union_of
+from dpkd.train.hidden_states import bind, check_stack
+from dpkd.train.loss_module import LossModule
+from dpkd.train.microbatch import MicroBatcher
+from dpkd.train.optimizers import make_optimizer
+from dpkd.train.prepare import Prepared, prepare
+from dpkd.train.progress import Display
+from dpkd.train.rollouts import RolloutBuilder, check_processes, make_groups
+from dpkd.train.schedules import Schedules
+from dpkd.train.step_batches import LM_READS, Corpus, StepBatchBuilder
+from dpkd.train.train_step import TrainStep
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class RunParts:
+    """A run, ready to go."""
+
+    tokenizer: Any
+    data: EncodedData
+    teacher: LocalTeacher | StoreTeacher | AlignedTeacher | None
+    train_step: TrainStep
+    builder: StepBatchBuilder
+    schedules: Schedules
+    facts: dict[str, Any]
+    dev: Inputs | None
+    vocabulary: int
+    context: int | None  # the longest sequence that both models read
+    rollouts: RolloutBuilder
+
+    @property
+    def writers(self) -> Writers:
+        """Of the main loss's text."""
+        return self.builder.groups[0].writers
+
+    def prepare_teacher(self) -> None:
+        """Have the teacher write all that the run will use."""
+        for group in self.builder.groups:
+            group.writers.prepare_teacher()
+
+    def close(self) -> None:
+        """Give back what lies outside the models."""
+        self.rollouts.close()
+
+
+def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> RunParts:
+    """Load everything that a run needs.
+
+    Raises DpkdError when models, tokenizers or data do not fit together.
+    """
+    settings = resolved.settings
+    _check_sharding(accelerator)
+    check_processes(resolved, accelerator.num_processes)
+    prepared = prepare(resolved, display)
+    tokenizer, data, steps = prepared.tokenizer, prepared.data, prepared.steps
+    corpus = _corpus(settings, tokenizer, steps, display)
+    models = _Models(resolved, accelerator, prepared, display)
+    layout = models.layout(settings.batch)  # while the student is whole: it may be sharded below
+    losses = _losses(resolved)
+    layers = bind(resolved, losses, prepared.student_config, prepared.teacher_config)
+    if layers:
+        check_stack(models.student)
+        check_stack(models.teacher.model if isinstance(models.teacher, LocalTeacher) else None)
+    loss_module = LossModule(
+        models.student,
+        losses,
+        vocabulary=models.vocabulary,
+        chunk_mib=settings.train.chunk_mib,
+        layers=layers,
+        widest=models.teacher.union.size if isinstance(models.teacher, AlignedTeacher) else None,
+    ).to(accelerator.device)
+    optimizer = make_optimizer(loss_module, settings.train)
+    loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
+    inner = accelerator.unwrap_model(loss_module)
+    register_fsdp_forward_method(inner, "lend")  # nothing happens to it where the student is not sharded
+    micro_batcher = MicroBatcher(
+        settings.train.micro_batch_size,
+        tokenizer.pad_token_id,
+        settings.batch.tokens,
+        layout,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
+        0 if prepared.teacher_tokenizer is None else prepared.teacher_tokenizer.pad_token_id,
+    )
+    train_step = TrainStep(
+        accelerator, loss_module, optimizer, models.teacher, models.reference, micro_batcher, settings.train.clip
+    )
+    rollouts = RolloutBuilder(
+        resolved, models.student, inner.lend, models.teacher, models.vocabulary, prepared, accelerator, display
+    )
+    builder = StepBatchBuilder(
+        make_groups(resolved, losses, rollouts),
+        settings.terms,
+        losses["pretrain"].reads() if "pretrain" in losses else LM_READS,
+        data.prompts,
+        corpus,
+    )
+    schedules = Schedules(losses, {objective.name: objective.schedules for objective in resolved.objectives})
+    facts = {
+        "steps": steps,
+        "data": prepared.data_facts,
+        "corpus": None if corpus is None else _corpus_facts(corpus),
+        "models": {
+            who: resolved.given.fingerprint(model)
+            for who, model in (("student", settings.student), ("teacher", settings.teacher))
+            if model.model is not None
+        },
+        "vocabulary": models.vocabulary,
+        "layout": micro_batcher.layout._asdict(),
+        **({"in_memory": resolved.given.described()} if resolved.given.models or resolved.given.data else {}),
+        "parameters": {"student": _count(models.student), "trained": _count(models.student, trained=True)},
+    }
+    if isinstance(models.teacher, StoreTeacher):
+        facts["models"]["teacher"] = models.teacher.manifest.model
+    elif models.teacher is not None:
+        facts["parameters"]["teacher"] = _count(models.teacher.model)
+    return RunParts(
+        tokenizer,
+        data,
+        models.teacher,
+        train_step,
+        builder,
+        schedules,
+        facts,
+        prepared.dev,
+        models.vocabulary,
+        prepared.context,
+        rollouts,
+    )
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    """Raises DpkdError for ways of sharding whose weights cannot be gathered for sampling and saving."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise DpkdError("accelerate shards with FSDP 1; dpkd needs FSDP 2: accelerate launch --fsdp_version 2 ...")
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise DpkdError(
+            "accelerate shards with DeepSpeed's ZeRO stage 3; dpkd takes stages 1 and 2, or FSDP 2: accelerate launch "
+            "--use_fsdp --fsdp_version 2 ..."
+        )
+
+
+def _count(model: nn.Module, *, trained: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+class _Models:
+    """Student, teacher (where one is named) and their shared vocabulary."""
+
+    def __init__(self, resolved: Resolved, accelerator: Accelerator, prepared: Prepared, display: Display) -> None:
+        settings, device = resolved.settings, accelerator.device
+        teacher = _load_teacher(resolved, device) if settings.teacher.model is not None else None
+        student = make_student(
+            settings.student, teacher=teacher, device=device, seed=settings.seed, given=resolved.given
+        )
+        if settings.student.gradient_checkpointing:
+            # transformers has renamed it: where both names are there, the older one warns.
+            newer = getattr(student, "activation_checkpointing_enable", None)
+            (newer or student.gradient_checkpointing_enable)({"use_reentrant": False})
+            student.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
+        check_head(student)
+        self.vocabulary = student.get_output_embeddings().weight.shape[0]
+        self.teacher: LocalTeacher | StoreTeacher | AlignedTeacher | None = None
+        if settings.teacher.store is not None:
+            self.teacher = _open_store(settings.teacher.store, self.vocabulary, device)
+            self.vocabulary = self.teacher.vocabulary
+        if teacher is not None and prepared.translator is not None:
+            teacher_rows = teacher.get_output_embeddings().weight.shape[0]
+            union = union_of(prepared.translator, self.vocabulary, teacher_rows)
+            self.vocabulary = union.student
+            self.teacher = AlignedTeacher(LocalTeacher(teacher, union.teacher, device), union.to(device))
+        elif teacher is not None:
+            shared = shared_vocabulary(
+                prepared.tokenizer,
+                prepared.teacher_tokenizer,
+                self.vocabulary,
+                teacher.get_output_embeddings().weight.shape[0],
+            )
+            self.vocabulary = shared.size
+            if shared.note:
+                display.say(shared.note)
+            self.teacher = LocalTeacher(teacher, self.vocabulary, device)
+        reads = frozenset().union(*(objective.reads for objective in resolved.objectives))
+        self.reference = None
+        if Signal.REFERENCE_LOGPS in reads:
+            # The student as it starts: a resumed run makes it anew, before it loads what was trained.
+            self.reference = LocalTeacher(deepcopy(student), self.vocabulary, device)
+        self.student = add_lora(student, settings.student.lora) if settings.student.lora else student
+        self.student.train()
+
+    def layout(self, batch: BatchSettings) -> Layout:
+        """How sequences may become rows: what was asked for, as far as all models allow.
+
+        Raises DpkdError when packing was asked for by name and a model cannot.
+        """
+        teacher = self.teacher.model if isinstance(self.teacher, LocalTeacher) else None
+        models = {"student": self.student, **({} if teacher is None else {"teacher": teacher})}
+        flash = all(implementation(causal_lm(model)) in VARLEN for model in models.values())
+        packed = batch.packing == "on" or (batch.packing == "auto" and flash)
+        if packed:
+            for who, model in models.items():
+                if (reason := why_not(model, Layout(packed=True))) is not None:
+                    raise DpkdError(f"batch.packing: the {who} cannot read packed rows: {reason}. Leave it at auto.")
+        shared = Layout(batch.shared_prompts, packed)
+        if shared.shared and any(why_not(model, shared) is not None for model in models.values()):
+            return Layout(packed=packed)
+        return shared
+
+
+def _open_store(folder: str, student_rows: int, device: torch.device) -> StoreTeacher:
+    """Raises DpkdError when the student's head is too small for the ids of the store."""
+    store = StoreTeacher(Path(folder), read_manifest(folder).vocabulary, device)
+    if store.vocabulary > student_rows:
+        raise DpkdError(
+            f"teacher.store: {folder} has ids up to {store.vocabulary - 1:,}, but the student's output head has only "
+            f"{student_rows:,} rows"
+        )
+    return store
+
+
+def _load_teacher(resolved: Resolved, device: torch.device) -> Any:
+    settings = resolved.settings.teacher
+    model = resolved.given.load(settings, device=torch.device(settings.device or device), dtype=None)
+    check_head(model)
+    return model
+
+
+def _losses(resolved: Resolved) -> dict[str, Any]:
+    terms = resolved.settings.terms
+    losses: dict[str, Any] = {o.name: o.spec.loss(o.config) for o in resolved.objectives}
+    if terms.lm.weight > 0:
+        losses["lm"] = LanguageModelling(LanguageModellingConfig())
+    if terms.pretrain.weight > 0:
+        losses["pretrain"] = LanguageModelling(LanguageModellingConfig(kd_ratio=terms.pretrain.kd_ratio))
+    return losses
+
+
+def _corpus(settings: RunSettings, tokenizer: Any, steps: int, display: Display) -> Corpus | None:
+    pretrain = settings.terms.pretrain
+    if pretrain.weight == 0 or pretrain.corpus is None:
+        return None
+    blocks = read_corpus(pretrain.corpus, tokenizer)
+    display.say(blocks.sentence())
+    size = pretrain.batch_size or settings.train.batch_size
+    return Corpus(blocks, BatchSampler([len(b) for b in blocks], batch_size=size, steps=steps, seed=settings.seed))
+
+
+def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
+    """What run.json says of the plain text."""
+    blocks = corpus.blocks
+    return {
+        "path": blocks.source,
+        "fingerprint": blocks.fingerprint,
+        "documents": blocks.documents,
+        "blocks": len(blocks),
+        "left_over_tokens": blocks.left_over,
+    }

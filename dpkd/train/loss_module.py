@@ -1,0 +1,207 @@
+"""The student and its losses in one module with one forward: this is what DDP and FSDP wrap.
+
+Shapes: N response positions of the micro-batch, n of one chunk, V shared vocabulary, B pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, Text, TokenInputs
+from dpkd.functional import log_softmax, segment_sum
+from dpkd.models.chunked import chunk_rows, objective, token_logps
+from dpkd.models.head import Head, head_of
+from dpkd.models.layers import layer_rows
+from dpkd.models.sharding import gathered
+from dpkd.teachers.local import TeacherRows
+from dpkd.teachers.store import StoredRows
+from dpkd.train.mean_metrics import MeanMetrics
+from dpkd.train.microbatch import MicroBatch, Term
+from dpkd.train.observe import observe_pairs, observe_rows
+from dpkd.train.span_inputs import aligned_inputs, observe_spans
+
+T = TypeVar("T")
+
+
+class LossModule(nn.Module):
+    """Runs the student on a micro-batch and returns what to minimise, with the metrics of its metrics."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        losses: Mapping[str, nn.Module],
+        *,
+        vocabulary: int,
+        chunk_mib: float,
+        layers: Mapping[str, Layers] | None = None,
+        widest: int | None = None,
+    ) -> None:
+        """`layers` has the hidden states that losses read, by the name of the loss.
+
+        `widest` is the number of logits of a row where a loss sees more than the student's vocabulary.
+        """
+        super().__init__()
+        self.student = student
+        self.losses = nn.ModuleDict(losses)
+        self.layers = dict(layers or {})
+        self.vocabulary = vocabulary
+        self.chunk = chunk_rows(widest or vocabulary, chunk_mib)
+
+    @property
+    def reward_scale(self) -> float:
+        """β of the implicit reward: that of a pair loss, else 1 (other losses call other things β)."""
+        main = self.losses["main"]
+        return float(getattr(main.config, "beta", 1.0)) if isinstance(main, PairLoss) else 1.0
+
+    def lend(self, micro_batch: Callable[[nn.Module], T]) -> T:
+        """Give the student, with whole weights, to work that is not training: sampling, evaluation, saving.
+
+        All processes call it together; what they do with it may differ.
+        """
+        with torch.no_grad(), gathered(self.student):
+            return micro_batch(self.student)
+
+    def layers_of(self, micro_batch: MicroBatch) -> Layers:
+        """The hidden states that the losses of this micro-batch read."""
+        read = [self.layers[term.name] for term in micro_batch.terms if term.name in self.layers]
+        student, teacher = ({i for layers in read for i in layers[of]} for of in (0, 1))
+        return Layers(tuple(sorted(student)), tuple(sorted(teacher)))
+
+    def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, MeanMetrics]:
+        hidden, states = layer_rows(self.student, micro_batch.batch, self.layers_of(micro_batch).student)
+        head = head_of(self.student, self.vocabulary)
+        if micro_batch.pairs:
+            total, metrics = self._pairs(micro_batch, hidden, head)
+            # Every weight has a gradient in every forward: several processes wait for it.
+            return total + 0.0 * sum(p.sum() for p in self.losses.parameters() if p.requires_grad), metrics
+        total, metrics = self._rows(micro_batch, hidden, head)
+        for term in micro_batch.terms:
+            if term.name in self.layers:
+                total = total + self._on_hidden(micro_batch, term, states, metrics)
+        return total, metrics
+
+    def _rows(self, micro_batch: MicroBatch, hidden: Tensor, head: Head) -> tuple[Tensor, MeanMetrics]:
+        """Token and rollout losses on logits: the gradient of each chunk is taken at once."""
+        metrics = MeanMetrics()
+        terms = [term for term in micro_batch.terms if term.name not in self.layers]
+        measured = micro_batch.measure and micro_batch.step_batch == "main"
+        if not terms and not measured:
+            hidden = hidden[:0]  # nobody looks at logits
+        token_logps_N = hidden.new_zeros(2, hidden.shape[0], dtype=torch.float32)
+
+        def chunk_loss(logits_nV: Tensor, rows: slice) -> Tensor:
+            x = self._inputs(micro_batch, logits_nV, rows)
+            on_spans = None if micro_batch.aligned is None else aligned_inputs(micro_batch, logits_nV, rows)
+            total = logits_nV.new_zeros(())
+            for term in terms:
+                reads_spans = on_spans is not None and Signal.TEACHER_LOGITS in term.reads
+                own = (on_spans if on_spans is not None and reads_spans else x).only(term.reads)
+                values_n = self.losses[term.name](own)
+                total = total + values_n.sum() * (term.weight * micro_batch.scale / term.denominator)
+                _add_term(metrics, term.name, values_n, own.parts)
+            if measured:
+                # What a store has is no whole distribution: it serves the loss, and no divergence is measured.
+                log_p_nV = x.teacher_log_probs() if isinstance(micro_batch.teacher, TeacherRows) else None
+                observe_rows(x.student_log_probs(), log_p_nV, x.targets, metrics, token_logps_N[:, rows])
+            return total
+
+        parameters = [p for p in self.losses.parameters() if p.requires_grad]
+        starts = None if micro_batch.aligned is None else micro_batch.aligned.student.starts(hidden.shape[0])
+        total = objective(chunk_loss, hidden, head, self.chunk, parameters, starts)
+        if micro_batch.aligned is not None:
+            observe_spans(micro_batch.aligned, hidden.shape[0], metrics)
+        if measured:
+            self._observe_responses(micro_batch, token_logps_N, metrics)
+        return total, metrics
+
+    def _observe_responses(self, micro_batch: MicroBatch, token_logps_N: Tensor, metrics: MeanMetrics) -> None:
+        """Lengths and implicit rewards of whole responses, by who wrote them."""
+        lengths = micro_batch.batch.lengths
+        log_q, log_p = (segment_sum(row, micro_batch.batch.sequence, len(lengths)) for row in token_logps_N)
+        for writer in dict.fromkeys(r.writer for r in micro_batch.responses):
+            of = torch.tensor([r.writer is writer for r in micro_batch.responses], device=log_q.device)
+            metrics.mean(f"length/{writer}", lengths[of].float())
+            if isinstance(micro_batch.teacher, TeacherRows):
+                metrics.mean(f"reward/{writer}", self.reward_scale * (log_q - log_p)[of])
+
+    def _inputs(self, micro_batch: MicroBatch, logits_nV: Tensor, rows: slice) -> TokenInputs:
+        nothing_n = logits_nV.new_zeros(len(logits_nV))  # a token is a span of its own
+        signals: dict[Signal, Tensor] = {
+            Signal.STUDENT_LOGITS: logits_nV,
+            Signal.TARGETS: micro_batch.batch.targets[rows],
+            Signal.STUDENT_REST: nothing_n,
+            Signal.TEACHER_REST: nothing_n,
+            **{signal: values[rows] for signal, values in micro_batch.extra.items()},
+        }
+        if micro_batch.needs_teacher(Signal.BY_STUDENT):
+            signals[Signal.BY_STUDENT] = _by_student(micro_batch, rows)
+        reads_teacher = micro_batch.measure or micro_batch.needs_teacher(Signal.TEACHER_LOGITS)
+        if isinstance(micro_batch.teacher, TeacherRows | StoredRows) and reads_teacher:
+            signals[Signal.TEACHER_LOGITS] = micro_batch.teacher.logits(rows).to(logits_nV.dtype)
+        return RolloutInputs(signals) if micro_batch.extra else TokenInputs(signals)
+
+    def _on_hidden(
+        self, micro_batch: MicroBatch, term: Term, states: Mapping[int, Tensor], metrics: MeanMetrics
+    ) -> Tensor:
+        """A loss on hidden states: on all rows at once, with the gradient of plain autograd."""
+        layers, signals = self.layers[term.name], {Signal.TARGETS: micro_batch.batch.targets}
+        if layers.student:
+            signals[Signal.STUDENT_HIDDEN] = torch.stack([states[i] for i in layers.student], 1)
+        if layers.teacher:
+            assert isinstance(micro_batch.teacher, TeacherRows)  # a store is refused in the plan
+            signals[Signal.TEACHER_HIDDEN] = torch.stack([micro_batch.teacher.layers[i] for i in layers.teacher], 1)
+        x = TokenInputs(signals).only(term.reads)
+        with torch.autocast(micro_batch.batch.targets.device.type, enabled=False):
+            values_N = self.losses[term.name](x)
+        _add_term(metrics, term.name, values_N, x.parts)
+        weighted: Tensor = values_N.sum() * (term.weight * micro_batch.scale / term.denominator)
+        return weighted
+
+    def _pairs(self, micro_batch: MicroBatch, hidden: Tensor, head: Head) -> tuple[Tensor, MeanMetrics]:
+        """Pair losses: log-probs of whole responses, their chunks computed again in backward."""
+        metrics = MeanMetrics()
+        batch = micro_batch.batch
+
+        def observer(log_q_nV: Tensor, rows: slice) -> None:
+            log_p_nV = None if micro_batch.teacher is None else log_softmax(micro_batch.teacher.logits(rows))
+            observe_rows(log_q_nV, log_p_nV, batch.targets[rows], metrics)
+
+        logps_N = token_logps(hidden, head, batch.targets, self.chunk, observer if micro_batch.measure else None)
+        student = Pair(*segment_sum(logps_N, batch.sequence, len(batch.lengths)).chunk(2))
+        lengths = Pair(*batch.lengths.to(logps_N.dtype).clamp(min=1).chunk(2))
+        # An idle process's stand-in has no response; it must not count as a pair.
+        real_B = batch.lengths.chunk(2)[0] > 0
+        signals: dict[Signal, Pair] = {Signal.STUDENT_LOGPS: student, Signal.LENGTHS: lengths}
+        if micro_batch.teacher_logps is not None:
+            signals[Signal.TEACHER_LOGPS] = micro_batch.teacher_logps
+        if micro_batch.reference_logps is not None:
+            signals[Signal.REFERENCE_LOGPS] = micro_batch.reference_logps
+        total = logps_N.new_zeros(())
+        for term in micro_batch.terms:
+            reads = {signal: value for signal, value in signals.items() if signal in term.reads}
+            x = PairInputs(reads)
+            values_B = self.losses[term.name](x)[real_B]
+            total = total + values_B.sum() * (term.weight * micro_batch.scale / term.denominator)
+            _add_term(metrics, term.name, values_B, {name: values[real_B] for name, values in x.parts.items()})
+        if micro_batch.measure and micro_batch.responses:
+            observe_pairs(student, micro_batch.teacher_logps, lengths, self.reward_scale, metrics)
+        return total, metrics
+
+
+def _by_student(micro_batch: MicroBatch, rows: slice) -> Tensor:
+    """Whether the student wrote the response of each of some rows, `[n]`."""
+    wrote = [response.writer is Text.STUDENT for response in micro_batch.responses]
+    return torch.tensor(wrote, dtype=torch.bool, device=micro_batch.batch.sequence.device)[
+        micro_batch.batch.sequence[rows]
+    ]
+
+
+def _add_term(metrics: MeanMetrics, name: str, values: Tensor, parts: Mapping[str, Tensor]) -> None:
+    """The value of a term, and the parts that its loss named: those of the main loss by their own name."""
+    metrics.add(f"loss/{name}", values.sum(), values.numel())
+    for part, of in parts.items():
+        metrics.mean(f"part/{part}" if name == "main" else f"part/{name}/{part}", of)

@@ -1,0 +1,209 @@
+"""How much memory a run will take at its peak, worked out before any weight is loaded.
+
+The forward and backward of the student and of the losses are run without their memory (`dpkd.train.memory_trace`);
+weights, gradients, the optimizer and sampling are counted. `benchmarks/memory.py` compares the estimate with the
+peaks of real runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpkd.api import Family, Signal, Text
+from dpkd.config.resolve import Resolved
+from dpkd.config.settings import RunSettings
+from dpkd.models.chunked import chunk_rows
+from dpkd.models.loading import DTYPES, count_parameters, new_model
+from dpkd.models.lora import add_lora
+from dpkd.models.quantization import quantization_of, weight_bytes
+from dpkd.models.student_init import switch_dropout_off
+from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
+from dpkd.train.prepare import Prepared
+
+FLOAT = 4  # bytes: the student's weights, its gradients and the optimizer's state are float32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by purpose at the moment of the run that takes the most, and that moment."""
+
+    moment: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Parameters of the student, the trained ones, the largest of these; bytes of its passes."""
+
+    parameters: int
+    trained: int
+    largest: int
+    passes: Passes
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The largest micro-batch: rows, tokens of each, and how many of these are of a response at most."""
+
+    sequences: int
+    tokens: int
+    response: int
+
+
+def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
+    """The peak of a run on one device."""
+    settings = resolved.settings
+    batch = _largest_batch(resolved, prepared)
+    student = _count(settings, prepared.student_config, batch)
+    references = any(Signal.REFERENCE_LOGPS in objective.reads for objective in resolved.objectives)
+    always = {
+        "student weights": float(FLOAT * student.parameters * (1 + references)),
+        "teacher weights": _teacher_bytes(settings, prepared),
+        "optimizer state": 2.0 * FLOAT * student.trained,  # AdamW: two moments
+    }
+    gradients = float(FLOAT * student.trained)
+    text = prepared.student_config.get_text_config()
+    head = float(FLOAT * text.vocab_size * text.hidden_size) if student.trained == student.parameters else 0.0
+    # A step begins without gradients. The losses make that of the head, while the activations are there; later
+    # micro-batches of the step find all of them.
+    again = _micro_batches(resolved) > 1
+    begun = gradients if again else head
+    logits = _chunk_bytes(resolved, batch, text.vocab_size)
+    # Where gradients are there already, those that come are added to them one by one; the peak is then at the start.
+    backward = min(student.passes.backward, 1.1 * student.passes.kept) if again else student.passes.backward
+    moments = [
+        Estimate(
+            "losses", {**always, "gradients": begun, "activations": student.passes.kept, "logits, a chunk": logits}
+        ),
+        Estimate("backward", {**always, "gradients": begun, "activations, new gradients": backward}),
+        # AdamW goes over the parameters one by one, with two temporaries of the size of each.
+        Estimate("update", {**always, "gradients": gradients, "temporaries": 2.0 * FLOAT * student.largest}),
+    ]
+    if Text.STUDENT in _writers(resolved):
+        moments.append(Estimate("sampling", {**always, "cache and logits": _sampling_bytes(resolved, prepared)}))
+    return max(moments, key=lambda estimate: estimate.total)
+
+
+def _writers(resolved: Resolved) -> set[Text]:
+    return set(resolved.objectives[0].writers.values())
+
+
+def _teacher_bytes(settings: RunSettings, prepared: Prepared) -> float:
+    config = prepared.teacher_config
+    if config is None:
+        return 0.0
+    stored = getattr(config, "dtype", None) or torch.float32
+    width = DTYPES.get(settings.teacher.dtype, stored).itemsize
+    return float(weight_bytes(config, count_parameters(config), width, quantization_of(settings.teacher)))
+
+
+def _largest_batch(resolved: Resolved, prepared: Prepared) -> _Batch:
+    """Windows hold rows of like length, so that all sequences of one may be the longest.
+
+    A sequence is one of the data set, or a prompt with all that may be sampled.
+    """
+    settings, writers = resolved.settings, _writers(resolved)
+    sampled = [settings.text.sampling.max_new_tokens] * (Text.STUDENT in writers)
+    sampled += [settings.text.teacher_sampling.max_new_tokens] * (Text.TEACHER in writers)
+    of_data = Text.DATASET in writers or settings.terms.lm.weight > 0
+    lengths = [(len(p.prompt_ids), max([*sampled, *[len(p.response_ids)] * of_data])) for p in prepared.data.prompts]
+    pairs = resolved.loss.family is Family.PAIR
+    sequences = min(settings.train.micro_batch_size, settings.train.batch_size * (2 if pairs else 1))
+    behind = 1
+    if pairs and settings.batch.shared_prompts:  # both responses in one row, behind one copy of the prompt
+        sequences, behind = max(1, sequences // 2), 2
+    longest = max(prompt + behind * response for prompt, response in lengths)
+    if settings.batch.tokens is not None:
+        sequences = max(1, min(sequences, settings.batch.tokens // longest))
+    return _Batch(sequences, longest, behind * max(response for _, response in lengths))
+
+
+def _micro_batches(resolved: Resolved) -> int:
+    """Forward passes of the student in an optimizer step."""
+    settings = resolved.settings
+    per_unit = 2 if resolved.loss.family is Family.PAIR else 1
+    groups = max(1, settings.train.micro_batch_size // per_unit)
+    others = sum(objective.text is not None for objective in resolved.extras)
+    others += (settings.terms.lm.weight > 0) + (settings.terms.pretrain.weight > 0)
+    return -(-settings.train.batch_size // groups) + others
+
+
+def _sampling_bytes(resolved: Resolved, prepared: Prepared) -> float:
+    """The cache of keys and values of the prompts sampled together, and the logits of one token of each."""
+    sampling = resolved.settings.text.sampling
+    text = prepared.student_config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    prompt = max(len(p.prompt_ids) for p in prepared.data.prompts)
+    cached = 2 * text.num_hidden_layers * (prompt + sampling.max_new_tokens) * width
+    # A cache grows by concatenation: the old and the new tensors of a layer are there together.
+    cached += cached // text.num_hidden_layers
+    return float(FLOAT * sampling.batch_size * (cached + 4 * text.vocab_size))
+
+
+def _chunk_bytes(resolved: Resolved, batch: _Batch, vocabulary: int) -> float:
+    """The most that a loss holds of one chunk of logits, over all losses of the run."""
+    rows = min(chunk_rows(vocabulary, resolved.settings.train.chunk_mib), batch.sequences * batch.response)
+    copies = []
+    for objective in resolved.objectives:
+        try:
+            pair = objective.spec.family is Family.PAIR
+            copies.append(pair_chunk() if pair else token_chunk(objective.spec.loss(objective.config), objective.reads))
+        except Exception:  # a stranger's loss, on made-up logits: a plan must not fail for it
+            # Logits, log-probs and probabilities of both models, the terms of the sum, and their gradients.
+            copies.append(10.0)
+    return max(copies) * FLOAT * rows * vocabulary
+
+
+def _count(settings: RunSettings, config: Any, batch: _Batch) -> _Counts:
+    """Count the student without weights; where it does not run on fake tensors, its passes follow a rule of thumb."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        student = _student(settings, config)
+    trained = [p.numel() for p in student.parameters() if p.requires_grad]
+    parameters = sum(p.numel() for p in student.parameters())
+    try:
+        # Fake tensors, unlike those of the meta device, take the way of a real device: its attention code above all.
+        with FakeTensorMode():
+            fill(student)
+            bf16 = settings.train.precision == "bf16"
+            passes = backbone_passes(student, batch.sequences, batch.tokens, bf16=bf16)
+    except Exception:  # whatever an architecture does that needs values: a plan must not fail for it
+        passes = _rule_of_thumb(settings, config, batch.sequences * batch.tokens, sum(trained))
+    return _Counts(parameters, sum(trained), max(trained), passes)
+
+
+def _student(settings: RunSettings, config: Any) -> nn.Module:
+    """The student as the run will make it."""
+    student = new_model(deepcopy(config))
+    if settings.student.dropout == "off":
+        switch_dropout_off(student)
+    if settings.student.gradient_checkpointing:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.enable_input_require_grads()
+    if settings.student.lora is not None:
+        student = add_lora(student, settings.student.lora)
+    return student.train()  # type: ignore[no-any-return]
+
+
+def _rule_of_thumb(settings: RunSettings, config: Any, tokens: int, trained: int) -> Passes:
+    """GPT-2 keeps about 9 H + 5 F floats per token and layer (H hidden, F feed-forward width)."""
+    text = config.get_text_config()
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    width = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
+    layer = FLOAT * tokens * (9 * hidden + 5 * width)
+    kept = layer + FLOAT * tokens * layers * hidden if settings.student.gradient_checkpointing else layer * layers
+    return Passes(kept, max(kept, FLOAT * trained))

@@ -1,0 +1,188 @@
+"""One micro-batch: what the student is run on, and which losses are taken from it.
+
+A step batch is the text of one purpose within an optimizer step: `main` (the objective), `lm` (data-set responses) and
+`pretrain` (plain text). Each step batch knows its own denominators before the first forward, because the text is final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpkd.api import Pair, Signal
+from dpkd.cross_tokenizer.retokenize import IDLE_ALIGNED, AlignedBatch, AlignedSequence, collate_aligned
+from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches
+from dpkd.rollout.response import Response
+from dpkd.teachers.aligned import AlignedRows
+from dpkd.teachers.local import TeacherRows
+from dpkd.teachers.store import StoredRows
+
+
+class Term(NamedTuple):
+    """A loss of a step batch: its name, what it reads, its weight, and its denominator over the whole window."""
+
+    name: str
+    reads: frozenset[Signal]
+    weight: float
+    denominator: float
+
+
+class PromptGroup(NamedTuple):
+    """What stays together in a micro-batch: the sequences of one prompt; of a pair two (chosen first).
+
+    `aligned` is the sequence as a teacher with another tokenizer reads it.
+    """
+
+    sequences: tuple[TokenSequence, ...]
+    responses: tuple[Response, ...] = ()
+    aligned: AlignedSequence | None = None
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The groups of one purpose in an optimizer step, over all processes."""
+
+    name: str
+    groups: Sequence[PromptGroup]
+    terms: Sequence[Term]
+    pairs: bool = False
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward of the student."""
+
+    step_batch: str
+    batch: Batch
+    terms: Sequence[Term]
+    pairs: bool
+    scale: float  # number of processes: their gradients are averaged, and the denominators count all of them
+    measure: bool
+    responses: Sequence[Response] = ()
+    extra: Mapping[Signal, Tensor] = field(default_factory=dict)
+    teacher: TeacherRows | StoredRows | AlignedRows | None = None
+    teacher_logps: Pair | None = None
+    reference_logps: Pair | None = None
+    aligned: AlignedBatch | None = None  # where the teacher has another tokenizer and a loss reads it
+
+    def needs_teacher(self, signal: Signal) -> bool:
+        """Whether a term of this micro-batch reads a signal."""
+        return any(signal in term.reads for term in self.terms)
+
+
+def _rollout_signals(groups: Sequence[PromptGroup]) -> dict[Signal, Tensor]:
+    """What was known about each token when it was sampled, packed like the rows of the batch."""
+    kept = {
+        Signal.ROLLOUT_LOGPS: "rollout_logps",
+        Signal.BEHAVIOUR_LOGPS: "behaviour_logps",
+        Signal.TEACHER_LOGPS: "teacher_logps",
+        Signal.ADVANTAGES: "advantages",
+    }
+    signals = {}
+    for signal, attribute in kept.items():
+        columns = [getattr(response, attribute) for group in groups for response in group.responses]
+        if columns and all(column is not None for column in columns):
+            signals[signal] = torch.tensor([value for column in columns for value in column])
+    return signals
+
+
+# A process with nothing to do in a round still runs a forward, so that the processes stay in step: one masked token.
+_IDLE = PromptGroup((TokenSequence((0,), ()),))
+
+
+# Sharing a prompt costs attention over all responses to it; below this share of tokens saved it does not pay.
+WORTH_SHARING = 0.1
+
+
+@dataclass(frozen=True)
+class MicroBatcher:
+    """Cuts the step batches of a step into the micro-batches of one process. Nothing here changes a result."""
+
+    size: int  # sequences of a micro-batch
+    pad_id: int
+    tokens: int | None = None  # tokens of a micro-batch, padding included
+    layout: Layout = PLAIN
+    rank: int = 0
+    processes: int = 1
+    device: torch.device | str = "cpu"
+    teacher_pad_id: int = 0  # of a teacher with another tokenizer
+
+    def __call__(self, step_batch: StepBatch, measure: bool) -> list[MicroBatch]:
+        """The step batch's share of this process, longest first."""
+        layout = self.layout._replace(shared=self.layout.shared and _worth_sharing(step_batch.groups))
+        shares = self._shares(step_batch, layout)
+        micro_batches = []
+        for number in range(-(-len(shares) // self.processes)):
+            mine = number * self.processes + self.rank
+            groups = [step_batch.groups[i] for i in shares[mine]] if mine < len(shares) else []
+            micro_batches.append(self._micro_batch(step_batch, groups, layout, measure))
+        return micro_batches
+
+    def _shares(self, step_batch: StepBatch, layout: Layout) -> list[list[int]]:
+        """The groups of each micro-batch of all processes."""
+        per_unit = max((len(group.sequences) for group in step_batch.groups), default=1)
+        size, tokens, lengths = (
+            max(1, self.size // per_unit),
+            self.tokens,
+            [max(_lengths(u)) for u in step_batch.groups],
+        )
+        if layout.shared:
+            lengths = [_shared_length(group) for group in step_batch.groups]
+        elif layout.packed:
+            lengths = [sum(_lengths(group)) for group in step_batch.groups]
+        elif tokens is not None:
+            tokens = tokens // per_unit
+        return micro_batches(lengths, size, tokens, packed=layout.packed)
+
+    def _micro_batch(
+        self, step_batch: StepBatch, groups: Sequence[PromptGroup], layout: Layout, measure: bool
+    ) -> MicroBatch:
+        """The micro-batch of some groups; with none, the process idles along."""
+        responses: list[Response] = []
+        if step_batch.pairs and groups:
+            sequences = [u.sequences[0] for u in groups] + [u.sequences[1] for u in groups]
+            responses = [u.responses[0] for u in groups] + [u.responses[1] for u in groups]
+        else:
+            idle = [_IDLE] * (2 if step_batch.pairs else 1)
+            sequences = [s for group in groups or idle for s in group.sequences]
+            responses = [r for group in groups for r in group.responses]
+        extra = {} if step_batch.pairs else {k: v.to(self.device) for k, v in _rollout_signals(groups).items()}
+        batch = collate(sequences, pad_id=self.pad_id, layout=layout).to(self.device)
+        aligned = _aligned(step_batch, groups or [_IDLE], self.teacher_pad_id)
+        return MicroBatch(
+            step_batch.name,
+            batch,
+            step_batch.terms,
+            step_batch.pairs,
+            float(self.processes),
+            measure,
+            responses,
+            extra,
+            aligned=None if aligned is None else aligned.to(self.device),
+        )
+
+
+def _aligned(step_batch: StepBatch, groups: Sequence[PromptGroup], teacher_pad_id: int) -> AlignedBatch | None:
+    """What the teacher reads of these groups; None where it reads what the student reads."""
+    if not any(group.aligned is not None for group in step_batch.groups):
+        return None
+    sequences = [group.sequences[0] for group in groups]
+    return collate_aligned(sequences, [group.aligned or IDLE_ALIGNED for group in groups], pad_id=teacher_pad_id)
+
+
+def _lengths(group: PromptGroup) -> list[int]:
+    return [len(s.prompt_ids) + len(s.response_ids) for s in group.sequences]
+
+
+def _shared_length(group: PromptGroup) -> int:
+    """Tokens of a group whose sequences stand behind one copy of their prompt."""
+    return len(group.sequences[0].prompt_ids) + sum(len(s.response_ids) for s in group.sequences)
+
+
+def _worth_sharing(groups: Sequence[PromptGroup]) -> bool:
+    apart = sum(sum(_lengths(group)) for group in groups)
+    return apart - sum(_shared_length(group) for group in groups) > WORTH_SHARING * apart

@@ -1,0 +1,227 @@
+"""The plan of a run, before any weight is loaded: models, text, steps, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dpkd.api import Family, TeacherAccess, Text
+from dpkd.config.objective import Objective
+from dpkd.config.resolve import Resolved
+from dpkd.config.settings import RunSettings
+from dpkd.data.batch_sampler import BatchSampler
+from dpkd.data.encode import EncodedData, Prompt
+from dpkd.data.encoding import continuation
+from dpkd.models.loading import count_parameters
+from dpkd.models.quantization import quantization_of
+from dpkd.run_folder import RunFolder
+from dpkd.teachers.store_manifest import read_manifest
+from dpkd.train.cross_tokenizer import union_of
+from dpkd.train.memory import Estimate, memory_estimate
+from dpkd.train.prepare import Prepared, prepare
+from dpkd.train.progress import Display
+
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The lines of a dry run, by heading, and the rendered first example."""
+
+    sections: dict[str, list[tuple[str, str]]]
+    example: str
+
+
+def dry_run(resolved: Resolved, *, console: Console | None = None) -> Plan:
+    """Print the plan of a run; loads tokenizer, data and model configurations, but no weights."""
+    console = console or Console()
+    plan = make_plan(resolved, Display(console))
+    for heading, rows in plan.sections.items():
+        table = Table(title=heading, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, value in rows:
+            table.add_row(name, value)
+        console.print(table)
+        console.print()
+    console.print("first example, as the model sees it:", style="bold")
+    console.print(plan.example, markup=False, highlight=False)
+    return plan
+
+
+def make_plan(resolved: Resolved, display: Display) -> Plan:
+    """MicroBatch the plan out. Raises DpkdError for all that a run would stumble over before its first step."""
+    settings = resolved.settings
+    RunFolder.check_new(settings.output)
+    prepared = prepare(resolved, display)
+    data, tokenizer = prepared.data, prepared.tokenizer
+    student_size = count_parameters(prepared.student_config)
+    teacher_size = count_parameters(prepared.teacher_config) if prepared.teacher_config is not None else 0
+    sections = {
+        "loss": [*_loss_rows(resolved), *_layer_rows(prepared)],
+        "models": [*_model_rows(settings, student_size, teacher_size), *_tokenizer_rows(prepared)],
+        "text": _text_rows(resolved, data, prepared.steps),
+        "training": _training_rows(settings, data, prepared.steps, prepared.data_facts["fingerprint"]),
+        "memory (estimate)": memory_rows(memory_estimate(resolved, prepared)),
+    }
+    return Plan(sections, _rendered(data.prompts[0], tokenizer))
+
+
+def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
+    loss, terms = resolved.loss, resolved.settings.terms
+    rows = [
+        ("objective", f"{loss.name}: {loss.card.title} ({loss.family} loss, weight {terms.main:g})"),
+        ("settings", ", ".join(f"{k}={v}" for k, v in resolved.loss_config.model_dump().items()) or "none"),
+        ("needs of the teacher", loss.needs(resolved.loss_config).value),
+    ]
+    for extra in resolved.extras:
+        text = "the same responses" if extra.shares_text else f"responses by {_by(extra)}"
+        rows.append((f"beside it: {extra.name}", f"{extra.spec.name}, weight {extra.weight:g}, on {text}"))
+    for objective in resolved.objectives:
+        for name, schedule in objective.schedules.items():
+            over = f"{schedule.steps} steps" if schedule.steps else "the whole run"
+            rows.append(
+                (f"schedule of {name}", f"{schedule.start:g} to {schedule.end:g}, {schedule.shape}, over {over}")
+            )
+    if terms.lm.weight:
+        rows.append(("LM term", f"data-set responses, weight {terms.lm.weight:g}"))
+    if terms.pretrain.weight:
+        rows.append(
+            (
+                "pre-training term",
+                f"weight {terms.pretrain.weight:g}, share of word-level KD {terms.pretrain.kd_ratio:g}",
+            )
+        )
+    return rows
+
+
+def _layer_rows(prepared: Prepared) -> list[tuple[str, str]]:
+    """Which hidden states losses compare; 0 is the embedding."""
+    return [
+        (f"hidden states of {name}", f"student's {_listed(layers.student)}; teacher's {_listed(layers.teacher)}")
+        for name, layers in prepared.layers.items()
+    ]
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
+
+
+def _by(objective: Objective) -> str:
+    return ", ".join(dict.fromkeys(writer.value for writer in objective.writers.values()))
+
+
+def _model_rows(settings: RunSettings, student: int, teacher: int) -> list[tuple[str, str]]:
+    how = {
+        "pretrained": f"{settings.student.model}",
+        "layers": f"layers {settings.student.layers} of the teacher",
+        "random": "fresh weights",
+    }[settings.student.init]
+    rows = [("student", f"{how}, {student / 1e6:,.1f} M parameters" + (", LoRA" if settings.student.lora else ""))]
+    if teacher:
+        rows.append(
+            (
+                "teacher",
+                f"{settings.teacher.model}, {teacher / 1e6:,.1f} M parameters, offers {TeacherAccess.LOGITS.value}"
+                + (f", weights in {packed}" if (packed := quantization_of(settings.teacher)) else ""),
+            )
+        )
+    elif settings.teacher.store:
+        manifest = read_manifest(settings.teacher.store)
+        rows.append(("teacher", f"none in memory; the store {settings.teacher.store} has {manifest.sentence()}"))
+    else:
+        rows.append(("teacher", "none"))
+    return rows
+
+
+def _tokenizer_rows(prepared: Prepared) -> list[tuple[str, str]]:
+    """What follows from two tokenizers, where there are two."""
+    if prepared.translator is None:
+        return []
+    sizes = [c.get_text_config().vocab_size for c in (prepared.student_config, prepared.teacher_config) if c]
+    union = union_of(prepared.translator, *sizes)
+    return [("tokenizers differ", f"aligned spans; {union.sentence()}; no KL to the teacher is measured")]
+
+
+def _text_rows(resolved: Resolved, data: EncodedData, steps: int) -> list[tuple[str, str]]:
+    settings, text = resolved.settings, resolved.settings.text
+    rows: list[tuple[str, str]]
+    if resolved.loss.family is Family.PAIR:
+        writers = {Text(text.pairs.chosen): 1.0, Text(text.pairs.rejected): 1.0}
+        rows = [("chosen (y_t)", text.pairs.chosen), ("rejected (y_s)", text.pairs.rejected)]
+    else:
+        writers = dict(text.mix) or dict.fromkeys(resolved.objectives[0].writers.values(), 1.0)
+        shares = ", ".join(f"{w} {share:.0%}" for w, share in writers.items())
+        rows = [("responses by", shares if not text.each else f"each of {', '.join(text.each)}, to every prompt")]
+    if resolved.loss.family is not Family.PAIR and text.source == "adaptive":
+        a = text.adaptive
+        writers = {}
+        rows = [
+            (
+                "responses by",
+                f"data set; student with a probability of {a.share:g} at first, more when dev rises "
+                f"by {a.tolerance:g} nats; a replay of {a.capacity:,}",
+            )
+        ]
+    lengths = [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts]
+    schedule = BatchSampler(
+        lengths,
+        batch_size=settings.train.batch_size,
+        steps=steps,
+        seed=settings.seed,
+        refresh=text.refresh,
+        every=text.every,
+        num_iterations=text.num_iterations,
+    )
+    if Text.STUDENT in writers:
+        periods = schedule.period(steps - 1) + 1
+        drawn = sum(len(schedule.upcoming(s)) for s in range(steps) if schedule.starts_period(s))
+        drawn *= text.num_generations
+        rows.append(
+            (
+                "student writes",
+                f"{text.refresh}: {drawn:,} responses in {periods:,} collections, "
+                f"up to {text.sampling.max_new_tokens} tokens each",
+            )
+        )
+        if text.teacher_veto:
+            rows.append(("replaced", f"what is not among the teacher's {text.teacher_veto} likeliest, by its own draw"))
+        if text.teacher_mix:
+            rows.append(("drawn from", f"{text.teacher_mix:g} · teacher + {1 - text.teacher_mix:g} · student"))
+    if text.backend != "hf" and set(writers) & {Text.STUDENT, Text.TEACHER}:
+        rows.append(("drawn by", text.backend))
+    if Text.TEACHER in writers:
+        used = len({i for s in range(steps) for i in schedule.window(s)})
+        limit = text.teacher_sampling.max_new_tokens
+        rows.append(("teacher writes", f"{used:,} responses of at most {limit} tokens, less those in the store"))
+    return rows
+
+
+def _training_rows(settings: RunSettings, data: EncodedData, steps: int, fingerprint: str) -> list[tuple[str, str]]:
+    train = settings.train
+    per_step = train.batch_size * sum(len(p.response_ids) for p in data.prompts) / len(data.prompts)
+    return [
+        ("data", f"{settings.data.path}, {len(data.prompts):,} examples, fingerprint {fingerprint[:12]}"),
+        ("steps", f"{steps:,} of {train.batch_size} examples ({train.micro_batch_size} sequences per forward)"),
+        ("response tokens", f"about {per_step:,.0f} a step, {per_step * steps:,.0f} in all (of the data set)"),
+        ("optimizer", f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup_steps}, {train.precision}"),
+    ]
+
+
+def memory_rows(estimate: Estimate) -> list[tuple[str, str]]:
+    """The estimate as rows, with its sum."""
+    parts = {name: size for name, size in estimate.parts.items() if size}
+    return [
+        (name, _size(size))
+        for name, size in [*parts.items(), (f"sum, at its peak ({estimate.moment})", estimate.total)]
+    ]
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:,.0f} MiB"
+
+
+def _rendered(prompt: Prompt, tokenizer: Any) -> str:
+    response = continuation(tokenizer, prompt.prompt_ids, prompt.response_ids, special=True)
+    return f"{prompt.text}⟦{response}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"

@@ -1,0 +1,191 @@
+"""What can be known about a run before any weight is loaded, and whatever it would stumble over later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dpkd.api import Layers
+from dpkd.config.resolve import Resolved
+from dpkd.config.settings import RunSettings
+from dpkd.cross_tokenizer.retokenize import Retokenizer
+from dpkd.data.corpus import check_corpus
+from dpkd.data.encode import EncodedData, tokenize
+from dpkd.data.examples import read_examples
+from dpkd.errors import DpkdError
+from dpkd.evaluation.inputs import Inputs, read_inputs
+from dpkd.models.loading import context_length
+from dpkd.models.quantization import check_quantization
+from dpkd.models.student_init import student_config
+from dpkd.models.tokenizers import difference, shared_vocabulary, tokenizer_fingerprint
+from dpkd.teachers.store_manifest import read_manifest
+from dpkd.train.cross_tokenizer import make_translator, token_by_token
+from dpkd.train.dev import direction_of
+from dpkd.train.hidden_states import bind
+from dpkd.train.progress import Display
+from dpkd.train.trackers import check_trackers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data, tokenizers and configurations of a run; `context` is the longest sequence that both models read.
+
+    Where the two tokenizers differ there is a `translator`, and `context` is the student's own.
+    """
+
+    tokenizer: Any
+    teacher_tokenizer: Any | None
+    data: EncodedData
+    data_facts: dict[str, Any]
+    student_config: Any
+    teacher_config: Any | None
+    context: int | None
+    steps: int
+    dev: Inputs | None
+    layers: Mapping[str, Layers]  # the hidden states that losses read, by the name of the loss
+    translator: Retokenizer | None = None
+
+
+def prepare(resolved: Resolved, display: Display) -> Prepared:
+    """Read and tokenize the data and look at the configurations; says what was kept, skipped and cut.
+
+    Raises DpkdError for whatever would stop the run later: missing packages, layers that a model does not have,
+    different tokenizers, text that is longer than a model reads, a corpus that cannot be read.
+    """
+    settings, given = resolved.settings, resolved.given
+    check_trackers(settings.train.trackers)
+    check_quantization(settings.teacher)
+    _check_device(settings.teacher.device)
+    teacher_config = given.config(settings.teacher) if settings.teacher.model else None
+    own_config = student_config(settings.student, teacher_config, given)
+    layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
+    tokenizer = given.tokenizer(settings.student if settings.student.model is not None else settings.teacher)
+    teacher_tokenizer = given.tokenizer(settings.teacher) if settings.teacher.model else None
+    across = _two_tokenizers(resolved, tokenizer, teacher_tokenizer, (own_config, teacher_config))
+    if settings.teacher.store is not None:
+        _check_store(settings.teacher.store, tokenizer)
+    examples = read_examples(settings.data, rows=given.rows(settings.data.path))
+    data = tokenize(examples.examples, tokenizer, settings.data)
+    for line in [*examples.lines()[1:], *data.report.lines()]:
+        display.say(line)
+    translator = None
+    if across:
+        translator = make_translator(
+            tokenizer, teacher_tokenizer, teacher_config, examples.examples, data.prompts, settings.data
+        )
+        display.say("tokenizers differ: both models are compared at aligned spans of text")
+    configs = {"student": own_config} if across else {"student": own_config, "teacher": teacher_config}
+    context = _check_lengths(settings, data, configs)
+    if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.corpus is not None:
+        check_corpus(settings.terms.pretrain.corpus)
+    steps = _steps(settings, len(data.prompts), display)
+    dev = _dev_inputs(settings, tokenizer, context, display)
+    facts = {
+        "path": settings.data.path,
+        "fingerprint": examples.fingerprint,
+        "skipped": examples.skipped_by_reason(),
+        **asdict(data.report),
+    }
+    return Prepared(
+        tokenizer, teacher_tokenizer, data, facts, own_config, teacher_config, context, steps, dev, layers, translator
+    )
+
+
+def _two_tokenizers(resolved: Resolved, tokenizer: Any, teacher_tokenizer: Any | None, configs: Sequence[Any]) -> bool:
+    """Whether the two models have different tokenizers. Raises DpkdError where the run needs them to be the same."""
+    if teacher_tokenizer is None:
+        return False
+    what = difference(tokenizer, teacher_tokenizer)
+    if what is None:
+        shared_vocabulary(tokenizer, teacher_tokenizer, *(config.get_text_config().vocab_size for config in configs))
+        return False
+    if reasons := token_by_token(resolved):
+        raise DpkdError(f"student and teacher have different tokenizers, but {'; '.join(reasons)}: {what}")
+    return True
+
+
+def _steps(settings: RunSettings, examples: int, display: Display) -> int:
+    """Optimizer steps of the run; a warm-up that they do not end is said."""
+    steps = number_of_steps(settings, examples)
+    if settings.train.warmup_steps >= steps:
+        display.say(
+            f"train.warmup_steps is {settings.train.warmup_steps:,}, but there are only {steps:,} steps: "
+            "the learning rate will not reach its peak"
+        )
+    return steps
+
+
+def _dev_inputs(settings: RunSettings, tokenizer: Any, context: int | None, display: Display) -> Inputs | None:
+    """The rows of the development set. Raises DpkdError when they, or the metric, are not to be had."""
+    dev = settings.dev
+    if dev.path is None:
+        return None
+    direction_of(dev.metric)
+    data = settings.data.model_copy(
+        update={"path": dev.path, "split": dev.split, "limit": dev.limit, "min_response_words": 0}
+    )
+    inputs = read_inputs(data, tokenizer, context=context, max_new_tokens=dev.max_new_tokens, long_prompts="skip")
+    for line in (f"dev: {len(inputs.prompts):,} rows of {inputs.source}", *inputs.lines()):
+        display.say(line)
+    return inputs
+
+
+def _check_device(name: str | None) -> None:
+    """Raises DpkdError when the teacher's device is none that this machine has."""
+    if name is None:
+        return
+    try:
+        # The smallest use of it: a name may be right and the device absent.
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DpkdError(
+            f"teacher.device: {name} is no device of this machine ({first}); expected cpu, cuda, cuda:1 or mps"
+        ) from error
+
+
+def _check_store(folder: str, tokenizer: Any) -> None:
+    """Raises DpkdError when a store was written with another tokenizer."""
+    manifest = read_manifest(folder)
+    if manifest.tokenizer != tokenizer_fingerprint(tokenizer):
+        raise DpkdError(
+            f"teacher.store: {folder} was written with another tokenizer than the student's: its ids mean other tokens"
+        )
+
+
+def _check_lengths(settings: RunSettings, data: EncodedData, configs: dict[str, Any]) -> int | None:
+    """The longest sequence that all models read, None where none says. Raises DpkdError when text is longer."""
+    known = {who: context_length(config) for who, config in configs.items() if config is not None}
+    limits = {who: length for who, length in known.items() if length is not None}
+    if not limits:
+        return None
+    who = min(limits, key=lambda name: limits[name])
+    limit = limits[who]
+    corpus = settings.terms.pretrain.corpus if settings.terms.pretrain.weight > 0 else None
+    problems = []
+    if data.report.longest > limit:
+        prompts = f" --set data.max_prompt_tokens={limit // 2}" if settings.data.max_prompt_tokens >= limit else ""
+        problems.append(
+            f"data: the longest sequence has {data.report.longest:,} tokens, but the {who} reads at most {limit:,}. "
+            f"Cut responses there: --set data.max_tokens={limit}{prompts}"
+        )
+    if corpus is not None and corpus.max_tokens > limit:
+        problems.append(
+            f"terms.pretrain.corpus.max_tokens: is {corpus.max_tokens:,}, but the {who} reads at most {limit:,}. "
+            f"Set it to {limit} or less."
+        )
+    if problems:
+        raise DpkdError("\n".join(problems))
+    return limit
+
+
+def number_of_steps(settings: RunSettings, examples: int) -> int:
+    """Optimizer steps of a run: `train.steps`, or as many as `train.epochs` take."""
+    if settings.train.steps is not None:
+        return settings.train.steps
+    per_epoch = -(-examples // settings.train.batch_size)
+    return max(1, math.ceil(per_epoch * settings.train.epochs * settings.text.num_iterations))

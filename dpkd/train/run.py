@@ -1,0 +1,275 @@
+"""What the command line and Python call: train, resume, and the dry run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from dpkd import __version__
+from dpkd.config.layers import file_layer
+from dpkd.config.resolve import Resolved, resolve
+from dpkd.config.write import write_config
+from dpkd.errors import DpkdError, Stopped
+from dpkd.models.in_memory import InMemory
+from dpkd.plugins import load_host
+from dpkd.run_folder import RunFolder
+from dpkd.teachers.local import LocalTeacher
+from dpkd.train import checkpoint
+from dpkd.train.build import RunParts, assemble
+from dpkd.train.dev import Dev
+from dpkd.train.finish import finish
+from dpkd.train.interrupt import stop_on_signal
+from dpkd.train.metrics_log import MetricsLog
+from dpkd.train.nonfinite import NotFinite
+from dpkd.train.probe import out_of_memory, probe
+from dpkd.train.progress import Display
+from dpkd.train.samples import SampleLog
+from dpkd.train.trackers import Trackers
+from dpkd.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
+    """Run a distillation from the start and return its folder.
+
+    Raises DpkdError for whatever the user can put right, NotFinite when numbers explode, and Stopped when the user
+    stops it before its end.
+    """
+    RunFolder.check_new(resolved.settings.output)
+    accelerator = _accelerator(resolved)
+    display = Display(console or Console(), is_main=accelerator.is_main_process)
+    assembly = assemble(resolved, accelerator, display)
+    _check_processes_agree(accelerator, assembly)
+    folder = _shared_folder(accelerator, resolved)
+    display.say(f"run folder: {folder.path}")
+    if accelerator.is_main_process:
+        write_config(resolved, folder.path)
+        _write_facts(folder, resolved, assembly)
+    return _run(resolved, folder, assembly, accelerator, display)
+
+
+def resume(resolved: Resolved, folder: RunFolder, *, console: Console | None = None) -> RunFolder:
+    """Continue a run from its newest checkpoint, bit for bit; without one, from the start.
+
+    Raises DpkdError when data or models are not those that the run began with.
+    """
+    accelerator = _accelerator(resolved)
+    display = Display(console or Console(), is_main=accelerator.is_main_process)
+    assembly = assemble(resolved, accelerator, display)
+    _check_processes_agree(accelerator, assembly)
+    _check_same(folder, assembly)
+    return _run(resolved, folder, assembly, accelerator, display, checkpoint.latest(folder.checkpoints))
+
+
+def _check_processes_agree(accelerator: Accelerator, assembly: RunParts) -> None:
+    """Raises DpkdError, in every process, when one has other data or another teacher than the first."""
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    own = {"data": assembly.facts["data"]["fingerprint"], **assembly.facts["models"]}
+    first, *others = gather_object([own])
+    if odd := sorted({what for other in others for what in first if other.get(what) != first[what]}):
+        raise DpkdError(f"the processes of this run differ in their {' and '.join(odd)}: give all of them the same")
+
+
+def _check_same(folder: RunFolder, assembly: RunParts) -> None:
+    """Compare what lies outside the run folder with what run.json says of the run's beginning."""
+    if not folder.facts.is_file():
+        return
+    before, now = json.loads(folder.facts.read_text(encoding="utf-8")), assembly.facts
+    compared: dict[str, Callable[[Any], Any]] = {
+        "the data (data.path)": lambda facts: facts["data"]["fingerprint"],
+        "the plain text (terms.pretrain.corpus)": lambda facts: (facts.get("corpus") or {}).get("fingerprint"),
+        "the student (student.model)": lambda facts: facts.get("models", {}).get("student"),
+        "the teacher (teacher.model)": lambda facts: facts.get("models", {}).get("teacher"),
+    }
+    changed = [what for what, of in compared.items() if of(before) != of(now)]
+    if changed:
+        raise DpkdError(
+            f"{folder.path} cannot be continued: since it began, {' and '.join(changed)} changed. "
+            "Put the old ones back, or start a new run."
+        )
+
+
+def resume_folder(path: Path, *, given: InMemory | None = None, console: Console | None = None) -> RunFolder:
+    """Continue the run in a folder with its own settings; `given` has what was in memory when it began.
+
+    Raises DpkdError when the folder holds no run, or one that is finished, or when `given` is not what it needs.
+    """
+    folder = RunFolder.existing(path)
+    if folder.model.is_dir():
+        raise DpkdError(f"{path} is finished: its model is {folder.model}")
+    given = given or InMemory()
+    resolved = resolve([file_layer(folder.config)], load_host(), given)
+    settings = resolved.settings
+    needed = {settings.teacher.model, settings.student.model, settings.data.path}
+    if unused := sorted({*given.models, *given.data} - needed):
+        raise DpkdError(f"{path} did not begin with {' and '.join(unused)}: its settings name what it reads")
+    return resume(resolved, folder, console=console)
+
+
+def _accelerator(resolved: Resolved) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
+
+    # accelerate keeps the first run's precision for the whole process; each run decides its own.
+    AcceleratorState._reset_state()
+    train = resolved.settings.train
+    set_seed(resolved.settings.seed)
+    return Accelerator(mixed_precision="bf16" if train.precision == "bf16" else "no", cpu=train.device == "cpu")
+
+
+def _shared_folder(accelerator: Accelerator, resolved: Resolved) -> RunFolder:
+    """The main process makes the folder, all use it."""
+    if accelerator.num_processes == 1:
+        return RunFolder.create(resolved.settings.output, resolved.loss.name)
+    from accelerate.utils import broadcast_object_list
+
+    made = [RunFolder.create(resolved.settings.output, resolved.loss.name)] if accelerator.is_main_process else [None]
+    folder: RunFolder = broadcast_object_list(made)[0]
+    return folder
+
+
+def _run(
+    resolved: Resolved,
+    folder: RunFolder,
+    assembly: RunParts,
+    accelerator: Accelerator,
+    display: Display,
+    newest: checkpoint.Checkpoint | None = None,
+) -> RunFolder:
+    trainer = _trainer(resolved, folder, assembly, accelerator, display)
+    start = 0
+    if newest is not None:
+        start = newest.step
+        optimizer = getattr(assembly.train_step.optimizer, "optimizer", assembly.train_step.optimizer)
+        trainer.restore(
+            checkpoint.load(
+                newest,
+                module=assembly.train_step.inner,
+                optimizer=optimizer,
+                rank=accelerator.process_index,
+                processes=accelerator.num_processes,
+                device=accelerator.device,
+            )
+        )
+        display.say(f"continuing {folder.path} after step {start} of {assembly.writers.schedule.steps}")
+    if trainer.log is not None:
+        trainer.log.truncate_after(start)
+    if trainer.samples is not None:
+        trainer.samples.truncate_after(start)
+    if trainer.dev is not None:
+        trainer.dev.restore(start)
+    again = f"continue with: {_resume_call(folder, resolved.given)}"
+    try:
+        if resolved.settings.batch.probe:
+            display.say(f"probe: {_probe(resolved, assembly)}")
+        _write_teacher_text(assembly, again)
+        with stop_on_signal() as stop:
+            done = trainer.run(start, stop)
+            trainer.save(done)
+    except RuntimeError as error:
+        if (word := out_of_memory(error)) is None:
+            raise
+        raise DpkdError(word) from error
+    except NotFinite as error:
+        kept = checkpoint.latest(folder.checkpoints)
+        where = f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet (train.save_every)"
+        raise NotFinite(f"training stopped: {error}\n{where}") from error
+    finally:
+        display.close()
+        assembly.close()
+        if trainer.trackers is not None:
+            trainer.trackers.close()
+    if done < assembly.writers.schedule.steps and trainer.ended is None:
+        raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
+    accelerator.wait_for_everyone()
+    assembly.train_step.inner.lend(
+        lambda _: finish(resolved, folder, assembly, display, trainer.dev) if accelerator.is_main_process else None
+    )
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _probe(resolved: Resolved, assembly: RunParts) -> str:
+    return probe(assembly.train_step, assembly.builder, resolved.settings.train.batch_size, assembly.context)
+
+
+def _resume_call(folder: RunFolder, given: InMemory) -> str:
+    objects = [f"{name.rpartition(':')[2]}=..." for name in (*given.models, *given.data)]
+    if not objects:
+        return f"dpkd train --resume {folder.path}"
+    return f"dpkd.resume({', '.join([repr(str(folder.path)), *objects])}), with the same objects"
+
+
+def _write_teacher_text(assembly: RunParts, again: str) -> None:
+    """The teacher's responses go into the store one by one: an interrupt here may be at once."""
+    try:
+        assembly.prepare_teacher()
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped while the teacher wrote; what it wrote is kept; {again}", signal.SIGINT) from None
+
+
+def _trainer(
+    resolved: Resolved, folder: RunFolder, assembly: RunParts, accelerator: Accelerator, display: Display
+) -> Trainer:
+    """The loop with its logs, which the main process alone writes."""
+    settings = resolved.settings.train
+    log = samples = trackers = None
+    if accelerator.is_main_process:
+        log = MetricsLog(folder.metrics)
+        samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts)
+        trackers = Trackers(settings.trackers, folder.path, folder.path.name, resolved.as_dict())
+    dev = None
+    if assembly.dev is not None:
+        live = assembly.teacher if isinstance(assembly.teacher, LocalTeacher) else None
+        dev = Dev(
+            resolved.settings.dev,
+            assembly.dev,
+            assembly.tokenizer,
+            live,
+            assembly.vocabulary,
+            resolved.settings.seed,
+            folder,
+            accelerator.is_main_process,
+        )
+    return Trainer(
+        accelerator,
+        assembly.train_step,
+        assembly.builder,
+        assembly.schedules,
+        settings,
+        folder,
+        log,
+        trackers,
+        samples,
+        display,
+        dev,
+    )
+
+
+def _write_facts(folder: RunFolder, resolved: Resolved, assembly: RunParts) -> None:
+    """run.json: versions, machine, data fingerprints, sizes, and the command."""
+    libraries = ("torch", "transformers", "datasets", "accelerate", "pluggy", "pydantic", "safetensors")
+    facts: dict[str, Any] = {
+        "dpkd": __version__,
+        "loss": {"name": resolved.loss.name, "plugin": resolved.plugin},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
+        "command": sys.argv,
+        **assembly.facts,
+    }
+    folder.facts.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

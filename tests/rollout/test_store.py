@@ -1,0 +1,244 @@
+"""The store of teacher responses: keys, crashes, and processes that share it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dpkd.errors import DpkdError
+from dpkd.models.fingerprint import model_fingerprint
+from dpkd.rollout.response_store import ResponseStore, Stored, default_folder
+from dpkd.rollout.settings import SamplingSettings
+
+
+def opened(folder: Path, **changes: Any) -> ResponseStore:
+    key = {"model_fingerprint": "m", "tokenizer_fingerprint": "t", "sampling": SamplingSettings(), "seed": 1}
+    return ResponseStore.open(folder, **{**key, **changes})
+
+
+def test_reuse_after_reopen(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    assert store.get([1, 2]) is None
+    store.add([1, 2], [7, 8], False, 'a "line"\nof ß \ud800')
+    store.add([1, 2], [9], True, "second")
+    store.add([12], [], True, "")
+    for one in (store, opened(tmp_path)):
+        assert one.get([1, 2]) == Stored((7, 8), False, 'a "line"\nof ß \ud800')
+        assert one.get([1, 2], 1) == Stored((9,), True, "second")
+        assert one.get([1, 2], 2) is None
+        assert one.get([12]) == Stored((), True, "")
+        assert len(one) == 3
+        assert one.torn_lines == 0
+
+
+def test_a_number_is_written_once(tmp_path: Path) -> None:
+    first, second = opened(tmp_path), opened(tmp_path)
+    first.add([1], [5], False, "first", index=0)
+    assert second.get([1]) is None
+    second.add([1], [6], False, "second", index=0)
+    assert second.get([1]) == Stored((5,), False, "first")
+    assert len((first.folder / "responses.jsonl").read_text().splitlines()) == 1
+    second.add([1], [7], False, "third", index=3)
+    first.refresh()
+    assert first.get([1], 3) == Stored((7,), False, "third")
+    assert first.get([1], 1) is None
+
+
+CHANGES = {
+    "model": {"model_fingerprint": "other"},
+    "tokenizer": {"tokenizer_fingerprint": "other"},
+    "seed": {"seed": 2},
+    "temperature": {"sampling": SamplingSettings(temperature=0.7)},
+    "top_p": {"sampling": SamplingSettings(top_p=0.9)},
+    "top_k": {"sampling": SamplingSettings(top_k=5)},
+    "max_new_tokens": {"sampling": SamplingSettings(max_new_tokens=5)},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_keys_never_mix(tmp_path: Path, changes: dict[str, Any]) -> None:
+    opened(tmp_path).add([1], [2], False, "")
+    other = opened(tmp_path, **changes)
+    assert other.get([1]) is None
+    other.add([1], [3], False, "")
+    assert opened(tmp_path).get([1]) == Stored((2,), False, "")
+
+
+def test_every_sampling_setting_is_in_the_key_but_the_batch() -> None:
+    swept = {name for name in CHANGES if name in SamplingSettings.model_fields}
+    assert swept == set(SamplingSettings.model_fields) - {"batch_size"}
+
+
+def test_batch_size_is_no_part_of_the_key(tmp_path: Path) -> None:
+    opened(tmp_path).add([1], [2], False, "")
+    assert opened(tmp_path, sampling=SamplingSettings(batch_size=3)).get([1]) is not None
+
+
+def test_the_manifest_says_what_the_key_is(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    assert manifest == {
+        "format": "dpkd responses",
+        "version": 1,
+        "model": "m",
+        "tokenizer": "t",
+        "seed": 1,
+        "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 256},
+    }
+    assert [path.name for path in tmp_path.iterdir()] == [store.folder.name]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["manifest.json", "responses.jsonl"]
+
+
+@pytest.mark.parametrize("keep", range(1, 60, 7))
+def test_a_torn_last_line_is_dropped_and_counted(tmp_path: Path, keep: int) -> None:
+    store = opened(tmp_path)
+    store.add([1], [2], False, "whole")
+    file = store.folder / "responses.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:keep])
+    again = opened(tmp_path)
+    assert again.torn_lines == 1
+    assert len(again) == 1
+    again.add([3], [4], False, "after the crash")
+    for one in (again, opened(tmp_path)):
+        assert one.torn_lines == 1
+        assert one.get([1]) == Stored((2,), False, "whole")
+        assert one.get([3]) == Stored((4,), False, "after the crash")
+
+
+def test_a_line_without_its_end_is_kept(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.add([1], [2], False, "whole")
+    file = store.folder / "responses.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    again = opened(tmp_path)
+    again.add([3], [4], False, "")
+    assert (len(again), again.torn_lines) == (2, 0)
+
+
+def test_lines_that_are_no_responses_are_counted(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with (store.folder / "responses.jsonl").open("ab") as file:
+        file.write(b'{"prompt": "x"}\n[1]\n\xff\xfe\n\n{"prompt": "x", "ids": null}\n')
+    store.add([1], [2], False, "")
+    assert (len(store), store.torn_lines) == (1, 4)
+
+
+def _append(folder: str, own: int, count: int, start: Any) -> None:
+    store = opened(Path(folder))
+    start.wait(60)
+    for i in range(count):
+        store.add([own, i], [own] * 400, False, "x" * 5000)
+        store.add([99], [own, i], False, "both")
+
+
+def test_two_processes_append(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    start = spawn.Barrier(2)
+    writers = [spawn.Process(target=_append, args=(str(tmp_path), own, 40, start)) for own in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    store = opened(tmp_path)
+    assert (len(store), store.torn_lines) == (160, 0)
+    assert all(store.get([own, i]).response_ids == (own,) * 400 for own in (1, 2) for i in range(40))
+    shared = [store.get([99], i).response_ids for i in range(80)]
+    assert sorted(shared) == [(own, i) for own in (1, 2) for i in range(40)]
+
+
+def test_a_writer_waits_for_the_other(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    store = opened(tmp_path)
+    with (store.folder / "responses.jsonl").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        writer = threading.Thread(target=store.add, args=([1], [2], False, "later"))
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        fcntl.flock(other, fcntl.LOCK_UN)
+        writer.join(60)
+    assert opened(tmp_path).get([1]) == Stored((2,), False, "later")
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    file = store.folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps({**manifest, "version": 7}))
+    with pytest.raises(DpkdError, match=r"manifest.json has version 7, expected version 1 .* Move the folder"):
+        opened(tmp_path)
+    for broken in ("{", "[]", json.dumps({**manifest, "seed": 5})):
+        file.write_text(broken)
+        with pytest.raises(DpkdError, match=r"is not one of dpkd's or was edited"):
+            opened(tmp_path)
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DpkdError, match=r"cannot be used: Not a directory.*text\.store"):
+        opened(tmp_path / "file")
+
+
+def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DPKD_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert default_folder() == tmp_path / ".cache" / "dpkd" / "responses"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_folder() == tmp_path / "xdg" / "dpkd" / "responses"
+    monkeypatch.setenv("DPKD_CACHE", str(tmp_path / "own"))
+    assert default_folder() == tmp_path / "own" / "responses"
+    key = {"model_fingerprint": "m", "tokenizer_fingerprint": "t", "sampling": SamplingSettings(), "seed": 1}
+    assert ResponseStore.open(None, **key).folder.parent == tmp_path / "own" / "responses"
+
+
+def saved(folder: Path, value: float = 0.0, place: int = 0, **config: Any) -> Path:
+    folder.mkdir()
+    weights = torch.arange(20_000, dtype=torch.float32)
+    weights[place] += value
+    save_file({"w": weights}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"layers": 2, "_name_or_path": str(folder), **config}))
+    return folder
+
+
+def test_model_fingerprint_of_a_folder(tmp_path: Path) -> None:
+    own = model_fingerprint(saved(tmp_path / "a"))
+    assert model_fingerprint(saved(tmp_path / "same", transformers_version="9")) == own
+    different = {
+        model_fingerprint(saved(tmp_path / "first", 1.0, 0)),
+        model_fingerprint(saved(tmp_path / "last", 1.0, 19_999)),
+        model_fingerprint(saved(tmp_path / "config", layers=3)),
+    }
+    assert len(different | {own}) == 4
+    assert model_fingerprint(tmp_path / "a" / "model.safetensors") != own
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DpkdError, match=r"empty has no weights: expected \*.safetensors"):
+        model_fingerprint(tmp_path / "empty")
+
+
+def test_model_fingerprint_of_a_loaded_configuration(tmp_path: Path) -> None:
+    from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)
+    found = []
+    for name in ("a", "b"):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        found.append(model_fingerprint(tmp_path / name, config=AutoConfig.from_pretrained(tmp_path / name)))
+    assert found[0] == found[1]
+
+
+def test_model_fingerprint_of_a_hub_model() -> None:
+    commits = [model_fingerprint("org/model", config=None, commit=commit) for commit in ("c1", "c2")]
+    assert commits[0] != commits[1]
+    assert model_fingerprint("org/model", "c1") == commits[0]
+    assert model_fingerprint("org/other", "c1") != commits[0]

@@ -1,0 +1,365 @@
+"""dpkd.train, dpkd.resume and dpkd.evaluate with models and rows in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dpkd
+from dpkd.errors import DpkdError, SettingsError, Stopped
+from dpkd.models.fingerprint import memory_fingerprint
+from dpkd.train import run as engine_run
+
+SHORT = {
+    "train.steps": 3,
+    "train.batch_size": 4,
+    "train.device": "cpu",
+    "train.lr": 1e-3,
+    "train.log_every": 1,
+    "text.sampling.max_new_tokens": 8,
+    "text.teacher_sampling.max_new_tokens": 8,
+}
+
+
+@pytest.fixture
+def models(toy: Path):
+    """Teacher and student, loaded, without a way back to the folder that they came from."""
+    both = [AutoModelForCausalLM.from_pretrained(toy / name) for name in ("teacher", "gpt2")]
+    for model in both:
+        model.name_or_path = model.config._name_or_path = ""
+    return both
+
+
+@pytest.fixture
+def tokenizer(toy: Path):
+    return AutoTokenizer.from_pretrained(toy / "teacher")
+
+
+@pytest.fixture
+def rows(toy: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (toy / "data.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder.model / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("loss", ["kd", "dpkd", "rkl"])
+def test_objects_train_as_their_names_do(loss, toy, models, tokenizer, rows, tmp_path):
+    """Where text is drawn, the ids of the rows decide what, and rows in memory have ids of their own."""
+    drawn = loss != "kd"
+    settings = SHORT | ({"text.source": "student"} if loss == "rkl" else {})
+    teacher, student = models
+    named = dpkd.train(
+        loss=loss,
+        teacher=str(toy / "teacher"),
+        student=toy / "gpt2",
+        data=toy / "data.jsonl",
+        output=tmp_path / "named",
+        settings=settings,
+    )
+    given = dpkd.train(
+        loss=loss,
+        teacher=teacher,
+        student=student,
+        data=toy / "data.jsonl" if drawn else rows,
+        tokenizer=tokenizer,
+        output=tmp_path / "given",
+        settings=settings,
+    )
+    assert same(weights(named), weights(given))
+
+
+def test_the_objects_are_left_as_they_are(models, tokenizer, rows, tmp_path):
+    teacher, student = models
+    teacher.train()
+    student.transformer.wte.weight.requires_grad_(False)
+    before = deepcopy([teacher.state_dict(), student.state_dict(), rows])
+    flags = [[p.requires_grad for p in model.parameters()] for model in models]
+    pad, state = tokenizer.pad_token, random.getstate()
+    run = dpkd.train(
+        loss="kd",
+        teacher=teacher,
+        student=student,
+        data=rows,
+        tokenizer=tokenizer,
+        output=tmp_path / "run",
+        settings=SHORT | {"student.lora": {"r": 2}, "student.dropout": "off"},
+    )
+    assert same(before[0], teacher.state_dict())
+    assert same(before[1], student.state_dict())
+    assert (before[2], pad) == (rows, tokenizer.pad_token)
+    assert teacher.training
+    assert not student.training
+    assert student.transformer.drop.p > 0
+    assert not hasattr(student, "peft_config")
+    assert flags == [[p.requires_grad for p in model.parameters()] for model in models]
+    assert not same(before[1], AutoModelForCausalLM.from_pretrained(run.model).state_dict())
+    random.setstate(state)
+
+
+def test_the_student_may_be_the_teacher_and_frozen_parameters_stay(models, tokenizer, rows, tmp_path):
+    teacher = models[0]
+    teacher.model.embed_tokens.weight.requires_grad_(False)
+    run = dpkd.train(
+        loss="rkl",
+        teacher=teacher,
+        student=teacher,
+        data=rows,
+        tokenizer=tokenizer,
+        output=tmp_path / "run",
+        settings=SHORT | {"loss.temperature": 2.0, "terms.lm.weight": 1.0},
+    )
+    after, before = weights(run), teacher.state_dict()
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+
+def test_a_half_precision_student_is_trained_in_float32_unless_said_otherwise(models, tokenizer, rows, tmp_path):
+    teacher, student = models[0], models[1].to(torch.bfloat16)
+    for wanted, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        run = dpkd.train(
+            loss="kd",
+            teacher=teacher,
+            student=student,
+            data=rows,
+            tokenizer=tokenizer,
+            output=tmp_path / wanted,
+            settings=SHORT | {"student.dtype": wanted},
+        )
+        assert {value.dtype for value in weights(run).values()} == {dtype}
+    assert student.dtype == torch.bfloat16
+
+
+def test_rows_may_be_a_dataset_or_an_endless_generator(toy, rows, tmp_path):
+    from datasets import Dataset
+
+    def endless():
+        while True:
+            yield from rows
+
+    runs = [
+        dpkd.train(
+            loss="sft",
+            student=toy / "gpt2",
+            data=data,
+            output=tmp_path / str(number),
+            settings=SHORT | {"data.limit": len(rows)},
+        )
+        for number, data in enumerate((rows, Dataset.from_list(rows), endless()))
+    ]
+    facts = [json.loads(run.facts.read_text(encoding="utf-8")) for run in runs]
+    assert len({fact["data"]["fingerprint"] for fact in facts}) == 1
+    assert [fact["in_memory"]["in-memory:data"] for fact in facts] == ["list", "Dataset", "generator"]
+    assert same(weights(runs[0]), weights(runs[1]))
+
+
+def test_the_tokenizer_may_be_that_of_the_models_own_folder(toy, rows, tmp_path):
+    student = AutoModelForCausalLM.from_pretrained(toy / "gpt2")
+    run = dpkd.train(loss="sft", student=student, data=rows, output=tmp_path / "run", settings=SHORT)
+    assert AutoTokenizer.from_pretrained(run.model).eos_token == "<eos>"
+
+
+def test_run_json_and_the_card_say_what_was_in_memory(models, tokenizer, rows, tmp_path):
+    teacher, student = models
+    run = dpkd.train(
+        loss="kd",
+        teacher=teacher,
+        student=student,
+        data=rows,
+        tokenizer=tokenizer,
+        output=tmp_path / "run",
+        settings=SHORT,
+    )
+    facts = json.loads(run.facts.read_text(encoding="utf-8"))
+    assert facts["models"] == {"teacher": memory_fingerprint(teacher), "student": memory_fingerprint(student)}
+    assert facts["in_memory"]["in-memory:teacher"] == "LlamaForCausalLM"
+    assert facts["data"]["path"] == "in-memory:data"
+    card = run.card.read_text(encoding="utf-8")
+    assert "base_model" not in card
+    assert "datasets:" not in card
+
+
+def test_the_fingerprint_sees_one_weight_and_the_configuration(models):
+    student = models[1]
+    found = {memory_fingerprint(student), memory_fingerprint(deepcopy(student))}
+    with torch.no_grad():
+        student.lm_head.weight[5, 7] += 1e-3
+    found.add(memory_fingerprint(student))
+    student.config.layer_norm_epsilon *= 2
+    found.add(memory_fingerprint(student))
+    assert len(found) == 3
+
+
+@contextmanager
+def _stop_after_one_step():
+    """A request to stop that is there from the start."""
+    stop = type("Stop", (), {"asked": True, "signal_number": 2})()
+    yield stop
+
+
+def test_resume_needs_the_same_objects(models, tokenizer, rows, tmp_path, monkeypatch):
+    teacher, student = models
+    objects = {"teacher": teacher, "student": student, "data": rows, "tokenizer": tokenizer}
+    whole = dpkd.train(loss="kd", **objects, output=tmp_path / "whole", settings=SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_run, "stop_on_signal", _stop_after_one_step)
+        with pytest.raises(Stopped, match=r"dpkd\.resume\('.*stopped', teacher=\.\.\., student=\.\.\., data=\.\.\.\)"):
+            dpkd.train(loss="kd", **objects, output=tmp_path / "stopped", settings=SHORT)
+    stopped = tmp_path / "stopped"
+    with pytest.raises(SettingsError, match=r"teacher.model: in-memory:teacher stands for an object") as caught:
+        engine_run.resume_folder(stopped)
+    assert len(caught.value.problems) == 3
+    other = deepcopy(student)
+    with torch.no_grad():
+        other.lm_head.weight[0] += 1.0
+    with pytest.raises(DpkdError, match=r"the student \(student.model\) changed"):
+        dpkd.resume(stopped, **objects | {"student": other})
+    with pytest.raises(DpkdError, match=r"the data \(data.path\) changed"):
+        dpkd.resume(stopped, **objects | {"data": rows[:-1]})
+    assert same(weights(dpkd.resume(stopped, **objects)), weights(whole))
+
+
+def test_resume_refuses_an_object_that_the_run_did_not_begin_with(toy, rows, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_run, "stop_on_signal", _stop_after_one_step)
+    with pytest.raises(Stopped, match="continue with: dpkd train --resume"):
+        dpkd.train(loss="sft", student=toy / "gpt2", data=toy / "data.jsonl", output=tmp_path / "run", settings=SHORT)
+    with pytest.raises(DpkdError, match="did not begin with in-memory:data: its settings name what it reads"):
+        dpkd.resume(tmp_path / "run", data=rows)
+
+
+def test_evaluate_takes_objects_and_leaves_them_alone(toy, models, tokenizer, rows):
+    teacher, student = models
+    student.train()
+    named = dpkd.evaluate(
+        str(toy / "gpt2"), str(toy / "data.jsonl"), teacher=str(toy / "teacher"), greedy=True, max_new_tokens=4, limit=6
+    )
+    given = dpkd.evaluate(student, rows, teacher=teacher, tokenizer=tokenizer, greedy=True, max_new_tokens=4, limit=6)
+    assert student.training
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert given.facts["set"] == "data"
+    assert {"rouge_l", "forward_kl"} <= set(given.metrics)
+    assert {n: m.values for n, m in given.metrics.items()} == {n: m.values for n, m in named.metrics.items()}
+
+
+def test_a_run_whose_teacher_was_in_memory_is_evaluated_with_the_teacher_that_is_given(
+    models, tokenizer, rows, tmp_path
+):
+    teacher, student = models
+    run = dpkd.train(
+        loss="kd",
+        teacher=teacher,
+        student=student,
+        data=rows,
+        tokenizer=tokenizer,
+        output=tmp_path / "run",
+        settings=SHORT,
+    )
+    how = {"greedy": True, "max_new_tokens": 4, "limit": 4}
+    assert "forward_kl" not in dpkd.evaluate(run, rows, **how).metrics
+    assert "forward_kl" in dpkd.evaluate(run, rows, teacher=teacher, tokenizer=tokenizer, **how).metrics
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"student": torch.nn.Linear(2, 2)}, "student: expected a name, a path, or a causal language model"),
+        ({"student": 7}, r"but got int\. "),
+        ({"data": 7}, "data: expected a name, a path, or an iterable of rows, but got int"),
+        ({"data": {"train": []}}, "data: expected rows, but got a dict of train: give one split of it"),
+        ({"data": ["red"]}, r"row:1: not a mapping: expected \{column: value\}, found 'red'"),
+        ({"tokenizer": object()}, "tokenizer: belongs to a model in memory, and none was given"),
+        ({"settings": {"data.split": "test"}}, r"data.split: says nothing of in-memory:data.*\(from settings\)"),
+        ({"student": "in-memory:student"}, "stands for an object that a Python program had"),
+    ],
+)
+def test_what_cannot_be_used_is_explained(arguments, message, toy, rows, tmp_path):
+    given = {"student": toy / "gpt2", "data": rows, "output": tmp_path / "run"} | arguments
+    with pytest.raises(DpkdError, match=message):
+        dpkd.train(loss="sft", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_in_memory_are_not_packed(models, tokenizer, rows):
+    packed = {"teacher.quantization": "4bit"}
+    with pytest.raises(DpkdError, match=r"teacher\.quantization: says nothing of in-memory:teacher"):
+        dpkd.train(loss="kd", teacher=models[0], student=models[1], tokenizer=tokenizer, data=rows, settings=packed)
+
+
+def test_a_model_without_a_tokenizer_is_explained(models, rows):
+    with pytest.raises(DpkdError, match=r"has no tokenizer that could be found .*; pass one as tokenizer="):
+        dpkd.train(loss="sft", student=models[1], data=rows)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+def test_models_with_adapters_or_prepared_by_accelerate_are_refused(models, rows):
+    from accelerate import Accelerator
+    from peft import LoraConfig, get_peft_model
+
+    teacher, student = models
+    with pytest.raises(DpkdError, match=r"merge_and_unload\(\)"):
+        dpkd.train(loss="sft", student=get_peft_model(teacher, LoraConfig(target_modules=["q_proj"])), data=rows)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(student)
+    with pytest.raises(DpkdError, match=r"was prepared by accelerate; give accelerator.unwrap_model\(student, False\)"):
+        dpkd.train(loss="sft", student=prepared, data=rows)
+
+
+PROGRAM = """
+import sys
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+import pathlib, torch, dpkd
+
+accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
+model = accelerator.prepare(AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/gpt2"))
+before = accelerator.mixed_precision, accelerator.gradient_accumulation_steps, accelerator.process_index
+common = dict(
+    loss="kd", teacher=AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/teacher"),
+    student=accelerator.unwrap_model(model, False), output=sys.argv[2],
+    settings={"train.steps": 2, "train.batch_size": 4, "train.device": "cpu"},
+)
+said = pathlib.Path(sys.argv[2] + f"-{accelerator.process_index}.txt")
+rows = [{"prompt": "red", "response": "blue " * (1 + i % 3)} for i in range(8)]
+try:
+    dpkd.train(data=rows[accelerator.process_index :], **common)
+except Exception as error:
+    said.write_text(str(error))
+run = dpkd.train(data=Dataset.from_list(rows), **common)
+assert before == (accelerator.mixed_precision, accelerator.gradient_accumulation_steps, accelerator.process_index)
+assert accelerator.num_processes == 2
+total = accelerator.reduce(torch.ones(()), reduction="sum")
+assert total == 2
+accelerator.end_training()
+said.write_text(said.read_text() + f" | went on with {run.path}")
+"""
+
+
+def test_a_program_with_two_processes_of_its_own_goes_on_after_a_run(toy, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(29500 + os.getpid() % 400), str(program), str(toy), str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused = "the processes of this run differ in their data: give all of them the same"
+    for process in (0, 1):
+        said = (tmp_path / f"run-{process}.txt").read_text(encoding="utf-8")
+        assert said == f"{refused} | went on with {tmp_path / 'run'}"
+    assert (tmp_path / "run/model/model.safetensors").is_file()

@@ -1,0 +1,29 @@
+"""The warning of a preference that pushes both responses away: when it comes, when not, and once."""
+
+from __future__ import annotations
+
+from dpkd.train.guard import RunawayGuard
+
+
+def line(chosen, rejected, tokens=10.0):
+    return {
+        "logp/chosen": chosen * tokens,
+        "length/chosen": tokens,
+        "logp/rejected": rejected * 20.0,
+        "length/rejected": 20.0,
+    }
+
+
+def said(*pairs):
+    guard = RunawayGuard()
+    return [guard.look(line(*pair)) is not None for pair in pairs]
+
+
+def test_it_speaks_once_when_both_keep_falling():
+    assert said((-2.0, -1.0), (-3.5, -4.0), (-4.0, -6.0), (-5.0, -9.0), (-6.0, -12.0)) == [0, 0, 0, 1, 0]
+
+
+def test_it_is_silent_where_only_the_dispreferred_falls_or_all_is_noise():
+    assert not any(said((-2.0, -1.0), (-2.1, -9.0), (-2.0, -20.0), (-2.2, -30.0), (-2.0, -40.0)))
+    assert not any(said((-2.0, -1.0), (-3.5, -4.0), (-2.0, -3.0), (-3.5, -4.0), (-2.0, -3.0)))
+    assert RunawayGuard().look({"loss/main": 1.0}) is None

@@ -1,0 +1,121 @@
+"""The memory of a plan: bytes counted by hand, parts known exactly, and what makes a run smaller."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from dpkd.api import LossConfig, Signal, TokenLoss
+from dpkd.train import memory
+from dpkd.train.memory import memory_estimate
+from dpkd.train.memory_trace import LiveBytes, backbone_passes, token_chunk
+from dpkd.train.prepare import prepare
+from dpkd.train.progress import Display
+
+KIB = 1024
+
+
+def estimate(resolved):
+    return memory_estimate(resolved, prepare(resolved, Display(Console(quiet=True))))
+
+
+def test_bytes_are_counted_while_tensors_are_there():
+    with LiveBytes() as live:
+        first = torch.zeros(KIB // 4)  # 1 KiB
+        second = first + 1  # 1 KiB more
+        first.view(2, -1).add_(1)  # a view, in place: nothing
+        del first
+        assert (live.now, live.peak) == (KIB, 2 * KIB)
+        del second
+        torch.zeros(5, KIB // 4)
+    assert (live.now, live.peak) == (0, 5 * KIB)
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_a_linear_layer_keeps_what_its_formula_says(fake):
+    """y = tanh(x W + b): backward reads x, W and tanh(x W + b); dW, db and dx come."""
+    import contextlib
+
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        linear = torch.nn.Linear(64, 64)
+        with LiveBytes() as live:
+            x = torch.ones(32, 64)
+            y = torch.tanh(linear(x))
+            assert live.now == 4 * 2 * 32 * 64
+            y.sum().backward()
+            del x, y
+        assert live.now == 4 * (64 * 64 + 64)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=32)),
+        lambda: LlamaForCausalLM(
+            LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+        ),
+    ],
+)
+def test_without_memory_the_passes_are_those_of_the_real_model(make):
+    with FakeTensorMode():
+        fake = backbone_passes(make().train(), 2, 16, bf16=False)
+    assert fake == backbone_passes(make().train(), 2, 16, bf16=False)
+    assert fake.backward > fake.kept > 0
+
+
+class _Square(TokenLoss[LossConfig]):
+    def forward(self, x):
+        return x.student_logits.square().sum(-1)
+
+
+def test_a_chunk_counts_the_copies_of_a_loss():
+    """Logits of both models, the square, log-probs to measure: four; the rest of the measuring is on [n]."""
+    copies = token_chunk(_Square(LossConfig()), frozenset({Signal.STUDENT_LOGITS}))
+    assert copies == pytest.approx(5, abs=0.5)  # and the gradient of the square
+
+
+def test_weights_and_optimiser_are_exact(settings_of):
+    parts = estimate(settings_of("fkl")).parts
+    # Llama of the fixture: embeddings and head 2 · 257 · 32, per layer 4 · 32² + 3 · 32 · 64 + 2 · 32, last norm 32.
+    layer = 4 * 32**2 + 3 * 32 * 64 + 2 * 32
+    student, teacher = (2 * 257 * 32 + n * layer + 32 for n in (2, 4))
+    assert parts["student weights"] == 4 * student
+    assert parts["teacher weights"] == 4 * teacher
+    assert parts["optimizer state"] == 8 * student
+
+
+def test_the_total_is_that_of_the_largest_moment(settings_of):
+    found = estimate(settings_of("dpkd"))
+    assert found.total == sum(found.parts.values())
+    assert found.moment in ("losses", "backward", "update", "sampling")
+
+
+LONG = {"train.batch_size": 8, "data.template": "alpaca", "text.sampling.max_new_tokens": 64}
+
+
+@pytest.mark.parametrize(
+    "smaller", [{"student.gradient_checkpointing": True}, {"train.micro_batch_size": 2}, {"student.dropout": "off"}]
+)
+def test_what_saves_memory_lowers_the_estimate(settings_of, toy, smaller):
+    of_gpt2 = {"student.init": "pretrained", "student.layers": None, "student.model": str(toy / "gpt2"), **LONG}
+    whole = estimate(settings_of("sft", of_gpt2, teacher=None))
+    assert estimate(settings_of("sft", of_gpt2 | smaller, teacher=None)).total < whole.total
+
+
+def test_adapters_have_little_to_optimise(settings_of):
+    pytest.importorskip("peft", reason="peft is an optional dependency")
+    whole, adapters = (estimate(settings_of("fkl", change)).parts for change in ({}, {"student.lora.r": 1}))
+    assert adapters["optimizer state"] < whole["optimizer state"] / 10
+
+
+def test_a_model_that_needs_values_is_estimated_all_the_same(settings_of, monkeypatch):
+    def needs_values(*_, **__):
+        raise RuntimeError("no values")
+
+    exact = estimate(settings_of("fkl", LONG))
+    monkeypatch.setattr(memory, "backbone_passes", needs_values)
+    rough = estimate(settings_of("fkl", LONG))
+    assert rough.total == pytest.approx(exact.total, rel=0.5)

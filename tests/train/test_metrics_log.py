@@ -1,0 +1,87 @@
+"""The log of metrics survives a death at any byte, and a resumed run continues it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dpkd.errors import DpkdError
+from dpkd.run_metrics import read_metrics
+from dpkd.train.metrics_log import MetricsLog
+
+
+def steps(path: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(path)]
+
+
+def test_what_is_logged_is_read_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.log(1, {"loss/main": 0.5, "text": {"truncated": 2}, "note": "né"})
+    assert read_metrics(path) == [{"step": 1, "loss/main": 0.5, "text": {"truncated": 2}, "note": "né"}]
+    log.log(2, {})
+    assert steps(path) == [1, 2]
+
+
+def test_numbers_that_are_not_finite_stay_numbers_and_strict_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path).log(1, {"a": math.nan, "b": [math.inf], "c": {"d": -math.inf}})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    (row,) = read_metrics(path)
+    assert math.isnan(row["a"])
+    assert (row["b"], row["c"]) == ([math.inf], {"d": -math.inf})
+
+
+def test_a_file_cut_at_any_byte_is_read_and_continued(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jsonl"
+    for step in (1, 2, 3):
+        MetricsLog(whole).log(step, {"note": "né"})
+    content = whole.read_bytes()
+    ends = [i for i in range(len(content) + 1) if content[i : i + 1] in (b"\n", b"")]
+    assert len(content) > 60
+    for size in range(len(content) + 1):
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(content[:size])
+        complete = [1, 2, 3][: sum(end <= size for end in ends[:3])]
+        assert steps(path) == complete
+        log = MetricsLog(path)
+        assert steps(path) == complete
+        log.log(9, {})
+        assert steps(path) == [*complete, 9]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for damage in ("{", "[]", '{"loss": 1}', '{"step": "1"}'):
+        path.write_text(f'{{"step": 1}}\n{damage}\n{{"step": 3}}\n')
+        with pytest.raises(DpkdError, match=r"metrics\.jsonl:2: expected one JSON object"):
+            read_metrics(path)
+
+
+def test_a_log_that_is_absent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DpkdError, match="absent: the metrics of a run cannot be read"):
+        read_metrics(tmp_path / "absent")
+
+
+def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    assert log.truncate_after(3) == 0
+    for step in (1, 2, 3, 4):
+        log.log(step, {"x": step / 3})
+    before = path.read_bytes().split(b"\n")
+    assert log.truncate_after(2) == 2
+    assert path.read_bytes().split(b"\n") == [*before[:2], b""]
+    log.log(3, {})
+    assert steps(path) == [1, 2, 3]
+    assert log.truncate_after(3) == 0
+    assert log.truncate_after(0) == 3
+    assert read_metrics(path) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,149 @@
+"""`teacher.quantization`: real packed weights on the CPU, in every path that reads a teacher."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from dpkd.errors import DpkdError, SettingsError
+from dpkd.models.fingerprint import fingerprint_of
+from dpkd.models.loading import load_model
+from dpkd.models.quantization import quantization_of, weight_bytes
+from dpkd.models.settings import ModelSettings, StudentSettings, TeacherSettings
+from dpkd.models.student_init import student_config
+from dpkd.run_metrics import read_metrics
+from dpkd.train import run
+from dpkd.train.cache import CacheSettings, cache
+from dpkd.train.plan import make_plan
+from dpkd.train.progress import Display
+
+GPT2 = {"student.init": "pretrained", "student.layers": None}
+KINDS = ["8bit", "4bit"]
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'dpkd[quant]'"
+)
+
+
+@pytest.fixture(scope="module")
+def wide(toy, tmp_path_factory):
+    """A Llama whose matrices are as wide as a block of NF4, 64 numbers, with the toy's tokenizer."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(toy / "teacher").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def changes(toy, wide):
+    return {**GPT2, "student.model": str(toy / "gpt2"), "teacher.model": str(wide)}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_are_small_and_near_the_model(kind, wide):
+    """The size is counted by hand: one byte, or half a byte, for each number of a layer's matrices."""
+    plain, packed = (
+        load_model(TeacherSettings(model=str(wide), quantization=q), device="cpu", dtype=torch.float32)
+        for q in ("none", kind)
+    )
+    layers = [m.weight.numel() for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    held = sum(p.numel() * p.element_size() for n, p in packed.named_parameters() if re.search(r"(proj)\.weight$", n))
+    assert held == sum(layers) * {"8bit": 1.0, "4bit": 0.5}[kind]
+    assert packed.get_output_embeddings().weight.dtype == torch.float32
+    assert not packed.training
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        exact, near = (model(ids).logits.log_softmax(-1) for model in (plain, packed))
+    assert 0 < (exact - near).abs().mean() < {"8bit": 0.05, "4bit": 0.5}[kind]
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("loss", "more"),
+    [("kd", {}), ("dpkd", {}), ("minillm", {"text.teacher_mix": 0.2}), ("seqkd", {}), ("dpo", {})],
+    ids=["rows", "logps-and-text", "rollouts-and-mix", "text", "reference"],
+)
+def test_every_path_reads_a_packed_teacher(kind, loss, more, settings_of, changes, quiet):
+    folder = run.train(
+        settings_of(loss, {**changes, **more, "teacher.quantization": kind}, teacher=None), console=quiet
+    )
+    lines = read_metrics(folder.metrics)
+    assert len(lines) == 2
+    assert all(torch.isfinite(torch.tensor(line["loss/main"])) for line in lines)
+
+
+@needs_bitsandbytes
+def test_a_store_can_be_written_by_a_packed_teacher(settings_of, changes, quiet, tmp_path):
+    fixed = {"text.pairs.rejected": "dataset", "teacher.quantization": "4bit"}
+    settings = settings_of("dpkd", {**changes, **fixed}, teacher=None)
+    manifest = cache(settings, CacheSettings(tmp_path / "store"), console=quiet)
+    assert manifest.model.endswith("/4bit")
+
+
+def test_packed_weights_make_another_teacher(toy):
+    plain, packed = (TeacherSettings(model=str(toy / "teacher"), quantization=q) for q in ("none", "4bit"))
+    assert fingerprint_of(packed) == f"{fingerprint_of(plain)}/4bit"
+    assert fingerprint_of(ModelSettings(model=str(toy / "teacher"))) == fingerprint_of(plain)
+    assert (quantization_of(packed), quantization_of(plain)) == ("4bit", None)
+
+
+def test_the_plan_counts_packed_weights_but_not_embeddings_and_head(settings_of, changes, quiet):
+    config = LlamaConfig(vocab_size=100, hidden_size=8, num_attention_heads=2, tie_word_embeddings=False)
+    assert weight_bytes(config, 10_000, 4, None) == 40_000
+    assert weight_bytes(config, 10_000, 4, "8bit") == 4 * 1600 + 8400
+    assert weight_bytes(config, 10_000, 2, "4bit") == 2 * 1600 + 4200
+    if find_spec("bitsandbytes") is not None:
+        plan = make_plan(settings_of("kd", {**changes, "teacher.quantization": "4bit"}, teacher=None), Display(quiet))
+        assert dict(plan.sections["models"])["teacher"].endswith("weights in 4bit")
+
+
+def test_without_the_package_it_says_what_to_install_before_anything_slow(settings_of, changes, quiet, monkeypatch):
+    monkeypatch.setattr("dpkd.models.quantization.find_spec", lambda name: None)
+    with pytest.raises(DpkdError, match=re.escape("pip install 'dpkd[quant]'")):
+        make_plan(settings_of("kd", {**changes, "teacher.quantization": "8bit"}, teacher=None), Display(quiet))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"teacher.quantization": "2bit"}, "teacher.quantization"),
+        ({"teacher.model": "some.gguf"}, "takes a folder of safetensors or a hub id"),
+        ({"student.init": "layers", "student.model": None, "student.layers": 2}, "8bit packs the weights, and student"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(more, message, settings_of, changes):
+    given = {**changes, "teacher.quantization": "8bit", **more}
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        settings_of("kd", given, teacher=None)
+
+
+def test_a_store_has_nothing_to_pack(settings_of, changes, tmp_path):
+    with pytest.raises(SettingsError, match="packs the weights of a model, and a `store` has none"):
+        settings_of("kd", {**GPT2, "teacher.quantization": "8bit", "teacher.store": str(tmp_path)}, teacher=None)
+
+
+@needs_bitsandbytes
+def test_a_fresh_student_of_its_shape_is_not_packed(settings_of, quiet, wide):
+    fresh = {"teacher.model": str(wide), "student.init": "random", "student.layers": 2, "teacher.quantization": "4bit"}
+    folder = run.train(settings_of("kd", fresh, teacher=None), console=quiet)
+    model = AutoModelForCausalLM.from_pretrained(folder.model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    config = LlamaConfig()
+    config.quantization_config = {"bits": 4}
+    assert not hasattr(student_config(StudentSettings(init="random"), config), "quantization_config")
+    assert config.quantization_config

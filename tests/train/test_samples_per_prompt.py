@@ -1,0 +1,165 @@
+"""Several responses by the student to each prompt: which, how they are counted, and what stays as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from test_invariants import _NoStep, gradients
+
+from dpkd.api import Text
+from dpkd.errors import SettingsError, Stopped
+from dpkd.rollout.backends.hf import HfSampler
+from dpkd.rollout.sources import StepResponses, response_seed, sample_seeds
+from dpkd.run_metrics import read_metrics
+from dpkd.train import run
+from dpkd.train.build import assemble
+from dpkd.train.probe import longest_text
+from dpkd.train.progress import Display
+
+STUDENT = {"text.source": "student", "train.batch_size": 4}
+ROLLOUT = {**STUDENT, "text.refresh": "every_n_steps", "text.every": 2, "text.num_iterations": 2}
+
+
+def test_seeds_are_distinct_and_the_first_is_that_of_one_response():
+    rows = [sample_seeds(10, period, name, 5) for period in range(3) for name in ("a", "sample", "1", "0/a")]
+    assert len({seed for row in rows for seed in row}) == 60
+    assert sample_seeds(10, 2, "a", 1) == [response_seed(10, 2, "a")] == sample_seeds(10, 2, "a", 4)[:1]
+    assert all(0 <= seed < 2**63 for row in rows for seed in row)
+
+
+@pytest.fixture
+def written(settings_of, quiet, tmp_path):
+    """The text of the first step of a run, and the parts of the run."""
+
+    def write(loss: str, changes: dict[str, object]):
+        resolved = settings_of(loss, {**changes, "output": str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")})
+        assembly = assemble(resolved, run._accelerator(resolved), Display(quiet))
+        assembly.writers.prepare(0)
+        return assembly.writers.step(0), assembly
+
+    return write
+
+
+@pytest.mark.parametrize("loss", ["rkl", "minillm"])
+def test_the_first_response_is_the_one_that_would_be_alone(loss, written):
+    alone, _ = written(loss, STUDENT)
+    several, _ = written(loss, {**STUDENT, "text.num_generations": 3})
+    assert len(several.responses) == len(alone.responses) == 4
+    assert [index for index, _ in several.responses] == [index for index, _ in alone.responses]
+    for (_, (one,)), (_, (first, _, _)) in zip(alone.responses, several.responses, strict=True):
+        assert (one.ids, one.rollout_logps) == (first.ids, first.rollout_logps)
+        assert one.teacher_logps == (None if first.teacher_logps is None else pytest.approx(first.teacher_logps))
+    assert len({r.ids for _, many in several.responses for r in many}) > 8
+    if loss == "minillm":
+        assert all(len(r.advantages) == len(r.ids) for _, many in several.responses for r in many)
+
+
+def test_a_prompt_is_read_once_for_all_its_responses(written, monkeypatch):
+    tasks, draw = [], HfSampler.draw
+    monkeypatch.setattr(HfSampler, "draw", lambda self, task, *more: tasks.append(task) or draw(self, task, *more))
+    written("rkl", {**STUDENT, "text.num_generations": 3})
+    assert [(len(t.prompts), len(t.seeds), t.num_generations) for t in tasks] == [(4, 12, 3)]
+
+
+def test_the_denominator_counts_the_tokens_of_all_responses(written):
+    """The gradient is the mean over all tokens: that of each part of the responses, weighted by its tokens."""
+    text, assembly = written("rkl", {**STUDENT, "text.num_generations": 2})
+    # Of unequal lengths, so that a mean of two means is another number.
+    apart = [(i, r) for i, many in text.responses for r in many]
+    mixed = [(i, (replace(r, ids=r.ids[: 2 + place]),)) for place, (i, r) in enumerate(apart)]
+    train_step = assembly.train_step
+    train_step.loss_module.double()
+    train_step.teacher.model.double()
+    train_step.teacher._head = train_step.teacher._head.cast(torch.float64)
+    train_step.optimizer, train_step.clip = _NoStep(train_step.loss_module), None
+
+    def gradient(responses):
+        train_step(assembly.builder.step_batches(0, [StepResponses(responses, {})]), lr=0.0, measure=False)
+        return {n: p.grad.clone() for n, p in train_step.loss_module.named_parameters()}, sum(
+            len(r.ids) for _, (r,) in responses
+        )
+
+    (first, n), (second, m), (both, total) = (gradient(responses) for responses in (mixed[::2], mixed[1::2], mixed))
+    assert n != m
+    assert total == n + m
+    for name, value in both.items():
+        torch.testing.assert_close(value, (first[name] * n + second[name] * m) / total, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", ["rkl", "minillm"])
+def test_the_gradient_does_not_depend_on_accumulation(loss, settings_of, quiet, tmp_path):
+    found = []
+    for micro in (12, 5, 1):
+        changes = {"train.micro_batch_size": micro, "output": str(tmp_path / f"m{micro}")}
+        resolved = settings_of(loss, {**STUDENT, "text.num_generations": 3, **changes})
+        found.append(gradients(resolved, quiet)[0])
+    for one, other in pairwise(found):
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_mixed_text_has_several_responses_where_the_student_writes(settings_of, quiet):
+    mix = {"text.source": "mixed", "text.mix": {"dataset": 0.5, "student": 0.5}, "text.num_generations": 3}
+    resolved = settings_of("jsd", {**mix, "train.steps": 6, "train.batch_size": 4})
+    folder = run.train(resolved, console=quiet)
+    lines = read_metrics(folder.metrics)
+    for line in lines:
+        assert line["text/responses"] == (12 if "length/student" in line else 4)
+        assert 0 <= line["text/truncated_share"] <= 1
+    assert {line["text/responses"] for line in lines} == {4, 12}
+
+
+@pytest.mark.parametrize("loss", ["rkl", "minillm"])
+def test_an_interrupted_run_continues_bit_for_bit(loss, settings_of, quiet, monkeypatch, tmp_path):
+    changes = {**ROLLOUT, "text.num_generations": 2, "train.steps": 4}
+    straight = run.train(settings_of(loss, {**changes, "output": str(tmp_path / "straight")}), console=quiet)
+    resolved = settings_of(loss, {**changes, "output": str(tmp_path / "stopped")})
+    monkeypatch.setattr("dpkd.train.trainer.Trainer._stops", lambda self, stop: True)
+    with pytest.raises(Stopped):
+        run.train(resolved, console=quiet)
+    monkeypatch.undo()
+    (kept,) = (tmp_path / "stopped/checkpoints").glob("step-*/responses.jsonl")
+    rows = [json.loads(row) for row in kept.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 2 * len({row["example"] for row in rows}) == 16
+    resumed = run.resume_folder(tmp_path / "stopped", console=quiet)
+    timed = {"seconds", "tokens_per_second", "peak_memory_mib"}
+    for one, other in zip(read_metrics(straight.metrics), read_metrics(resumed.metrics), strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+def test_the_probe_and_the_plan_count_them(written, settings_of, quiet):
+    _, assembly = written("rkl", {**STUDENT, "text.num_generations": 3})
+    text = longest_text(assembly.writers, 4, assembly.context)
+    assert [r.writer for _, many in text.responses for r in many] == [Text.STUDENT] * 12
+    plan = run_plan(settings_of("rkl", {**STUDENT, "text.num_generations": 3}), quiet)
+    assert plan["student writes"].startswith("every_step: 24 responses in 2 collections")
+
+
+def run_plan(resolved, console) -> dict[str, str]:
+    from dpkd.train.plan import make_plan
+
+    return dict(make_plan(resolved, Display(console)).sections["text"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes", "message"),
+    [
+        ("dpkd", {}, "text.num_generations: a pair has one response by each writer, so it must be 1"),
+        ("kd", {}, "text.num_generations: is used only where the student writes"),
+        ("rkl", {"text.source": "teacher"}, "text.num_generations: is used only where the student writes"),
+    ],
+)
+def test_it_is_refused_where_it_means_nothing(loss, changes, message, settings_of):
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        settings_of(loss, {"text.num_generations": 2, **changes})
+
+
+def test_an_extra_loss_with_its_own_text_is_checked_too(settings_of):
+    text = {"source": "dataset", "num_generations": 2}
+    with pytest.raises(SettingsError, match=re.escape("terms.extra.more.text.num_generations: is used only")):
+        settings_of("kd", {"terms.extra.more.loss": "sft", "terms.extra.more.text": text})

@@ -1,0 +1,64 @@
+"""A student that FSDP has spread over two processes gives what one process gives, and is sampled, scored and saved."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpkd.run_metrics import read_metrics
+from dpkd.train import run
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [
+        ("dpkd", {"text.every": 1, "dev.every": 1, "dev.limit": 3, "dev.max_new_tokens": 4}),
+        ("minillm", {"student.lora": {"r": 2}}),
+    ],
+)
+def test_a_sharded_student_gives_what_a_whole_one_gives(loss, changes, settings_of, toy, quiet, tmp_path):
+    changes = {
+        "train.batch_size": 7,
+        "train.micro_batch_size": 4,
+        "student.init": "layers",
+        "student.layers": 2,
+        "train.steps": 2,
+        "train.log_every": 1,
+        "train.device": "cpu",
+        "train.lr": 1e-3,
+        "train.warmup_steps": 0,
+        "text.sampling.max_new_tokens": 8,
+        "text.teacher_sampling.max_new_tokens": 8,
+        **changes,
+    }
+    if "dev.every" in changes:
+        changes["dev.path"] = str(toy / "data.jsonl")
+    one = run.train(settings_of(loss, changes), console=quiet)
+    args = ["train", "--loss", loss, "--teacher", str(toy / "teacher"), "--data", str(toy / "data.jsonl")]
+    args += ["--output", str(tmp_path / "two")]
+    for path, value in changes.items():
+        args += ["--set", f"{path}={value}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--master-port", str(30100 + os.getpid() % 400), str(Path(__file__).with_name("train_sharded.py"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *args], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("model", "adapter"):
+        if not (one.path / name).exists():
+            continue
+        file = "model.safetensors" if name == "model" else "adapter_model.safetensors"
+        whole, sharded = (load_file(folder / name / file) for folder in (one.path, tmp_path / "two"))
+        assert whole.keys() == sharded.keys()
+        for key, value in whole.items():
+            torch.testing.assert_close(sharded[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    ours, theirs = read_metrics(tmp_path / "two" / "metrics.jsonl")[-1], read_metrics(one.metrics)[-1]
+    assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
+    assert ours["text/responses"] == theirs["text/responses"]
+    if "dev.path" in changes:
+        assert (tmp_path / "two" / "dev.jsonl").read_text().count("\n") == 2

@@ -1,0 +1,26 @@
+"""`dpkd train` with the student sharded by FSDP 2 over CPU processes; accelerate shards on accelerators only."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
+
+import dpkd.train.build as assembly
+from dpkd.cli.main import main
+from dpkd.models.head import causal_lm
+
+make_optimizer = assembly.make_optimizer
+
+
+def shard_first(loss_module, settings):
+    """As accelerate does: each layer is a group, all else is the root's."""
+    for layer in causal_lm(loss_module.student).base_model.layers:
+        fully_shard(layer)
+    fully_shard(loss_module)
+    return make_optimizer(loss_module, settings)
+
+
+if __name__ == "__main__":
+    assembly.make_optimizer = shard_first
+    Accelerator.prepare = lambda self, *parts: parts
+    main()
