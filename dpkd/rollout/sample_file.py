@@ -22,6 +22,7 @@ from dpkd.errors import DpkdError
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
+from dpkd.plugins import Registry
 from dpkd.rollout.generator import open_sampler, sampling_task
 from dpkd.rollout.settings import SamplingSettings, TextSettings
 from dpkd.rollout.sources import response_seed
@@ -43,6 +44,7 @@ def sample_to_file(
     data: DataSettings,
     sampling: SamplingSettings,
     *,
+    registry: Registry,
     output: Path,
     seed: int,
     num_generations: int = 1,
@@ -77,7 +79,7 @@ def sample_to_file(
     counts = {"written": 0, "truncated": 0, "empty": 0}
     _settings_file(output).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     writer = GenerationModel(lm, None, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
-    with closing(open_sampler(drawn_by, writer)) as sampler, output.open("a", encoding="utf-8") as file:
+    with closing(open_sampler(registry, drawn_by, writer)) as sampler, output.open("a", encoding="utf-8") as file:
         sampler.refresh()
         for group in _groups(todo, 4 * sampling.batch_size):
             seeds = [response_seed(seed, n, p.id) for p in group for n in range(num_generations)]

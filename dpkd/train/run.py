@@ -19,8 +19,9 @@ from dpkd.config.layers import file_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
+from dpkd.evaluation.evaluator import metric_specs
 from dpkd.models.in_memory import InMemory
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.build import RunParts, assemble
@@ -111,7 +112,7 @@ def resume_folder(path: Path, *, given: InMemory | None = None, console: Console
     if folder.model.is_dir():
         raise DpkdError(f"{path} is finished: its model is {folder.model}")
     given = given or InMemory()
-    resolved = resolve([file_layer(folder.config)], load_host(), given)
+    resolved = resolve([file_layer(folder.config)], load_registry(), given)
     settings = resolved.settings
     needed = {settings.teacher.model, settings.student.model, settings.data.path}
     if unused := sorted({*given.models, *given.data} - needed):
@@ -244,6 +245,7 @@ def _trainer(
             resolved.settings.seed,
             folder,
             accelerator.is_main_process,
+            metric_specs(resolved.registry),
         )
     return Trainer(
         accelerator,
