@@ -258,7 +258,7 @@ def evaluate_model(
     teacher: Teacher | None,
     vocabulary: int,
     settings: EvaluationSettings,
-    specs: dict[str, MetricSpec],
+    specs: Mapping[str, MetricSpec],
     answer_cache: AnswerCache | None = None,
     teacher_answer_cache: AnswerCache | None = None,
     progress: Progress | None = None,
