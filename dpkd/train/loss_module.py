@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, Text, TokenInputs
-from dpkd.functional import log_softmax, segment_sum
+from dpkd.functional import log_softmax, reduce_loss, segment_sum
 from dpkd.models.chunked import chunk_rows, objective, token_logps
 from dpkd.models.head import Head, head_of
 from dpkd.models.layers import layer_rows
@@ -101,7 +101,7 @@ class LossModule(nn.Module):
                 reads_spans = on_spans is not None and Signal.TEACHER_LOGITS in term.reads
                 own = (on_spans if on_spans is not None and reads_spans else x).only(term.reads)
                 values_n = self.losses[term.name](own)
-                total = total + values_n.sum() * (term.weight * micro_batch.scale / term.denominator)
+                total = total + reduce_loss(values_n, term.denominator, term.weight * micro_batch.scale)
                 _add_term(metrics, term.name, values_n, own.parts)
             if measured:
                 # What a store has is no whole distribution: it serves the loss, and no divergence is measured.
@@ -158,8 +158,7 @@ class LossModule(nn.Module):
         with torch.autocast(micro_batch.batch.targets.device.type, enabled=False):
             values_N = self.losses[term.name](x)
         _add_term(metrics, term.name, values_N, x.parts)
-        weighted: Tensor = values_N.sum() * (term.weight * micro_batch.scale / term.denominator)
-        return weighted
+        return reduce_loss(values_N, term.denominator, term.weight * micro_batch.scale)
 
     def _pairs(self, micro_batch: MicroBatch, hidden: Tensor, head: Head) -> tuple[Tensor, MeanMetrics]:
         """Pair losses: log-probs of whole responses, their chunks computed again in backward."""
@@ -185,7 +184,7 @@ class LossModule(nn.Module):
             reads = {signal: value for signal, value in signals.items() if signal in term.reads}
             x = PairInputs(reads)
             values_B = self.losses[term.name](x)[real_B]
-            total = total + values_B.sum() * (term.weight * micro_batch.scale / term.denominator)
+            total = total + reduce_loss(values_B, term.denominator, term.weight * micro_batch.scale)
             _add_term(metrics, term.name, values_B, {name: values[real_B] for name, values in x.parts.items()})
         if micro_batch.measure and micro_batch.responses:
             observe_pairs(student, micro_batch.teacher_logps, lengths, self.reward_scale, metrics)
