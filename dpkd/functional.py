@@ -223,7 +223,7 @@ def reduce_loss(values: Tensor, count: float | Tensor, weight: float = 1.0) -> T
     >>> reduce_loss(torch.tensor([1.0, 3.0]), 8), reduce_loss(torch.tensor([]), 0)
     (tensor(0.5000), tensor(0.))
     """
-    items = count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
+    items = count.to(values.dtype).clamp(min=1) if isinstance(count, Tensor) else max(1, count)
     total: Tensor = values.sum() * (weight / items)
     return total
 
