@@ -16,11 +16,12 @@ from typing import Any
 from dpkd.api import LossSpec, PairLoss, RolloutLoss
 from dpkd.config.problems import checked
 from dpkd.losses.distillation import DistillationLoss
-from dpkd.losses.outputs import pair_logps as pair_logps
-from dpkd.losses.outputs import token_logps as token_logps
+from dpkd.losses.outputs import pair_logps, token_logps
 from dpkd.losses.policy import PolicyLoss
 from dpkd.losses.preference import PreferenceLoss
 from dpkd.plugins import load_host
+
+__all__ = ["DistillationLoss", "PolicyLoss", "PreferenceLoss", "available", "get", "pair_logps", "token_logps"]
 
 
 def available() -> dict[str, str]:
