@@ -17,8 +17,11 @@ ROOM = 64
 class PreallocatedLayer(DynamicLayer):
     """A `DynamicLayer` that appends in place: its keys and values `[B, H, S, D]` are views of buffers with room."""
 
-    def __init__(self, layer: DynamicLayer) -> None:
-        super().__init__()
+    keys: Any
+    values: Any
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(layer.keys, layer.values)
         self.keys, self.values = layer.keys, layer.values
         self._buffers: tuple[Tensor, Tensor] | None = None
@@ -60,9 +63,11 @@ class ColumnLayer(CacheLayerMixin):
     """Keys and values `[B, H, C, D]` of a fixed shape; a new token overwrites one column, the same in every row."""
 
     is_compileable = True
+    keys: Any
+    values: Any
 
     def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.column = keys, values, column
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
@@ -81,17 +86,17 @@ class ColumnLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Columns before the newest token: a number of the shape, for the column itself is on the device."""
-        return self.keys.shape[2] - 1
+        return int(self.keys.shape[2]) - 1
 
     def get_max_length(self) -> int:
         """Columns that there are."""
-        return self.keys.shape[2]
+        return int(self.keys.shape[2])
 
 
 class CacheArena:
     """The keys and values of all rows of one model, allocated once; a decoding step sees a window of them."""
 
-    def __init__(self, like: Cache, rows: int, columns: int) -> None:
+    def __init__(self, like: Any, rows: int, columns: int) -> None:
         def zeros(part: Tensor) -> Tensor:
             # Zeros: an unused column has weight 0 in the attention, and 0 times what memory held may be no number.
             return part.new_zeros(rows, part.shape[1], columns, part.shape[3])
@@ -112,7 +117,7 @@ class CacheArena:
             ]
         )
 
-    def put(self, prompts: Cache, index_B: Tensor, slots_B: Tensor, end: int) -> None:
+    def put(self, prompts: Any, index_B: Tensor, slots_B: Tensor, end: int) -> None:
         """Copy prompt `index_B` of a cache into row `slots_B`, its newest token before column `end`."""
         for pair, layer in zip(self._parts, prompts.layers, strict=True):
             for own, new in zip(pair, (layer.keys, layer.values), strict=True):

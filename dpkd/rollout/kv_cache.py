@@ -7,7 +7,7 @@ row stands in the last column, padding to the left of the first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpkd.functional import at_least_float32, gather_logps, log_softmax
 from dpkd.models.attention import implementation
 from dpkd.models.head import causal_lm
 from dpkd.models.loading import context_length
@@ -56,6 +57,14 @@ class KVCacheModel:
         bias_B11C.masked_fill_(~seen_B11C, torch.finfo(self.dtype).min)
         return self._forward(ids_B1, bias_B11C, positions_B1, cache)[0]
 
+    def logps(self, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+        """Log-prob `[T]` of each token of a response, on the host, by one forward without a cache."""
+        ids_1T = torch.tensor([[*prompt, *response]], device=self.device)
+        positions = {"position_ids": torch.arange(ids_1T.shape[1], device=self.device).unsqueeze(0)}
+        output = self._model(input_ids=ids_1T, use_cache=False, **(positions if self._takes_positions else {}))
+        logits_TV = at_least_float32(output.logits[0, len(prompt) - 1 : -1, : self._vocabulary])
+        return gather_logps(log_softmax(logits_TV), ids_1T[0, len(prompt) :]).cpu()
+
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
         output = self._model(
             input_ids=ids,
@@ -77,6 +86,10 @@ class KVCacheModel:
         from dpkd.rollout.cache_layers import is_plain
 
         return is_plain(self.cache)
+
+    def addresses(self) -> list[int]:
+        """Where the weights are in memory."""
+        return [part.data_ptr() for part in (*self._model.parameters(), *self._model.buffers())]
 
     @property
     def static_refusal(self) -> str | None:

@@ -78,10 +78,7 @@ def responses(case: str, **more: Any) -> list[dict[str, Any]]:
     if {"mix", "veto"} & arguments.keys():
         arguments["mix_with"] = model_of("llama", seed=1)
     drawn = sample(
-        model_of(family),
-        prompts,
-        SamplingSettings(**{"max_new_tokens": 24, "batch_size": 4, **settings}),
-        **arguments,
+        model_of(family), prompts, SamplingSettings(**{"max_new_tokens": 24, "batch_size": 4, **settings}), **arguments
     )
     return [
         {
