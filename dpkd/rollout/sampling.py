@@ -91,6 +91,11 @@ class Decoder:
                         on_finished(place, response)
         return [results[place] for place in range(len(seeds))]
 
+    @property
+    def bytes(self) -> int:
+        """Memory that is kept from one call to the next, without that of the graphs."""
+        return 0 if self._batcher is None or (state := self._batcher[1].state) is None else state.bytes
+
     def release(self) -> None:
         """Give back the memory of caches and graphs."""
         self._batcher = None

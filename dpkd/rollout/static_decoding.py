@@ -44,8 +44,8 @@ def row_bucket(rows: int) -> int:
 
 
 def column_bucket(columns: int) -> int:
-    """Columns of a window: few sizes, at most a third too large, multiples of 64 (kernels want aligned masks)."""
-    step = max(64, 1 << max(0, columns.bit_length() - 2))
+    """Columns of a window: multiples of 64 (kernels want aligned masks), beyond 256 few sizes, a quarter too large at most."""
+    step = max(64, 1 << max(0, (columns - 1).bit_length() - 3))
     return -(-columns // step) * step
 
 
@@ -108,7 +108,7 @@ class DecodingState:
         from dpkd.rollout.cache_layers import CacheArena
 
         self.slots, self.columns, self.tokens = slots, columns, like_rows.ids_BL.shape[1] - 1
-        self.device, self.policy, self._models = models[0].device, policy, models
+        self.device, self.policy, self.models = models[0].device, policy, models
         self.dtypes = [part.dtype for cache in like for part in (cache.layers[0].keys, like_rows.logps_BL)]
         self.arenas = [CacheArena(cache, slots, columns) for cache in like]
         self.rows = like_rows.map(lambda part: part.new_zeros(slots, *part.shape[1:]))
@@ -139,7 +139,7 @@ class DecodingState:
             window = self.rows.map(lambda part: part[:rows])
             seen_B11C = self.seen_R11C[:rows, :, :, :columns]
             self._steps[rows, columns] = Replay(
-                lambda: decode_step(self._models, caches, window, seen_B11C, self.column, self.policy),
+                lambda: decode_step(self.models, caches, window, seen_B11C, self.column, self.policy),
                 self.device,
                 self._pool,
             )
@@ -221,6 +221,7 @@ class StaticBatcher:
         addresses = [part for model in self._models for part in model.addresses()]
         if addresses != self._addresses:
             self.state, self._addresses = None, addresses
+            self._models = [model.empty() for model in self._models]
         waiting = deque(sorted(requests, key=lambda request: -len(request.prompt)))
         rows = row_bucket(min(policy.settings.batch_size, sum(len(request.seeds) for request in requests)))
         longest = max(len(request.prompt) + request.limit for request in requests)
