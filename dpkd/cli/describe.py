@@ -42,6 +42,7 @@ def facts(loss: RegisteredLoss, row: Mapping[str, Any]) -> dict[str, str]:
         "use when": card.use_when,
         "avoid when": card.avoid_when,
         "notes": card.notes,
+        "preset of": spec.preset_of,
         "promises": ", ".join(sorted(spec.traits)),
         "sources": "\n".join(f"{s.title}{f', {s.where}' if s.where else ''}\n{s.url}" for s in card.sources),
         "suggests": "\n".join(f"{path}={value}" for path, value in _leaves(spec.suggests)),

@@ -37,6 +37,8 @@ class KDLoss(TokenLoss[KDConfig]):
 
     def forward(self, x: TokenInputs) -> Tensor:
         c = self.config
+        if c.kd_ratio == 0:  # refused for `kd`, where a teacher would be loaded for nothing; `seqkd` has it
+            return nll(x.student_log_probs(), x.targets)
         divergence_N = x.part("kl", kl(x.teacher_log_probs(c.temperature), x.student_log_probs(c.temperature)))
         if c.scale_by_t2:
             divergence_N = divergence_N * c.temperature**2
@@ -47,8 +49,9 @@ class KDLoss(TokenLoss[KDConfig]):
 
 
 def _reads(config: KDConfig) -> frozenset[Signal]:
-    both = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS})
-    return both if config.kd_ratio == 1 else both | {Signal.TARGETS}
+    teacher = {Signal.TEACHER_LOGITS} if config.kd_ratio > 0 else set()
+    targets = {Signal.TARGETS} if config.kd_ratio < 1 else set()
+    return frozenset({Signal.STUDENT_LOGITS, *teacher, *targets})
 
 
 SPEC = LossSpec(
