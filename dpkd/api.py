@@ -173,6 +173,7 @@ class Card:
     avoid_when: str
     notes: str = ""  # errata, what differs between paper, released code and other toolkits
     latex: str = ""  # the formula once more, for the web page; empty: the plain one is shown
+    unconfirmed: str = ""  # what nobody has checked against the paper: puts the loss among `contrib` on the zoo's page
 
 
 class Pair(NamedTuple):

@@ -41,6 +41,7 @@ def facts(loss: RegisteredLoss, row: Mapping[str, Any]) -> dict[str, str]:
         "needs of the teacher": row["needs"],
         "use when": card.use_when,
         "avoid when": card.avoid_when,
+        "unconfirmed": card.unconfirmed,
         "notes": card.notes,
         "preset of": spec.preset_of,
         "promises": ", ".join(sorted(spec.traits)),

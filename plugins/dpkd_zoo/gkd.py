@@ -26,8 +26,8 @@ SPEC = preset(
         "= 0 and 1 the loss is the KL itself, as in TRL (see jsd). TRL samples at temperature 0.9 "
         "(text.sampling.temperature) up to 128 new tokens, with dropout off. The loss itself takes about 2.6 times "
         "kd's time; sampling the student's responses costs far more.",
-        latex=r"(1-\lambda)\,\mathbb{E}_{y\sim\mathrm{data}}\,[D_\beta(p\,\|\,q)]"
-        r"+ \lambda\,\mathbb{E}_{y\sim q}\,[D_\beta(p\,\|\,q)]",
+        latex=r"(1-\lambda)\,\mathbb{E}_{y\sim\mathrm{data}}\,[D_\beta(p\,\|\,q)]+ \lambda\,\mathbb{E}_{y\sim q}"
+        r"\,[D_\beta(p\,\|\,q)]",
     ),
     suggests={"text": {"source": "mixed", "mix": {"dataset": 0.5, "student": 0.5}}},
 )

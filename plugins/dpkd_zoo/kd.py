@@ -64,10 +64,11 @@ SPEC = LossSpec(
         formula="(1-α)·(-log q(yᵢ)) + α·Σᵥ p(v)·log(p(v)/q(v))",
         sources=(at(HINTON, "§2"), at(LMOPS, "finetune.py, scripts/gpt2/kd")),
         use_when="The first thing to try: fast, stable, works off-policy on any data set.",
-        avoid_when="The student is far too small to cover the teacher: forward KL then spreads its mass over "
-        "tokens that it cannot tell apart; try rkl, akl or a text written by the student.",
-        notes="The value is a true KL, 0 where the models agree. Released code computes the soft cross-entropy "
-        "-Σ p log q, which has the same gradient and differs by the teacher's entropy.",
+        avoid_when="The student is far too small to cover the teacher: forward KL then spreads its mass over tokens "
+        "that it cannot tell apart; try rkl, akl, or text written by the student.",
+        notes="The value is a true KL, 0 where the models agree. Released code computes the soft cross-entropy -Σ p "
+        "log q, which has the same gradient and differs by the teacher's entropy.",
+        latex=r"(1-\alpha)\,\big(-\log q(y_i)\big)+\alpha\sum_v p(v)\log\frac{p(v)}{q(v)}",
     ),
     reads=_reads,
     traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER}),

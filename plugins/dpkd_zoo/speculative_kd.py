@@ -54,8 +54,8 @@ SPEC = preset(
         "text.sampling filters both models here (temperature 1 by default); and its `jsd` is ½·[KL(m‖p) + KL(m‖q)], "
         "the KLs from the mixture, where the Jensen-Shannon divergence has the KLs to it. The teacher runs for every "
         "sampled token.",
-        latex=r"\mathbb{E}_{y\sim\pi}\,[D_\beta(p\,\|\,q)], \qquad "
-        r"\pi(v) = q(v)\,[v\in\mathrm{top}_K(p)] + p(v)\sum_{u\notin\mathrm{top}_K(p)} q(u)",
+        latex=r"\mathbb{E}_{y\sim\pi}\,[D_\beta(p\,\|\,q)], \qquad \pi(v) = q(v)\,[v\in\mathrm{top}_K(p)] + "
+        r"p(v)\sum_{u\notin\mathrm{top}_K(p)} q(u)",
     ),
     suggests={"text": {"source": "student", "teacher_veto": 25}},
 )
