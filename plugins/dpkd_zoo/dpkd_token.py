@@ -80,8 +80,8 @@ SPEC = LossSpec(
         "terms.pretrain.weight=0.5 terms.pretrain.kd_ratio=0.5 with a corpus. It computes in bfloat16; here in "
         "float32. Its DPOP penalty is outside σ; in Smaug (2402.13228) it is inside, times β. Infinite where the "
         "teacher excludes the student's choice (a logit of -inf).",
-        latex=r"-\log\sigma(\beta h), \qquad h=\log\frac{q(a)}{q(b)}-\log\frac{p(a)}{p(b)}, \qquad a=\arg\max p,\; "
-        r"b=\arg\max q",
+        latex=r"-\log\sigma(\beta h), \qquad h=\log\frac{q(a)}{q(b)}-\log\frac{p(a)}{p(b)}, \qquad a=\mathrm{argmax}"
+        r"\,p,\; b=\mathrm{argmax}\,q",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     suggests={"terms": {"main": 0.5, "lm": {"weight": 0.5}}},

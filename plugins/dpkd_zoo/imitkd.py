@@ -56,7 +56,7 @@ SPEC = LossSpec(
         "here they are the teacher's at every position. GKD calls forward KL at λ = 0.5 ImitKD: target=distribution. "
         "The loss itself takes about 0.4 times kd's time; sampling in the student's steps takes more. Infinite where "
         "the student excludes the teacher's choice (a logit of -inf).",
-        latex=r"-\log q(v^*), \qquad v^*=\arg\max_v p(v)",
+        latex=r"-\log q(v^*), \qquad v^*=\mathrm{argmax}_v\,p(v)",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     suggests={"text": {"source": "mixed", "mix": {"dataset": 0.5, "student": 0.5}}},
