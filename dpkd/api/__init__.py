@@ -41,6 +41,7 @@ from dpkd.api.losses import (
     Text,
     TokenLoss,
     Trait,
+    preset,
     setting,
 )
 from dpkd.api.metrics import Answers, MetricSpec
@@ -85,6 +86,7 @@ __all__ = [
     "Trait",
     "UndeclaredSignal",
     "hookimpl",
+    "preset",
     "setting",
 ]
 
