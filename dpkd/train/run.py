@@ -20,6 +20,7 @@ from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
 from dpkd.evaluation.evaluator import metric_specs
+from dpkd.io import write_json
 from dpkd.models.in_memory import InMemory
 from dpkd.plugins import load_registry
 from dpkd.run_folder import RunFolder
@@ -273,4 +274,4 @@ def _write_facts(folder: RunFolder, resolved: Resolved, assembly: RunParts) -> N
         "command": sys.argv,
         **assembly.facts,
     }
-    folder.facts.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(folder.facts, facts)
