@@ -8,12 +8,14 @@ legal in either distribution and never put a NaN into a value or a gradient.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "KLSum",
     "aggregate",
     "at_least_float32",
     "cross_entropy",
@@ -125,7 +127,8 @@ def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float) -> Tensor:
     a_NV, b_NV = log_a_NV + math.log(weight_a), log_b_NV + math.log1p(-weight_a)
     # Where both are -inf, logaddexp has no gradient: the token stays impossible.
     impossible_NV = (a_NV == -math.inf) & (b_NV == -math.inf)
-    if not impossible_NV.any():
+    # Looking is free on a CPU and saves two passes; elsewhere the host would wait for the device.
+    if impossible_NV.device.type == "cpu" and not torch.compiler.is_compiling() and not impossible_NV.any():
         return torch.logaddexp(a_NV, b_NV)
     mixed = torch.logaddexp(a_NV.masked_fill(impossible_NV, 0.0), b_NV.masked_fill(impossible_NV, 0.0))
     return mixed.masked_fill(impossible_NV, -math.inf)
@@ -142,6 +145,43 @@ def jensen_shannon(log_p_NV: Tensor, log_q_NV: Tensor, beta: float) -> Tensor:
     """
     log_m_NV = log_mix(log_p_NV, log_q_NV, beta)
     return beta * kl(log_p_NV, log_m_NV) + (1 - beta) * kl(log_q_NV, log_m_NV)
+
+
+@dataclass(frozen=True)
+class KLSum:
+    """`forward · KL(p‖m) + reverse · KL(q‖m') - likelihood · log q(y)`: what fused kernels compute in one go.
+
+    m = forward_share · p + (1 - forward_share) · q, and m' likewise with reverse_share; all of p and q at one
+    temperature. `parts` names, for the log, the three terms before their factors; None: not named.
+    """
+
+    forward: float = 0.0
+    reverse: float = 0.0
+    likelihood: float = 0.0
+    forward_share: float = 0.0
+    reverse_share: float = 1.0
+    temperature: float = 1.0
+    parts: tuple[str | None, str | None, str | None] = (None, None, None)
+
+    def terms(self, log_p_NV: Tensor, log_q_NV: Tensor, ids_N: Tensor) -> tuple[Tensor | None, ...]:
+        """The three terms `[N]` in nats before their factors; None where the factor is 0 (an infinite one is no NaN).
+
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+        >>> KLSum(forward=0.5, likelihood=0.5).terms(log_p, log_q, torch.tensor([0]))
+        (tensor([0.1438]), None, tensor([1.3863]))
+        """
+        return (
+            kl(log_p_NV, log_mix(log_p_NV, log_q_NV, self.forward_share)) if self.forward else None,
+            kl(log_q_NV, log_mix(log_p_NV, log_q_NV, self.reverse_share)) if self.reverse else None,
+            nll(log_q_NV, ids_N) if self.likelihood else None,
+        )
+
+    def value(self, log_p_NV: Tensor, log_q_NV: Tensor, ids_N: Tensor) -> Tensor:
+        """The sum `[N]` in nats."""
+        factors = (self.forward, self.reverse, self.likelihood)
+        terms = self.terms(log_p_NV, log_q_NV, ids_N)
+        found = [factor * term for factor, term in zip(factors, terms, strict=True) if term is not None]
+        return torch.stack(found).sum(0)
 
 
 def log_total(log_NV: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class StudentGenerator:
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
         for group in micro_batches(lengths, self.settings.sampling.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(device)
-            logps = self.teacher.logps(batch, chunk_rows(self.vocabulary, 32.0)).tolist()
+            logps = self.teacher.logps(batch, chunk_rows(self.vocabulary, device=device)).tolist()
             for place, i in enumerate(group):
                 own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
                 scored[i] = replace(responses[i], teacher_logps=tuple(own))

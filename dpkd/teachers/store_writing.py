@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +69,9 @@ def _columns(teacher: LocalTeacher, batch: Any, manifest: Manifest) -> dict[str,
     """The numbers of each response token of a batch, on the CPU."""
     rows = teacher.rows(batch)
     parts: dict[str, list[Tensor]] = {}
-    for chunk in chunks(len(batch.targets), chunk_rows(manifest.vocabulary, 32.0)):
+    # What is drawn for a token depends on the chunk, and must not depend on the machine.
+    mib: float | Literal["auto"] = 32.0 if manifest.kind == "sampled" else "auto"
+    for chunk in chunks(len(batch.targets), chunk_rows(manifest.vocabulary, mib, batch.targets.device)):
         log_p_nV = log_softmax(rows.logits(chunk))
         targets_n = batch.targets[chunk].to(log_p_nV.device)
         found = {"logps": gather_logps(log_p_nV, targets_n).float()}

@@ -21,6 +21,7 @@ from dpkd.data.encode import EncodedData
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.device import precision_of
 from dpkd.models.head import causal_lm, check_head
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
@@ -259,7 +260,10 @@ def _open_store(folder: str, student_rows: int, device: torch.device) -> StoreTe
 
 def _load_teacher(resolved: Resolved, device: torch.device) -> Any:
     settings = resolved.settings.teacher
-    model = resolved.given.load(settings, device=torch.device(settings.device or device), dtype=None)
+    where = torch.device(settings.device or device)
+    # On a GPU a teacher in float32 costs twice the memory and many times the time, and nobody trains it.
+    half = where.type == "cuda" and precision_of(resolved.settings.train.precision, device) == "bf16"
+    model = resolved.given.load(settings, device=where, dtype=torch.bfloat16 if half else None)
     check_head(model)
     return model
 

@@ -6,7 +6,7 @@ Shapes: N response positions of the micro-batch, n of one chunk, V shared vocabu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class LossModule(nn.Module):
         losses: Mapping[str, nn.Module],
         *,
         vocabulary: int,
-        chunk_mib: float,
+        chunk_mib: float | Literal["auto"] = "auto",
         layers: Mapping[str, Layers] | None = None,
         widest: int | None = None,
     ) -> None:
@@ -49,7 +49,7 @@ class LossModule(nn.Module):
         self.losses = nn.ModuleDict(losses)
         self.layers = dict(layers or {})
         self.vocabulary = vocabulary
-        self.chunk = chunk_rows(widest or vocabulary, chunk_mib)
+        self.chunk = chunk_rows(widest or vocabulary, chunk_mib, next(student.parameters()).device)
 
     @property
     def reward_scale(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import jensen_shannon, kl
+from dpkd.functional import KLSum, jensen_shannon, kl
 from dpkd_zoo.papers import GKD, TRL, at
 
 
@@ -35,6 +35,13 @@ class GKDLoss(TokenLoss[GKDConfig]):
         if beta == 1:
             return kl(log_q_NV, log_p_NV)
         return jensen_shannon(log_p_NV, log_q_NV, beta)
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        beta = self.config.beta
+        if beta in (0.0, 1.0):
+            return KLSum(forward=1.0 - beta, reverse=beta)
+        return KLSum(forward=beta, reverse=1 - beta, forward_share=beta, reverse_share=beta)
 
 
 SPEC = LossSpec(

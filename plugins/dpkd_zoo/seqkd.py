@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, Text, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, nll
+from dpkd.functional import KLSum, kl, nll
 from dpkd_zoo.papers import LMOPS, SEQKD, at
 
 
@@ -35,6 +35,12 @@ class SeqKDLoss(TokenLoss[SeqKDConfig]):
         if ratio == 1:
             return divergence_N
         return (1 - ratio) * x.part("nll", nll(x.student_log_probs(), x.targets)) + ratio * divergence_N
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        ratio = self.config.kd_ratio
+        parts = ("kl", None, "nll") if ratio > 0 else (None, None, None)
+        return KLSum(forward=ratio, likelihood=1 - ratio, parts=parts)
 
 
 def _reads(config: SeqKDConfig) -> frozenset[Signal]:

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import jensen_shannon, kl
+from dpkd.functional import KLSum, jensen_shannon, kl
 from dpkd_zoo.papers import SPECULATIVE_KD, at
 
 
@@ -36,6 +36,12 @@ class SpeculativeKDLoss(TokenLoss[SpeculativeKDConfig]):
         if self.config.divergence == "rkl":
             return kl(log_q_NV, log_p_NV)
         return jensen_shannon(log_p_NV, log_q_NV, 0.5)
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        if self.config.divergence == "jsd":
+            return KLSum(forward=0.5, reverse=0.5, forward_share=0.5, reverse_share=0.5)
+        return KLSum(forward=1.0) if self.config.divergence == "fkl" else KLSum(reverse=1.0)
 
 
 SPEC = LossSpec(
