@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dpkd.api import TeacherAccess
+from dpkd.api import Signal, TeacherAccess
+from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.data.batches import Batch
 from dpkd.models.chunked import token_logps
 from dpkd.models.head import Head, head_of
 from dpkd.models.layers import layer_rows
+from dpkd.teachers.base import Wants
 
 
 @dataclass(frozen=True)
 class TeacherRows:
     """The teacher's hidden states of the packed rows `[N, H]`, and its head: logits are made a chunk at a time.
 
-    `layers` has the hidden states `[N, H]` of further layers, where a loss reads them.
+    `layers` has the hidden states `[N, H]` of further layers, where a loss reads them; `targets` `[N]` has the response
+    tokens, `chunk` the rows of logits that may be held at a time.
     """
 
     hidden: Tensor
     head: Head
+    targets: Tensor
+    chunk: int
     layers: Mapping[int, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -31,11 +36,26 @@ class TeacherRows:
         """Logits `[n, V]` of some rows, in float32, without gradient."""
         return self.head.logits(self.hidden[rows])
 
+    @torch.no_grad()
+    def logps(self) -> Tensor:
+        """Log-prob `[N]` in nats of each response token."""
+        return token_logps(self.hidden, self.head, self.targets, self.chunk)
+
+    def signals(self, student_logits_nV: Tensor, targets_n: Tensor, rows: slice) -> Mapping[Signal, Tensor]:
+        """The teacher's logits beside the student's."""
+        return {Signal.TEACHER_LOGITS: self.logits(rows).to(student_logits_nV.dtype)}
+
+    def is_finite(self) -> bool:
+        """Whether hidden states and some logits are."""
+        return bool(torch.isfinite(self.hidden).all()) and bool(torch.isfinite(self.logits(slice(0, 64))).all())
+
 
 class LocalTeacher:
     """A frozen causal LM in eval mode."""
 
     offers = TeacherAccess.HIDDEN
+    measurable = True
+    widest = None
 
     def __init__(self, model: torch.nn.Module, vocabulary: int, device: torch.device) -> None:
         """`device` is the student's, where the losses are computed."""
@@ -48,17 +68,11 @@ class LocalTeacher:
         )
 
     @torch.no_grad()
-    def rows(self, batch: Batch, layers: Collection[int] = ()) -> TeacherRows:
-        """Hidden states of the response positions, also of some layers: one forward of the backbone."""
+    def score(self, batch: Batch | AlignedBatch, wants: Wants) -> TeacherRows:
+        """One forward of the backbone; log-probs and logits are made from its rows when they are asked for."""
+        assert isinstance(batch, Batch)
         self.forwards += 1
         home = next(self.model.parameters()).device
-        hidden, states = layer_rows(self.model, batch.to(home), layers)
-        return TeacherRows(
-            hidden.to(self._device), self._head, {i: state.to(self._device) for i, state in states.items()}
-        )
-
-    @torch.no_grad()
-    def logps(self, batch: Batch, chunk: int) -> Tensor:
-        """Log-prob `[N]` in nats of each response token."""
-        rows = self.rows(batch)
-        return token_logps(rows.hidden, rows.head, batch.targets, chunk)
+        hidden, states = layer_rows(self.model, batch.to(home), wants.layers)
+        there = {i: state.to(self._device) for i, state in states.items()}
+        return TeacherRows(hidden.to(self._device), self._head, batch.targets.to(self._device), wants.chunk, there)

@@ -97,14 +97,14 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     layers = bind(resolved, losses, prepared.student_config, prepared.teacher_config)
     if layers:
         check_stack(models.student)
-        check_stack(models.teacher.model if isinstance(models.teacher, LocalTeacher) else None)
+        check_stack(models.teacher.model if models.teacher is not None else None)
     loss_module = LossModule(
         models.student,
         losses,
         vocabulary=models.vocabulary,
         chunk_mib=settings.train.chunk_mib,
         layers=layers,
-        widest=models.teacher.union.size if isinstance(models.teacher, AlignedTeacher) else None,
+        widest=models.teacher.widest if models.teacher is not None else None,
     ).to(accelerator.device)
     optimizer = make_optimizer(loss_module, settings.train)
     loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
@@ -121,7 +121,13 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         0 if prepared.teacher_tokenizer is None else prepared.teacher_tokenizer.pad_token_id,
     )
     train_step = TrainStep(
-        accelerator, loss_module, optimizer, models.teacher, models.reference, micro_batcher, settings.train.clip
+        accelerator=accelerator,
+        loss_module=loss_module,
+        optimizer=optimizer,
+        teacher=models.teacher,
+        reference=models.reference,
+        micro_batcher=micro_batcher,
+        clip=settings.train.clip,
     )
     rollouts = RolloutBuilder(
         resolved, models.student, inner.lend, models.teacher, models.vocabulary, prepared, accelerator, display

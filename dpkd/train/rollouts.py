@@ -157,7 +157,7 @@ class RolloutBuilder:
         translator = prepared.translator
         assert translator is not None  # it made the teacher an aligned one
         tokenizer = translator.teacher.tokenizer
-        writer = _generation_model(self.teacher.live.model, self.teacher.union.teacher, tokenizer, None)
+        writer = _generation_model(self.teacher.local.model, self.teacher.union.teacher, tokenizer, None)
         pen = self._generator(text, writer, folder, weights, translator.prompts, translator.longest, tokenizer)
         return RetokenizedResponses(pen, translator, prepared.data.prompts, prepared.context)
 
