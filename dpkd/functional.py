@@ -20,6 +20,7 @@ __all__ = [
     "at_least_float32",
     "cross_entropy",
     "entropy",
+    "free_to_read",
     "gather_logps",
     "jensen_shannon",
     "kl",
@@ -42,6 +43,15 @@ def at_least_float32(values: Tensor) -> Tensor:
     torch.float32
     """
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def free_to_read(device: torch.device) -> bool:
+    """Whether looking at a value costs nothing: elsewhere the host waits until the device has done all before it.
+
+    >>> free_to_read(torch.device("cpu"))
+    True
+    """
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -127,8 +137,8 @@ def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float) -> Tensor:
     a_NV, b_NV = log_a_NV + math.log(weight_a), log_b_NV + math.log1p(-weight_a)
     # Where both are -inf, logaddexp has no gradient: the token stays impossible.
     impossible_NV = (a_NV == -math.inf) & (b_NV == -math.inf)
-    # Looking is free on a CPU and saves two passes; elsewhere the host would wait for the device.
-    if impossible_NV.device.type == "cpu" and not torch.compiler.is_compiling() and not impossible_NV.any():
+    # Looking saves two passes.
+    if free_to_read(impossible_NV.device) and not impossible_NV.any():
         return torch.logaddexp(a_NV, b_NV)
     mixed = torch.logaddexp(a_NV.masked_fill(impossible_NV, 0.0), b_NV.masked_fill(impossible_NV, 0.0))
     return mixed.masked_fill(impossible_NV, -math.inf)
@@ -162,6 +172,11 @@ class KLSum:
     reverse_share: float = 1.0
     temperature: float = 1.0
     parts: tuple[str | None, str | None, str | None] = (None, None, None)
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether there is a divergence in it."""
+        return self.forward != 0 or self.reverse != 0
 
     def terms(self, log_p_NV: Tensor, log_q_NV: Tensor, ids_N: Tensor) -> tuple[Tensor | None, ...]:
         """The three terms `[N]` in nats before their factors; None where the factor is 0 (an infinite one is no NaN).

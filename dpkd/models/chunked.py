@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dpkd import functional
 from dpkd.functional import gather_logps, log_softmax
 from dpkd.models.head import Head, LogitRule
 
@@ -165,11 +166,11 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (factor,) = grad_outputs
         hidden, weight, bias, *parameters = ctx.saved_tensors
-        # The engine folds every factor into the row weights, so that on a CPU this is a multiplication by 1.
-        if not (factor.device.type == "cpu" and float(factor) == 1.0):
-            hidden, weight, bias, *parameters = (
-                None if g is None else g * factor.to(g.dtype) for g in (hidden, weight, bias, *parameters)
-            )
+        # The engine folds every factor into the row weights: this is a multiplication by 1, but for who looks.
+        if not (functional.free_to_read(factor.device) and float(factor) == 1.0):
+            for gradient in (hidden, weight, bias, *parameters):
+                if gradient is not None:
+                    gradient.mul_(factor.to(gradient.dtype))
         weight_dtype, bias_dtype = ctx.dtypes
         weight = None if weight is None else weight.to(weight_dtype)
         bias = None if bias is None else bias.to(bias_dtype)

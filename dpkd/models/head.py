@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpkd.errors import DpkdError
-from dpkd.models.attention import attention_mask
+from dpkd.models.attention import attention_mask, causal_alone
 
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
@@ -81,12 +81,10 @@ def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
     """The output head of a model, its first `vocabulary` ids."""
     lm = causal_lm(model)
     linear = lm.get_output_embeddings()
-    bias = getattr(linear, "bias", None)
-    return Head(
-        linear.weight[:vocabulary] if vocabulary else linear.weight,
-        bias[:vocabulary] if vocabulary and bias is not None else bias,
-        logit_rule(lm.config),
-    )
+    weight, bias = linear.weight, getattr(linear, "bias", None)
+    if vocabulary and vocabulary < weight.shape[0]:  # a slice of all would cost a second gradient of its size
+        weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
+    return Head(weight, bias, logit_rule(lm.config))
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, mask: Any, position_ids: Tensor) -> Tensor:
@@ -100,8 +98,10 @@ def hidden_states(model: nn.Module, input_ids: Tensor, mask: Any, position_ids: 
 
 def hidden_rows(model: nn.Module, batch: Batch) -> Tensor:
     """The hidden states `[N, H]` from which the response tokens of a batch are predicted."""
-    mask = attention_mask(causal_lm(model), batch)
-    hidden = hidden_states(model, batch.input_ids, mask, batch.position_ids)
+    lm = causal_lm(model)
+    with causal_alone(lm, batch) as unmasked:
+        mask = None if unmasked else attention_mask(lm, batch)
+        hidden = hidden_states(model, batch.input_ids, mask, batch.position_ids)
     return hidden.flatten(0, 1).index_select(0, batch.rows)
 
 

@@ -36,6 +36,10 @@ class AlignedRows:
         """Logits `[n, U]` at the first token of some spans, float32; -inf for tokens that only the student has."""
         return self.union.of_teacher(self.rows.head.logits(self.rows.hidden[self.batch.teacher.first[rows]]))
 
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """The same logits, and the factor 1."""
+        return self.logits(rows), 1.0
+
     def logps(self) -> Tensor:
         """Log-prob in nats of each of the teacher's own response tokens."""
         return self.rows.logps()

@@ -43,6 +43,9 @@ class TeacherOutput(Protocol):
     def logits(self, rows: slice) -> Tensor:
         """Logits `[n, V]` of some rows, in float32, without gradient."""
 
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """Logits `[n, V]` of some rows in the type that they come in, up to a factor, and that factor."""
+
     def logps(self) -> Tensor:
         """Log-prob `[N]` in nats of each response token."""
 

@@ -37,6 +37,13 @@ class TeacherRows:
         return self.head.logits(self.hidden[rows])
 
     @torch.no_grad()
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """Logits `[n, V]` of some rows in the type of the head's product, up to a factor, and that factor."""
+        if self.head.rule.softcap is not None:
+            return self.logits(rows), 1.0
+        return self.head.raw(self.hidden[rows].to(self.head.weight.dtype)), self.head.rule.scale
+
+    @torch.no_grad()
     def logps(self) -> Tensor:
         """Log-prob `[N]` in nats of each response token."""
         return token_logps(self.hidden, self.head, self.targets, self.chunk)

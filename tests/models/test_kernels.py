@@ -128,3 +128,61 @@ def test_half_precision_is_that_of_the_logits_alone(found, name):
 def test_infinite_where_the_formula_is(found):
     assert np.isinf(found["reverse/37/float32/values"][0, 1])
     assert np.isfinite(found["skew reverse/37/float32/values"]).all()
+
+
+ENGINE = """
+import sys, numpy as np, torch
+from transformers import AutoModelForCausalLM, GPT2Config
+from dpkd.data.batches import TokenSequence, collate
+from dpkd.models import fused
+from dpkd.plugins import load_host
+from dpkd.teachers.base import Wants
+from dpkd.teachers.local import LocalTeacher
+from dpkd.train.loss_module import LossModule
+from dpkd.train.microbatch import MicroBatch, Term
+
+def model(width, seed):
+    torch.manual_seed(seed)
+    config = GPT2Config(n_layer=1, n_embd=width, n_head=2, vocab_size=61, n_positions=32, initializer_range=0.3,
+                        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    return AutoModelForCausalLM.from_config(config)
+
+batch = collate([TokenSequence((1, 2), (3, 4, 5)), TokenSequence((6,), (7, 8))], pad_id=0)
+teacher = LocalTeacher(model(24, 1), 61, torch.device("cpu"))
+used, original = [], fused.FusedKL.__call__
+fused.FusedKL.__call__ = lambda self, *a: (used.append(1), original(self, *a))[1]
+found = {}
+for name in sys.argv[2:]:
+    spec = load_host().get(name).spec
+    config = spec.config()
+    output = teacher.score(batch, Wants(2, logits=True))
+    for way in ("fused", "plain"):
+        module = LossModule(model(16, 0), {"main": spec.loss(config)}, vocabulary=61, chunk_mib=1e-6)
+        module.chunk = 2
+        if way == "plain":
+            module._fused = lambda *a: None
+        used.clear()
+        total, metrics = module(MicroBatch("main", batch, [Term("main", spec.signals(config), 0.7, 5.0)], False, 1.0, False,
+                                           teacher=output))
+        total.backward()
+        assert bool(used) == (way == "fused"), (name, way)
+        found[f"{name}/{way}/total"] = np.array([float(total), *(v for _, v in sorted(metrics.averages().items()))])
+        for key, p in module.named_parameters():
+            found[f"{name}/{way}/{key}"] = p.grad.numpy()
+np.savez(sys.argv[1], **found)
+"""
+SUMS = ["fkl", "rkl", "jsd", "kd", "skl", "srkl", "symmetric-kl", "gkd", "seqkd", "imitkd", "distillm", "sft"]
+SUMS += ["speculative-kd"]
+
+
+def test_the_engine_uses_them_and_gives_the_same(tmp_path):
+    path = tmp_path / "found.npz"
+    around = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", ENGINE, str(path), *SUMS], capture_output=True, text=True, env=around)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = np.load(path)
+    keys = [key for key in found.files if "/fused/" in key]
+    assert len(keys) > 10 * len(SUMS)
+    for key in keys:
+        expected = found[key.replace("/fused/", "/plain/")]
+        np.testing.assert_allclose(found[key], expected, rtol=2e-4, atol=2e-6, err_msg=key)

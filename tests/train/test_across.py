@@ -94,7 +94,7 @@ def test_an_idle_process_gives_zero(across, quiet):
         replace(step_batch, groups=step_batch.groups[:1]), measure=False
     )
     train_step = assembly.train_step
-    total, metrics = train_step.loss_module(train_step._with_teacher(idle))
+    total, metrics = train_step.loss_module(train_step.with_teacher(idle))
     total.backward()
     assert total.item() == 0.0
     assert metrics.averages() == {}
