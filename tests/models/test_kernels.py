@@ -162,16 +162,16 @@ for name in sys.argv[2:]:
         if way == "plain":
             module._fused = lambda *a: None
         used.clear()
-        total, metrics = module(MicroBatch("main", batch, [Term("main", spec.signals(config), 0.7, 5.0)], False, 1.0, False,
-                                           teacher=output))
+        term = Term("main", spec.signals(config), 0.7, 5.0)
+        total, metrics = module(MicroBatch("main", batch, [term], False, 1.0, False, teacher=output))
         total.backward()
         assert bool(used) == (way == "fused"), (name, way)
-        found[f"{name}/{way}/total"] = np.array([float(total), *(v for _, v in sorted(metrics.averages().items()))])
+        found[f"{name}/{way}/total"] = np.array([float(total.detach()), *metrics.averages().values()])
         for key, p in module.named_parameters():
             found[f"{name}/{way}/{key}"] = p.grad.numpy()
 np.savez(sys.argv[1], **found)
 """
-SUMS = ["fkl", "rkl", "jsd", "kd", "skl", "srkl", "symmetric-kl", "gkd", "seqkd", "imitkd", "distillm", "sft"]
+SUMS = ["fkl", "rkl", "jsd", "kd", "skl", "srkl", "symmetric-kl", "gkd", "seqkd", "distillm", "sft"]
 SUMS += ["speculative-kd"]
 
 
