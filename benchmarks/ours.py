@@ -91,7 +91,7 @@ def engine_step(
     stored: bool = False,
     corpus: Sequence[TokenSequence] = (),
     settings: dict[str, Any] | None = None,
-    chunk_mib: float = 32.0,
+    chunk_mib: float | str = "auto",
     bf16: bool = False,
     compiled: str | None = None,
     shared: bool = True,

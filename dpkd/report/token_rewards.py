@@ -145,7 +145,6 @@ def token_rewards(
     vocabulary: int,
     pad_id: int,
     beta: float = 1.0,
-    chunk_mib: float = 32.0,
 ) -> list[list[float]]:
     """`β · (log q - log p)` in nats of each response token of each sequence, at temperature 1, in eval mode."""
     import torch
@@ -158,7 +157,7 @@ def token_rewards(
     was_training = student.training
     student.eval()
     device = next(student.parameters()).device
-    rows = chunk_rows(vocabulary, chunk_mib)
+    rows = chunk_rows(vocabulary, device=device)
     results = []
     try:
         with torch.no_grad():
