@@ -13,7 +13,7 @@ from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.models.chunked import token_logps
 from dpkd.models.head import head_of, hidden_rows
 from dpkd.plugins import load_host
-from dpkd.rollout.response import Response
+from dpkd.rollout.base import Response
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.loss_module import LossModule

@@ -89,3 +89,14 @@ class DpkdHooks:
             def dpkd_samplers():
                 return [SamplerSpec("echo", "Repeats the prompt.", open=Echo)]
         """
+
+    @hookspec
+    def dpkd_response_sources(self) -> Iterable[Any]:  # type: ignore[empty-body]
+        """The response sources of this plugin, which `text.source` names.
+
+        Example:
+
+            @hookimpl
+            def dpkd_response_sources():
+                return [SourceSpec("best-of-n", "The best of n responses.", BestOfN, BestOfNConfig)]
+        """

@@ -19,14 +19,15 @@ import pluggy
 from dpkd.api import LossSpec, MetricSpec, SamplerSpec
 from dpkd.errors import DpkdError
 from dpkd.hookspecs import DpkdHooks
-from dpkd.specs import PluginError, checked_loss, checked_metric, checked_sampler
+from dpkd.specs import PluginError, checked_loss, checked_metric, checked_sampler, checked_source
 
 GROUP = "dpkd"
 METRICS_GROUP = "dpkd.metrics"
 SAMPLERS_GROUP = "dpkd.samplers"
+SOURCES_GROUP = "dpkd.sources"
 VARIABLE = "DPKD_PLUGINS"
 
-SpecT = TypeVar("SpecT", bound=MetricSpec | SamplerSpec)
+SpecT = TypeVar("SpecT", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,14 @@ def load_samplers(environment: Mapping[str, str] | None = None) -> tuple[dict[st
     return _load_beside("dpkd_samplers", SAMPLERS_GROUP, "samplers", "SamplerSpec", checked_sampler, environment)
 
 
+def load_sources(environment: Mapping[str, str] | None = None) -> tuple[dict[str, Any], list[BrokenPlugin]]:
+    """The response sources of all installed plugins by name, found as metrics are, and those that could not be used.
+
+    Raises DpkdError when two plugins have a source of one name.
+    """
+    return _load_beside("dpkd_response_sources", SOURCES_GROUP, "sources", "SourceSpec", checked_source, environment)
+
+
 def find_sampler(name: str) -> SamplerSpec:
     """The sampler of a name. Raises DpkdError when there is none, with the nearest right names, or why it is broken."""
     samplers, broken = load_samplers()
@@ -245,11 +254,10 @@ def _load_beside(
             broken.append(BrokenPlugin(point.name, _distribution(point)[0], _reason(error)))
             continue
         for spec in specs:
-            if spec.name in found:
-                raise DpkdError(
-                    f"two {plural} are called {spec.name!r}: {owners[spec.name]} and {owner}. Uninstall one."
-                )
-            found[spec.name], owners[spec.name] = spec, owner
+            name = spec.name
+            if name in found:
+                raise DpkdError(f"two {plural} are called {name!r}: {owners[name]} and {owner}. Uninstall one.")
+            found[name], owners[name] = spec, owner
     return found, broken
 
 

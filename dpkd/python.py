@@ -117,7 +117,7 @@ def evaluate(
     from dpkd.evaluation.evaluator import PAPER_SEEDS, EvaluationSettings, Evaluator
     from dpkd.evaluation.sets import find_set
     from dpkd.evaluation.target import find_target
-    from dpkd.rollout.settings import SamplingSettings
+    from dpkd.rollout.base import SamplingSettings
 
     names, given = _names({"model": getattr(model, "path", model), "teacher": teacher}, data, tokenizer)
     one, target = find_set(str(names["data"])), find_target(str(names["model"]), names["teacher"])

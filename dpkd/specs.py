@@ -58,3 +58,10 @@ def checked_sampler(spec: Any) -> SamplerSpec:
     if not (isinstance(spec.config, type) and issubclass(spec.config, SamplerConfig)):
         raise PluginError(f"the config of {spec.name!r} must be a subclass of dpkd.api.SamplerConfig")
     return spec
+
+
+def checked_source(spec: Any) -> Any:
+    """The spec of a response source. Raises PluginError when it is not sound."""
+    if not spec.name or spec.name != spec.name.lower() or not spec.name.replace("-", "").isalnum():
+        raise PluginError(f"the name {spec.name!r} should be lower-case letters and digits with dashes between")
+    return spec

@@ -158,7 +158,7 @@ def _settings(
     from dpkd.config.problems import checked
     from dpkd.evaluation.evaluator import EvaluationSettings
     from dpkd.evaluation.lengths import WORDS, parse_cuts
-    from dpkd.rollout.settings import SamplingSettings
+    from dpkd.rollout.base import SamplingSettings
 
     parts = [part.strip() for part in seeds.split(",") if part.strip()]
     if not parts or not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):

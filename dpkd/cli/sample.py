@@ -33,9 +33,9 @@ def sample(
     from dpkd.errors import SettingsError
     from dpkd.evaluation.target import model_of
     from dpkd.plugins import find_sampler
+    from dpkd.rollout.base import SamplingSettings
     from dpkd.rollout.generator import refusals
     from dpkd.rollout.sample_file import sample_to_file
-    from dpkd.rollout.settings import SamplingSettings
 
     prompts = data_settings({"path": data, "limit": limit}, set_)
     sampling = checked(

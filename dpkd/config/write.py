@@ -9,7 +9,7 @@ from dpkd.config.layers import SHORTHANDS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.config.yaml_text import dump_value
-from dpkd.plugins import RegisteredLoss
+from dpkd.plugins import RegisteredLoss, load_sources
 
 
 def annotated_yaml(resolved: Resolved) -> str:
@@ -46,6 +46,10 @@ def write_config(resolved: Resolved, folder: Path) -> None:
 def schema(registered: RegisteredLoss | None = None) -> dict[str, Any]:
     """JSON schema of all settings; with a loss also of its own."""
     result = RunSettings.model_json_schema()
+    texts = [spec.config.model_json_schema() for spec in load_sources()[0].values()]
+    for own in texts:
+        result["$defs"] |= own.pop("$defs", {})
+    result["properties"]["text"] = {"anyOf": texts}
     if registered is not None:
         own = registered.spec.config.model_json_schema()
         result["$defs"] |= own.pop("$defs", {})  # references start at the root

@@ -31,9 +31,9 @@ from dpkd.models.settings import ModelSettings
 from dpkd.models.smollm2 import bundled_teacher
 from dpkd.models.student_init import make_student
 from dpkd.plugins import load_host
+from dpkd.rollout.base import SamplingSettings
 from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.rollout.response_store import default_folder
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.run import train
 

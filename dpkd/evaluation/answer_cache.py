@@ -14,9 +14,9 @@ from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.evaluation.predictions import Prediction, read_predictions, write_predictions
 from dpkd.evaluation.results import write_json
+from dpkd.rollout.base import SamplingSettings
+from dpkd.rollout.generator import response_seed
 from dpkd.rollout.sampling import sample
-from dpkd.rollout.settings import SamplingSettings
-from dpkd.rollout.sources import response_seed
 
 
 class AnswerCache:

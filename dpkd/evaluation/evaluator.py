@@ -26,8 +26,8 @@ from dpkd.models.loading import DTYPES
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import load_metrics
+from dpkd.rollout.base import SamplingSettings
 from dpkd.rollout.kv_cache import longest_sequence
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1

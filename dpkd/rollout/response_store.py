@@ -22,7 +22,7 @@ from typing import Any
 
 from dpkd.errors import DpkdError
 from dpkd.models.fingerprint import digest
-from dpkd.rollout.settings import SamplingSettings
+from dpkd.rollout.base import SamplingSettings
 
 try:
     import fcntl

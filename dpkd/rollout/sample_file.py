@@ -22,9 +22,8 @@ from dpkd.errors import DpkdError
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
-from dpkd.rollout.generator import open_sampler, sampling_task
-from dpkd.rollout.settings import SamplingSettings, TextSettings
-from dpkd.rollout.sources import response_seed
+from dpkd.rollout.base import SamplingSettings
+from dpkd.rollout.generator import open_sampler, response_seed, sampling_task
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def sample_to_file(
     Raises DpkdError when the file was written with other settings, by another model or for other prompts.
     """
     examples = read_examples(data, require_response=False)
-    drawn_by = TextSettings(backend=backend, backend_settings=dict(backend_settings or {}))
+    backend_settings = dict(backend_settings or {})
     facts = {
         "model": model.model,
         "weights": model_fingerprint(str(model.model), model.revision),
@@ -65,7 +64,7 @@ def sample_to_file(
         "template": data.template,
         "data": examples.fingerprint,
         "num_generations": num_generations,
-        **({"backend": drawn_by.backend_key} if drawn_by.backend_key is not None else {}),
+        **({"backend": {"name": backend, **backend_settings}} if backend != "hf" else {}),
     }
     found = _found(output, facts)
     tokenizer = load_tokenizer(model)
@@ -77,7 +76,10 @@ def sample_to_file(
     counts = {"written": 0, "truncated": 0, "empty": 0}
     _settings_file(output).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     writer = GenerationModel(lm, None, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
-    with closing(open_sampler(drawn_by, writer)) as sampler, output.open("a", encoding="utf-8") as file:
+    with (
+        closing(open_sampler(backend, backend_settings, writer)) as sampler,
+        output.open("a", encoding="utf-8") as file,
+    ):
         sampler.refresh()
         for group in _groups(todo, 4 * sampling.batch_size):
             seeds = [response_seed(seed, n, p.id) for p in group for n in range(num_generations)]

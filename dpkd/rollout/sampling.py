@@ -15,9 +15,9 @@ from torch import nn
 
 from dpkd.api import Sampled
 from dpkd.errors import DpkdError
+from dpkd.rollout.base import SamplingSettings
 from dpkd.rollout.continuous_batching import ContinuousBatcher, Request
 from dpkd.rollout.kv_cache import KVCacheModel, evaluating, longest_sequence
-from dpkd.rollout.settings import SamplingSettings
 
 
 def sample(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpkd.functional import at_least_float32
-from dpkd.rollout.settings import SamplingSettings
+from dpkd.rollout.base import SamplingSettings
 
 # Most nuclei lie among this many tokens; the whole vocabulary is sorted only where one does not.
 NUCLEUS_FIRST_LOOK = 1024

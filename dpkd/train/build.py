@@ -26,7 +26,7 @@ from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
 from dpkd.models.student_init import make_student
 from dpkd.models.tokenizers import shared_vocabulary
-from dpkd.rollout.sources import Writers
+from dpkd.rollout.base import ResponseSource
 from dpkd.teachers.aligned import AlignedTeacher
 from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.store import StoreTeacher
@@ -39,7 +39,7 @@ from dpkd.train.microbatch import MicroBatcher
 from dpkd.train.optimizers import make_optimizer
 from dpkd.train.prepare import Prepared, prepare
 from dpkd.train.progress import Display
-from dpkd.train.rollouts import RolloutBuilder, check_processes, make_groups
+from dpkd.train.rollouts import Rollouts, check_processes, make_groups
 from dpkd.train.schedules import Schedules
 from dpkd.train.step_batches import LM_READS, Corpus, StepBatchBuilder
 from dpkd.train.train_step import TrainStep
@@ -62,17 +62,22 @@ class RunParts:
     dev: Inputs | None
     vocabulary: int
     context: int | None  # the longest sequence that both models read
-    rollouts: RolloutBuilder
+    rollouts: Rollouts
 
     @property
-    def writers(self) -> Writers:
-        """Of the main loss's text."""
-        return self.builder.groups[0].writers
+    def source(self) -> ResponseSource:
+        """Of the main loss's responses."""
+        return self.builder.groups[0].source
 
-    def prepare_teacher(self) -> None:
-        """Have the teacher write all that the run will use."""
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.source.context.batches.steps
+
+    def prepare_sources(self) -> None:
+        """Have written what can be before the first step: the teacher's responses."""
         for group in self.builder.groups:
-            group.writers.prepare_teacher()
+            group.source.prepare()
 
     def close(self) -> None:
         """Give back what lies outside the models."""
@@ -122,7 +127,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     train_step = TrainStep(
         accelerator, loss_module, optimizer, models.teacher, models.reference, micro_batcher, settings.train.clip
     )
-    rollouts = RolloutBuilder(
+    rollouts = Rollouts(
         resolved, models.student, inner.lend, models.teacher, models.vocabulary, prepared, accelerator, display
     )
     builder = StepBatchBuilder(

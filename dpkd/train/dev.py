@@ -22,7 +22,7 @@ from dpkd.evaluation.evaluator import (
 )
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.saving import save_model
-from dpkd.rollout.settings import SamplingSettings
+from dpkd.rollout.base import SamplingSettings
 from dpkd.run_folder import RunFolder
 from dpkd.teachers.local import LocalTeacher
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dpkd.api import Pair, Signal
 from dpkd.cross_tokenizer.retokenize import IDLE_ALIGNED, AlignedBatch, AlignedSequence, collate_aligned
 from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches
-from dpkd.rollout.response import Response
+from dpkd.rollout.base import Response
 from dpkd.teachers.aligned import AlignedRows
 from dpkd.teachers.local import TeacherRows
 from dpkd.teachers.store import StoredRows

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpkd.data.encode import Prompt
 from dpkd.data.encoding import continuation
-from dpkd.rollout.sources import Writers
+from dpkd.rollout.base import StepResponses
 
 PER_STEP = 2
 
@@ -20,14 +20,14 @@ class SampleLog:
     def __init__(self, path: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self._path, self._tokenizer, self._prompts = path, tokenizer, prompts
 
-    def record(self, step: int, writers: Writers) -> None:
+    def record(self, step: int, responses: StepResponses) -> None:
         """Write up to two examples of the step that was just done (1-based)."""
         with self._path.open("a", encoding="utf-8") as file:
-            for index, responses in writers.step(step - 1).responses[:PER_STEP]:
+            for index, written in responses.responses[:PER_STEP]:
                 prompt = self._prompts[index]
                 texts = [
                     {"writer": r.writer.value, "text": continuation(self._tokenizer, prompt.prompt_ids, r.ids)}
-                    for r in responses
+                    for r in written
                 ]
                 line = {"step": step, "id": prompt.id, "prompt": prompt.text, "responses": texts}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -68,7 +68,7 @@ SPEC = LossSpec(
         "through student, its copy and the teacher: about three times kd, a second student in memory, and sampling.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.REFERENCE_LOGPS, Signal.LENGTHS}),
-    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "once"}},
+    suggests={"text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "once"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

@@ -60,7 +60,7 @@ SPEC = LossSpec(
         "teacher's response is inside, so that no LM term is needed. TRL averages the likelihood over tokens.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.LENGTHS}),
-    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"}},
+    suggests={"text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "every_step"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

@@ -47,7 +47,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
     suggests={
-        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
+        "text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
     traits=frozenset({Trait.NON_NEGATIVE}),

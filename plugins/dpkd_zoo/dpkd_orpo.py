@@ -58,7 +58,7 @@ SPEC = LossSpec(
         "responses per prompt through the student, none through the teacher, and the sampling of both.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.LENGTHS}),
-    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"}},
+    suggests={"text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "every_step"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

@@ -56,7 +56,7 @@ SPEC = LossSpec(
         "through its copy: about twice sft, a second student in memory, and sampling.",
     ),
     reads=frozenset({Signal.STUDENT_LOGPS, Signal.REFERENCE_LOGPS, Signal.LENGTHS}),
-    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "once"}},
+    suggests={"text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "once"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

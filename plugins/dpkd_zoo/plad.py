@@ -74,7 +74,7 @@ SPEC = LossSpec(
     ),
     reads=_reads,
     suggests={
-        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
+        "text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "every_step"},
         "terms": {"lm": {"weight": 1.0}},
     },
     traits=frozenset({Trait.NON_NEGATIVE}),

@@ -23,7 +23,7 @@ from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, metric_spec
 from dpkd.evaluation.results import score
 from dpkd.evaluation.sets import find_set
 from dpkd.models.settings import ModelSettings, TeacherSettings
-from dpkd.rollout.settings import SamplingSettings
+from dpkd.rollout.base import SamplingSettings
 from dpkd.teachers.local import LocalTeacher
 
 DRAWN = EvaluationSettings(SamplingSettings(max_new_tokens=6, batch_size=3), (1, 2, 3), cuts=(2,))

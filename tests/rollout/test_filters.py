@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpkd.rollout import token_sampling as filters
-from dpkd.rollout.settings import SamplingSettings
+from dpkd.rollout.base import SamplingSettings
 
 
 def nucleus(p: np.ndarray, top_k: int, top_p: float) -> set[int]:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from dpkd.errors import DpkdError
 from dpkd.rollout import continuous_batching as batch
+from dpkd.rollout.base import SamplingSettings
 from dpkd.rollout.sampling import Sampled, sample
-from dpkd.rollout.settings import SamplingSettings
 
 VOCABULARY, LONGEST, PAD = 29, 64, 0
 EOS = {5, 9, 14, 21}

@@ -14,8 +14,8 @@ from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
 from dpkd.models.settings import ModelSettings
 from dpkd.rollout import sample_file as write_file
+from dpkd.rollout.base import SamplingSettings
 from dpkd.rollout.continuous_batching import Sampled
-from dpkd.rollout.settings import SamplingSettings
 
 WORDS = ["once", "upon", "a", "time", "the", "cat", "sat", "down", "and", "slept"]
 SAMPLING = SamplingSettings(max_new_tokens=6)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dpkd.errors import DpkdError, Stopped
 from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator
 from dpkd.models.settings import ModelSettings, TeacherSettings
-from dpkd.rollout.settings import SamplingSettings
+from dpkd.rollout.base import SamplingSettings
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
 from dpkd.train.cache import CacheSettings, cache

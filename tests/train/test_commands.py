@@ -14,8 +14,8 @@ import dpkd
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.settings import ModelSettings
+from dpkd.rollout.base import SamplingSettings
 from dpkd.rollout.sample_file import sample_to_file
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_metrics import read_metrics
 from dpkd.train import plan, run
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dpkd.api import GenerationModel, Sampled, SamplerConfig, SamplerSpec, SamplingTask, hookimpl
+from dpkd.rollout.base import SamplingSettings
 from dpkd.rollout.sampling import sample
-from dpkd.rollout.settings import SamplingSettings
 
 
 class HfSampler:
