@@ -18,7 +18,7 @@ from dpkd.models.chunked import chunk_rows
 from dpkd.rollout.base import Response, SamplingSettings, SourceConfig
 from dpkd.rollout.generator import prompt_seed, sample_seeds, sampling_task
 from dpkd.rollout.response_store import ResponseStore
-from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.base import Teacher, Wants
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RankShards:
 class TeacherScorer:
     """Gives responses the teacher's log-prob of each token."""
 
-    teacher: LocalTeacher
+    teacher: Teacher
     prompts: Sequence[Prompt]
     pad_id: int
     vocabulary: int
@@ -61,9 +61,10 @@ class TeacherScorer:
         sequences = [TokenSequence(self.prompts[i].prompt_ids, r.ids) for i, r in zip(indices, responses, strict=True)]
         scored = list(responses)
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
+        wants = Wants(chunk_rows(self.vocabulary, 32.0), logps=True)
         for group in micro_batches(lengths, self.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(self.device)
-            logps = self.teacher.logps(batch, chunk_rows(self.vocabulary, 32.0)).tolist()
+            logps = self.teacher.score(batch, wants).logps().tolist()
             for place, i in enumerate(group):
                 own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
                 scored[i] = replace(responses[i], teacher_logps=tuple(own))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,6 @@ from dpkd.config.resolve import Resolved
 from dpkd.data.batches import TokenSequence
 from dpkd.data.templates import template_fingerprint
 from dpkd.errors import DpkdError
-from dpkd.models.head import check_head
-from dpkd.models.loading import load_model
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.rollout.response_generators import RankShards
 from dpkd.teachers.local import LocalTeacher
@@ -26,7 +24,7 @@ from dpkd.teachers.store_manifest import Kind, Manifest
 from dpkd.teachers.store_writing import write_store
 from dpkd.train.prepare import Prepared, prepare
 from dpkd.train.progress import Display
-from dpkd.train.rollouts import generation_model, open_source, teacher_generator
+from dpkd.train.rollouts import open_source, teacher_generator
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,11 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         if problem := why_not(objective.spec, objective.config, objective.reads, set(objective.writers), manifest):
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(run.teacher, device=torch.device(run.teacher.device or device), dtype=None)
-    check_head(model)
-    teacher = LocalTeacher(model, vocabulary, device)
-    sequences = _sequences(resolved, objectives, prepared, teacher, manifest, settings.output, display)
+    teacher = prepared.teacher
+    assert isinstance(teacher, LocalTeacher)
+    teacher.load(device)
+    teacher.cut(vocabulary)
+    sequences = _sequences(resolved, objectives, prepared, settings.output, display)
     _write(settings, teacher, sequences, manifest, prepared, display)
     display.say(
         f"train without the teacher: the same command with `--set teacher.store={settings.output}` for --teacher"
@@ -108,26 +107,20 @@ def _kind(resolved: Resolved, settings: CacheSettings) -> tuple[Kind, int]:
 
 
 def _sequences(
-    resolved: Resolved,
-    objectives: Sequence[Objective],
-    prepared: Prepared,
-    teacher: LocalTeacher,
-    manifest: Manifest,
-    output: Path,
-    display: Display,
+    resolved: Resolved, objectives: Sequence[Objective], prepared: Prepared, output: Path, display: Display
 ) -> list[TokenSequence]:
     """All fixed text of these losses: the data set's responses, and the teacher's, which are drawn here if need be."""
-    prompts, tokenizer = prepared.data.prompts, prepared.tokenizer
+    prompts = prepared.data.prompts
+    assert prepared.teacher is not None
+    own = prepared.teacher.text()
+    assert own is not None
     sequences: dict[TokenSequence, None] = {}
     for objective in objectives:
         generator = teacher_generator(
             objective.text,
-            generation_model(teacher.model, manifest.vocabulary, tokenizer, None),
+            replace(own, folder=output / "responses"),
             prompts,
-            folder=output / "responses",
-            weights=manifest.model,
-            vocabulary=manifest.vocabulary,
-            tokenizer=tokenizer,
+            tokenizer=prepared.tokenizer,
             context=prepared.context,
             seed=resolved.settings.seed,
             rank_shards=RankShards(),

@@ -27,9 +27,7 @@ from dpkd.rollout.response_generators import (
     TeacherScorer,
 )
 from dpkd.rollout.response_store import ResponseStore, default_folder
-from dpkd.teachers.aligned import AlignedTeacher
-from dpkd.teachers.local import LocalTeacher
-from dpkd.teachers.store import StoreTeacher
+from dpkd.teachers.base import Teacher, TeacherText
 from dpkd.train.prepare import Prepared
 from dpkd.train.progress import Display
 from dpkd.train.step_batches import LossGroup
@@ -96,27 +94,25 @@ def open_source(objective: Objective, resolved: Resolved, prepared: Prepared, **
 
 def teacher_generator(
     text: SourceConfig,
-    model: GenerationModel | None,
+    own: TeacherText,
     prompts: Sequence[Prompt],
     *,
-    folder: Path,
-    weights: str,
-    vocabulary: int,
     tokenizer: Any,
     context: int | None,
     seed: int,
     rank_shards: RankShards,
     progress: Callable[[int, int], None],
 ) -> TeacherGenerator:
-    """What gives the teacher's responses; without a `model`, all that is wanted must be in the store in `folder`.
+    """What gives the teacher's responses to these prompts: from the store that has them, else drawn by its model.
 
-    `weights` is the fingerprint of the teacher, `context` the longest sequence that both models read.
+    `tokenizer` is the teacher's, `context` the longest sequence that both models read.
     """
+    model = None if own.model is None else generation_model(own.model, own.vocabulary, tokenizer, None)
     store = ResponseStore.open(
-        folder,
-        model_fingerprint=weights,
+        own.folder or (Path(text.store) if text.store else default_folder()),
+        model_fingerprint=own.fingerprint,
         # Which ids may be drawn decides the responses too.
-        tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{vocabulary}",
+        tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{own.vocabulary}",
         sampling=text.teacher_sampling,
         seed=seed,
         backend=text.backend_key,
@@ -146,7 +142,7 @@ class Rollouts:
     resolved: Resolved
     student: nn.Module
     lend: Callable[[Callable[[nn.Module], Any]], Any]  # the student with whole weights, for the time of a call
-    teacher: LocalTeacher | StoreTeacher | AlignedTeacher | None
+    teacher: Teacher | None
     vocabulary: int
     prepared: Prepared
     accelerator: Accelerator
@@ -160,12 +156,10 @@ class Rollouts:
 
     def open(self, objective: Objective, rollout_loss: RolloutLoss[Any] | None) -> ResponseSource:
         """The source of the responses of a loss."""
-        text = objective.text
-        live = self.teacher if isinstance(self.teacher, LocalTeacher) else None
-        generators: dict[str, Any] = {}
-        if live is not None:
-            generators["score"] = score = TeacherScorer(
-                live,
+        text, generators = objective.text, dict[str, Any]()
+        if self.teacher is not None and self.prepared.translator is None:
+            generators["score"] = TeacherScorer(
+                self.teacher,
                 self.prepared.data.prompts,
                 self.prepared.tokenizer.pad_token_id,
                 self.vocabulary,
@@ -181,8 +175,8 @@ class Rollouts:
                 text,
                 self.resolved.settings.seed,
                 self._rank_shards,
-                None if live is None else live.model,
-                None if live is None else score,
+                None if self.teacher is None else self.teacher.model,
+                generators.get("score"),
                 rollout_loss,
             )
         if Text.TEACHER in text.writers:
@@ -209,34 +203,25 @@ class Rollouts:
         return sampler
 
     def _teacher_generator(self, text: SourceConfig) -> TeacherGenerator | RetokenizedResponses:
-        """Its responses are in the store of log-probs, where there is one, else in the store of responses."""
-        settings, prepared, teacher = self.resolved.settings, self.prepared, self.teacher
-        common: dict[str, Any] = {
-            "seed": settings.seed,
-            "rank_shards": self._rank_shards,
-            "progress": self.display.pulse,
-        }
-        own = {"vocabulary": self.vocabulary, "tokenizer": prepared.tokenizer, "context": prepared.context}
-        if isinstance(teacher, StoreTeacher):
-            folder, weights = teacher.folder / "responses", teacher.manifest.model
-            return teacher_generator(text, None, prepared.data.prompts, folder=folder, weights=weights, **own, **common)
-        # Settings without a teacher are refused before.
-        assert teacher is not None
-        common["weights"] = self.resolved.given.fingerprint(settings.teacher)
-        common["folder"] = Path(text.store) if text.store else default_folder()
-        if isinstance(teacher, LocalTeacher):
-            model = generation_model(teacher.model, self.vocabulary, prepared.tokenizer, None)
-            return teacher_generator(text, model, prepared.data.prompts, **own, **common)
-        translator = prepared.translator
-        assert translator is not None  # it made the teacher an aligned one
-        tokenizer, vocabulary = translator.teacher.tokenizer, teacher.union.teacher
+        # Settings without a teacher, or with one that writes nothing, are refused before.
+        assert self.teacher is not None
+        own = self.teacher.text()
+        assert own is not None
+        prepared, translator = self.prepared, self.prepared.translator
+        prompts: Sequence[Prompt] = prepared.data.prompts
+        context, tokenizer = prepared.context, prepared.tokenizer
+        if translator is not None:
+            prompts, context, tokenizer = translator.prompts, translator.longest, translator.teacher.tokenizer
         generator = teacher_generator(
             text,
-            generation_model(teacher.live.model, vocabulary, tokenizer, None),
-            translator.prompts,
-            vocabulary=vocabulary,
+            own,
+            prompts,
             tokenizer=tokenizer,
-            context=translator.longest,
-            **common,
+            context=context,
+            seed=self.resolved.settings.seed,
+            rank_shards=self._rank_shards,
+            progress=self.display.pulse,
         )
+        if translator is None:
+            return generator
         return RetokenizedResponses(generator, translator, prepared.data.prompts, prepared.context)

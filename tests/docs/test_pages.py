@@ -13,7 +13,7 @@ from typer.main import get_command
 from dpkd.cli.main import app
 from dpkd.config.problems import all_paths
 from dpkd.config.settings import RunSettings
-from dpkd.plugins import load_host
+from dpkd.plugins import load_host, load_sources
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -52,9 +52,8 @@ def test_every_function_exists(file, name):
 def test_the_loop_calls_its_stages_in_the_order_of_the_page():
     loop = (ROOT / "dpkd/train/trainer.py").read_text(encoding="utf-8")
     stages = {
-        "Writers.prepare`": "group.writers.prepare(step)",
-        "Writers.step`": "group.writers.step(step)",
-        "StepBatchBuilder.streams`": "self.builder.streams(",
+        "SourceBase.next`": "source.next(step)",
+        "StepBatchBuilder.step_batches`": "self.builder.step_batches(",
         "TrainStep`": "self.train_step(",
         "MetricsLog`": "self._log(done",
     }
@@ -64,7 +63,8 @@ def test_the_loop_calls_its_stages_in_the_order_of_the_page():
 
 
 def test_every_setting_exists():
-    known = {*all_paths(RunSettings), *RunSettings.model_fields}
+    own = [path for spec in load_sources({})[0].values() for path in all_paths(spec.config, "text.")]
+    known = {*all_paths(RunSettings), *RunSettings.model_fields, *own}
     blocks = "|".join(name for name in RunSettings.model_fields if name not in ("output", "seed"))
     named = {m[1] for code in CODE if (m := re.fullmatch(rf"((?:{blocks})\.[a-z_.0-9]+)(?:=.*)?", code))}
     assert len(named) > 8

@@ -157,7 +157,7 @@ def test_the_settings_of_a_run_are_read_back(settings_of, quiet):
 
 
 def test_a_loss_beside_the_main_one_whose_text_takes_the_teacher_needs_one(settings_of, toy):
-    text = {"pairs": {"chosen": "dataset", "rejected": "student"}, "teacher_veto": 9}
+    text = {"source": "pairs", "chosen": "dataset", "rejected": "student", "teacher_veto": 9}
     changes = {
         "student.model": str(toy / "gpt2"),
         "student.init": "pretrained",

@@ -13,6 +13,7 @@ from zoo_inputs import randn
 
 from dpkd.api import Text
 from dpkd.config.settings import RunSettings
+from dpkd.rollout.adaptive import AdaptiveConfig
 from dpkd.testing import check_loss
 
 
@@ -39,5 +40,5 @@ def test_its_text_is_a_fixed_mix_and_the_card_says_how_to_have_the_papers() -> N
 
 def test_the_adaptive_text_has_the_released_numbers() -> None:
     """arguments.py: init-threshold 0, loss-eps 0.1, capacity 1000, replay-ratio decreasing; finetune.py: + 0.1."""
-    a = RunSettings().text.adaptive
+    a = AdaptiveConfig()
     assert (a.share, a.rise, a.tolerance, a.capacity, a.fresh) == (0.0, 0.1, 0.1, 1000, "decreasing")
