@@ -53,7 +53,7 @@ def own_text(spec: LossSpec, given: Mapping[str, Any], path: str, sources: Sourc
     Raises SettingsError with a sentence for every mistake.
     """
     suggested = renamed(Layer(f"{spec.name}'s suggestions", {"text": spec.suggests.get("text", {})}))
-    merged = merge([suggested, Layer("the user", {"text": given})])
+    merged = merge([suggested, Layer("the user", {"text": given} if given else {})])
     try:
         source = source_of(merged.values.get("text"), spec.family, sources)
     except DpkdError as error:

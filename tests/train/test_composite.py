@@ -164,5 +164,5 @@ def test_a_loss_beside_the_main_one_whose_text_takes_the_teacher_needs_one(setti
         "student.layers": None,
         "terms.extra.far": {"loss": "dpkd-simpo", "text": text},
     }
-    with pytest.raises(SettingsError, match=r"missing, but terms\.extra\.far\.text\.teacher_veto lets it replace what"):
+    with pytest.raises(SettingsError, match=r"missing, but terms\.extra\.far\.text\.teacher_veto lets the teacher's"):
         settings_of("sft", changes, teacher=None)

@@ -11,7 +11,8 @@ from token_helpers import gradient, value
 from zoo_inputs import randn
 
 from dpkd.api import Text
-from dpkd.config.settings import RunSettings
+from dpkd.config.extras import own_text
+from dpkd.plugins import load_sources
 from dpkd.testing import check_loss
 
 
@@ -29,7 +30,7 @@ def test_is_jsd(beta: float) -> None:
 
 
 def test_suggests_half_of_the_steps_on_the_students_text() -> None:
-    text = RunSettings.model_validate(dict(SPEC.suggests)).text
+    text = own_text(SPEC, {}, "text", load_sources()[0])[1]
     assert text.source == "mixed"
     assert text.mix == {Text.DATASET: 0.5, Text.STUDENT: 0.5}
     assert text.refresh == "every_step"
