@@ -21,7 +21,7 @@ from harness import markdown
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.utils import logging
 
-from dpkd.rollout.base import SamplingSettings
+from dpkd.api import SamplingSettings
 from dpkd.rollout.sampling import sample
 
 PROMPTS, BATCH, NEW, REPEATS = 48, 16, 64, 2

@@ -8,10 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpkd.api import LossConfig, LossSpec, Signal, Text
+from dpkd.api import LossConfig, LossSpec, Signal, SourceConfig, SourceSpec, Text
 from dpkd.config.settings import ScheduleSettings
 from dpkd.plugins import RegisteredLoss
-from dpkd.rollout.base import SourceConfig, SourceSpec
 
 
 @dataclass(frozen=True)

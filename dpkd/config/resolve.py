@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dpkd.api import Family, LossConfig, LossSpec, TeacherAccess, Text
+from dpkd.api import Family, LossConfig, LossSpec, SourceConfig, SourceSpec, TeacherAccess, Text
 from dpkd.config.aliases import renamed
 from dpkd.config.extras import extra_objective
 from dpkd.config.layers import Layer, Merged, drop, merge, suggestion_layer
@@ -18,7 +18,6 @@ from dpkd.config.objective import Objective, schedule_problems
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
 from dpkd.config.text import (
-    Sources,
     dev_problems,
     drop_outdated,
     loss_problems,
@@ -29,8 +28,7 @@ from dpkd.config.text import (
 )
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.in_memory import InMemory
-from dpkd.plugins import Host, RegisteredLoss, load_sources
-from dpkd.rollout.base import SourceConfig, SourceSpec
+from dpkd.plugins import RegisteredLoss, Registry
 from dpkd.teachers.store_check import why_not
 from dpkd.teachers.store_manifest import read_manifest
 
@@ -41,7 +39,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 class Resolved:
     """Checked settings, the loss with its own checked settings, and where each value came from.
 
-    `given` has the models and rows that are in memory; the settings have names for them.
+    `registry` has the plugins that other settings name, such as samplers. `given` has the models and rows that are in
+    memory; the settings have names for them.
     """
 
     settings: RunSettings
@@ -49,6 +48,7 @@ class Resolved:
     loss_config: LossConfig
     source: SourceSpec
     provenance: dict[str, str]
+    registry: Registry
     extras: tuple[Objective, ...] = ()
     given: InMemory = field(default_factory=InMemory)
 
@@ -77,16 +77,15 @@ class Resolved:
         return {"loss": loss, **self.settings.model_dump(mode="json")}
 
 
-def resolve(layers: Sequence[Layer], host: Host, given: InMemory | None = None) -> Resolved:
+def resolve(layers: Sequence[Layer], registry: Registry, given: InMemory | None = None) -> Resolved:
     """Merge and check the layers; `given` has what they name and a caller has in memory.
 
     Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
     """
     layers = [renamed(layer) for layer in layers]
-    sources, _ = load_sources()
     merged = merge(layers)
     problems: list[str] = []
-    registered = _registered(merged, host, problems)
+    registered = _registered(merged, registry, problems)
     if registered is not None:
         layers = [renamed(suggestion_layer(registered.spec.name, registered.spec.suggests)), *layers]
         merged = merge(layers)
@@ -96,7 +95,7 @@ def resolve(layers: Sequence[Layer], host: Host, given: InMemory | None = None) 
     if registered is not None:
         known += all_paths(registered.spec.config, "loss.")
     family = registered.spec.family if registered is not None else Family.TOKEN
-    source, text = _text(merged, family, sources, [layer.name for layer in layers], known, problems)
+    source, text = _text(merged, family, registry, [layer.name for layer in layers], known, problems)
     values = {**merged.values, **({} if text is None else {"text": text})}
     if text is None:
         values.pop("text", None)
@@ -113,7 +112,7 @@ def resolve(layers: Sequence[Layer], host: Host, given: InMemory | None = None) 
         main = (source, text) if source is not None and text is not None else None
         extras: list[Objective] = []
         for name, term in sound.terms.extra.items():
-            extra, found = extra_objective(name, term, main, host, sources)
+            extra, found = extra_objective(name, term, main, registry)
             problems += found
             extras += [extra] if extra is not None else []
         objective = None
@@ -121,7 +120,7 @@ def resolve(layers: Sequence[Layer], host: Host, given: InMemory | None = None) 
             problems += schedule_problems(registered.spec, config, sound.schedules, "schedules")
         if registered is not None and source is not None:
             objective = _main(sound, registered, config or registered.spec.config(), source)
-        problems += _cross_checks(sound, merged, damaged, objective, extras, sources)
+        problems += _cross_checks(sound, merged, damaged, objective, extras, registry)
         problems += memory_problems(sound, merged, given or InMemory())
     if problems:
         raise SettingsError(problems)
@@ -129,7 +128,8 @@ def resolve(layers: Sequence[Layer], host: Host, given: InMemory | None = None) 
     assert registered is not None
     assert config is not None
     assert source is not None
-    return Resolved(settings, registered, config, source, dict(merged.provenance), tuple(extras), given or InMemory())
+    provenance = dict(merged.provenance)
+    return Resolved(settings, registered, config, source, provenance, registry, tuple(extras), given or InMemory())
 
 
 def _main(settings: RunSettings, registered: RegisteredLoss, config: LossConfig, source: SourceSpec) -> Objective:
@@ -138,17 +138,17 @@ def _main(settings: RunSettings, registered: RegisteredLoss, config: LossConfig,
 
 
 def _text(
-    merged: Merged, family: Family, sources: Sources, order: Sequence[str], known: list[str], problems: list[str]
+    merged: Merged, family: Family, registry: Registry, order: Sequence[str], known: list[str], problems: list[str]
 ) -> tuple[SourceSpec | None, SourceConfig | None]:
     """The source of the main loss, and its settings; None where these have mistakes."""
     try:
-        source = source_of(merged.values.get("text"), family, sources)
+        source = source_of(merged.values.get("text"), family, registry)
     except DpkdError as error:
         problems.append(f"text.source: {error} (from {merged.layer_of('text.source')})")
         return None, None
     drop_outdated(merged, source, order)
     known += all_paths(source.config, "text.")
-    own, foreign = own_settings(merged.values.get("text", {}), source, sources)
+    own, foreign = own_settings(merged.values.get("text", {}), source, registry)
     problems += [f"text.{key}: {why} (from {merged.layer_of(f'text.{key}')})" for key, why in foreign.items()]
     config = _validated(source.config, own, merged, known, problems, "text.")
     return source, None if foreign else config
@@ -165,7 +165,7 @@ def _leave_set_values_alone(merged: Merged, loss: str) -> None:
             drop(merged, f"schedules.{name}")
 
 
-def _registered(merged: Merged, host: Host, problems: list[str]) -> RegisteredLoss | None:
+def _registered(merged: Merged, registry: Registry, problems: list[str]) -> RegisteredLoss | None:
     block = merged.values.get("loss")
     name = block.get("name") if isinstance(block, dict) else None
     if not isinstance(name, str):
@@ -175,11 +175,12 @@ def _registered(merged: Merged, host: Host, problems: list[str]) -> RegisteredLo
             else ""
         )
         problems.append(
-            f"loss: no loss is named{given}; choose one with --loss: {', '.join(host.losses) or 'none is installed'}"
+            f"loss: no loss is named{given}; choose one with --loss: "
+            f"{', '.join(registry.losses) or 'none is installed'}"
         )
         return None
     try:
-        return host.get(name)
+        return registry.get(LossSpec, name)
     except DpkdError as error:
         problems.append(f"loss: {error} (from {merged.layer_of('loss.name')})")
         return None
@@ -233,7 +234,7 @@ def _cross_checks(
     damaged: set[str],
     main: Objective | None,
     extras: Sequence[Objective],
-    sources: Sources,
+    registry: Registry,
 ) -> list[str]:
     """What no block can see alone: does the loss fit the text, the teacher, the student?"""
     problems: list[str] = []
@@ -242,9 +243,9 @@ def _cross_checks(
         texts = {"text": main, **texts}
         problems += [
             f"{setting}: {why} (from {merged.layer_of(setting) or 'the default'})"
-            for setting, why in loss_problems(main.text, main.spec, "text", sources)
+            for setting, why in loss_problems(main.text, main.spec, "text", registry)
         ]
-        problems += sampler_problems(settings, texts)
+        problems += sampler_problems(settings, texts, registry)
     if main is not None and settings.teacher.store is not None:
         problems += _store_problems(settings, [main, *extras])
     elif main is not None and settings.teacher.model is None and "teacher" not in damaged:

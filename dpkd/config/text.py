@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpkd.api import Family, LossSpec
+from dpkd.api import Family, LossSpec, SamplerSpec, SourceConfig, SourceSpec
 from dpkd.config.layers import Merged, drop
 from dpkd.config.objective import Objective
 from dpkd.config.problems import checked
 from dpkd.config.settings import RunSettings
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.plugins import find_sampler
-from dpkd.rollout.base import SourceConfig, SourceSpec
+from dpkd.plugins import Registry
 from dpkd.rollout.generator import refusals, wanted_abilities
 
-Sources = Mapping[str, SourceSpec]
 
-
-def source_of(values: Any, family: Family, sources: Sources) -> SourceSpec:
+def source_of(values: Any, family: Family, registry: Registry) -> SourceSpec:
     """The source that a block names; where it names none, that which suits the loss.
 
     Raises DpkdError where no source has that name.
     """
     fitting = "pairs" if family is Family.PAIR else "dataset"
     name = values.get("source", fitting) if isinstance(values, Mapping) else fitting
-    if name in sources:
-        return sources[name]
-    near = difflib.get_close_matches(str(name), sources, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sources)}"
-    raise DpkdError(f"no response source is called {name!r}; {hint}")
+    return registry.get(SourceSpec, str(name)).spec
 
 
 def drop_outdated(merged: Merged, spec: SourceSpec, order: Sequence[str]) -> None:
@@ -47,7 +39,7 @@ def drop_outdated(merged: Merged, spec: SourceSpec, order: Sequence[str]) -> Non
             drop(merged, f"text.{key}")
 
 
-def own_settings(values: Any, spec: SourceSpec, sources: Sources) -> tuple[Any, dict[str, str]]:
+def own_settings(values: Any, spec: SourceSpec, registry: Registry) -> tuple[Any, dict[str, str]]:
     """The block without settings that only other sources have, and a sentence for each of these.
 
     A default of another source says nothing: it is left out without a word.
@@ -55,9 +47,13 @@ def own_settings(values: Any, spec: SourceSpec, sources: Sources) -> tuple[Any, 
     if not isinstance(values, Mapping):
         return values, {}
     own, foreign = dict(values), {}
-    for key in values:
-        owners = {name: other.config.model_fields[key] for name, other in sources.items() if _has(other, key)}
-        if _has(spec, key) or not owners:
+    for key in [key for key in values if key not in spec.config.model_fields]:
+        owners = {
+            name: other.spec.config.model_fields[key]
+            for name, other in registry.all(SourceSpec).items()
+            if key in other.spec.config.model_fields
+        }
+        if not owners:
             continue
         given = own.pop(key)
         defaults = [field.get_default(call_default_factory=True) for field in owners.values()]
@@ -67,14 +63,10 @@ def own_settings(values: Any, spec: SourceSpec, sources: Sources) -> tuple[Any, 
     return own, foreign
 
 
-def _has(spec: SourceSpec, setting: str) -> bool:
-    return setting in spec.config.model_fields
-
-
-def loss_problems(text: SourceConfig, spec: LossSpec, path: str, sources: Sources) -> list[tuple[str, str]]:
+def loss_problems(text: SourceConfig, spec: LossSpec, path: str, registry: Registry) -> list[tuple[str, str]]:
     """Why a loss cannot be computed on the responses of a source: settings, each with a sentence."""
     if (spec.family is Family.PAIR) != text.pairs:
-        others = [name for name, other in sources.items() if other.config.pairs is not text.pairs]
+        others = [n for n, other in registry.all(SourceSpec).items() if other.spec.config.pairs is not text.pairs]
         takes = "two responses to each prompt" if spec.family is Family.PAIR else "single responses"
         gives = "pairs" if text.pairs else "single ones"
         advice = f"choose one of {', '.join(others)}"
@@ -108,19 +100,19 @@ def dev_problems(settings: RunSettings, objectives: Mapping[str, Objective]) -> 
     ]
 
 
-def sampler_problems(settings: RunSettings, objectives: Mapping[str, Objective]) -> list[str]:
+def sampler_problems(settings: RunSettings, objectives: Mapping[str, Objective], registry: Registry) -> list[str]:
     """Whether the samplers of a run are there, and can do what it asks of them; in sentences."""
     quantized = settings.teacher.quantization != "none"
     return [
         problem
         for path, objective in objectives.items()
-        for problem in _sampler_problems(path, objective.text, objective.spec.family, quantized)
+        for problem in _sampler_problems(path, objective.text, objective.spec.family, quantized, registry)
     ]
 
 
-def _sampler_problems(path: str, text: SourceConfig, family: Family, quantized: bool) -> list[str]:
+def _sampler_problems(path: str, text: SourceConfig, family: Family, quantized: bool, registry: Registry) -> list[str]:
     try:
-        sampler = find_sampler(text.backend)
+        sampler = registry.get(SamplerSpec, text.backend).spec
     except DpkdError as error:
         return [f"{path}.backend: {error}"]
     try:

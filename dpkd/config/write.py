@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dpkd.api import SourceSpec
 from dpkd.config.layers import SHORTHANDS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.config.yaml_text import dump_value
-from dpkd.plugins import RegisteredLoss, load_sources
+from dpkd.io import write_text
+from dpkd.plugins import RegisteredLoss, Registry
 
 
 def annotated_yaml(resolved: Resolved) -> str:
@@ -40,13 +42,13 @@ def _source(path: str, provenance: dict[str, str]) -> str | None:
 
 def write_config(resolved: Resolved, folder: Path) -> None:
     """Write `config.resolved.yaml`: reading it back gives the same settings, without any other layer."""
-    (folder / "config.resolved.yaml").write_text(annotated_yaml(resolved), encoding="utf-8")
+    write_text(folder / "config.resolved.yaml", annotated_yaml(resolved))
 
 
-def schema(registered: RegisteredLoss | None = None) -> dict[str, Any]:
+def schema(registry: Registry, registered: RegisteredLoss | None = None) -> dict[str, Any]:
     """JSON schema of all settings; with a loss also of its own."""
     result = RunSettings.model_json_schema()
-    texts = [spec.config.model_json_schema() for spec in load_sources()[0].values()]
+    texts = [source.spec.config.model_json_schema() for source in registry.all(SourceSpec).values()]
     for own in texts:
         result["$defs"] |= own.pop("$defs", {})
     result["properties"]["text"] = {"anyOf": texts}

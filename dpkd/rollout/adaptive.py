@@ -14,8 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dpkd.api import Text, hookimpl
-from dpkd.rollout.base import (
+from dpkd.api import (
     Response,
     SourceBase,
     SourceConfig,
@@ -24,7 +23,9 @@ from dpkd.rollout.base import (
     SourceSpec,
     StepResponses,
     TeacherGuided,
+    Text,
     Written,
+    hookimpl,
 )
 
 Choice = Literal["dataset", "fresh", "replay"]

@@ -6,17 +6,26 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from dpkd.api import Ability, Family, GenerationModel, Sampler, SamplerSpec, SamplingTask, Text
-from dpkd.plugins import find_sampler
-from dpkd.rollout.base import SamplingSettings, SourceConfig
+from dpkd.api import (
+    Ability,
+    Family,
+    GenerationModel,
+    Sampler,
+    SamplerSpec,
+    SamplingSettings,
+    SamplingTask,
+    SourceConfig,
+    Text,
+)
+from dpkd.plugins import Registry
 
 
-def open_sampler(backend: str, settings: Mapping[str, Any], writer: GenerationModel) -> Sampler:
+def open_sampler(registry: Registry, backend: str, settings: Mapping[str, Any], writer: GenerationModel) -> Sampler:
     """The sampler of a name (`text.backend`) under its own settings, for a model. The settings were checked before.
 
     Raises DpkdError when there is none of that name, or when it cannot begin.
     """
-    spec = find_sampler(backend)
+    spec = registry.get(SamplerSpec, backend).spec
     return spec.open(writer, spec.config.model_validate(settings))
 
 

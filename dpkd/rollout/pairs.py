@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from dpkd.api import Text, hookimpl
-from dpkd.rollout.base import Refreshed, SourceBase, SourceConfig, SourcePlan, SourceSpec, TeacherGuided
+from dpkd.api import Refreshed, SourceBase, SourceConfig, SourcePlan, SourceSpec, TeacherGuided, Text, hookimpl
 
 
 class PairsConfig(TeacherGuided, Refreshed, SourceConfig):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from dpkd.api import Text, hookimpl
-from dpkd.rollout.base import SourceBase, SourceConfig, SourceSpec
+from dpkd.api import SourceBase, SourceConfig, SourceSpec, Text, hookimpl
 
 
 class PreferenceConfig(SourceConfig):

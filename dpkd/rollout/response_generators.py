@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.api import Rollout, RolloutLoss, Sampled, Sampler, Text
+from dpkd.api import Response, Rollout, RolloutLoss, Sampled, Sampler, SamplingSettings, SourceConfig, Text
+from dpkd.api.teachers import Teacher, Wants
 from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.batches import TokenSequence, collate, micro_batches
 from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.models.chunked import chunk_rows
-from dpkd.rollout.base import Response, SamplingSettings, SourceConfig
 from dpkd.rollout.generator import prompt_seed, sample_seeds, sampling_task
 from dpkd.rollout.response_store import ResponseStore
-from dpkd.teachers.base import Teacher, Wants
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,12 @@ class StudentGenerator:
         if self.loss is None:
             return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
         assert self.score is not None  # the plan refuses a rollout loss without a teacher
-        drawn = [Response(s.response_ids, Text.STUDENT, s.truncated, s.logps, s.behaviour_logps) for s in sampled]
+        drawn = [
+            Response(
+                s.response_ids, Text.STUDENT, s.truncated, tuple(s.logps.tolist()), tuple(s.behaviour_logps.tolist())
+            )
+            for s in sampled
+        ]
         return self.score.scored([i for i in indices for _ in range(len(drawn) // len(indices))], drawn)
 
     def _drawn(self, indices: list[int], period: int) -> Sequence[Sampled]:

@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dpkd.api import Text, hookimpl
-from dpkd.rollout.base import Refreshed, SourceBase, SourceConfig, SourceSpec, TeacherGuided
+from dpkd.api import Refreshed, SourceBase, SourceConfig, SourceSpec, TeacherGuided, Text, hookimpl
 
 
 class StudentConfig(TeacherGuided, Refreshed, SourceConfig):

@@ -61,7 +61,7 @@ def _card_gaps(subject: LossUnderTest) -> Iterator[str]:
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", spec.name):
         yield f"the name {spec.name!r} should be lower-case letters and digits with dashes between"
     for part in fields(Card):
-        if part.name != "notes" and not getattr(spec.card, part.name):
+        if part.name not in ("notes", "latex", "unconfirmed") and not getattr(spec.card, part.name):
             yield f"the card has no {part.name}"
     if "\n" in spec.card.summary:
         yield "the card's summary should be one line"
@@ -85,7 +85,7 @@ def _setting_gaps(subject: LossUnderTest) -> Iterator[str]:
 def _suggestion_gaps(subject: LossUnderTest) -> Iterator[str]:
     from dpkd.config.extras import own_text
     from dpkd.config.settings import RunSettings
-    from dpkd.plugins import load_sources
+    from dpkd.plugins import load_registry
 
     suggests = dict(subject.spec.suggests)
     unknown = [key for key in suggests if key not in SUGGESTED]
@@ -94,7 +94,7 @@ def _suggestion_gaps(subject: LossUnderTest) -> Iterator[str]:
         return
     try:
         RunSettings.model_validate({name: block for name, block in suggests.items() if name != "text"})
-        own_text(subject.spec, {}, "text", load_sources()[0])
+        own_text(subject.spec, {}, "text", load_registry())
     except SettingsError as error:
         yield from (f"suggests {problem}" for problem in error.problems)
     except ValidationError as error:

@@ -120,6 +120,7 @@ def _sequences(
             objective.text,
             replace(own, folder=output / "responses"),
             prompts,
+            registry=resolved.registry,
             tokenizer=prepared.tokenizer,
             context=prepared.context,
             seed=resolved.settings.seed,

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dpkd.api import Signal, Text
-from dpkd.rollout.base import Response, StepResponses
+from dpkd.api import Response, Signal, StepResponses, Text
 from dpkd.train import checkpoint
 from dpkd.train.microbatch import MicroBatch
 from dpkd.train.step_batches import LossGroup, StepBatchBuilder

@@ -9,15 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dpkd.api import Ability, Family, GenerationModel, RolloutLoss, Sampler, Text
+from dpkd.api import (
+    Ability,
+    Family,
+    GenerationModel,
+    ResponseSource,
+    RolloutLoss,
+    Sampler,
+    SamplerSpec,
+    SourceConfig,
+    SourceContext,
+    Text,
+)
+from dpkd.api.teachers import Teacher, TeacherText
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
-from dpkd.plugins import find_sampler
-from dpkd.rollout.base import ResponseSource, SourceConfig, SourceContext
+from dpkd.plugins import Registry
 from dpkd.rollout.generator import open_sampler
 from dpkd.rollout.response_generators import (
     RankShards,
@@ -27,7 +38,6 @@ from dpkd.rollout.response_generators import (
     TeacherScorer,
 )
 from dpkd.rollout.response_store import ResponseStore, default_folder
-from dpkd.teachers.base import Teacher, TeacherText
 from dpkd.train.prepare import Prepared
 from dpkd.train.progress import Display
 from dpkd.train.step_batches import LossGroup
@@ -60,7 +70,7 @@ def check_processes(resolved: Resolved, processes: int) -> None:
     for text in (objective.text for objective in resolved.objectives):
         if processes == 1 or not text.draws:
             continue
-        reason = find_sampler(text.backend).lacks.get(Ability.SEVERAL_PROCESSES)
+        reason = resolved.registry.get(SamplerSpec, text.backend).spec.lacks.get(Ability.SEVERAL_PROCESSES)
         if reason is not None:
             raise DpkdError(
                 f"text.backend: {text.backend} works in one process only, and there are {processes}: {reason}. "
@@ -97,6 +107,7 @@ def teacher_generator(
     own: TeacherText,
     prompts: Sequence[Prompt],
     *,
+    registry: Registry,
     tokenizer: Any,
     context: int | None,
     seed: int,
@@ -118,7 +129,7 @@ def teacher_generator(
         backend=text.backend_key,
     )
     return TeacherGenerator(
-        None if model is None else lambda: open_sampler(text.backend, text.backend_settings, model),
+        None if model is None else lambda: open_sampler(registry, text.backend, text.backend_settings, model),
         prompts,
         text.teacher_sampling,
         seed,
@@ -198,7 +209,7 @@ class Rollouts:
             if known == key:
                 return sampler
         model = generation_model(self.student, self.vocabulary, self.prepared.tokenizer, self.prepared.context)
-        sampler = open_sampler(*key, model)
+        sampler = open_sampler(self.resolved.registry, *key, model)
         self._samplers.append((key, sampler))
         return sampler
 
@@ -216,6 +227,7 @@ class Rollouts:
             text,
             own,
             prompts,
+            registry=self.resolved.registry,
             tokenizer=tokenizer,
             context=context,
             seed=self.resolved.settings.seed,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dpkd.api import Signal, Text
+from dpkd.api import ResponseSource, Signal, StepResponses, Text
 from dpkd.config.settings import TermSettings
 from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.batches import TokenSequence
 from dpkd.data.corpus import Corpus as Blocks
 from dpkd.data.encode import Prompt
-from dpkd.rollout.base import ResponseSource, StepResponses
 from dpkd.train.microbatch import PromptGroup, StepBatch, Term
 
 LM_READS = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS})

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dpkd.api import ResponseSource, StepResponses
 from dpkd.config.settings import TrainSettings
-from dpkd.rollout.base import ResponseSource, StepResponses
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.dev import Dev
@@ -218,7 +218,8 @@ class Trainer:
         self.window = Window(metrics, kept["tokens"], kept["seconds"])
 
     def save(self, step: int) -> None:
-        """Write a checkpoint and delete those that are no longer kept."""
+        """Write a checkpoint and delete those no longer kept. Raises NotFinite after a bad step, and writes none."""
+        self.train_step.check()
         state = checkpoint.random_state(self.accelerator.device)
         states = [state]
         if self.accelerator.num_processes > 1:

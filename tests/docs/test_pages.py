@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from dpkd.api import SourceSpec
 from dpkd.cli.main import app
 from dpkd.config.problems import all_paths
 from dpkd.config.settings import RunSettings
-from dpkd.plugins import load_host, load_sources
+from dpkd.plugins import load_registry
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -63,7 +64,9 @@ def test_the_loop_calls_its_stages_in_the_order_of_the_page():
 
 
 def test_every_setting_exists():
-    own = [path for spec in load_sources({})[0].values() for path in all_paths(spec.config, "text.")]
+    own = [
+        path for source in load_registry({}).all(SourceSpec).values() for path in all_paths(source.spec.config, "text.")
+    ]
     known = {*all_paths(RunSettings), *RunSettings.model_fields, *own}
     blocks = "|".join(name for name in RunSettings.model_fields if name not in ("output", "seed"))
     named = {m[1] for code in CODE if (m := re.fullmatch(rf"((?:{blocks})\.[a-z_.0-9]+)(?:=.*)?", code))}
@@ -79,7 +82,7 @@ def test_every_metric_is_documented():
 
 
 def test_every_loss_and_its_settings_exist():
-    losses = {name: loss for name, loss in load_host({}).losses.items() if loss.distribution == "dpkd"}
+    losses = {name: loss for name, loss in load_registry({}).losses.items() if loss.distribution == "dpkd"}
     named = {code for code in CODE if re.fullmatch(r"dpkd(-[a-z]+)?|kd|minillm|seqkd|sft", code)} - {"dpkd-hello"}
     assert len(named) > 4
     assert named <= set(losses)

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from dpkd.api import Text
+from dpkd.api import Response, SourceContext, Text
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
 from dpkd.rollout.adaptive import AdaptiveConfig, AdaptiveSource
-from dpkd.rollout.base import Response, SourceContext
 
 
 def adaptive(steps: int = 1000, seed: int = 0, **settings: Any) -> AdaptiveSource:

@@ -6,11 +6,10 @@ import pytest
 import torch
 from test_invariants import gradients
 
-from dpkd.api import Text
+from dpkd.api import Response, SourceContext, Text
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
 from dpkd.errors import SettingsError
-from dpkd.rollout.base import Response, SourceContext
 from dpkd.rollout.each import EachConfig, EachSource
 from dpkd.train import run
 from dpkd.train.build import assemble

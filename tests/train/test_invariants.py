@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpkd.api import Text
+from dpkd.api import Response, Text
 from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.models.head import hidden_rows
-from dpkd.rollout.base import Response
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train import run

@@ -11,10 +11,9 @@ import pytest
 import torch
 from test_invariants import _NoStep, gradients
 
-from dpkd.api import Text
+from dpkd.api import StepResponses, Text
 from dpkd.errors import SettingsError, Stopped
 from dpkd.rollout.backends.hf import HfSampler
-from dpkd.rollout.base import StepResponses
 from dpkd.rollout.generator import response_seed, sample_seeds
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run

@@ -13,7 +13,7 @@ from zoo_inputs import randn
 
 from dpkd.api import Text
 from dpkd.config.extras import own_text
-from dpkd.plugins import load_sources
+from dpkd.plugins import load_registry
 from dpkd.rollout.adaptive import AdaptiveConfig
 from dpkd.rollout.mixed import MixedConfig
 from dpkd.testing import check_loss
@@ -35,7 +35,7 @@ def test_is_skl_or_srkl(skew: float) -> None:
 
 def test_its_text_is_a_fixed_mix_and_the_card_says_how_to_have_the_papers() -> None:
     assert "text.source=adaptive with dev.path" in SPEC.card.notes
-    text = own_text(SPEC, {}, "text", load_sources()[0])[1]
+    text = own_text(SPEC, {}, "text", load_registry())[1]
     assert text == MixedConfig(mix={Text.DATASET: 0.5, Text.STUDENT: 0.5}, refresh="per_epoch")
 
 

@@ -13,7 +13,7 @@ from zoo_inputs import randn
 
 from dpkd.api import Text
 from dpkd.config.extras import own_text
-from dpkd.plugins import load_sources
+from dpkd.plugins import load_registry
 from dpkd.testing import check_loss
 
 CHOICE, DISTRIBUTION = ImitKDLoss(ImitKDConfig()), ImitKDLoss(ImitKDConfig(target="distribution"))
@@ -45,5 +45,5 @@ def test_excluded_tokens() -> None:
 
 
 def test_suggests_text_by_data_set_and_student() -> None:
-    text = own_text(SPEC, {}, "text", load_sources()[0])[1]
+    text = own_text(SPEC, {}, "text", load_registry())[1]
     assert text.mix == {Text.DATASET: 0.5, Text.STUDENT: 0.5}

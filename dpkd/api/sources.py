@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
-from dpkd.api import Text
+from dpkd.api.losses import Text
 from dpkd.settings import Block
 
 

@@ -1,3 +1,0 @@
-"""Where `SamplingSettings` was before `dpkd.rollout.base`."""
-
-from dpkd.rollout.base import SamplingSettings as SamplingSettings
