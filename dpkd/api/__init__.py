@@ -45,7 +45,20 @@ from dpkd.api.losses import (
     setting,
 )
 from dpkd.api.metrics import Answers, MetricSpec
-from dpkd.api.sources import SourceSpec
+from dpkd.api.sources import (
+    Refreshed,
+    Response,
+    ResponseSource,
+    SamplingSettings,
+    SourceBase,
+    SourceConfig,
+    SourceContext,
+    SourcePlan,
+    SourceSpec,
+    StepResponses,
+    TeacherGuided,
+    Written,
+)
 from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherOutput, TeacherSpec, TeacherText, Wants
 from dpkd.errors import warn_renamed
 from dpkd.settings import Block
@@ -66,6 +79,9 @@ __all__ = [
     "Pair",
     "PairInputs",
     "PairLoss",
+    "Refreshed",
+    "Response",
+    "ResponseSource",
     "Rollout",
     "RolloutInputs",
     "RolloutLoss",
@@ -73,15 +89,22 @@ __all__ = [
     "Sampler",
     "SamplerConfig",
     "SamplerSpec",
+    "SamplingSettings",
     "SamplingTask",
     "SharedVocabulary",
     "Signal",
     "Source",
+    "SourceBase",
+    "SourceConfig",
+    "SourceContext",
+    "SourcePlan",
     "SourceSpec",
     "Stack",
+    "StepResponses",
     "Teacher",
     "TeacherAccess",
     "TeacherBatch",
+    "TeacherGuided",
     "TeacherOutput",
     "TeacherSpec",
     "TeacherText",
@@ -91,6 +114,7 @@ __all__ = [
     "Trait",
     "UndeclaredSignal",
     "Wants",
+    "Written",
     "hookimpl",
     "preset",
     "setting",

@@ -1,7 +1,8 @@
 """The settings of a run: one closed model, composed of the blocks of its parts.
 
 The block `loss` is `{name: ..., and the loss's own settings}`; it is checked against the config class of the
-installed plugin, so it is held here as an already validated pair (see `dpkd.config.resolve`).
+installed plugin, and so is not here (see `dpkd.config.resolve`). The block `text` is checked against the config class
+of the source that it names, and is here as that.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
+from dpkd.api import SourceConfig
 from dpkd.data.settings import CorpusSettings, DataSettings
 from dpkd.models.settings import StudentSettings, TeacherSettings
-from dpkd.rollout.settings import TextSettings
+from dpkd.rollout.dataset import DatasetConfig
 from dpkd.settings import Block
 
 
@@ -60,8 +62,9 @@ class ExtraTerm(Block):
     loss: str = Field(description="name of an installed loss")
     weight: float = Field(1.0, gt=0, description="factor of this loss")
     settings: dict[str, Any] = Field({}, description="the loss's own settings")
-    text: TextSettings | None = Field(
-        None, description="who writes its responses; None: the main loss's text where it fits, else what it suggests"
+    text: dict[str, Any] | None = Field(
+        None,
+        description="who writes its responses, as `text`; None: the main loss's where it fits, else as it suggests",
     )
     schedules: dict[str, ScheduleSettings] = Field({}, description="its settings that follow the step, by name")
 
@@ -159,7 +162,7 @@ class RunSettings(Block):
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
     data: DataSettings = DataSettings()
-    text: TextSettings = TextSettings()
+    text: SerializeAsAny[SourceConfig] = DatasetConfig()
     terms: TermSettings = TermSettings()
     train: TrainSettings = TrainSettings()
     batch: BatchSettings = BatchSettings()

@@ -11,14 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpkd.api import MetricSpec
+from dpkd.api import MetricSpec, SamplingSettings
 from dpkd.api.teachers import Teacher
 from dpkd.config.settings import DevSettings
 from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import DIVERGENCE_UNITS, LOWER_IS_BETTER, EvaluationSettings, evaluate_model
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.saving import save_model
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_folder import RunFolder
 
 

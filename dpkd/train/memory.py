@@ -25,6 +25,7 @@ from dpkd.models.lora import add_lora
 from dpkd.models.student_init import switch_dropout_off
 from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
 from dpkd.train.prepare import Prepared
+from dpkd.train.rollouts import open_source
 
 FLOAT = 4  # bytes: the student's weights, its gradients and the optimizer's state are float32
 
@@ -96,7 +97,7 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
 
 
 def _writers(resolved: Resolved) -> set[Text]:
-    return set(resolved.objectives[0].writers.values())
+    return set(resolved.objectives[0].writers)
 
 
 def _largest_batch(resolved: Resolved, prepared: Prepared) -> _Batch:
@@ -104,11 +105,13 @@ def _largest_batch(resolved: Resolved, prepared: Prepared) -> _Batch:
 
     A sequence is one of the data set, or a prompt with all that may be sampled.
     """
-    settings, writers = resolved.settings, _writers(resolved)
-    sampled = [settings.text.sampling.max_new_tokens] * (Text.STUDENT in writers)
-    sampled += [settings.text.teacher_sampling.max_new_tokens] * (Text.TEACHER in writers)
-    of_data = Text.DATASET in writers or settings.terms.lm.weight > 0
-    lengths = [(len(p.prompt_ids), max([*sampled, *[len(p.response_ids)] * of_data])) for p in prepared.data.prompts]
+    settings = resolved.settings
+    bounds = open_source(resolved.main, resolved, prepared).describe().longest
+    lm = settings.terms.lm.weight > 0
+    lengths = [
+        (len(p.prompt_ids), max([length for _, length in bounds(i)] + [len(p.response_ids)] * lm))
+        for i, p in enumerate(prepared.data.prompts)
+    ]
     pairs = resolved.loss.family is Family.PAIR
     sequences = min(settings.train.micro_batch_size, settings.train.batch_size * (2 if pairs else 1))
     behind = 1
@@ -125,7 +128,7 @@ def _micro_batches(resolved: Resolved) -> int:
     settings = resolved.settings
     per_unit = 2 if resolved.loss.family is Family.PAIR else 1
     groups = max(1, settings.train.micro_batch_size // per_unit)
-    others = sum(objective.text is not None for objective in resolved.extras)
+    others = sum(not objective.shares_text for objective in resolved.extras)
     others += (settings.terms.lm.weight > 0) + (settings.terms.pretrain.weight > 0)
     return -(-settings.train.batch_size // groups) + others
 
