@@ -16,7 +16,7 @@ from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, kl, log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, chunks
 from dpkd.models.head import head_of, hidden_rows
-from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.base import Teacher, Wants
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def measure(
     student: nn.Module,
     sequences: Sequence[TokenSequence],
     *,
-    teacher: LocalTeacher | None,
+    teacher: Teacher | None,
     vocabulary: int,
     pad_id: int,
     text_bytes: int | None = None,
@@ -91,9 +91,9 @@ def measure(
     return totals.result(text_bytes)
 
 
-def _batch_rows(student: nn.Module, teacher: LocalTeacher | None, batch: Batch, vocabulary: int, size: int) -> _Rows:
+def _batch_rows(student: nn.Module, teacher: Teacher | None, batch: Batch, vocabulary: int, size: int) -> _Rows:
     hidden, head = hidden_rows(student, batch), head_of(student, vocabulary)
-    teacher_rows = teacher.rows(batch) if teacher is not None else None
+    teacher_rows = teacher.score(batch, Wants(size, logits=True)) if teacher is not None else None
     columns: list[list[Tensor]] = [[], [], [], []]
     for rows in chunks(len(batch.targets), size):
         log_q_nV = log_softmax(head.logits(hidden[rows]))
@@ -108,7 +108,7 @@ def _batch_rows(student: nn.Module, teacher: LocalTeacher | None, batch: Batch, 
 
 
 class _Totals:
-    """MeanMetrics over batches."""
+    """Sums over batches."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}

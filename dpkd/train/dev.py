@@ -19,7 +19,7 @@ from dpkd.evaluation.inputs import Inputs
 from dpkd.models.saving import save_model
 from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_folder import RunFolder
-from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.base import Teacher
 
 
 def direction_of(metric: str, specs: Mapping[str, MetricSpec]) -> int:
@@ -41,12 +41,12 @@ class Dev:
     settings: DevSettings
     inputs: Inputs
     tokenizer: Any
-    teacher: LocalTeacher | None
+    teacher: Teacher | None
     vocabulary: int
     seed: int
     folder: RunFolder
     is_main: bool
-    specs: Mapping[str, MetricSpec]
+    specs: dict[str, MetricSpec]
     lines: list[dict[str, float]] = field(default_factory=list)
 
     @property

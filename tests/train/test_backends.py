@@ -106,7 +106,7 @@ def test_a_backend_that_nobody_uses_need_not_work(settings_of):
 def test_several_processes_are_refused_where_a_sampler_works_in_one(fake_vllm, settings_of):
     resolved = settings_of("rkl", {**STUDENT, "text.backend": "vllm"})
     check_processes(resolved, 1)
-    with pytest.raises(DpkdError, match="vllm micro_batches in one process only, and there are 2"):
+    with pytest.raises(DpkdError, match="vllm works in one process only, and there are 2"):
         check_processes(resolved, 2)
     check_processes(settings_of("rkl", STUDENT), 2)
 
