@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from dpkd.errors import warn_renamed
 from dpkd.settings import Block
@@ -25,7 +25,9 @@ class Ability(StrEnum):
 
 @dataclass(frozen=True)
 class Sampled:
-    """One response as it was drawn; log-probs in nats, one per token.
+    """One response as it was drawn; log-probs in nats, one per token: 1-D tensors on the host, empty if not asked for.
+
+    Two are equal when their tokens are: log-probs differ with the batch in their last bits.
 
     response_ids     EOS included when it was drawn
     logps            log q under the (student) model at temperature 1, before any filter
@@ -34,8 +36,8 @@ class Sampled:
     """
 
     response_ids: tuple[int, ...]
-    logps: tuple[float, ...]
-    behaviour_logps: tuple[float, ...]
+    logps: Tensor = field(compare=False)
+    behaviour_logps: Tensor = field(compare=False)
     truncated: bool
 
 
@@ -96,6 +98,7 @@ class GenerationModel:
     vocabulary  only ids below it are drawn, and log-probs are normalized over them; None: all that the model has
     eos_ids     a response ends with any of them
     context     prompt and response have so many tokens at most, if not fewer by the model itself; None: the model's
+    decoding    how a sampler of this process decodes, `text.decoding`: auto, graph or eager
     """
 
     model: nn.Module
@@ -103,6 +106,7 @@ class GenerationModel:
     eos_ids: frozenset[int]
     pad_id: int
     context: int | None = None
+    decoding: Literal["auto", "graph", "eager"] = "auto"
 
 
 class SamplerConfig(Block):

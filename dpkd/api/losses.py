@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from pydantic import Field
+from pydantic import Field, create_model
 from torch import Tensor, nn
 
 from dpkd.api.cards import Card
@@ -137,6 +138,7 @@ class LossSpec:
     top_k     how many of the teacher's likeliest tokens, beside the mass of the rest, decide the value; None: all
     suggests  run settings that the paper used, as a nested mapping; any layer of the user overrides them
     traits    promises that the conformance kit verifies
+    preset_of the loss that this one is, with other defaults or another text; empty for a loss of its own
     """
 
     name: str
@@ -148,6 +150,7 @@ class LossSpec:
     suggests: Mapping[str, Any] = field(default_factory=dict)
     traits: frozenset[Trait] = frozenset()
     top_k: Callable[[Any], int] | None = None
+    preset_of: str = ""
 
     @property
     def family(self) -> Family:
@@ -170,3 +173,46 @@ class LossSpec:
         if Signal.TEACHER_LOGPS in signals:
             return TeacherAccess.TOKEN_LOGPS
         return TeacherAccess.NONE
+
+
+def preset(
+    base: LossSpec,
+    *,
+    name: str,
+    card: Card,
+    defaults: Mapping[str, tuple[Any, str]] | None = None,
+    config: type[LossConfig] | None = None,
+    **changes: Any,
+) -> LossSpec:
+    """A published method that is another loss with other defaults or another text, as a loss of its own name.
+
+    base      the spec of the loss; what is not named here stays as it is there
+    name      the name of the method, and of its entry point
+    card      its own card
+    defaults  settings whose default differs: name → (value, where the value comes from)
+    config    a subclass of the base's config, where the method has further settings or older names of them
+    changes   other fields of LossSpec that differ: `suggests`, `accepts`, `traits`
+
+    Raises ValueError when `defaults` names no setting of the base, or gives a value that the setting refuses.
+    """
+    config = _with_defaults(config or base.config, name, defaults or {})
+    return replace(base, name=name, card=card, config=config, preset_of=base.name, **changes)
+
+
+def _with_defaults(config: type[LossConfig], name: str, defaults: Mapping[str, tuple[Any, str]]) -> type[LossConfig]:
+    unknown = defaults.keys() - config.model_fields.keys()
+    if unknown:
+        raise ValueError(f"preset {name!r}: {config.__name__} has no setting named {', '.join(sorted(unknown))}")
+    fields: dict[str, Any] = {}
+    for key, (value, source) in defaults.items():
+        fields[key] = (config.model_fields[key].annotation, copy(config.model_fields[key]))
+        fields[key][1].default, fields[key][1].json_schema_extra = value, {"source": source}
+    made = create_model(
+        f"{config.__name__}_{name.replace('-', '_')}",
+        __base__=config,
+        __module__=config.__module__,
+        __doc__=config.__doc__,
+        **fields,
+    )
+    made.model_validate({key: value for key, (value, _) in defaults.items()})  # pydantic takes any default on trust
+    return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dpkd.api import MetricSpec
+from dpkd.api.teachers import Teacher
 from dpkd.data.batches import TokenSequence
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
@@ -28,7 +29,6 @@ from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry, load_registry
 from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.rollout.settings import SamplingSettings
-from dpkd.teachers.base import Teacher
 from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
@@ -258,7 +258,7 @@ def evaluate_model(
     teacher: Teacher | None,
     vocabulary: int,
     settings: EvaluationSettings,
-    specs: dict[str, MetricSpec],
+    specs: Mapping[str, MetricSpec],
     answer_cache: AnswerCache | None = None,
     teacher_answer_cache: AnswerCache | None = None,
     progress: Progress | None = None,

@@ -23,6 +23,7 @@ from dpkd.config.problems import all_paths, sentences
 from dpkd.config.resolve import resolve
 from dpkd.config.yaml_text import dump_value
 from dpkd.errors import DpkdError, SettingsError
+from dpkd.io import write_text
 from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.settings import Block
@@ -240,7 +241,7 @@ def _train(plan: Plan, run: SweepRun, device: str | None) -> str | None:
     if RunFolder(run.folder).config.is_file():
         return _command(["train", "--resume", str(run.folder)], run, device)
     own = Path(plan.settings.output) / f"{run.name}.yaml"
-    own.write_text(_as_yaml(run.settings), encoding="utf-8")
+    write_text(own, _as_yaml(run.settings))
     files = [part for file in (*plan.files, own) for part in ("--config", str(file))]
     return _command(["train", *files, "--output", str(run.folder)], run, device)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpkd.api import Sampled
 from dpkd.data.encode import tokenize
 from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
@@ -15,7 +16,6 @@ from dpkd.errors import DpkdError
 from dpkd.models.settings import ModelSettings
 from dpkd.plugins import Registry
 from dpkd.rollout import sample_file as write_file
-from dpkd.rollout.continuous_batching import Sampled
 from dpkd.rollout.settings import SamplingSettings
 
 WORDS = ["once", "upon", "a", "time", "the", "cat", "sat", "down", "and", "slept"]
@@ -49,7 +49,7 @@ class Answers:
     """A sampler with one answer to everything."""
 
     def __init__(self, ids: list[int]) -> None:
-        self.answer = Sampled(tuple(ids), (), (), False)
+        self.answer = Sampled(tuple(ids), torch.empty(0), torch.empty(0), False)
 
     def refresh(self) -> None: ...
 
