@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
+__all__ = ["DpkdError", "PluginDeprecation", "SettingsError", "Stopped"]
+
 
 class DpkdError(Exception):
     """A mistake of the user or of a plugin, said in a sentence: what was found, what was expected, what to do."""

@@ -45,7 +45,7 @@ class Dev:
     seed: int
     folder: RunFolder
     is_main: bool
-    specs: Mapping[str, MetricSpec]
+    specs: dict[str, MetricSpec]
     lines: list[dict[str, float]] = field(default_factory=list)
 
     @property
