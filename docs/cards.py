@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dpkd.api import LossSpec
 from dpkd.cli.describe import facts, range_text, value_text
 from dpkd.cli.losses import _row
-from dpkd.plugins import RegisteredLoss, load_host
+from dpkd.plugins import RegisteredLoss, load_registry
 
 FAMILIES = {
     "token": "Token losses: a value per response position",
@@ -21,11 +22,12 @@ OWN_LINE = ("use when", "avoid when", "unconfirmed", "notes", "preset of", "sour
 
 def built_in() -> list[RegisteredLoss]:
     """The losses of this distribution, by name. Raises SystemExit when one is missing: the pages would lack it."""
-    host = load_host({})
-    broken = [f"{plugin.entry_point}: {plugin.reason}" for plugin in host.broken if plugin.distribution == "dpkd"]
-    if broken or host.conflicts:
-        raise SystemExit("\n".join([*broken, *map(host.conflict, host.conflicts)]))
-    return sorted((loss for loss in host.losses.values() if loss.distribution == "dpkd"), key=lambda x: x.spec.name)
+    registry = load_registry({})
+    conflicts = [message for _, message in registry.conflicts(LossSpec).values()]
+    broken = [f"{plugin.entry_point}: {plugin.reason}" for plugin in registry.broken if plugin.distribution == "dpkd"]
+    if broken or conflicts:
+        raise SystemExit("\n".join([*broken, *conflicts]))
+    return sorted((loss for loss in registry.losses.values() if loss.distribution == "dpkd"), key=lambda x: x.spec.name)
 
 
 def losses_table() -> str:

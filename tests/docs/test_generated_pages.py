@@ -14,9 +14,9 @@ from typer.main import get_command
 from dpkd.cli.main import app
 from dpkd.config.problems import all_paths
 from dpkd.config.settings import RunSettings
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 
-LOSSES = {name: loss.spec for name, loss in load_host({}).losses.items() if loss.distribution == "dpkd"}
+LOSSES = {name: loss.spec for name, loss in load_registry({}).losses.items() if loss.distribution == "dpkd"}
 PAGES = reference.pages()
 ZOO = (generate.ROOT / "docs/zoo.md").read_text(encoding="utf-8")
 
