@@ -114,7 +114,7 @@ def engine_step(
     if compiled is not None:
         loss.compile(backend=compiled)
     loss_module = LossModule(student, losses, vocabulary=vocabulary, chunk_mib=chunk_mib)
-    live = LocalTeacher(teacher, vocabulary, device)
+    live = LocalTeacher.of(teacher, vocabulary, device)
     pairs = spec.family is Family.PAIR
     groups = _units(sequences, pairs)
     if spec.family is Family.ROLLOUT:

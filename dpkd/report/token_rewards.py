@@ -16,7 +16,7 @@ from dpkd.report.reading import Run, Scored
 
 if TYPE_CHECKING:
     from dpkd.data.batches import TokenSequence
-    from dpkd.teachers.local import LocalTeacher
+    from dpkd.teachers.base import Teacher
 
 FILE = "token_rewards.json"
 
@@ -139,7 +139,7 @@ def _tokens(sequence: TokenSequence, rewards: Sequence[float], tokenizer: Any) -
 
 def token_rewards(
     student: Any,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     sequences: Sequence[TokenSequence],
     *,
     vocabulary: int,

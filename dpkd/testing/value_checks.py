@@ -7,7 +7,7 @@ import random
 import torch
 from torch import Tensor
 
-from dpkd.api import Family, Signal
+from dpkd.api import Family, Signal, TokenInputs
 from dpkd.functional import KLSum, log_softmax
 from dpkd.testing.inputs import EXCLUDED, Batch
 from dpkd.testing.results import CheckSkipped
@@ -178,6 +178,7 @@ def kl_sum_says_the_same(subject: LossUnderTest) -> None:
         raise CheckSkipped("it offers no `kl_sum`")
     expected_N = subject.values(batch, loss)
     x = batch.inputs(frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.TARGETS}))
+    assert isinstance(x, TokenInputs)
     log_p_NV, log_q_NV = (f(terms.temperature) for f in (x.teacher_log_probs, x.student_log_probs))
     found_N = terms.value(log_p_NV, log_q_NV, x.targets)
     require_close(found_N, expected_N, "`kl_sum` is another value than `forward`")

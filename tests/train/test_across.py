@@ -25,9 +25,9 @@ def gradients(resolved: Any, quiet: Console, chunk: int = 7) -> tuple[dict[str, 
     train_step.loss_module.double()
     train_step.loss_module.chunk = chunk
     assert isinstance(train_step.teacher, AlignedTeacher)
-    live = train_step.teacher.live
-    live.model.double()
-    live._head = live._head.cast(torch.float64)
+    local = train_step.teacher.local
+    local.model.double()
+    local._head = local._head.cast(torch.float64)
     train_step.optimizer, train_step.clip = _NoStep(train_step.loss_module), None
     assembly.prepare_teacher()
     texts = []

@@ -109,7 +109,7 @@ def test_a_mean_over_draws_is_the_teacher(toy, tmp_path):
     from dpkd.teachers.base import Wants
     from dpkd.teachers.local import LocalTeacher
 
-    teacher = LocalTeacher(
+    teacher = LocalTeacher.of(
         load_model(ModelSettings(model=str(toy / "teacher")), device="cpu", dtype=None), 257, torch.device("cpu")
     )
     sequences = [TokenSequence((1, 2, 3), (4, 5, 256)), TokenSequence((9,), (8, 256))]
