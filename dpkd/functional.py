@@ -30,6 +30,7 @@ __all__ = [
     "log_total",
     "nll",
     "preference",
+    "reduce_loss",
     "returns_to_go",
     "segment_sum",
     "sorted_distance",
@@ -266,6 +267,20 @@ def segment_sum(values_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
     tensor([3., 0., 4.])
     """
     return values_N.new_zeros(count).index_add(0, segment_N, values_N)
+
+
+def reduce_loss(values: Tensor, count: float | Tensor, weight: float = 1.0) -> Tensor:
+    """`weight · Σ values / count`, a scalar: the only division of a loss in dpkd.
+
+    `count` is the number of positions or pairs of the whole optimizer step, over all micro-batches and processes: not
+    only of these values. Below 1 it counts as 1, so that a step without any is worth 0.
+
+    >>> reduce_loss(torch.tensor([1.0, 3.0]), 8), reduce_loss(torch.tensor([]), 0)
+    (tensor(0.5000), tensor(0.))
+    """
+    items = count.to(values.dtype).clamp(min=1) if isinstance(count, Tensor) else max(1, count)
+    total: Tensor = values.sum() * (weight / items)
+    return total
 
 
 def returns_to_go(rewards_N: Tensor, sequence_N: Tensor, discount: float = 1.0) -> Tensor:

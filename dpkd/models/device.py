@@ -38,3 +38,11 @@ def precision_sentence(device: torch.device, mixed_precision: str) -> str:
     name = torch.cuda.get_device_name(device) if gpu else device.type
     rest = ", TF32 for what stays fp32" if gpu else ""
     return f"device: {name}, {what}{rest} (train.precision)"
+
+
+def teacher_dtype(setting: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype | None:
+    """Type of the teacher's weights where its settings leave it open: bf16 beside a bf16 run on a GPU, else as stored.
+
+    In float32 they cost twice the memory and many times the time, and nothing trains them.
+    """
+    return torch.bfloat16 if device.type == "cuda" and precision_of(setting, device) == "bf16" else None

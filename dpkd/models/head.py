@@ -57,6 +57,12 @@ class Head:
         raw_NV = self.raw(hidden_NH.to(self.weight.dtype))
         return self.rule(raw_NV if raw_NV.dtype == torch.float64 else raw_NV.float())
 
+    def cut(self, vocabulary: int | None) -> Head:
+        """The head of the first `vocabulary` ids (None: of all): the only cut of a vocabulary in dpkd."""
+        if vocabulary is None:
+            return self
+        return Head(self.weight[:vocabulary], None if self.bias is None else self.bias[:vocabulary], self.rule)
+
     def cast(self, dtype: torch.dtype) -> Head:
         """The same head in another type."""
         return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.rule)
@@ -81,10 +87,7 @@ def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
     """The output head of a model, its first `vocabulary` ids."""
     lm = causal_lm(model)
     linear = lm.get_output_embeddings()
-    weight, bias = linear.weight, getattr(linear, "bias", None)
-    if vocabulary and vocabulary < weight.shape[0]:  # a slice of all would cost a second gradient of its size
-        weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
-    return Head(weight, bias, logit_rule(lm.config))
+    return Head(linear.weight, getattr(linear, "bias", None), logit_rule(lm.config)).cut(vocabulary)
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, mask: Any, position_ids: Tensor) -> Tensor:

@@ -87,8 +87,8 @@ class AlignedTeacher(Teacher):
     def fingerprint(self) -> str:
         return self.local.fingerprint()
 
-    def weight_bytes(self) -> float:
-        return self.local.weight_bytes()
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
+        return self.local.weight_bytes(dtype)
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self._device = device

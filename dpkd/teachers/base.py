@@ -120,17 +120,24 @@ class Teacher:
         """Who it is: changes when its answers do. Goes into run.json, and into the keys of stores."""
         raise NotImplementedError(f"{type(self).__name__} needs a fingerprint")
 
-    def weight_bytes(self) -> float:
-        """Memory of its weights in this process."""
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
+        """Memory of its weights in this process; `dtype` as in `load`."""
         return 0.0
 
     def check(self, tokenizer: Any) -> None:
         """Raises DpkdError when it cannot be the teacher of a student with this tokenizer; nothing is loaded yet."""
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+<<<<<<< HEAD
         """Bring what it needs to answer. `device` is the student's, where the losses are computed.
 
         `dtype` is that of weights whose settings name none; None: as stored.
+=======
+        """Bring what it needs to answer.
+
+        device  the student's, where the losses are computed
+        dtype   of its weights, where the settings leave it open; None: as stored
+>>>>>>> main
         """
 
     def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:

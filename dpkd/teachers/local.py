@@ -81,8 +81,8 @@ class LocalTeacher(Teacher):
     def fingerprint(self) -> str:
         return self._in_memory.fingerprint(self._settings)
 
-    def weight_bytes(self) -> float:
-        stored = getattr(self.config, "dtype", None) or torch.float32
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
+        stored = dtype or getattr(self.config, "dtype", None) or torch.float32
         width = DTYPES.get(self._settings.dtype, stored).itemsize
         return float(weight_bytes(self.config, count_parameters(self.config), width, quantization_of(self._settings)))
 

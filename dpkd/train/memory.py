@@ -19,7 +19,11 @@ from dpkd.api import Family, Signal, Text
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.models.chunked import chunk_rows
+<<<<<<< HEAD
 from dpkd.models.device import device_of, precision_of
+=======
+from dpkd.models.device import device_of, precision_of, teacher_dtype
+>>>>>>> main
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
 from dpkd.models.student_init import switch_dropout_off
@@ -63,12 +67,13 @@ class _Batch:
 def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
     """The peak of a run on one device."""
     settings = resolved.settings
+    dtype = teacher_dtype(settings.train.precision, device_of(settings.train.device))
     batch = _largest_batch(resolved, prepared)
     student = _count(settings, prepared.student_config, batch)
     references = any(Signal.REFERENCE_LOGPS in objective.reads for objective in resolved.objectives)
     always = {
         "student weights": float(FLOAT * student.parameters * (1 + references)),
-        "teacher weights": 0.0 if prepared.teacher is None else prepared.teacher.weight_bytes(),
+        "teacher weights": 0.0 if prepared.teacher is None else prepared.teacher.weight_bytes(dtype),
         "optimizer state": 2.0 * FLOAT * student.trained,  # AdamW: two moments
     }
     gradients = float(FLOAT * student.trained)

@@ -16,6 +16,7 @@ from torch import Tensor
 from dpkd.api import Pair, Signal, Text
 from dpkd.cross_tokenizer.retokenize import IDLE_ALIGNED, AlignedBatch, AlignedSequence, collate_aligned
 from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches, upload
+from dpkd.functional import reduce_loss
 from dpkd.rollout.response import Response
 from dpkd.teachers.base import TeacherOutput, Wants
 
@@ -29,11 +30,11 @@ class Term(NamedTuple):
     denominator: float
 
     def share(self, values: Tensor, processes: float) -> Tensor:
-        """What the values of a micro-batch add to the objective: the one place where a loss is divided.
+        """What the values of a micro-batch add to the objective.
 
         Gradients are averaged over the processes, and the denominator counts the rows of all of them.
         """
-        return values.sum() * (self.weight * processes / self.denominator)
+        return reduce_loss(values, self.denominator, self.weight * processes)
 
 
 class PromptGroup(NamedTuple):
