@@ -128,16 +128,10 @@ class Teacher:
         """Raises DpkdError when it cannot be the teacher of a student with this tokenizer; nothing is loaded yet."""
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-<<<<<<< HEAD
-        """Bring what it needs to answer. `device` is the student's, where the losses are computed.
-
-        `dtype` is that of weights whose settings name none; None: as stored.
-=======
         """Bring what it needs to answer.
 
         device  the student's, where the losses are computed
         dtype   of its weights, where the settings leave it open; None: as stored
->>>>>>> main
         """
 
     def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:

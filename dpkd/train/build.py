@@ -20,10 +20,7 @@ from dpkd.data.encode import EncodedData
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
-<<<<<<< HEAD
-=======
 from dpkd.models.device import teacher_dtype
->>>>>>> main
 from dpkd.models.head import causal_lm, check_head
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
@@ -195,14 +192,7 @@ class _Models:
     def __init__(self, resolved: Resolved, accelerator: Accelerator, prepared: Prepared, display: Display) -> None:
         settings, device, self.teacher = resolved.settings, accelerator.device, prepared.teacher
         if self.teacher is not None:
-<<<<<<< HEAD
-            # On a GPU float32 costs a teacher twice the memory and many times the time; a student made of its layers
-            # begins with weights as they are stored.
-            half = device.type == "cuda" and accelerator.mixed_precision == "bf16" and settings.student.init != "layers"
-            self.teacher.load(device, torch.bfloat16 if half else None)
-=======
             self.teacher.load(device, teacher_dtype(settings.train.precision, device))
->>>>>>> main
         student = make_student(
             settings.student,
             teacher=None if self.teacher is None else self.teacher.model,

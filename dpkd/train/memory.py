@@ -19,11 +19,7 @@ from dpkd.api import Family, Signal, Text
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.models.chunked import chunk_rows
-<<<<<<< HEAD
-from dpkd.models.device import device_of, precision_of
-=======
 from dpkd.models.device import device_of, precision_of, teacher_dtype
->>>>>>> main
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
 from dpkd.models.student_init import switch_dropout_off
