@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dpkd.api.teachers import Teacher, Wants
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, kl, log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, chunks
 from dpkd.models.head import head_of, hidden_rows
-from dpkd.teachers.base import Teacher, Wants
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dpkd.api import Rollout, RolloutLoss, Sampled, Sampler, Text
+from dpkd.api.teachers import Teacher, Wants
 from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.batches import TokenSequence, collate, micro_batches
 from dpkd.data.encode import Prompt
@@ -20,7 +21,6 @@ from dpkd.rollout.response import Response
 from dpkd.rollout.response_store import ResponseStore
 from dpkd.rollout.settings import SamplingSettings, TextSettings
 from dpkd.rollout.sources import prompt_seed, sample_seeds
-from dpkd.teachers.base import Teacher, Wants
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.api import Signal, TeacherAccess
+from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.cross_tokenizer.retokenize import AlignedBatch, Retokenizer
 from dpkd.cross_tokenizer.union_vocabulary import unite
 from dpkd.data.batches import Batch
 from dpkd.functional import gather_logps, log_softmax, segment_sum
 from dpkd.models.chunked import token_logps
-from dpkd.models.tokenizers import SharedVocabulary
-from dpkd.teachers.base import Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.teachers.local import LocalTeacher, TeacherRows
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.api import TeacherAccess
+from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.data.batches import Batch
 from dpkd.errors import DpkdError
@@ -18,8 +19,7 @@ from dpkd.models.layers import layer_rows
 from dpkd.models.loading import DTYPES, count_parameters
 from dpkd.models.quantization import check_quantization, quantization_of, weight_bytes
 from dpkd.models.settings import TeacherSettings
-from dpkd.models.tokenizers import SharedVocabulary
-from dpkd.teachers.base import Teacher, TeacherOutput, TeacherText, Wants
+from dpkd.models.tokenizers import shared_vocabulary
 
 
 class TeacherRows(TeacherOutput):
@@ -93,7 +93,7 @@ class LocalTeacher(Teacher):
         self._use(model, device)
 
     def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
-        shared = super().share(tokenizer, student_rows)
+        shared = shared_vocabulary(tokenizer, self.tokenizer, student_rows, self.vocabulary)
         self.cut(shared.size)
         return shared
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dpkd.api import TeacherAccess
+from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.data.batches import Batch
 from dpkd.errors import DpkdError
 from dpkd.functional import at_least_float32
-from dpkd.models.tokenizers import SharedVocabulary, tokenizer_fingerprint
-from dpkd.teachers.base import Teacher, TeacherOutput, TeacherText, Wants
+from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.teachers.store_manifest import Manifest, read_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpkd.api.teachers import Wants
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, log_softmax
 from dpkd.models.chunked import chunk_rows, chunks
-from dpkd.teachers.base import Wants
 from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.store_manifest import Manifest, write_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key

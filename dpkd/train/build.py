@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from dpkd.api import Signal
+from dpkd.api.teachers import Teacher
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import BatchSettings, RunSettings
 from dpkd.data.batch_sampler import BatchSampler
@@ -26,7 +27,6 @@ from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
 from dpkd.models.student_init import make_student
 from dpkd.rollout.sources import Writers
-from dpkd.teachers.base import Teacher
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.hidden_states import bind, check_stack

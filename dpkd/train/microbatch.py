@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from dpkd.api import Pair, Signal, Text
+from dpkd.api.teachers import TeacherOutput, Wants
 from dpkd.cross_tokenizer.retokenize import IDLE_ALIGNED, AlignedBatch, AlignedSequence, collate_aligned
 from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches, upload
 from dpkd.functional import reduce_loss
 from dpkd.rollout.response import Response
-from dpkd.teachers.base import TeacherOutput, Wants
 
 
 class Term(NamedTuple):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpkd.api import Pair, Signal
+from dpkd.api.teachers import Teacher, Wants
 from dpkd.functional import segment_sum
-from dpkd.teachers.base import Teacher, Wants
 from dpkd.train.loss_module import LossModule
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, MicroBatcher, StepBatch

@@ -136,7 +136,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from dpkd.data.batches import TokenSequence, collate
 from dpkd.models import fused
 from dpkd.plugins import load_host
-from dpkd.teachers.base import Wants
+from dpkd.api.teachers import Wants
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.loss_module import LossModule
 from dpkd.train.microbatch import MicroBatch, Term
