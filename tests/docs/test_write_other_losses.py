@@ -11,11 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from dpkd.specs import checked_loss
 from typer.main import get_command
 
 from dpkd.cli.main import app
 from dpkd.scaffold import names_of, rendered, write_package
-from dpkd.specs import checked_loss
 from dpkd.testing import NonConforming, Outcome, check_loss
 
 ROOT = Path(__file__).parents[2]

@@ -149,7 +149,7 @@ def model(width, seed):
     return AutoModelForCausalLM.from_config(config)
 
 batch = collate([TokenSequence((1, 2), (3, 4, 5)), TokenSequence((6,), (7, 8))], pad_id=0)
-teacher = LocalTeacher(model(24, 1), 61, torch.device("cpu"))
+teacher = LocalTeacher.of(model(24, 1), 61, torch.device("cpu"))
 used, original = [], fused.FusedKL.__call__
 fused.FusedKL.__call__ = lambda self, *a: (used.append(1), original(self, *a))[1]
 found = {}
