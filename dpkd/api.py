@@ -53,6 +53,7 @@ __all__ = [
     "Text",
     "TokenInputs",
     "TokenLoss",
+    "TokenScores",
     "Trait",
     "UndeclaredSignal",
     "hookimpl",
@@ -480,15 +481,39 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class MetricSpec:
-    """A metric of answers: one value per row, averaged over the rows that have one, or one value of all rows.
+class TokenScores:
+    """Given responses under a model and its teacher, token by token: NumPy arrays of float64, in nats.
 
-    name     lower-case, with underscores: the key in scores.json
-    unit     what the number counts: "× 100", "words"
-    better   `higher`, `lower`, or empty where neither is
-    summary  one line
-    per_row  a function from answers to a value for each row (None: the row has none)
-    overall  a function from answers to one value, where it is no mean over rows
+    N is the number of response tokens of all rows together, EOS included; what needs a teacher is None without one.
+
+    logq_N        log-probs of the tokens under the model
+    sequence_N    the row that each token belongs to, counted from 0 and rising
+    logp_N        log-probs under the teacher
+    forward_kl_N  KL(teacher‖student) at the token, over the whole vocabulary
+    reverse_kl_N  KL(student‖teacher) at the token
+    text_bytes    UTF-8 bytes of all responses together
+    """
+
+    logq_N: Any
+    sequence_N: Any
+    logp_N: Any = None
+    forward_kl_N: Any = None
+    reverse_kl_N: Any = None
+    text_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """A metric, computed by exactly one of three functions.
+
+    name       lower-case, with underscores: the key in scores.json
+    unit       what the number counts: "× 100", "words"
+    better     `higher`, `lower`, or empty where neither is
+    summary    one line
+    per_row    from a model's answers to a value for each row (None: the row has none); rows are averaged
+    overall    from a model's answers to one value, where it is no mean over rows
+    of_tokens  from the references under model and teacher to one value (None: it needs a teacher, or a token)
+    title      the metric's name in tables and charts; empty: `name` with spaces
     """
 
     name: str
@@ -497,6 +522,13 @@ class MetricSpec:
     summary: str
     per_row: Callable[[Answers], Sequence[float | None]] | None = None
     overall: Callable[[Answers], float | None] | None = None
+    of_tokens: Callable[[TokenScores], float | None] | None = None
+    title: str = ""
+
+    @property
+    def label(self) -> str:
+        """The metric's name for people."""
+        return self.title or self.name.replace("_", " ")
 
 
 class Ability(StrEnum):

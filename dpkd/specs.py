@@ -44,8 +44,10 @@ def checked_metric(spec: Any) -> MetricSpec:
         raise PluginError(f"dpkd_metrics must return MetricSpecs, but the list holds {type(spec).__name__}")
     if not spec.name.isidentifier() or spec.name != spec.name.lower():
         raise PluginError(f"the name {spec.name!r} should be lower-case letters and digits with underscores between")
-    if (spec.per_row is None) == (spec.overall is None):
-        raise PluginError(f"the metric {spec.name!r} needs one of `per_row` and `overall`")
+    if sum(function is not None for function in (spec.per_row, spec.overall, spec.of_tokens)) != 1:
+        raise PluginError(f"the metric {spec.name!r} needs exactly one of `per_row`, `overall` and `of_tokens`")
+    if spec.better not in ("higher", "lower", ""):
+        raise PluginError(f"the metric {spec.name!r} has better={spec.better!r}: expected 'higher', 'lower' or ''")
     return spec
 
 

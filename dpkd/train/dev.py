@@ -13,13 +13,7 @@ from typing import Any
 
 from dpkd.config.settings import DevSettings
 from dpkd.errors import DpkdError
-from dpkd.evaluation.evaluator import (
-    DIVERGENCE_UNITS,
-    LOWER_IS_BETTER,
-    EvaluationSettings,
-    evaluate_model,
-    metric_specs,
-)
+from dpkd.evaluation.evaluator import EvaluationSettings, evaluate_model, metric_specs
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.saving import save_model
 from dpkd.rollout.settings import SamplingSettings
@@ -30,12 +24,9 @@ from dpkd.teachers.local import LocalTeacher
 def direction_of(metric: str) -> int:
     """1 where higher is better, -1 where lower is. Raises DpkdError for a metric that is neither, or not there."""
     specs = metric_specs()
-    if metric in LOWER_IS_BETTER:
-        return -1
-    if metric not in specs and metric not in DIVERGENCE_UNITS:
-        known = ", ".join([*specs, *DIVERGENCE_UNITS])
-        raise DpkdError(f"dev.metric: no metric is called {metric!r}; there are: {known}")
-    if metric in DIVERGENCE_UNITS or not specs[metric].better:
+    if metric not in specs:
+        raise DpkdError(f"dev.metric: no metric is called {metric!r}; there are: {', '.join(specs)}")
+    if not specs[metric].better:
         raise DpkdError(f"dev.metric: {metric} is neither better high nor low; choose another, such as rouge_l")
     return 1 if specs[metric].better == "higher" else -1
 
