@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from dpkd.report.comparison import Cell, Comparison, SetTable
-from dpkd.report.names import spread, title
-from dpkd.report.overview import duration, memory, tokens
+from dpkd.report.names import duration, memory, spread, tokens
 from dpkd.report.reading import Cost
 
 SIGNIFICANT = 0.05
@@ -37,7 +36,7 @@ def grids(comparison: Comparison) -> list[Grid]:
 
 
 def _grid(table: SetTable, comparison: Comparison) -> Grid:
-    heads = ["run", "rows", "seeds", *(f"{title(m)}{_ARROWS.get(table.better[m], '')}" for m in table.metrics)]
+    heads = ["run", "rows", "seeds", *(f"{table.titles[m]}{_ARROWS.get(table.better[m], '')}" for m in table.metrics)]
     rows = []
     for run in comparison.runs:
         if run in table.cells:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpkd.report.card import ScoreLine, scores_section
-from dpkd.report.names import ordered, title
-from dpkd.report.reading import Scored, read_evaluations
-from dpkd.report.scales import finite
+from dpkd.report.names import finite, ordered
+from dpkd.report.reading import Scored, read_evaluations, title_of
 from dpkd.run_folder import RunFolder
 
 CARD_METRICS = ("rouge_l", "exact_match", "nll", "perplexity", "forward_kl", "reverse_kl")
@@ -47,7 +46,7 @@ def score_lines(evaluations: Sequence[Scored], metrics: Sequence[str] = CARD_MET
                 # What does not depend on the answers was measured once, whatever the seeds.
                 seeds = count if len(one.metrics[metric].get("values", [])) == count else None
                 sd = finite(one.metrics[metric].get("sd"))
-                lines.append(ScoreLine(one.name, title(metric), mean, sd, one.scores.get("rows"), seeds))
+                lines.append(ScoreLine(one.name, title_of(metric, [one]), mean, sd, one.scores.get("rows"), seeds))
     return lines
 
 
