@@ -172,7 +172,7 @@ async def chat(
         sleep=sleep,
     )
     try:
-        reply = await retrying(once)
+        reply: Reply = await retrying(once)
     except tenacity.RetryError as error:
         if last is not None:
             return replace(last, attempts=endpoint.attempts)

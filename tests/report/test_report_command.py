@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from report_folders import add_dev, add_scores, make_run
 from typer.testing import CliRunner
 
 from dpkd.cli.main import app
 from dpkd.report import drawing
+from dpkd.report.card import rescore
 from dpkd.report.reading import read_runs
-from dpkd.report.rescore import rescore
 
 
 def test_the_page_goes_into_the_run_and_of_several_where_one_says(tmp_path: Path) -> None:
@@ -64,7 +65,10 @@ def test_rescore_writes_the_scores_and_leaves_the_rest(tmp_path: Path) -> None:
     assert "| dolly | NLL | 2.00 | 2 |  |" in text
     assert text.index("## Scores") < text.index("## How to load it") < text.rindex("## Scores"), "one is code"
     start, end = text.index("## Scores"), text.index("## How to load it")
-    assert text[:start] + text[end:] == before
+    head = text.index("# run\n")
+    assert text[head:start] + text[end:] == before
+    (result,) = ModelCard(text).data.eval_results[:1]
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("dolly", "rouge_l", 25.75)
     assert rescore(path)
     assert (path / "README.md").read_text(encoding="utf-8") == text
 
@@ -78,5 +82,8 @@ def test_rescore_replaces_older_scores(tmp_path: Path) -> None:
     text = (path / "README.md").read_text(encoding="utf-8")
     assert text.count("## Scores") == 2, "the new section, and the line in a code fence"
     assert "| vicuna | Rouge-L | 40.00 | 1 | 1 |" in text
+    (path / "README.md").write_text("---\n[: no YAML\n---\n# mine\n")
+    assert not rescore(path), "a head that cannot be read is left alone"
+    assert "# mine" in (path / "README.md").read_text()
     (path / "README.md").unlink()
     assert not rescore(path), "no card"
