@@ -109,6 +109,28 @@ def test_the_table_and_markdown_say_the_same(paths: list[Path]) -> None:
     assert len(widths) == 1
 
 
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_table_fits_the_terminal(paths: list[Path], monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for path in paths:
+        (file,) = path.glob("eval/*/scores.json")
+        scores = json.loads(file.read_text())
+        values = dict.fromkeys(("exact_match", "forward_kl", "reverse_kl", "words"), scores["metrics"]["rouge_l"])
+        file.write_text(json.dumps({**scores, "metrics": {**scores["metrics"], **values}}))
+    text = invoke(*paths, "--metrics", "all")
+    assert max(map(len, text.splitlines())) <= width
+    for told in ("Rouge-L ↑", "exact match ↑", "forward KL ↓", "reverse KL ↓", "words per answer", "34.19 ± 0.71 (p <"):
+        assert told in text
+    assert text.count("bet_ter&50%") == (3 if width == 80 else 2)
+
+
+def test_the_baseline_is_a_run_with_scores(tmp_path: Path, paths: list[Path]) -> None:
+    """As of a sweep whose first stage is not evaluated."""
+    text = invoke(make_run(tmp_path / "a-first-stage"), *paths)
+    assert "base (baseline)" in text
+    assert "against base over rows" in " ".join(text.split())
+
+
 def test_csv_reads_back_with_full_precision(paths: list[Path], tmp_path: Path) -> None:
     target = tmp_path / "out" / "table.csv"
     assert str(target) in invoke(*paths, "--format", "csv", "--output", target)
