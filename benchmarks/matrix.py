@@ -73,7 +73,7 @@ class Judge:
     def __init__(self, held_out: Path) -> None:
         settings = ModelSettings(model=str(STORIES))
         self.tokenizer, model = load_tokenizer(settings), load_model(settings, device="cpu", dtype=torch.float32)
-        self.teacher = LocalTeacher(model, head_of(model).weight.shape[0], torch.device("cpu"))
+        self.teacher = LocalTeacher.of(model, head_of(model).weight.shape[0], torch.device("cpu"))
         rows = DataSettings(path=str(held_out), template="none")
         prompts = tokenize(read_examples(rows).examples, self.tokenizer, rows).prompts
         self.sequences = [TokenSequence(p.prompt_ids, p.response_ids) for p in prompts]

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from dpkd.api import Family, LossSpec, Rollout, Text
+from dpkd.api import Family, LossSpec, Rollout, TeacherAccess, Text
 from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.models.chunked import token_logps
 from dpkd.models.head import head_of, hidden_rows
 from dpkd.plugins import load_host
 from dpkd.rollout.response import Response
+from dpkd.teachers.base import Wants
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.loss_module import LossModule
@@ -42,10 +43,12 @@ class _Known:
     def __init__(self, teacher: LocalTeacher) -> None:
         self._teacher, self._kept = teacher, {}
 
-    def logps(self, batch, chunk):
+    offers, measurable, model, widest = TeacherAccess.TOKEN_LOGPS, False, None, None
+
+    def score(self, batch, wants):
         key = (len(batch.targets), int(batch.targets.sum()))
         if key not in self._kept:
-            self._kept[key] = self._teacher.logps(batch, chunk)
+            self._kept[key] = self._teacher.score(batch, wants)
         return self._kept[key]
 
 
@@ -56,7 +59,7 @@ def _rolled_out(
     """The groups with what a policy gradient reads: log-probs of the responses, as if the student had drawn them."""
     batch = collate([group.sequences[0] for group in groups], pad_id=pad_id).to(next(student.parameters()).device)
     of_student = token_logps(hidden_rows(student, batch), head_of(student), batch.targets, chunk)
-    of_teacher = teacher.logps(batch, chunk)
+    of_teacher = teacher.score(batch, Wants(chunk, logps=True)).logps()
     advantages = loss.advantages(Rollout(of_student, of_student, of_teacher, batch.sequence))
     columns = [values.split(batch.lengths.tolist()) for values in (of_student, of_teacher, advantages)]
     kept = []
@@ -111,7 +114,7 @@ def engine_step(
     if compiled is not None:
         loss.compile(backend=compiled)
     loss_module = LossModule(student, losses, vocabulary=vocabulary, chunk_mib=chunk_mib)
-    live = LocalTeacher(teacher, vocabulary, device)
+    live = LocalTeacher.of(teacher, vocabulary, device)
     pairs = spec.family is Family.PAIR
     groups = _units(sequences, pairs)
     if spec.family is Family.ROLLOUT:

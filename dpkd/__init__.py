@@ -1,7 +1,12 @@
-"""dpkd: distil language models with any objective."""
+"""Distil language models with any objective."""
 
-from dpkd.python import evaluate, resume, train
-
-__all__ = ["__version__", "evaluate", "resume", "train"]
+from importlib import import_module
 
 __version__ = "0.1.0"
+
+# Importing a subpackage sets an attribute of its name here. Done first, so that `dpkd.train` is the function below.
+import_module("dpkd.train")
+
+from dpkd.python import evaluate, resume, train  # noqa: E402
+
+__all__ = ["__version__", "evaluate", "resume", "train"]

@@ -6,8 +6,10 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizer_kinds import SHARED, build_tokenizer
 
 InstallPlugin = Callable[..., Path]
 
@@ -72,3 +74,21 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def loss_source() -> Callable[[str], str]:
     """The source of a plugin's module with one good loss of a name."""
     return lambda name: LOSS_SOURCE.replace("NAME", name)
+
+
+@pytest.fixture
+def tokenizer_of() -> Callable[..., Any]:
+    return build_tokenizer
+
+
+@pytest.fixture
+def shared_model() -> Callable[[str], str]:
+    """The folder of a real small model, or a skip."""
+
+    def find(name: str) -> str:
+        folder = SHARED / "models" / name
+        if not folder.is_dir():
+            pytest.skip(f"no {folder}: set DPKD_SHARED to the folder of the shared models")
+        return str(folder)
+
+    return find

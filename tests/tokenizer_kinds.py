@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,16 @@ def real_tokenizer(name: str):
     if not folder.exists():
         pytest.skip(f"{folder} is not here (DPKD_SHARED)")
     return AutoTokenizer.from_pretrained(folder)
+
+
+def build_tokenizer(*extra: str, merges: tuple[tuple[str, str], ...] = (), **specials: str) -> Any:
+    """Bytes as tokens, then the results of the merges, `<eos>`, and the extra tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted({"".join(pair) for pair in merges})
+    model = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges)))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([AddedToken(token, special=True) for token in ("<eos>", *extra)])
+    return PreTrainedTokenizerFast(tokenizer_object=model, **{"eos_token": "<eos>", **specials})

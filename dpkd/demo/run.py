@@ -117,7 +117,7 @@ def _scores(resolved: Resolved, trained: Path, held_out: Path, console: Console)
     how = EvaluationSettings(SamplingSettings(temperature=0.0, max_new_tokens=48, batch_size=40), (settings.seed,))
     teacher_model = load_model(settings.teacher, device="cpu", dtype=torch.float32)
     vocabulary = teacher_model.get_output_embeddings().weight.shape[0]
-    teacher = LocalTeacher(teacher_model, vocabulary, torch.device("cpu"))
+    teacher = LocalTeacher.of(teacher_model, vocabulary, torch.device("cpu"))
     untrained = make_student(settings.student, teacher=teacher_model, device="cpu", seed=settings.seed)
     distilled = load_model(ModelSettings(model=str(trained)), device="cpu", dtype=torch.float32)
     inputs = read_inputs(data, tokenizer, context=longest_sequence(teacher_model), max_new_tokens=48)

@@ -18,7 +18,7 @@ from dpkd.errors import DpkdError
 from dpkd.functional import gather_logps, kl, log_softmax
 from dpkd.models.chunked import chunk_rows, chunks
 from dpkd.models.head import head_of, hidden_rows
-from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.base import Teacher, Wants
 
 # In the order of the columns of `_batch_columns`.
 _COLUMNS = ("logq_N", "logp_N", "forward_kl_N", "reverse_kl_N")
@@ -29,7 +29,7 @@ def measure(
     student: nn.Module,
     sequences: Sequence[TokenSequence],
     *,
-    teacher: LocalTeacher | None,
+    teacher: Teacher | None,
     vocabulary: int,
     pad_id: int,
     text_bytes: int | None = None,
@@ -68,11 +68,11 @@ def measure(
 
 
 def _batch_columns(
-    student: nn.Module, teacher: LocalTeacher | None, batch: Batch, vocabulary: int, size: int
+    student: nn.Module, teacher: Teacher | None, batch: Batch, vocabulary: int, size: int
 ) -> list[list[Any]]:
     """The columns of a batch as lists of chunks; those of a teacher are empty without one."""
     hidden, head = hidden_rows(student, batch), head_of(student, vocabulary)
-    teacher_rows = teacher.rows(batch) if teacher is not None else None
+    teacher_rows = teacher.score(batch, Wants(size, logits=True)) if teacher is not None else None
     columns: list[list[Tensor]] = [[] for _ in _COLUMNS]
     for rows in chunks(len(batch.targets), size):
         log_q_nV = log_softmax(head.logits(hidden[rows]))

@@ -28,6 +28,7 @@ from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import load_metrics
 from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.rollout.settings import SamplingSettings
+from dpkd.teachers.base import Teacher
 from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
@@ -106,7 +107,7 @@ class Evaluator:
             size = loaded.get_output_embeddings().weight.shape[0]
             shared = shared_vocabulary(self.tokenizer, self.given.tokenizer(teacher), self.vocabulary, size)
             self.vocabulary = shared.size
-            self.teacher = LocalTeacher(loaded, self.vocabulary, torch.device(device))
+            self.teacher = LocalTeacher.of(loaded, self.vocabulary, torch.device(device))
             self.teacher_fingerprint = self.given.fingerprint(teacher)
         self.fingerprint = self.given.fingerprint(model)
 
@@ -222,7 +223,7 @@ def evaluate_model(
     inputs: Inputs,
     tokenizer: Any,
     *,
-    teacher: LocalTeacher | None,
+    teacher: Teacher | None,
     vocabulary: int,
     settings: EvaluationSettings,
     specs: dict[str, MetricSpec],
@@ -267,7 +268,7 @@ class _DivergenceMeter:
     """Divergences of a model to its teacher, on whatever responses."""
 
     model: Any
-    teacher: LocalTeacher | None
+    teacher: Teacher | None
     tokenizer: Any
     vocabulary: int
     tell: Progress
@@ -302,6 +303,7 @@ def _rewards(
 ) -> dict[str, Metric]:
     """Implicit reward log q/p of the student's own answers and of the teacher's, under the first seed."""
     assert meter.teacher is not None
+    assert meter.teacher.model is not None
     teachers = answer(
         meter.teacher.model,
         inputs.prompts,

@@ -17,7 +17,7 @@ from dpkd.report.texts import teacher_of
 
 if TYPE_CHECKING:
     from dpkd.data.batches import TokenSequence
-    from dpkd.teachers.local import LocalTeacher
+    from dpkd.teachers.base import Teacher
 
 FILE = "token_rewards.json"
 
@@ -140,7 +140,7 @@ def _tokens(sequence: TokenSequence, rewards: Sequence[float], tokenizer: Any) -
 
 def token_rewards(
     student: Any,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     sequences: Sequence[TokenSequence],
     *,
     vocabulary: int,
@@ -154,6 +154,7 @@ def token_rewards(
     from dpkd.data.batches import collate
     from dpkd.models.chunked import chunk_rows, token_logps
     from dpkd.models.head import head_of, hidden_rows
+    from dpkd.teachers.base import Wants
 
     was_training = student.training
     student.eval()
@@ -165,7 +166,7 @@ def token_rewards(
             for sequence in sequences:  # a handful, one by one: no row is padded
                 batch = collate([sequence], pad_id=pad_id).to(device)
                 logq_N = token_logps(hidden_rows(student, batch), head_of(student, vocabulary), batch.targets, rows)
-                logp_N = teacher.logps(batch, rows)
+                logp_N = teacher.score(batch, Wants(rows, logps=True)).logps()
                 results.append([float(value) for value in beta * (logq_N.double() - logp_N.double()).cpu()])
     finally:
         student.train(was_training)

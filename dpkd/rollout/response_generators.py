@@ -20,7 +20,7 @@ from dpkd.rollout.response import Response
 from dpkd.rollout.response_store import ResponseStore
 from dpkd.rollout.settings import SamplingSettings, TextSettings
 from dpkd.rollout.sources import prompt_seed, sample_seeds
-from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.base import Teacher, Wants
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StudentGenerator:
     seed: int
     rank_shards: RankShards
     device: torch.device
-    teacher: LocalTeacher | None = None
+    teacher: Teacher | None = None
     loss: RolloutLoss[Any] | None = None
     progress: Callable[[int], None] | None = None
 
@@ -96,7 +96,7 @@ class StudentGenerator:
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
         for group in micro_batches(lengths, self.settings.sampling.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(device)
-            logps = self.teacher.logps(batch, chunk_rows(self.vocabulary, 32.0)).tolist()
+            logps = self.teacher.score(batch, Wants(chunk_rows(self.vocabulary, 32.0), logps=True)).logps().tolist()
             for place, i in enumerate(group):
                 own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
                 scored[i] = replace(responses[i], teacher_logps=tuple(own))

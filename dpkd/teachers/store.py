@@ -3,49 +3,118 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpkd.api import TeacherAccess
+from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.data.batches import Batch
+from dpkd.errors import DpkdError
 from dpkd.functional import at_least_float32
+from dpkd.models.tokenizers import SharedVocabulary, tokenizer_fingerprint
+from dpkd.teachers.base import Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.teachers.store_manifest import Manifest, read_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key
 
 
-@dataclass(frozen=True)
-class StoredRows:
-    """What a store knows of the packed rows `[N]`: some tokens with their log-probs, and the mass of all others."""
+class StoredRows(TeacherOutput):
+    """What a store knows of the packed rows `[N]`.
 
-    ids: Tensor  # [N, K]
-    logps: Tensor  # [N, K]
-    rest: Tensor  # [N] log of the mass that is left
-    vocabulary: int
+    given  [N] log-probs of the response tokens
+    ids    [N, K] some tokens, top [N, K] their log-probs, rest [N] log of the mass of all others
+    """
+
+    def __init__(
+        self, given: Tensor, ids: Tensor, top: Tensor, rest: Tensor, *, targets: Tensor, wants: Wants, vocabulary: int
+    ) -> None:
+        super().__init__(targets, wants.chunk)
+        self.given, self.ids, self.top, self.rest, self.vocabulary = given, ids, top, rest, vocabulary
 
     def logits(self, rows: slice) -> Tensor:
         """Log-probs `[n, V]` of some rows: those stored as they are, the mass of the rest spread evenly over it.
 
         What only looks at the stored tokens and at the mass of the rest (topk-kl) sees the teacher exactly.
         """
-        ids_nK, logps_nK = self.ids[rows], at_least_float32(self.logps[rows])
+        ids_nK, logps_nK = self.ids[rows], at_least_float32(self.top[rows])
         others = self.vocabulary - ids_nK.shape[1]
         each_n = at_least_float32(self.rest[rows]) - math.log(max(1, others))
         dense_nV = each_n.unsqueeze(1).expand(-1, self.vocabulary).clone()
         return dense_nV.scatter_(1, ids_nK, logps_nK)
 
+    def logps(self) -> Tensor:
+        """Log-prob `[N]` in nats of each response token, as it was stored."""
+        return self.given
 
-class StoreTeacher:
-    """A store, in the place of a model."""
+    def is_finite(self) -> bool:
+        """Whether the stored log-probs are."""
+        return bool(torch.isfinite(self.given).all()) and bool(torch.isfinite(self.top).all())
 
-    def __init__(self, folder: Path, vocabulary: int, device: torch.device) -> None:
-        """Raises DpkdError when the folder is no store."""
+
+class StoreTeacher(Teacher):
+    """A store of what a teacher says of fixed text, in the place of a model."""
+
+    measurable = False
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DpkdError when the folder holds no store."""
         self.manifest: Manifest = read_manifest(folder)
         self.folder = folder
-        self.vocabulary = vocabulary
-        self._shards = Shards(folder)
+        self.vocabulary = self.manifest.vocabulary
+
+    @property
+    def offers(self) -> TeacherAccess:  # type: ignore[override]
+        """What kind of numbers it has."""
+        return {"tokens": TeacherAccess.TOKEN_LOGPS, "topk": TeacherAccess.TOP_K, "sampled": TeacherAccess.SAMPLED}[
+            self.manifest.kind
+        ]
+
+    def describe(self) -> str:
+        return f"none in memory; the store {self.folder} has {self.manifest.sentence()}"
+
+    def fingerprint(self) -> str:
+        return self.manifest.model
+
+    def check(self, tokenizer: Any) -> None:
+        if self.manifest.tokenizer != tokenizer_fingerprint(tokenizer):
+            raise DpkdError(
+                f"teacher.store: {self.folder} was written with another tokenizer than the student's: its ids mean "
+                "other tokens"
+            )
+
+    def load(self, device: torch.device) -> None:
+        self._shards = Shards(self.folder)
         self._device = device
+
+    def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
+        if self.vocabulary > student_rows:
+            raise DpkdError(
+                f"teacher.store: {self.folder} has ids up to {self.vocabulary - 1:,}, but the student's output head "
+                f"has only {student_rows:,} rows"
+            )
+        return SharedVocabulary(self.vocabulary)
+
+    def score(self, batch: Batch | AlignedBatch, wants: Wants) -> StoredRows:
+        """What is known of each response position; for a `sampled` store the empirical distribution of the draws."""
+        assert isinstance(batch, Batch)
+        found = self._read(batch)
+        given_N = found.get("logps", torch.zeros(0, device=self._device))
+        ids_NK, top_NK, rest_N = given_N.new_zeros(len(given_N), 0).long(), given_N.new_zeros(len(given_N), 0), given_N
+        if "ids" in found:
+            ids_NK = found["ids"].long()
+            top_NK, rest_N = found.get("top", torch.empty(0)), found.get("rest", torch.empty(0))
+        if self.manifest.kind == "sampled":
+            top_NK = (_counts(ids_NK) / self.manifest.k).log()
+            rest_N = torch.full((len(ids_NK),), -math.inf, device=self._device)
+        return StoredRows(
+            given_N, ids_NK, top_NK, rest_N, targets=batch.targets, wants=wants, vocabulary=self.vocabulary
+        )
+
+    def text(self) -> TeacherText:
+        """Its responses were written with it."""
+        return TeacherText(None, self.vocabulary, self.manifest.model, self.folder / "responses")
 
     def _read(self, batch: Batch) -> dict[str, Tensor]:
         """The rows of a batch, packed like its own. Raises DpkdError for text that the store does not have."""
@@ -56,24 +125,6 @@ class StoreTeacher:
         ]
         names = parts[0].keys() if parts else ("logps",)
         return {name: torch.cat([part[name] for part in parts]).to(self._device) for name in names if parts}
-
-    def logps(self, batch: Batch, chunk: int) -> Tensor:
-        """Log-prob `[N]` in nats of each response token."""
-        found = self._read(batch)
-        return found["logps"] if found else torch.zeros(0, device=self._device)
-
-    def rows(self, batch: Batch) -> StoredRows:
-        """What is known of each response position; for a `sampled` store the empirical distribution of the draws."""
-        found = self._read(batch)
-        if not found:
-            empty = torch.zeros(0, 1, device=self._device)
-            return StoredRows(empty.long(), empty, empty[:, 0], self.vocabulary)
-        if self.manifest.kind == "topk":
-            return StoredRows(found["ids"].long(), found["top"], found["rest"], self.vocabulary)
-        ids_NK = found["ids"].long()
-        logps_NK = (_counts(ids_NK) / self.manifest.k).log()
-        rest_N = torch.full((len(ids_NK),), -math.inf, device=self._device)
-        return StoredRows(ids_NK, logps_NK, rest_N, self.vocabulary)
 
 
 def _counts(ids_NK: Tensor) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpkd.data.batches import TokenSequence, collate, micro_batches
+from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, log_softmax
 from dpkd.models.chunked import chunk_rows, chunks
+from dpkd.teachers.base import Wants
 from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.store_manifest import Manifest, write_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key
@@ -65,10 +66,11 @@ def _key(sequence: TokenSequence) -> str:
     return sequence_key(ids, len(ids) - max(len(sequence.prompt_ids), 1))
 
 
-def _columns(teacher: LocalTeacher, batch: Any, manifest: Manifest) -> dict[str, Tensor]:
+def _columns(teacher: LocalTeacher, batch: Batch, manifest: Manifest) -> dict[str, Tensor]:
     """The numbers of each response token of a batch, on the CPU."""
-    rows = teacher.rows(batch)
+    rows = teacher.score(batch, Wants(64, logits=True))
     parts: dict[str, list[Tensor]] = {}
+    chance_NK = _chance(batch, manifest) if manifest.kind == "sampled" else torch.zeros(0)
     for chunk in chunks(len(batch.targets), chunk_rows(manifest.vocabulary, 32.0)):
         log_p_nV = log_softmax(rows.logits(chunk))
         targets_n = batch.targets[chunk].to(log_p_nV.device)
@@ -76,10 +78,7 @@ def _columns(teacher: LocalTeacher, batch: Any, manifest: Manifest) -> dict[str,
         if manifest.kind == "topk":
             found |= _top(log_p_nV, manifest)
         if manifest.kind == "sampled":
-            seed = _seed(manifest, batch.targets[chunk])
-            generator = torch.Generator(device=log_p_nV.device).manual_seed(seed)
-            drawn = torch.multinomial(log_p_nV.exp(), manifest.k, replacement=True, generator=generator)
-            found["ids"] = drawn.int()
+            found["ids"] = _drawn(log_p_nV, chance_NK[chunk].to(log_p_nV.device)).int()
         for name, values in found.items():
             parts.setdefault(name, []).append(values.cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
@@ -92,6 +91,17 @@ def _top(log_p_nV: Tensor, manifest: Manifest) -> dict[str, Tensor]:
     return {"ids": top.indices.int(), "top": top.values.to(DTYPES[manifest.dtype]), "rest": others_nV.logsumexp(-1)}
 
 
-def _seed(manifest: Manifest, targets: Tensor) -> int:
-    """A seed for the draws of some rows: theirs whatever the run was interrupted by."""
-    return (manifest.seed * 1_000_003 + int(targets.sum()) * 7919 + len(targets)) % 2**31
+def _chance(batch: Batch, manifest: Manifest) -> Tensor:
+    """Uniform numbers `[N, k]` that decide the draws: a response has its own, whatever stands beside it."""
+    parts = []
+    for (prompt, response), count in zip(batch.sequences, batch.lengths.tolist(), strict=True):
+        digest = hashlib.sha256(f"{manifest.seed}/{sequence_key([*prompt, *response], count)}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        parts.append(torch.rand(count, manifest.k, generator=generator, dtype=torch.float64))
+    return torch.cat(parts)
+
+
+def _drawn(log_p_nV: Tensor, chance_nK: Tensor) -> Tensor:
+    """Ids `[n, k]` drawn from each row: the first whose cumulative probability is above the uniform number."""
+    mass_nV = log_p_nV.double().exp().cumsum(-1)
+    return torch.searchsorted(mass_nV, chance_nK * mass_nV[:, -1:], right=True).clamp(max=log_p_nV.shape[1] - 1)

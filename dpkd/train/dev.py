@@ -18,7 +18,7 @@ from dpkd.evaluation.inputs import Inputs
 from dpkd.models.saving import save_model
 from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_folder import RunFolder
-from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.base import Teacher
 
 
 def direction_of(metric: str) -> int:
@@ -38,7 +38,7 @@ class Dev:
     settings: DevSettings
     inputs: Inputs
     tokenizer: Any
-    teacher: LocalTeacher | None
+    teacher: Teacher | None
     vocabulary: int
     seed: int
     folder: RunFolder

@@ -17,12 +17,9 @@ from dpkd.models.chunked import chunk_rows, objective, token_logps
 from dpkd.models.head import Head, head_of
 from dpkd.models.layers import layer_rows
 from dpkd.models.sharding import gathered
-from dpkd.teachers.local import TeacherRows
-from dpkd.teachers.store import StoredRows
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, Term
-from dpkd.train.observe import observe_pairs, observe_rows
-from dpkd.train.span_inputs import aligned_inputs, observe_spans
+from dpkd.train.observe import observe_pairs, observe_rows, observe_spans
 
 T = TypeVar("T")
 
@@ -57,13 +54,13 @@ class LossModule(nn.Module):
         main = self.losses["main"]
         return float(getattr(main.config, "beta", 1.0)) if isinstance(main, PairLoss) else 1.0
 
-    def lend(self, micro_batch: Callable[[nn.Module], T]) -> T:
+    def lend(self, work: Callable[[nn.Module], T]) -> T:
         """Give the student, with whole weights, to work that is not training: sampling, evaluation, saving.
 
         All processes call it together; what they do with it may differ.
         """
         with torch.no_grad(), gathered(self.student):
-            return micro_batch(self.student)
+            return work(self.student)
 
     def layers_of(self, micro_batch: MicroBatch) -> Layers:
         """The hidden states that the losses of this micro-batch read."""
@@ -88,24 +85,20 @@ class LossModule(nn.Module):
         """Token and rollout losses on logits: the gradient of each chunk is taken at once."""
         metrics = MeanMetrics()
         terms = [term for term in micro_batch.terms if term.name not in self.layers]
-        measured = micro_batch.measure and micro_batch.step_batch == "main"
-        if not terms and not measured:
+        if not terms and not micro_batch.measured:
             hidden = hidden[:0]  # nobody looks at logits
         token_logps_N = hidden.new_zeros(2, hidden.shape[0], dtype=torch.float32)
 
         def chunk_loss(logits_nV: Tensor, rows: slice) -> Tensor:
-            x = self._inputs(micro_batch, logits_nV, rows)
-            on_spans = None if micro_batch.aligned is None else aligned_inputs(micro_batch, logits_nV, rows)
+            x, with_teacher = self._inputs(micro_batch, logits_nV, rows)
             total = logits_nV.new_zeros(())
             for term in terms:
-                reads_spans = on_spans is not None and Signal.TEACHER_LOGITS in term.reads
-                own = (on_spans if on_spans is not None and reads_spans else x).only(term.reads)
+                own = (with_teacher if Signal.TEACHER_LOGITS in term.reads else x).only(term.reads)
                 values_n = self.losses[term.name](own)
-                total = total + values_n.sum() * (term.weight * micro_batch.scale / term.denominator)
+                total = total + term.share(values_n, micro_batch.processes)
                 _add_term(metrics, term.name, values_n, own.parts)
-            if measured:
-                # What a store has is no whole distribution: it serves the loss, and no divergence is measured.
-                log_p_nV = x.teacher_log_probs() if isinstance(micro_batch.teacher, TeacherRows) else None
+            if micro_batch.measured:
+                log_p_nV = x.teacher_log_probs() if micro_batch.measurable else None
                 observe_rows(x.student_log_probs(), log_p_nV, x.targets, metrics, token_logps_N[:, rows])
             return total
 
@@ -114,7 +107,7 @@ class LossModule(nn.Module):
         total = objective(chunk_loss, hidden, head, self.chunk, parameters, starts)
         if micro_batch.aligned is not None:
             observe_spans(micro_batch.aligned, hidden.shape[0], metrics)
-        if measured:
+        if micro_batch.measured:
             self._observe_responses(micro_batch, token_logps_N, metrics)
         return total, metrics
 
@@ -125,10 +118,14 @@ class LossModule(nn.Module):
         for writer in dict.fromkeys(r.writer for r in micro_batch.responses):
             of = torch.tensor([r.writer is writer for r in micro_batch.responses], device=log_q.device)
             metrics.mean(f"length/{writer}", lengths[of].float())
-            if isinstance(micro_batch.teacher, TeacherRows):
+            if micro_batch.measurable:
                 metrics.mean(f"reward/{writer}", self.reward_scale * (log_q - log_p)[of])
 
-    def _inputs(self, micro_batch: MicroBatch, logits_nV: Tensor, rows: slice) -> TokenInputs:
+    def _inputs(self, micro_batch: MicroBatch, logits_nV: Tensor, rows: slice) -> tuple[TokenInputs, TokenInputs]:
+        """What losses read of a chunk, and what those read that read the teacher: the same where tokenizers are.
+
+        Across tokenizers the rows of the second are spans of text.
+        """
         nothing_n = logits_nV.new_zeros(len(logits_nV))  # a token is a span of its own
         signals: dict[Signal, Tensor] = {
             Signal.STUDENT_LOGITS: logits_nV,
@@ -137,12 +134,17 @@ class LossModule(nn.Module):
             Signal.TEACHER_REST: nothing_n,
             **{signal: values[rows] for signal, values in micro_batch.extra.items()},
         }
-        if micro_batch.needs_teacher(Signal.BY_STUDENT):
+        if micro_batch.reads(Signal.BY_STUDENT):
             signals[Signal.BY_STUDENT] = _by_student(micro_batch, rows)
-        reads_teacher = micro_batch.measure or micro_batch.needs_teacher(Signal.TEACHER_LOGITS)
-        if isinstance(micro_batch.teacher, TeacherRows | StoredRows) and reads_teacher:
-            signals[Signal.TEACHER_LOGITS] = micro_batch.teacher.logits(rows).to(logits_nV.dtype)
-        return RolloutInputs(signals) if micro_batch.extra else TokenInputs(signals)
+        kind = RolloutInputs if micro_batch.extra else TokenInputs
+        if micro_batch.teacher is None or not (micro_batch.measurable or micro_batch.reads(Signal.TEACHER_LOGITS)):
+            x = kind(signals)
+            return x, x
+        of_teacher = micro_batch.teacher.signals(logits_nV, signals[Signal.TARGETS], rows)
+        if Signal.STUDENT_LOGITS in of_teacher:
+            return kind(signals), TokenInputs(of_teacher)
+        x = kind({**signals, **of_teacher})
+        return x, x
 
     def _on_hidden(
         self, micro_batch: MicroBatch, term: Term, states: Mapping[int, Tensor], metrics: MeanMetrics
@@ -152,14 +154,13 @@ class LossModule(nn.Module):
         if layers.student:
             signals[Signal.STUDENT_HIDDEN] = torch.stack([states[i] for i in layers.student], 1)
         if layers.teacher:
-            assert isinstance(micro_batch.teacher, TeacherRows)  # a store is refused in the plan
+            assert micro_batch.teacher is not None  # the plan refuses it
             signals[Signal.TEACHER_HIDDEN] = torch.stack([micro_batch.teacher.layers[i] for i in layers.teacher], 1)
         x = TokenInputs(signals).only(term.reads)
         with torch.autocast(micro_batch.batch.targets.device.type, enabled=False):
             values_N = self.losses[term.name](x)
         _add_term(metrics, term.name, values_N, x.parts)
-        weighted: Tensor = values_N.sum() * (term.weight * micro_batch.scale / term.denominator)
-        return weighted
+        return term.share(values_N, micro_batch.processes)
 
     def _pairs(self, micro_batch: MicroBatch, hidden: Tensor, head: Head) -> tuple[Tensor, MeanMetrics]:
         """Pair losses: log-probs of whole responses, their chunks computed again in backward."""
@@ -167,7 +168,7 @@ class LossModule(nn.Module):
         batch = micro_batch.batch
 
         def observer(log_q_nV: Tensor, rows: slice) -> None:
-            log_p_nV = None if micro_batch.teacher is None else log_softmax(micro_batch.teacher.logits(rows))
+            log_p_nV = log_softmax(micro_batch.teacher.logits(rows)) if micro_batch.teacher is not None else None
             observe_rows(log_q_nV, log_p_nV, batch.targets[rows], metrics)
 
         logps_N = token_logps(hidden, head, batch.targets, self.chunk, observer if micro_batch.measure else None)
@@ -185,7 +186,7 @@ class LossModule(nn.Module):
             reads = {signal: value for signal, value in signals.items() if signal in term.reads}
             x = PairInputs(reads)
             values_B = self.losses[term.name](x)[real_B]
-            total = total + values_B.sum() * (term.weight * micro_batch.scale / term.denominator)
+            total = total + term.share(values_B, micro_batch.processes)
             _add_term(metrics, term.name, values_B, {name: values[real_B] for name, values in x.parts.items()})
         if micro_batch.measure and micro_batch.responses:
             observe_pairs(student, micro_batch.teacher_logps, lengths, self.reward_scale, metrics)

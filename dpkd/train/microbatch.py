@@ -17,9 +17,7 @@ from dpkd.api import Pair, Signal
 from dpkd.cross_tokenizer.retokenize import IDLE_ALIGNED, AlignedBatch, AlignedSequence, collate_aligned
 from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches
 from dpkd.rollout.response import Response
-from dpkd.teachers.aligned import AlignedRows
-from dpkd.teachers.local import TeacherRows
-from dpkd.teachers.store import StoredRows
+from dpkd.teachers.base import TeacherOutput, Wants
 
 
 class Term(NamedTuple):
@@ -29,6 +27,13 @@ class Term(NamedTuple):
     reads: frozenset[Signal]
     weight: float
     denominator: float
+
+    def share(self, values: Tensor, processes: float) -> Tensor:
+        """What the values of a micro-batch add to the objective: the one place where a loss is divided.
+
+        Gradients are averaged over the processes, and the denominator counts the rows of all of them.
+        """
+        return values.sum() * (self.weight * processes / self.denominator)
 
 
 class PromptGroup(NamedTuple):
@@ -56,22 +61,36 @@ class StepBatch:
 class MicroBatch:
     """One forward of the student."""
 
-    step_batch: str
+    name: str  # of its step batch
     batch: Batch
     terms: Sequence[Term]
     pairs: bool
-    scale: float  # number of processes: their gradients are averaged, and the denominators count all of them
+    processes: float
     measure: bool
     responses: Sequence[Response] = ()
     extra: Mapping[Signal, Tensor] = field(default_factory=dict)
-    teacher: TeacherRows | StoredRows | AlignedRows | None = None
+    teacher: TeacherOutput | None = None
+    measurable: bool = False  # whether that is the whole distribution at every row
     teacher_logps: Pair | None = None
     reference_logps: Pair | None = None
     aligned: AlignedBatch | None = None  # where the teacher has another tokenizer and a loss reads it
 
-    def needs_teacher(self, signal: Signal) -> bool:
+    def reads(self, signal: Signal) -> bool:
         """Whether a term of this micro-batch reads a signal."""
         return any(signal in term.reads for term in self.terms)
+
+    @property
+    def measured(self) -> bool:
+        """Whether divergences are logged: those of the main loss's responses."""
+        return self.measure and self.name == "main"
+
+    def wants(self, layers: Sequence[int], chunk: int, *, measurable: bool) -> Wants:
+        """What its losses, and the log, need of a teacher; `measurable`: of one that has whole distributions."""
+        measured = self.measured and measurable
+        # What a rollout loss reads of the drawn tokens was computed when they were drawn.
+        logps = self.pairs and (self.reads(Signal.TEACHER_LOGPS) or measured)
+        logits = not self.pairs and self.reads(Signal.TEACHER_LOGITS)
+        return Wants(chunk, logps, logits or measured, tuple(layers))
 
 
 def _rollout_signals(groups: Sequence[PromptGroup]) -> dict[Signal, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpkd.api import Pair
+from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.functional import gather_logps, kl
 from dpkd.train.mean_metrics import MeanMetrics
 
@@ -55,3 +56,11 @@ def observe_pairs(student: Pair, teacher: Pair | None, lengths: Pair, scale: flo
     metrics.mean("reward/rejected", reward_s)
     metrics.mean("reward/margin", reward_t - reward_s)
     metrics.mean("reward/accuracy", (reward_t > reward_s).float())
+
+
+def observe_spans(aligned: AlignedBatch, tokens: int, metrics: MeanMetrics) -> None:
+    """Add the share of the student's tokens that lie in spans, and of spans that are one token to both models."""
+    spans = len(aligned.student.first)
+    metrics.add("spans/covered", float(spans + len(aligned.student.rest)), float(tokens))
+    several = set(aligned.student.span.tolist()) | set(aligned.teacher.span.tolist())
+    metrics.add("spans/single", float(spans - len(several)), float(spans))

@@ -34,7 +34,7 @@ def probe(train_step: TrainStep, builder: StepBatchBuilder, size: int, context: 
         train_step.micro_batcher(step_batch, measure=True)[0] for step_batch in step_batches if step_batch.groups
     ]
     _run(train_step, micro_batches)
-    return "; ".join(f"{micro_batch.step_batch}: {_shape(micro_batch)}" for micro_batch in micro_batches)
+    return "; ".join(f"{micro_batch.name}: {_shape(micro_batch)}" for micro_batch in micro_batches)
 
 
 def longest_text(writers: Writers, size: int, context: int | None) -> StepResponses:

@@ -22,9 +22,7 @@ from dpkd.rollout.response_generators import RankShards, RetokenizedResponses, S
 from dpkd.rollout.response_store import ResponseStore, default_folder
 from dpkd.rollout.settings import TextSettings
 from dpkd.rollout.sources import Writers
-from dpkd.teachers.aligned import AlignedTeacher
-from dpkd.teachers.local import LocalTeacher
-from dpkd.teachers.store import StoreTeacher
+from dpkd.teachers.base import Teacher
 from dpkd.train.prepare import Prepared
 from dpkd.train.progress import Display
 from dpkd.train.step_batches import LossGroup
@@ -74,7 +72,7 @@ class RolloutBuilder:
     resolved: Resolved
     student: nn.Module
     lend: Callable[[Callable[[nn.Module], Any]], Any]  # the student with whole weights, for the time of a call
-    teacher: LocalTeacher | StoreTeacher | AlignedTeacher | None
+    teacher: Teacher | None
     vocabulary: int
     prepared: Prepared
     accelerator: Accelerator
@@ -113,7 +111,6 @@ class RolloutBuilder:
         )
 
     def _student_generator(self, text: TextSettings, rollout_loss: Any | None) -> StudentGenerator:
-        live = self.teacher if isinstance(self.teacher, LocalTeacher) else None
         return StudentGenerator(
             self._student_sampler(text),
             self.lend,
@@ -124,7 +121,7 @@ class RolloutBuilder:
             self.resolved.settings.seed,
             _rank_shards(self.accelerator),
             self.accelerator.device,
-            live,
+            self.teacher,
             rollout_loss,
         )
 
@@ -141,25 +138,20 @@ class RolloutBuilder:
 
     def _teacher_generator(self, text: TextSettings) -> TeacherGenerator | RetokenizedResponses:
         """Its responses are in the store of log-probs, where there is one, else in the store of responses."""
-        settings, prepared = self.resolved.settings, self.prepared
-        if isinstance(self.teacher, StoreTeacher):
-            folder = self.teacher.folder / "responses"
-            return self._generator(
-                text, None, folder, self.teacher.manifest.model, prepared.data.prompts, prepared.context
-            )
-        # Settings without a teacher are refused before.
+        # Settings without a teacher, or with one that writes nothing, are refused before.
         assert self.teacher is not None
-        weights = self.resolved.given.fingerprint(settings.teacher)
-        folder = Path(text.store) if text.store else default_folder()
-        if isinstance(self.teacher, LocalTeacher):
-            writer = _generation_model(self.teacher.model, self.vocabulary, prepared.tokenizer, None)
-            return self._generator(text, writer, folder, weights, prepared.data.prompts, prepared.context)
-        translator = prepared.translator
-        assert translator is not None  # it made the teacher an aligned one
-        tokenizer = translator.teacher.tokenizer
-        writer = _generation_model(self.teacher.live.model, self.teacher.union.teacher, tokenizer, None)
-        pen = self._generator(text, writer, folder, weights, translator.prompts, translator.longest, tokenizer)
-        return RetokenizedResponses(pen, translator, prepared.data.prompts, prepared.context)
+        own = self.teacher.text()
+        assert own is not None
+        prepared, translator = self.prepared, self.prepared.translator
+        tokenizer = prepared.tokenizer if translator is None else translator.teacher.tokenizer
+        read = (prepared.data.prompts, prepared.context)
+        prompts, context = read if translator is None else (translator.prompts, translator.longest)
+        writer = None if own.model is None else _generation_model(own.model, own.vocabulary, tokenizer, None)
+        folder = own.folder or (Path(text.store) if text.store else default_folder())
+        generator = self._generator(text, writer, folder, own.fingerprint, prompts, context, tokenizer)
+        if translator is None:
+            return generator
+        return RetokenizedResponses(generator, translator, prepared.data.prompts, prepared.context)
 
     def _generator(
         self,

@@ -22,7 +22,6 @@ from dpkd.errors import DpkdError, Stopped
 from dpkd.models.in_memory import InMemory
 from dpkd.plugins import load_host
 from dpkd.run_folder import RunFolder
-from dpkd.teachers.local import LocalTeacher
 from dpkd.train import checkpoint
 from dpkd.train.build import RunParts, assemble
 from dpkd.train.dev import Dev
@@ -235,7 +234,7 @@ def _trainer(
         trackers = Trackers(settings.trackers, folder.path, folder.path.name, resolved.as_dict())
     dev = None
     if assembly.dev is not None:
-        live = assembly.teacher if isinstance(assembly.teacher, LocalTeacher) else None
+        live = assembly.teacher if assembly.teacher is not None and assembly.teacher.measurable else None
         dev = Dev(
             resolved.settings.dev,
             assembly.dev,

@@ -54,7 +54,7 @@ def test_the_loop_calls_its_stages_in_the_order_of_the_page():
     stages = {
         "Writers.prepare`": "group.writers.prepare(step)",
         "Writers.step`": "group.writers.step(step)",
-        "StepBatchBuilder.streams`": "self.builder.streams(",
+        "StepBatchBuilder.step_batches`": "self.builder.step_batches(",
         "TrainStep`": "self.train_step(",
         "MetricsLog`": "self._log(done",
     }

@@ -15,6 +15,7 @@ from dpkd.train import dev as module
 from dpkd.train import run
 from dpkd.train.plan import make_plan
 from dpkd.train.progress import Display
+from dpkd.train.trainer import Trainer
 
 
 def settings(toy, **more):
@@ -54,7 +55,7 @@ def test_an_interrupted_run_has_its_share_and_buffer_back(settings_of, toy, quie
     whole = run.train(settings_of("distillm", changes), console=quiet)
     stops = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr("dpkd.train.trainer.Trainer._stops", lambda self, stop: next(stops))
+        patch.setattr(Trainer, "_stops", lambda self, stop: next(stops))
         with pytest.raises(Stopped):
             run.train(settings_of("distillm", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
     torch.manual_seed(999)

@@ -62,7 +62,7 @@ def test_a_broken_one_is_listed_with_its_reason(install_plugin, change, reason):
 
 def test_a_name_that_is_taken_is_an_error_that_names_both(install_plugin):
     install_plugin("stranger", {"x": ECHO.replace('"echo"', '"hf"')})
-    with pytest.raises(DpkdError, match=r"two samplers are called 'hf': dpkd\.text\.backends\.hf \(dpkd\) and strang"):
+    with pytest.raises(DpkdError, match=r"two samplers are called 'hf': dpkd\.rollout\.backends\.hf \(dpkd\) and strang"):
         load_samplers({"DPKD_PLUGINS": "stranger"})
 
 
@@ -103,7 +103,7 @@ def test_a_backend_that_nobody_uses_need_not_work(settings_of):
 def test_several_processes_are_refused_where_a_sampler_works_in_one(fake_vllm, settings_of):
     resolved = settings_of("rkl", {**STUDENT, "text.backend": "vllm"})
     check_processes(resolved, 1)
-    with pytest.raises(DpkdError, match="vllm micro_batches in one process only, and there are 2"):
+    with pytest.raises(DpkdError, match="vllm works in one process only, and there are 2"):
         check_processes(resolved, 2)
     check_processes(settings_of("rkl", STUDENT), 2)
 

@@ -15,6 +15,7 @@ from dpkd.train import dev as module
 from dpkd.train import run
 from dpkd.train.dev import direction_of
 from dpkd.train.plan import dry_run
+from dpkd.train.trainer import Trainer
 
 
 def rows_of(toy, **more):
@@ -70,7 +71,7 @@ def test_an_interrupted_run_evaluates_nothing_twice(settings_of, toy, quiet, mon
     resolved = settings_of("kd", changes | {"output": str(tmp_path / "stopped")})
     stops = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr("dpkd.train.trainer.Trainer._stops", lambda self, stop: next(stops))
+        patch.setattr(Trainer, "_stops", lambda self, stop: next(stops))
         with pytest.raises(Stopped):
             run.train(resolved, console=quiet)
     folder = RunFolder(tmp_path / "stopped")

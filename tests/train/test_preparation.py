@@ -16,6 +16,7 @@ from dpkd.run_folder import RunFolder
 from dpkd.train import run
 from dpkd.train.build import _check_sharding
 from dpkd.train.plan import dry_run
+from dpkd.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_text_is_cut_to_the_student_that_reads_less(settings_of, toy, quiet):
 def _stopped(resolved, quiet, monkeypatch):
     """A run that was stopped after its first step."""
     with monkeypatch.context() as patch:
-        patch.setattr("dpkd.train.trainer.Trainer._stops", lambda self, stop: True)
+        patch.setattr(Trainer, "_stops", lambda self, stop: True)
         with pytest.raises(Stopped):
             run.train(resolved, console=quiet)
     return RunFolder(Path(resolved.settings.output))

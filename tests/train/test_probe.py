@@ -12,6 +12,7 @@ from dpkd.train import run
 from dpkd.train.build import assemble
 from dpkd.train.probe import longest_text, out_of_memory
 from dpkd.train.progress import Display
+from dpkd.train.train_step import TrainStep
 
 
 @pytest.mark.parametrize("loss", ["kd", "dpkd", "minillm", "taid"])
@@ -63,7 +64,7 @@ def test_a_lack_of_memory_is_a_sentence(settings_of, quiet, monkeypatch):
     def fail(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("dpkd.train.train_step.TrainStep.micro_step", fail)
+    monkeypatch.setattr(TrainStep, "micro_step", fail)
     with pytest.raises(DpkdError, match=r"too small for this run. Lower train.micro_batch_size, or set batch.tokens"):
         run.train(settings_of("kd", {"batch.probe": True}), console=quiet)
     assert out_of_memory(RuntimeError("shapes differ")) is None

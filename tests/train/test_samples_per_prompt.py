@@ -20,6 +20,7 @@ from dpkd.train import run
 from dpkd.train.build import assemble
 from dpkd.train.probe import longest_text
 from dpkd.train.progress import Display
+from dpkd.train.trainer import Trainer
 
 STUDENT = {"text.source": "student", "train.batch_size": 4}
 ROLLOUT = {**STUDENT, "text.refresh": "every_n_steps", "text.every": 2, "text.num_iterations": 2}
@@ -119,7 +120,7 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, settings_of, quiet, monk
     changes = {**ROLLOUT, "text.num_generations": 2, "train.steps": 4}
     straight = run.train(settings_of(loss, {**changes, "output": str(tmp_path / "straight")}), console=quiet)
     resolved = settings_of(loss, {**changes, "output": str(tmp_path / "stopped")})
-    monkeypatch.setattr("dpkd.train.trainer.Trainer._stops", lambda self, stop: True)
+    monkeypatch.setattr(Trainer, "_stops", lambda self, stop: True)
     with pytest.raises(Stopped):
         run.train(resolved, console=quiet)
     monkeypatch.undo()

@@ -106,9 +106,10 @@ def test_a_mean_over_draws_is_the_teacher(toy, tmp_path):
     """The empirical distribution of a store of samples goes to the teacher's: here 4,000 draws at each position."""
     from dpkd.models.loading import load_model
     from dpkd.models.settings import ModelSettings
+    from dpkd.teachers.base import Wants
     from dpkd.teachers.local import LocalTeacher
 
-    teacher = LocalTeacher(
+    teacher = LocalTeacher.of(
         load_model(ModelSettings(model=str(toy / "teacher")), device="cpu", dtype=None), 257, torch.device("cpu")
     )
     sequences = [TokenSequence((1, 2, 3), (4, 5, 256)), TokenSequence((9,), (8, 256))]
@@ -116,8 +117,9 @@ def test_a_mean_over_draws_is_the_teacher(toy, tmp_path):
     assert write_store(tmp_path, teacher, sequences, manifest, pad_id=256) == 2
     assert write_store(tmp_path, teacher, sequences, manifest, pad_id=256) == 0, "nothing is written twice"
     batch = collate(sequences[::-1], pad_id=256, side="left", extra=3)
-    found = StoreTeacher(tmp_path, 257, torch.device("cpu")).rows(batch).logits(slice(None)).exp()
-    wanted = teacher.rows(batch).logits(slice(None)).softmax(-1)
+    wants, store = Wants(64, logits=True), StoreTeacher(tmp_path, 257, torch.device("cpu"))
+    found = store.score(batch, wants).logits(slice(None)).exp()
+    wanted = teacher.score(batch, wants).logits(slice(None)).softmax(-1)
     np.testing.assert_allclose(found.sum(-1).numpy(), 1.0, rtol=1e-5)
     # Four standard errors of a share of 4,000 draws.
     assert ((found - wanted).abs() <= 4 * (wanted * (1 - wanted) / 4000).sqrt() + 1e-4).all()

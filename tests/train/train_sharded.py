@@ -5,9 +5,9 @@ from __future__ import annotations
 from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 
-import dpkd.train.build as assembly
 from dpkd.cli.main import main
 from dpkd.models.head import causal_lm
+from dpkd.train import build as assembly
 
 make_optimizer = assembly.make_optimizer
 
