@@ -185,9 +185,13 @@ def rescore(folder: Path, metrics: Sequence[str] = CARD_METRICS) -> bool:
     if not path.is_file() or not lines:
         return False
     try:
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError):
+        text = path.read_text(encoding="utf-8")
+        card = ModelCard(text, ignore_metadata_errors=True) if text.startswith("---") else None
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return False
+    if card is None:
+        _write(path, with_scores(text, lines))
+        return True
     card.data.model_name = card.data.model_name or folder.resolve().name
     card.data.eval_results = _eval_results(lines)
     card.text = with_scores(card.text, lines)
@@ -238,7 +242,7 @@ def _sections(text: str) -> list[str]:
     return sections
 
 
-def _write(path: Path, card: ModelCard) -> None:
+def _write(path: Path, card: ModelCard | str) -> None:
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(f"{str(card).rstrip()}\n", encoding="utf-8", newline="\n")
     unfinished.replace(path)

@@ -288,9 +288,11 @@ def read_evaluations(folder: Path) -> dict[str, Scored]:
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of metrics, with the present names of metrics."""
-    return (
-        [{_renamed(name): value for name, value in row.items()} for row in read_metrics(path)] if path.is_file() else []
-    )
+    try:
+        rows = read_metrics(path) if path.is_file() else []
+    except RecursionError:
+        raise DpkdError(f"{path}: damaged: nested too deeply; write it anew, or remove it") from None
+    return [{_renamed(name): value for name, value in row.items()} for row in rows]
 
 
 def _renamed(name: str) -> str:
