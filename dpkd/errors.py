@@ -1,8 +1,9 @@
-"""Errors that a user can act on: the command line prints their text and never a traceback."""
+"""Errors that a user can act on: the command line prints their text and never a traceback; and deprecations."""
 
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from collections.abc import Iterable
 
 _BIDI = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
@@ -43,3 +44,12 @@ def printable(text: str) -> str:
 
 def _acts(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in _BIDI
+
+
+class PluginDeprecation(FutureWarning):
+    """A plugin uses something that will be removed. Shown by default: who runs the plugin can tell its author."""
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warn the caller of the caller that a name of dpkd.api is now another one."""
+    warnings.warn(f"{old} is deprecated; use `{new}`", PluginDeprecation, stacklevel=3)

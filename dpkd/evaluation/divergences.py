@@ -6,19 +6,19 @@ Shapes: N response tokens of all sequences, n of one chunk, V shared vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpkd.api import TokenScores
+from dpkd.api.teachers import Teacher, Wants
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.errors import DpkdError
 from dpkd.functional import gather_logps, kl, log_softmax
 from dpkd.models.chunked import chunk_rows, chunks
 from dpkd.models.head import head_of, hidden_rows
-from dpkd.teachers.base import Teacher, Wants
 
 # In the order of the columns of `_batch_columns`.
 _COLUMNS = ("logq_N", "logp_N", "forward_kl_N", "reverse_kl_N")
@@ -34,7 +34,7 @@ def measure(
     pad_id: int,
     text_bytes: int | None = None,
     batch_size: int = 16,
-    chunk_mib: float = 32.0,
+    chunk_mib: float | Literal["auto"] = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> TokenScores:
     """Log-probs and divergences of given responses; in eval mode, which is restored afterwards.
@@ -45,7 +45,7 @@ def measure(
     was_training = student.training
     student.eval()
     device = next(student.parameters()).device
-    size = chunk_rows(vocabulary, chunk_mib)
+    size = chunk_rows(vocabulary, chunk_mib, device)
     columns: list[list[Any]] = [[] for _ in _COLUMNS]
     owners: list[Any] = []
     try:

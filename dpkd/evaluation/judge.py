@@ -19,7 +19,7 @@ from typing import Any
 from dpkd.errors import DpkdError
 from dpkd.evaluation.chat import Endpoint, Reply, Sleep, chat, client
 from dpkd.evaluation.predictions import Prediction
-from dpkd.evaluation.results import write_json
+from dpkd.io import JsonLog, write_json
 
 SYSTEM = "You grade answers of language models. You are strict, and fair to answers of any length."
 PROMPT = """\
@@ -141,31 +141,18 @@ class _Verdicts:
     """The file of verdicts, by the hash of the question: an interrupted call goes on, a changed answer is new."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self.known: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_bytes().split(b"\n"):
-                if (verdict := _read_verdict(line)) is not None:
-                    self.known[verdict["question"]] = verdict
-            if not path.read_bytes().endswith(b"\n"):
-                with path.open("ab") as file:
-                    file.write(b"\n")
+        self._log = JsonLog(path, question=str)
+        self.known = {row["question"]: row for row in self._log.rows() if _is_verdict(row)}
 
     def add(self, verdict: dict[str, Any]) -> None:
         self.known[verdict["question"]] = verdict
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(verdict) + "\n")
+        self._log.append(verdict)
 
 
-def _read_verdict(line: bytes) -> dict[str, Any] | None:
-    """A verdict; None for a torn or damaged line, whose row is judged again."""
-    try:
-        verdict = json.loads(line)
-        counts = (verdict["prompt_tokens"], verdict["completion_tokens"])
-        whole = all(type(count) is int for count in counts) and 1 <= float(verdict["score"]) <= 10
-        return verdict if whole and isinstance(verdict["question"], str) else None
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return None
+def _is_verdict(row: Mapping[str, Any]) -> bool:
+    """Whether a line holds what is counted; the row of another one is judged again."""
+    counts, score = (row.get("prompt_tokens"), row.get("completion_tokens")), row.get("score")
+    return all(type(count) is int for count in counts) and isinstance(score, int | float) and 1 <= score <= 10
 
 
 def judge(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from dpkd.api import Answers, MetricSpec, TokenScores
 from dpkd.errors import DpkdError
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, bucket_labels, bucket_of
+from dpkd.io import write_json
 
 FORMAT = 2
 
@@ -30,7 +30,7 @@ class Metric:
     @classmethod
     def of(cls, spec: MetricSpec, values: Sequence[float]) -> Metric:
         """Values of the metric of a spec."""
-        return cls(tuple(values), spec.unit, spec.better, spec.label, spec.summary)
+        return cls(tuple(values), spec.unit, spec.better, spec.title, spec.summary)
 
     @property
     def mean(self) -> float:
@@ -177,11 +177,3 @@ def _mean(values: Sequence[float]) -> float | None:
 def write_scores(evaluation: Evaluation, folder: Path) -> Path:
     """Write scores.json, whole or not at all."""
     return write_json(folder / "scores.json", evaluation.as_dict())
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> Path:
-    """Write a JSON file for people and programs; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    return unfinished.replace(path)

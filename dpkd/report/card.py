@@ -17,6 +17,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpkd.api import Card
+from dpkd.io import write_text
 from dpkd.report import escapes
 from dpkd.report.names import finite, ordered
 from dpkd.report.reading import Scored, read_evaluations, title_of
@@ -74,7 +75,6 @@ class CardFacts:
 
 def write_model_card(folder: Path, facts: CardFacts) -> None:
     """Write `README.md` into a run folder, in place of an older one."""
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "README.md", model_card(facts))
 
 
@@ -243,6 +243,4 @@ def _sections(text: str) -> list[str]:
 
 
 def _write(path: Path, card: ModelCard | str) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(f"{str(card).rstrip()}\n", encoding="utf-8", newline="\n")
-    unfinished.replace(path)
+    write_text(path, f"{str(card).rstrip()}\n")

@@ -38,7 +38,7 @@ def title(metric: str) -> str:
     for who in ("student", "teacher"):
         if metric.startswith(f"{who}_answer_"):
             return f"{title(metric.removeprefix(f'{who}_answer_'))} (answers of the {who})"
-    return _built_in()[metric].label if metric in _built_in() else metric.replace("_", " ")
+    return _built_in()[metric].title if metric in _built_in() else metric.replace("_", " ")
 
 
 def better_by_name(metric: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dpkd.io import write_bytes
 from dpkd.report import sections, texts
 from dpkd.report.blocks import Block, Drawing, Group, Key, Section
 from dpkd.report.charts import BarPanel, LinePanel, Panel, chapters, length_panels
@@ -18,11 +19,8 @@ from dpkd.report.reading import Run
 
 def write_page(runs: Sequence[Run], output: Path) -> None:
     """Write the page; it appears whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(output.name + ".part")
     # Half a surrogate pair in a model's answer has no UTF-8; a question mark stands for it.
-    unfinished.write_bytes(page(runs).encode("utf-8", errors="replace"))
-    unfinished.replace(output)
+    write_bytes(output, page(runs).encode("utf-8", errors="replace"))
 
 
 def page(runs: Sequence[Run]) -> str:

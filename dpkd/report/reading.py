@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 
 from dpkd.config.yaml_text import parse
 from dpkd.errors import DpkdError
+from dpkd.io import JsonLog
 from dpkd.report.names import better_by_name, finite, title
 from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
@@ -288,10 +289,7 @@ def read_evaluations(folder: Path) -> dict[str, Scored]:
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of metrics, with the present names of metrics."""
-    try:
-        rows = read_metrics(path) if path.is_file() else []
-    except RecursionError:
-        raise DpkdError(f"{path}: damaged: nested too deeply; write it anew, or remove it") from None
+    rows = read_metrics(path) if path.is_file() else []
     return [{_renamed(name): value for name, value in row.items()} for row in rows]
 
 
@@ -333,24 +331,8 @@ def _json(path: Path, kind: type[T]) -> T | None:
 
 def _json_lines(path: Path, kind: type[T]) -> list[T]:
     """A file of one JSON object a line; a torn last line, of a run that was killed, is left out."""
-    if not path.is_file():
-        return []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DpkdError(f"{path}: cannot be read ({error})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise DpkdError(f"{path}:{number}: damaged: expected one JSON object on this line") from None
-            continue
-        rows.append(_checked(path, kind, value, f":{number}"))
-    return rows
+    rows = JsonLog(path).rows() if path.is_file() else []
+    return [_checked(path, kind, row, f":{number}") for number, row in enumerate(rows, start=1)]
 
 
 def _config(path: Path, text: str) -> Config:

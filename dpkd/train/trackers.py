@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.errors import DpkdError
+from dpkd.io import write_text
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -78,8 +79,7 @@ def _opened(name: str, folder: Path, run_name: str, config: Mapping[str, Any]) -
     else:
         tracker = TrackioTracker(PROJECT, name=kept or run_name, config=dict(config), resume=resume)
     tracker.start()
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{tracker.run.id if name == 'wandb' else tracker.run.name}\n", encoding="utf-8")
+    write_text(file, f"{tracker.run.id if name == 'wandb' else tracker.run.name}\n")
     return tracker
 
 

@@ -273,9 +273,7 @@ def test_the_question_holds_texts_as_they_are():
         messages_of(Prediction("a", where="p.jsonl:3"), "r")
 
 
-@pytest.mark.parametrize(
-    "url", ["file:///etc/passwd", "localhost:80", "", "ftp://x/y", "http://", "http://a:b"]
-)
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:80", "", "ftp://x/y", "http://", "http://a:b"])
 def test_only_http_is_asked(url):
     with pytest.raises(DpkdError, match="expected a URL"):
         _ = Endpoint(url, "m").address
@@ -355,16 +353,26 @@ def test_terminal_escapes_of_a_server_are_words(server, tmp_path):
     assert json.loads((tmp_path / "v.jsonl").read_text())["reply"] == "\\x1b[31mred\\u202e\nScore: 4"
 
 
-@pytest.mark.parametrize(
-    "line", ["{}", "[1]", '{"question": 3}', "\\x00", '{"question": "q", "score": "x"}', "[" * 9999, "NaN"]
-)
-def test_damaged_verdicts_are_judged_again(server, tmp_path, line):
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"question": 3}', "\\x00", "[" * 9999, "NaN"])
+def test_a_damaged_line_of_verdicts_is_named_and_nothing_is_asked(server, tmp_path, line):
     server.script = [completion("Score: 5")]
     run(server, tmp_path, 2)
     file = tmp_path / "v.jsonl"
-    kept = file.read_text().splitlines()
-    damaged = json.dumps({**json.loads(kept[0]), "prompt_tokens": "many"})
-    file.write_text(f"{line}\n{damaged}\n{kept[1]}")
+    file.write_text(f"{line}\n{file.read_text()}")
+    with pytest.raises(DpkdError, match=r"v\.jsonl:1: expected one JSON object"):
+        run(server, tmp_path, 2)
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt_tokens": "many"}, {"score": None}, {"score": 11}, {"completion_tokens": 1.5}]
+)
+def test_a_verdict_without_its_counts_is_judged_again(server, tmp_path, change):
+    server.script = [completion("Score: 5")]
+    run(server, tmp_path, 2)
+    file = tmp_path / "v.jsonl"
+    first, second = file.read_text().splitlines()
+    file.write_text(json.dumps({**json.loads(first), **change}) + f"\n{second}\n")
     report = run(server, tmp_path, 2)
     assert (report.scores, report.asked) == ((5.0, 5.0), 1)
 
