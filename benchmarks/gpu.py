@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -477,11 +478,11 @@ def part_decode(book: Book, tiny: bool) -> None:
         prompts = [list(s.prompt_ids) for s in sequences(rows, (4, 8) if tiny else (32, 128), (2, 2), vocabulary)]
         # The floor first: others are measured against it.
         ways: dict[str, Callable[[], float]] = {
-            "CUDA graph of one step (floor)": lambda: graph_floor(model, prompts, new),
-            "dpkd": lambda: decode_ours(model, prompts, new, "auto"),
-            "dpkd, eager": lambda: decode_ours(model, prompts, new, "eager"),
-            "generate": lambda: decode_generate(model, prompts, new, None),
-            "generate, static cache": lambda: decode_generate(model, prompts, new, "static"),
+            "CUDA graph of one step (floor)": partial(graph_floor, model, prompts, new),
+            "dpkd": partial(decode_ours, model, prompts, new, "auto"),
+            "dpkd, eager": partial(decode_ours, model, prompts, new, "eager"),
+            "generate": partial(decode_generate, model, prompts, new, None),
+            "generate, static cache": partial(decode_generate, model, prompts, new, "static"),
         }
         for name, way in ways.items():
             book.take(part, name, lambda way=way, rows=rows: _rate(way(), rows, new))

@@ -44,7 +44,7 @@ from dpkd.api.losses import (
     preset,
     setting,
 )
-from dpkd.api.metrics import Answers, MetricSpec
+from dpkd.api.metrics import Answers, MetricSpec, TokenScores
 from dpkd.api.sources import (
     Refreshed,
     Response,
@@ -111,6 +111,7 @@ __all__ = [
     "Text",
     "TokenInputs",
     "TokenLoss",
+    "TokenScores",
     "Trait",
     "UndeclaredSignal",
     "Wants",
