@@ -1,4 +1,4 @@
-"""The Python of docs/python.md, of docs/library.md and of the README runs, on toy models under the names that they use."""
+"""The Python of docs/python.md, docs/library.md and the README runs, on toy models under the names that they use."""
 
 from __future__ import annotations
 
