@@ -12,7 +12,7 @@ from dpkd.api import Family, LossSpec, Rollout, TeacherAccess, Text
 from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.models.chunked import token_logps
 from dpkd.models.head import head_of, hidden_rows
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.rollout.response import Response
 from dpkd.teachers.base import Wants
 from dpkd.teachers.local import LocalTeacher
@@ -107,14 +107,14 @@ def engine_step(
 
     student, teacher = models
     device = next(student.parameters()).device
-    spec: LossSpec = load_host().get(name).spec
+    spec: LossSpec = load_registry().get(LossSpec, name).spec
     loss = spec.loss(config := spec.config(**(settings or {})))
     vocabulary = student.get_output_embeddings().weight.shape[0]
     losses = {"main": loss} | ({"pretrain": LanguageModelling(LanguageModellingConfig(kd_ratio=0.5))} if corpus else {})
     if compiled is not None:
         loss.compile(backend=compiled)
     loss_module = LossModule(student, losses, vocabulary=vocabulary, chunk_mib=chunk_mib)
-    live = LocalTeacher(teacher, vocabulary, device)
+    live = LocalTeacher.of(teacher, vocabulary, device)
     pairs = spec.family is Family.PAIR
     groups = _units(sequences, pairs)
     if spec.family is Family.ROLLOUT:

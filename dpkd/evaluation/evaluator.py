@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +25,10 @@ from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import DTYPES
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import difference, shared_vocabulary
-from dpkd.plugins import load_metrics
+from dpkd.plugins import Registry, load_registry
 from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.rollout.settings import SamplingSettings
+from dpkd.teachers.base import Teacher
 from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
@@ -81,12 +82,16 @@ class EvaluationSettings:
         return tuple(self.seeds[:1]) if self.sampling.temperature == 0 else tuple(self.seeds)
 
 
-def metric_specs(say: Callable[[str], None] | None = None) -> dict[str, MetricSpec]:
-    """All installed metrics; what could not be loaded is said."""
-    specs, broken = load_metrics()
-    for plugin in broken if say is not None else ():
+def metric_specs(registry: Registry, say: Callable[[str], None] | None = None) -> dict[str, MetricSpec]:
+    """All installed metrics; `say` is told what could not be loaded.
+
+    Raises DpkdError when two plugins have a metric of one name.
+    """
+    registry.check_conflicts(MetricSpec)
+    specs = {name: found.spec for name, found in registry.all(MetricSpec).items()}
+    for plugin in registry.broken if say is not None else ():
         assert say is not None
-        say(f"the metrics of {plugin.entry_point} ({plugin.distribution}) could not be loaded: {plugin.reason}")
+        say(f"the plugin {plugin.entry_point} ({plugin.distribution}) could not be loaded: {plugin.reason}")
     return specs
 
 
@@ -103,8 +108,11 @@ class Evaluator:
         *,
         dtype: str = "float32",
         given: InMemory | None = None,
+        registry: Registry | None = None,
     ) -> None:
         """`dtype` is that of the weights where the settings say `auto`; `auto`: as stored.
+
+        `registry` has the metrics; None: all that are installed.
 
         `given` has what is in memory of model, teacher and rows; its models keep their type.
         In half precision an answer depends on the rows beside it in its batch; in float32 all but never.
@@ -113,6 +121,7 @@ class Evaluator:
         if dtype not in ("auto", *DTYPES):
             raise DpkdError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
         self.given = given or InMemory()
+        self.registry = registry or load_registry()
         self.tokenizer = self.given.tokenizer(model)
         self.note: str | None = None
         if teacher is not None and teacher.model is not None:
@@ -130,7 +139,7 @@ class Evaluator:
             size = loaded.get_output_embeddings().weight.shape[0]
             shared = shared_vocabulary(self.tokenizer, self.given.tokenizer(teacher), self.vocabulary, size)
             self.vocabulary = shared.size
-            self.teacher = LocalTeacher(loaded, self.vocabulary, torch.device(device))
+            self.teacher = LocalTeacher.of(loaded, self.vocabulary, torch.device(device))
             self.teacher_fingerprint = self.given.fingerprint(teacher)
         self.fingerprint = self.given.fingerprint(model)
 
@@ -195,7 +204,7 @@ class Evaluator:
             teacher=self.teacher,
             vocabulary=self.vocabulary,
             settings=settings,
-            specs=metric_specs(say),
+            specs=metric_specs(self.registry, say),
             answer_cache=answer_cache,
             teacher_answer_cache=teacher_answer_cache,
             progress=progress,
@@ -246,10 +255,10 @@ def evaluate_model(
     inputs: Inputs,
     tokenizer: Any,
     *,
-    teacher: LocalTeacher | None,
+    teacher: Teacher | None,
     vocabulary: int,
     settings: EvaluationSettings,
-    specs: dict[str, MetricSpec],
+    specs: Mapping[str, MetricSpec],
     answer_cache: AnswerCache | None = None,
     teacher_answer_cache: AnswerCache | None = None,
     progress: Progress | None = None,
@@ -299,7 +308,7 @@ class _DivergenceMeter:
     """Divergences of a model to its teacher, on whatever responses."""
 
     model: Any
-    teacher: LocalTeacher | None
+    teacher: Teacher | None
     tokenizer: Any
     vocabulary: int
     tell: Progress
@@ -333,6 +342,7 @@ def _rewards(
 ) -> dict[str, Metric]:
     """Implicit reward log q/p of the student's own answers and of the teacher's, under the first seed."""
     assert meter.teacher is not None
+    assert meter.teacher.model is not None
     teachers = answer(
         meter.teacher.model,
         inputs.prompts,

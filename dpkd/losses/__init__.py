@@ -19,14 +19,14 @@ from dpkd.losses.distillation import DistillationLoss
 from dpkd.losses.outputs import pair_logps, token_logps
 from dpkd.losses.policy import PolicyLoss
 from dpkd.losses.preference import PreferenceLoss
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 
 __all__ = ["DistillationLoss", "PolicyLoss", "PreferenceLoss", "available", "get", "pair_logps", "token_logps"]
 
 
 def available() -> dict[str, str]:
     """The names of all installed losses, each with its summary of one line."""
-    return {name: loss.spec.card.summary for name, loss in sorted(load_host().losses.items())}
+    return {name: loss.spec.card.summary for name, loss in sorted(load_registry().losses.items())}
 
 
 def get(
@@ -42,7 +42,7 @@ def get(
     Returns a `DistillationLoss` for a loss on tokens, a `PolicyLoss` for one on sampled responses, a `PreferenceLoss`
     for one on pairs. Raises DpkdError for an unknown name, SettingsError for wrong settings.
     """
-    spec = load_host().get(loss).spec if isinstance(loss, str) else loss
+    spec = load_registry().get(LossSpec, loss).spec if isinstance(loss, str) else loss
     config = checked(spec.config, settings, "loss")
     if issubclass(spec.loss, PairLoss):
         return PreferenceLoss(spec, config, vocabulary)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.errors import DpkdError
+from dpkd.io import write_json
 from dpkd.report.reading import Run, Scored
 
 if TYPE_CHECKING:
     from dpkd.data.batches import TokenSequence
-    from dpkd.teachers.local import LocalTeacher
+    from dpkd.teachers.base import Teacher
 
 FILE = "token_rewards.json"
 
@@ -36,7 +37,6 @@ def write_token_rewards(run: Run, count: int) -> Path:
 
     Raises DpkdError when the run has no teacher, no model yet, or no answer to look at.
     """
-    from dpkd.evaluation.results import write_json
     from dpkd.evaluation.target import find_target
 
     answers = answers_of(run, count)
@@ -44,7 +44,7 @@ def write_token_rewards(run: Run, count: int) -> Path:
     if target.teacher is None or target.teacher.model is None:
         raise DpkdError(f"--token-rewards: {run.path} was trained without a teacher; there is no reward to show")
     rows = _rewards(target.model, target.teacher, answers, run.config)
-    return write_json(run.path / FILE, rows)  # type: ignore[arg-type]
+    return write_json(run.path / FILE, rows)
 
 
 def answers_of(run: Run, count: int) -> list[Answer]:
@@ -139,7 +139,7 @@ def _tokens(sequence: TokenSequence, rewards: Sequence[float], tokenizer: Any) -
 
 def token_rewards(
     student: Any,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     sequences: Sequence[TokenSequence],
     *,
     vocabulary: int,

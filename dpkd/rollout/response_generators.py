@@ -69,7 +69,12 @@ class StudentGenerator:
         sampled = self.lend(lambda _student: self._drawn(indices, period))
         if self.loss is None:
             return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
-        drawn = [Response(s.response_ids, Text.STUDENT, s.truncated, s.logps, s.behaviour_logps) for s in sampled]
+        drawn = [
+            Response(
+                s.response_ids, Text.STUDENT, s.truncated, tuple(s.logps.tolist()), tuple(s.behaviour_logps.tolist())
+            )
+            for s in sampled
+        ]
         return self._scored([i for i in indices for _ in range(self.settings.num_generations)], drawn)
 
     def _drawn(self, indices: list[int], period: int) -> Sequence[Sampled]:

@@ -1,40 +1,45 @@
 """A teacher with another tokenizer: it reads its own tokens of the text, and answers over both vocabularies.
 
-Shapes: N of the teacher's response tokens, S aligned spans, n of one chunk, H hidden, U tokens of the union.
+Shapes: N of the teacher's response tokens, S aligned spans, s of those in one chunk, H hidden, U tokens of the union.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpkd.api import Signal, TeacherAccess
-from dpkd.cross_tokenizer.retokenize import AlignedBatch
-from dpkd.cross_tokenizer.union_vocabulary import UnionVocabulary
+from dpkd.cross_tokenizer.retokenize import AlignedBatch, Retokenizer
+from dpkd.cross_tokenizer.union_vocabulary import unite
 from dpkd.data.batches import Batch
 from dpkd.functional import gather_logps, log_softmax, segment_sum
 from dpkd.models.chunked import token_logps
-from dpkd.teachers.base import Wants
+from dpkd.models.tokenizers import SharedVocabulary
+from dpkd.teachers.base import Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.teachers.local import LocalTeacher, TeacherRows
 
 
-@dataclass(frozen=True)
-class AlignedRows:
-    """What the teacher says at each span: `rows` of its own tokens, and `batch`, which says which belong together."""
+class AlignedRows(TeacherOutput):
+    """What the teacher says at each span: `rows` of its own tokens, and `batch`, which says which belong together.
 
-    rows: TeacherRows
-    batch: AlignedBatch
-    union: UnionVocabulary
-    rest: Tensor  # [S] log-prob in nats of the span's tokens after its first, 0 where there are none
-    layers: Mapping[int, Tensor] = field(default_factory=dict)  # hidden states are token by token
+    rest  [S] log-prob in nats of the span's tokens after its first, 0 where there are none
+    """
+
+    def __init__(self, rows: TeacherRows, batch: AlignedBatch, union: Any) -> None:
+        super().__init__(rows.targets, rows.chunk)
+        self.rows, self.batch, self.union = rows, batch, union
+        at = batch.teacher
+        rest_R = token_logps(rows.hidden[at.rest], rows.head, rows.targets[at.rest], rows.chunk)
+        self.rest = segment_sum(rest_R, at.span, len(at.first))
 
     @torch.no_grad()
     def logits(self, rows: slice) -> Tensor:
-        """Logits `[n, U]` at the first token of some spans, float32; -inf for tokens that only the student has."""
-        return self.union.of_teacher(self.rows.head.logits(self.rows.hidden[self.batch.teacher.first[rows]]))
+        """Logits `[s, U]` at the first token of some spans, float32; -inf for tokens that only the student has."""
+        hidden = self.rows.hidden[self.batch.teacher.first[rows]]
+        return self.union.of_teacher(self.rows.head.logits(hidden))  # type: ignore[no-any-return]
 
     def logps(self) -> Tensor:
         """Log-prob in nats of each of the teacher's own response tokens."""
@@ -61,21 +66,47 @@ class AlignedRows:
         return bool(torch.isfinite(self.rows.hidden).all())
 
 
-class AlignedTeacher:
-    """A frozen causal LM whose tokenizer is not the student's."""
+class AlignedTeacher(Teacher):
+    """A causal LM whose tokenizer is not the student's: both are compared at spans of text that both delimit."""
 
     offers = TeacherAccess.LOGITS
     measurable = False
 
-    def __init__(self, local: LocalTeacher, union: UnionVocabulary) -> None:
-        """`local` is cut to the teacher's own vocabulary."""
-        self.local, self.union = local, union
-        self.model, self.widest = local.model, union.size
+    def __init__(self, local: LocalTeacher, retokenizer: Retokenizer) -> None:
+        self.local, self.retokenizer = local, retokenizer
+        self.tokenizer, self.config = local.tokenizer, local.config
+
+    @property
+    def model(self) -> nn.Module | None:  # type: ignore[override]
+        """The causal LM."""
+        return self.local.model
+
+    def describe(self) -> str:
+        return self.local.describe()
+
+    def fingerprint(self) -> str:
+        return self.local.fingerprint()
+
+    def weight_bytes(self) -> float:
+        return self.local.weight_bytes()
+
+    def load(self, device: torch.device) -> None:
+        self._device = device
+        self.local.load(device)
+
+    def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
+        """Each keeps its own ids; losses see the union of both."""
+        union = unite(self.retokenizer.student, self.retokenizer.teacher, student_rows, self.local.vocabulary)
+        self.local.cut(union.teacher)
+        self.widest, self.vocabulary = union.size, union.teacher
+        self.union = union.to(self._device)
+        return SharedVocabulary(union.student)
 
     @torch.no_grad()
     def score(self, batch: Batch | AlignedBatch, wants: Wants) -> AlignedRows:
         """What it says at each span of a batch: one forward, in its own tokens."""
         assert isinstance(batch, AlignedBatch)
-        rows, at = self.local.score(batch.batch, wants), batch.teacher
-        rest_R = token_logps(rows.hidden[at.rest], rows.head, rows.targets[at.rest], wants.chunk)
-        return AlignedRows(rows, batch, self.union, segment_sum(rest_R, at.span, len(at.first)))
+        return AlignedRows(self.local.score(batch.batch, wants), batch, self.union)
+
+    def text(self) -> TeacherText:
+        return self.local.text()

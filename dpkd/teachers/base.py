@@ -1,4 +1,4 @@
-"""What the engine asks of a teacher, whatever it is: a model in memory, a store, a server, several of them.
+"""The interface of a teacher, whatever it is: a model in memory, a store, a server, several of them.
 
 Shapes: N response positions of a micro-batch, n of one chunk, V shared vocabulary, H hidden.
 """
@@ -6,13 +6,19 @@ Shapes: N response positions of a micro-batch, n of one chunk, V shared vocabula
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dpkd.api import Signal, TeacherAccess
 from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.data.batches import Batch
+from dpkd.functional import gather_logps, log_softmax
+from dpkd.models.chunked import chunks
+from dpkd.models.tokenizers import SharedVocabulary, shared_vocabulary
 
 
 class Wants(NamedTuple):
@@ -33,47 +39,109 @@ class Wants(NamedTuple):
         return self.logps or self.logits or bool(self.layers)
 
 
-class TeacherOutput(Protocol):
-    """What a teacher says of one micro-batch. Logits are made a chunk at a time: `[N, V]` is never held."""
+class TeacherOutput:
+    """What a teacher says of one micro-batch. A subclass makes the logits of some rows; `[N, V]` is never held.
 
-    @property
-    def layers(self) -> Mapping[int, Tensor]:
-        """Hidden states `[N, H]` by layer, those that were wanted."""
+    targets  the response tokens `[N]`
+    chunk    rows of logits that may be held at a time
+    layers   hidden states `[N, H]` by layer, those that were wanted
+    """
+
+    def __init__(self, targets: Tensor, chunk: int, layers: Mapping[int, Tensor] | None = None) -> None:
+        self.targets, self.chunk, self.layers = targets, chunk, dict(layers or {})
 
     def logits(self, rows: slice) -> Tensor:
         """Logits `[n, V]` of some rows, in float32, without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} makes no logits")
 
+    @torch.no_grad()
     def logps(self) -> Tensor:
         """Log-prob `[N]` in nats of each response token."""
+        parts = [
+            gather_logps(log_softmax(self.logits(rows)), self.targets[rows])
+            for rows in chunks(len(self.targets), self.chunk)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, device=self.targets.device)
 
     def signals(self, student_logits_nV: Tensor, targets_n: Tensor, rows: slice) -> Mapping[Signal, Tensor]:
-        """What a loss that reads the teacher gets for some rows of the student, in place of the plain signals."""
+        """What a loss that reads the teacher gets for some rows of the student, beside or in place of the rest."""
+        return {Signal.TEACHER_LOGITS: self.logits(rows).to(student_logits_nV.dtype)}
 
     def is_finite(self) -> bool:
         """Whether its numbers are; asked when a loss is not."""
+        return bool(torch.isfinite(self.logits(slice(0, 64))).all())
 
 
-class Teacher(Protocol):
-    """A frozen teacher.
+@dataclass(frozen=True)
+class TeacherText:
+    """Where a teacher's own responses come from.
 
-    offers      what it can give; compared with what the losses need before anything is loaded
-    measurable  whether it has the whole distribution at every row of the student's own tokens, so that divergences
-                can be logged
-    model       the causal LM, where it is one in this process: a student may start from its layers
-    widest      logits of a row that a loss sees, where that is more than the student's vocabulary
+    model        what writes them; None: nothing can, so all that are wanted must be in `folder`
+    vocabulary   ids that may be drawn
+    fingerprint  whose they are, for the key of the store of responses
+    folder       the store of responses; None: the user's
     """
 
-    @property
-    def offers(self) -> TeacherAccess: ...
+    model: nn.Module | None
+    vocabulary: int
+    fingerprint: str
+    folder: Path | None = None
 
-    @property
-    def measurable(self) -> bool: ...
 
-    @property
-    def model(self) -> nn.Module | None: ...
+class Teacher:
+    """A frozen teacher. Making one is cheap: the plan asks it what it is, and `load` brings what it needs to answer.
 
-    @property
-    def widest(self) -> int | None: ...
+    offers      the most that it can give; compared with what the losses need before anything is loaded
+    tokenizer   its own; None where its ids are the student's by construction
+    config      of the causal LM, where it is one: sizes, and the longest sequence that it reads
+    model       that LM, once it is loaded: a student may start from its layers
+    measurable  whether it has the whole distribution at every row of the student's tokens: divergences are logged
+    widest      logits of a row that a loss sees, where that is more than the student's vocabulary
+    vocabulary  ids that it predicts, once it is loaded
+    """
+
+    offers: TeacherAccess = TeacherAccess.LOGITS
+    tokenizer: Any | None = None
+    config: Any | None = None
+    model: nn.Module | None = None
+    measurable: bool = True
+    widest: int | None = None
+    vocabulary: int = 0
+
+    def describe(self) -> str:
+        """For the plan: what it is, how large it is, and what it offers."""
+        return f"{type(self).__name__}, offers {self.offers.value}"
+
+    def fingerprint(self) -> str:
+        """Who it is: changes when its answers do. Goes into run.json, and into the keys of stores."""
+        raise NotImplementedError(f"{type(self).__name__} needs a fingerprint")
+
+    def weight_bytes(self) -> float:
+        """Memory of its weights in this process."""
+        return 0.0
+
+    def check(self, tokenizer: Any) -> None:
+        """Raises DpkdError when it cannot be the teacher of a student with this tokenizer; nothing is loaded yet."""
+
+    def load(self, device: torch.device) -> None:
+        """Bring what it needs to answer. `device` is the student's, where the losses are computed."""
+
+    def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
+        """The ids that both predict: from here on it predicts no others.
+
+        `student_rows` is the number of rows of the student's output head. Raises DpkdError when the two do not fit.
+        """
+        shared = shared_vocabulary(tokenizer, self.tokenizer or tokenizer, student_rows, self.vocabulary)
+        self.vocabulary = shared.size
+        return shared
 
     def score(self, batch: Batch | AlignedBatch, wants: Wants) -> TeacherOutput:
-        """What it says of the response positions of a batch, without gradient; AlignedBatch across tokenizers."""
+        """What it says of the response positions of a batch, without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} scores nothing")
+
+    def text(self) -> TeacherText | None:
+        """Where its own responses come from; None where it writes none."""
+        return None
+
+    def close(self) -> None:
+        """Give back what lies outside this process's memory."""

@@ -3,76 +3,130 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpkd.api import Signal, TeacherAccess
+from dpkd.api import TeacherAccess
 from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.data.batches import Batch
-from dpkd.models.chunked import token_logps
-from dpkd.models.head import Head, head_of
+from dpkd.errors import DpkdError
+from dpkd.models.head import Head, check_head, head_of
+from dpkd.models.in_memory import InMemory
 from dpkd.models.layers import layer_rows
-from dpkd.teachers.base import Wants
+from dpkd.models.loading import DTYPES, count_parameters
+from dpkd.models.quantization import check_quantization, quantization_of, weight_bytes
+from dpkd.models.settings import TeacherSettings
+from dpkd.models.tokenizers import SharedVocabulary
+from dpkd.teachers.base import Teacher, TeacherOutput, TeacherText, Wants
 
 
-@dataclass(frozen=True)
-class TeacherRows:
-    """The teacher's hidden states of the packed rows `[N, H]`, and its head: logits are made a chunk at a time.
+class TeacherRows(TeacherOutput):
+    """The teacher's hidden states of the packed rows `[N, H]`, and its head: logits are made a chunk at a time."""
 
-    `layers` has the hidden states `[N, H]` of further layers, where a loss reads them; `targets` `[N]` has the response
-    tokens, `chunk` the rows of logits that may be held at a time.
-    """
-
-    hidden: Tensor
-    head: Head
-    targets: Tensor
-    chunk: int
-    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    def __init__(
+        self, hidden: Tensor, head: Head, targets: Tensor, chunk: int, layers: Mapping[int, Tensor] | None = None
+    ) -> None:
+        super().__init__(targets, chunk, layers)
+        self.hidden, self.head = hidden, head
 
     @torch.no_grad()
     def logits(self, rows: slice) -> Tensor:
         """Logits `[n, V]` of some rows, in float32, without gradient."""
         return self.head.logits(self.hidden[rows])
 
-    @torch.no_grad()
-    def logps(self) -> Tensor:
-        """Log-prob `[N]` in nats of each response token."""
-        return token_logps(self.hidden, self.head, self.targets, self.chunk)
-
-    def signals(self, student_logits_nV: Tensor, targets_n: Tensor, rows: slice) -> Mapping[Signal, Tensor]:
-        """The teacher's logits beside the student's."""
-        return {Signal.TEACHER_LOGITS: self.logits(rows).to(student_logits_nV.dtype)}
-
     def is_finite(self) -> bool:
         """Whether hidden states and some logits are."""
-        return bool(torch.isfinite(self.hidden).all()) and bool(torch.isfinite(self.logits(slice(0, 64))).all())
+        return bool(torch.isfinite(self.hidden).all()) and super().is_finite()
 
 
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """A frozen causal LM in eval mode."""
 
     offers = TeacherAccess.HIDDEN
-    measurable = True
-    widest = None
 
-    def __init__(self, model: torch.nn.Module, vocabulary: int, device: torch.device) -> None:
-        """`device` is the student's, where the losses are computed."""
-        self.model = model.eval().requires_grad_(False)
-        self._device = device
+    def __init__(self, settings: TeacherSettings, in_memory: InMemory) -> None:
+        """Reads configuration and tokenizer. Raises DpkdError when they, the device or a package are not there."""
+        check_quantization(settings)
+        check_device(settings.device)
+        self._settings, self._in_memory = settings, in_memory
+        self.config = in_memory.config(settings)
+        self.tokenizer = in_memory.tokenizer(settings)
         self.forwards = 0
-        head = head_of(model, vocabulary)
-        self._head = Head(
-            head.weight.detach().to(device), None if head.bias is None else head.bias.detach().to(device), head.rule
+
+    @classmethod
+    def of(cls, model: nn.Module, vocabulary: int, device: torch.device) -> LocalTeacher:
+        """The teacher that a model in memory is, over the first ids of its vocabulary."""
+        teacher = cls.__new__(cls)
+        teacher.forwards = 0
+        teacher._use(model, device)
+        teacher.cut(vocabulary)
+        return teacher
+
+    def describe(self) -> str:
+        packed = quantization_of(self._settings)
+        size = f"{count_parameters(self.config) / 1e6:,.1f} M parameters"
+        return f"{self._settings.model}, {size}, offers {self.offers.value}" + (
+            f", weights in {packed}" if packed else ""
         )
+
+    def fingerprint(self) -> str:
+        return self._in_memory.fingerprint(self._settings)
+
+    def weight_bytes(self) -> float:
+        stored = getattr(self.config, "dtype", None) or torch.float32
+        width = DTYPES.get(self._settings.dtype, stored).itemsize
+        return float(weight_bytes(self.config, count_parameters(self.config), width, quantization_of(self._settings)))
+
+    def load(self, device: torch.device) -> None:
+        home = torch.device(self._settings.device or device)
+        model: Any = self._in_memory.load(self._settings, device=home, dtype=None)
+        check_head(model)
+        self._use(model, device)
+
+    def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
+        shared = super().share(tokenizer, student_rows)
+        self.cut(shared.size)
+        return shared
 
     @torch.no_grad()
     def score(self, batch: Batch | AlignedBatch, wants: Wants) -> TeacherRows:
         """One forward of the backbone; log-probs and logits are made from its rows when they are asked for."""
         assert isinstance(batch, Batch)
+        assert self.model is not None
         self.forwards += 1
         home = next(self.model.parameters()).device
         hidden, states = layer_rows(self.model, batch.to(home), wants.layers)
         there = {i: state.to(self._device) for i, state in states.items()}
         return TeacherRows(hidden.to(self._device), self._head, batch.targets.to(self._device), wants.chunk, there)
+
+    def text(self) -> TeacherText:
+        return TeacherText(self.model, self.vocabulary, self.fingerprint())
+
+    def _use(self, model: nn.Module, device: torch.device) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._device = device
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+
+    def cut(self, vocabulary: int) -> None:
+        """Predict the first ids only. The head is on the student's device, where the losses are computed."""
+        assert self.model is not None
+        self.vocabulary = vocabulary
+        head = head_of(self.model, vocabulary)
+        bias = None if head.bias is None else head.bias.detach().to(self._device)
+        self._head = Head(head.weight.detach().to(self._device), bias, head.rule)
+
+
+def check_device(name: str | None) -> None:
+    """Raises DpkdError when a device is not available on this machine."""
+    if name is None:
+        return
+    try:
+        # The smallest use of it: a name may be right and the device absent.
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DpkdError(
+            f"teacher.device: {name} is not available on this machine ({first}); expected cpu, cuda, cuda:1 or mps"
+        ) from error

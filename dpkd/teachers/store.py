@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpkd.api import Signal, TeacherAccess
+from dpkd.api import TeacherAccess
 from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.data.batches import Batch
+from dpkd.errors import DpkdError
 from dpkd.functional import at_least_float32
-from dpkd.teachers.base import Wants
+from dpkd.models.tokenizers import SharedVocabulary, tokenizer_fingerprint
+from dpkd.teachers.base import Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.teachers.store_manifest import Manifest, read_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key
 
 
-@dataclass(frozen=True)
-class StoredRows:
-    """What a store knows of the packed rows `[N]`: some tokens with their log-probs, and the mass of all others."""
+class StoredRows(TeacherOutput):
+    """What a store knows of the packed rows `[N]`.
 
-    ids: Tensor  # [N, K]
-    top: Tensor  # [N, K]
-    rest: Tensor  # [N] log of the mass that is left
-    vocabulary: int
-    given: Tensor  # [N] log-probs of the response tokens
-    layers: Mapping[int, Tensor] = field(default_factory=dict)  # a store has none
+    given  [N] log-probs of the response tokens
+    ids    [N, K] some tokens, top [N, K] their log-probs, rest [N] log of the mass of all others
+    """
+
+    def __init__(
+        self, given: Tensor, ids: Tensor, top: Tensor, rest: Tensor, *, targets: Tensor, wants: Wants, vocabulary: int
+    ) -> None:
+        super().__init__(targets, wants.chunk)
+        self.given, self.ids, self.top, self.rest, self.vocabulary = given, ids, top, rest, vocabulary
 
     def logits(self, rows: slice) -> Tensor:
         """Log-probs `[n, V]` of some rows: those stored as they are, the mass of the rest spread evenly over it.
@@ -42,32 +45,76 @@ class StoredRows:
         return dense_nV.scatter_(1, ids_nK, logps_nK)
 
     def logps(self) -> Tensor:
-        """Log-prob `[N]` in nats of each response token."""
+        """Log-prob `[N]` in nats of each response token, as it was stored."""
         return self.given
-
-    def signals(self, student_logits_nV: Tensor, targets_n: Tensor, rows: slice) -> Mapping[Signal, Tensor]:
-        """What is known of the teacher's distribution, beside the student's logits."""
-        return {Signal.TEACHER_LOGITS: self.logits(rows).to(student_logits_nV.dtype)}
 
     def is_finite(self) -> bool:
         """Whether the stored log-probs are."""
         return bool(torch.isfinite(self.given).all()) and bool(torch.isfinite(self.top).all())
 
 
-class StoreTeacher:
-    """A store, in the place of a model."""
+class StoreTeacher(Teacher):
+    """A store of what a teacher says of fixed text, in the place of a model."""
 
     measurable = False
-    model = None
-    widest = None
 
-    def __init__(self, folder: Path, vocabulary: int, device: torch.device) -> None:
-        """Raises DpkdError when the folder is no store."""
+    def __init__(self, folder: Path) -> None:
+        """Raises DpkdError when the folder holds no store."""
         self.manifest: Manifest = read_manifest(folder)
         self.folder = folder
-        self.vocabulary = vocabulary
-        self._shards = Shards(folder)
+        self.vocabulary = self.manifest.vocabulary
+
+    @property
+    def offers(self) -> TeacherAccess:  # type: ignore[override]
+        """What kind of numbers it has."""
+        return {"tokens": TeacherAccess.TOKEN_LOGPS, "topk": TeacherAccess.TOP_K, "sampled": TeacherAccess.SAMPLED}[
+            self.manifest.kind
+        ]
+
+    def describe(self) -> str:
+        return f"none in memory; the store {self.folder} has {self.manifest.sentence()}"
+
+    def fingerprint(self) -> str:
+        return self.manifest.model
+
+    def check(self, tokenizer: Any) -> None:
+        if self.manifest.tokenizer != tokenizer_fingerprint(tokenizer):
+            raise DpkdError(
+                f"teacher.store: {self.folder} was written with another tokenizer than the student's: its ids mean "
+                "other tokens"
+            )
+
+    def load(self, device: torch.device) -> None:
+        self._shards = Shards(self.folder)
         self._device = device
+
+    def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
+        if self.vocabulary > student_rows:
+            raise DpkdError(
+                f"teacher.store: {self.folder} has ids up to {self.vocabulary - 1:,}, but the student's output head "
+                f"has only {student_rows:,} rows"
+            )
+        return SharedVocabulary(self.vocabulary)
+
+    def score(self, batch: Batch | AlignedBatch, wants: Wants) -> StoredRows:
+        """What is known of each response position; for a `sampled` store the empirical distribution of the draws."""
+        assert isinstance(batch, Batch)
+        found = self._read(batch)
+        given_N = found.get("logps", torch.zeros(0, device=self._device))
+        ids_NK, top_NK, rest_N = given_N.new_zeros(len(given_N), 0).long(), given_N.new_zeros(len(given_N), 0), given_N
+        if "ids" in found:
+            ids_NK = found["ids"].long()
+            top_NK, rest_N = found.get("top", torch.empty(0)), found.get("rest", torch.empty(0))
+        if self.manifest.kind == "sampled":
+            top_NK = (_counts(ids_NK) / self.manifest.k).log()
+            rest_N = torch.full((len(ids_NK),), -math.inf, device=self._device)
+        return StoredRows(
+            given_N, ids_NK, top_NK, rest_N, targets=batch.targets, wants=wants, vocabulary=self.vocabulary
+        )
+
+    def text(self) -> TeacherText:
+        """Its responses were written with it."""
+        return TeacherText(None, self.vocabulary, self.manifest.model, self.folder / "responses")
 
     def _read(self, batch: Batch) -> dict[str, Tensor]:
         """The rows of a batch, packed like its own. Raises DpkdError for text that the store does not have."""
@@ -78,28 +125,6 @@ class StoreTeacher:
         ]
         names = parts[0].keys() if parts else ("logps",)
         return {name: torch.cat([part[name] for part in parts]).to(self._device) for name in names if parts}
-
-    @property
-    def offers(self) -> TeacherAccess:
-        """What kind of numbers it has."""
-        return {"tokens": TeacherAccess.TOKEN_LOGPS, "topk": TeacherAccess.TOP_K, "sampled": TeacherAccess.SAMPLED}[
-            self.manifest.kind
-        ]
-
-    def score(self, batch: Batch | AlignedBatch, wants: Wants) -> StoredRows:
-        """What is known of each response position; for a `sampled` store the empirical distribution of the draws."""
-        assert isinstance(batch, Batch)
-        found = self._read(batch)
-        given_N = found.get("logps", torch.zeros(0, device=self._device))
-        if "ids" not in found:
-            empty = torch.zeros(len(given_N), 0, device=self._device)
-            return StoredRows(empty.long(), empty, torch.zeros_like(given_N), self.vocabulary, given_N)
-        ids_NK = found["ids"].long()
-        if self.manifest.kind == "topk":
-            return StoredRows(ids_NK, found["top"], found["rest"], self.vocabulary, given_N)
-        logps_NK = (_counts(ids_NK) / self.manifest.k).log()
-        rest_N = torch.full((len(ids_NK),), -math.inf, device=self._device)
-        return StoredRows(ids_NK, logps_NK, rest_N, self.vocabulary, given_N)
 
 
 def _counts(ids_NK: Tensor) -> Tensor:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -25,14 +23,10 @@ from dpkd.models.head import causal_lm, check_head
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
 from dpkd.models.student_init import make_student
-from dpkd.models.tokenizers import shared_vocabulary
 from dpkd.rollout.sources import Writers
-from dpkd.teachers.aligned import AlignedTeacher
+from dpkd.teachers.base import Teacher
 from dpkd.teachers.local import LocalTeacher
-from dpkd.teachers.store import StoreTeacher
-from dpkd.teachers.store_manifest import read_manifest
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
-from dpkd.train.cross_tokenizer import union_of
 from dpkd.train.hidden_states import bind, check_stack
 from dpkd.train.loss_module import LossModule
 from dpkd.train.microbatch import MicroBatcher
@@ -54,7 +48,7 @@ class RunParts:
 
     tokenizer: Any
     data: EncodedData
-    teacher: LocalTeacher | StoreTeacher | AlignedTeacher | None
+    teacher: Teacher | None
     train_step: TrainStep
     builder: StepBatchBuilder
     schedules: Schedules
@@ -143,19 +137,13 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         "steps": steps,
         "data": prepared.data_facts,
         "corpus": None if corpus is None else _corpus_facts(corpus),
-        "models": {
-            who: resolved.given.fingerprint(model)
-            for who, model in (("student", settings.student), ("teacher", settings.teacher))
-            if model.model is not None
-        },
+        "models": _fingerprints(resolved, prepared),
         "vocabulary": models.vocabulary,
         "layout": micro_batcher.layout._asdict(),
         **({"in_memory": resolved.given.described()} if resolved.given.models or resolved.given.data else {}),
         "parameters": {"student": _count(models.student), "trained": _count(models.student, trained=True)},
     }
-    if isinstance(models.teacher, StoreTeacher):
-        facts["models"]["teacher"] = models.teacher.manifest.model
-    elif models.teacher is not None:
+    if models.teacher is not None and models.teacher.model is not None:
         facts["parameters"]["teacher"] = _count(models.teacher.model)
     return RunParts(
         tokenizer,
@@ -170,6 +158,13 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         prepared.context,
         rollouts,
     )
+
+
+def _fingerprints(resolved: Resolved, prepared: Prepared) -> dict[str, str]:
+    """Who the models of the run are."""
+    student = resolved.settings.student
+    found = {} if student.model is None else {"student": resolved.given.fingerprint(student)}
+    return found if prepared.teacher is None else {**found, "teacher": prepared.teacher.fingerprint()}
 
 
 def _check_sharding(accelerator: Accelerator) -> None:
@@ -193,10 +188,15 @@ class _Models:
     """Student, teacher (where one is named) and their shared vocabulary."""
 
     def __init__(self, resolved: Resolved, accelerator: Accelerator, prepared: Prepared, display: Display) -> None:
-        settings, device = resolved.settings, accelerator.device
-        teacher = _load_teacher(resolved, device) if settings.teacher.model is not None else None
+        settings, device, self.teacher = resolved.settings, accelerator.device, prepared.teacher
+        if self.teacher is not None:
+            self.teacher.load(device)
         student = make_student(
-            settings.student, teacher=teacher, device=device, seed=settings.seed, given=resolved.given
+            settings.student,
+            teacher=None if self.teacher is None else self.teacher.model,
+            device=device,
+            seed=settings.seed,
+            given=resolved.given,
         )
         if settings.student.gradient_checkpointing:
             # transformers has renamed it: where both names are there, the older one warns.
@@ -205,31 +205,16 @@ class _Models:
             student.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
         check_head(student)
         self.vocabulary = student.get_output_embeddings().weight.shape[0]
-        self.teacher: LocalTeacher | StoreTeacher | AlignedTeacher | None = None
-        if settings.teacher.store is not None:
-            self.teacher = _open_store(settings.teacher.store, self.vocabulary, device)
-            self.vocabulary = self.teacher.vocabulary
-        if teacher is not None and prepared.translator is not None:
-            teacher_rows = teacher.get_output_embeddings().weight.shape[0]
-            union = union_of(prepared.translator, self.vocabulary, teacher_rows)
-            self.vocabulary = union.student
-            self.teacher = AlignedTeacher(LocalTeacher(teacher, union.teacher, device), union.to(device))
-        elif teacher is not None:
-            shared = shared_vocabulary(
-                prepared.tokenizer,
-                prepared.teacher_tokenizer,
-                self.vocabulary,
-                teacher.get_output_embeddings().weight.shape[0],
-            )
+        if self.teacher is not None:
+            shared = self.teacher.share(prepared.tokenizer, self.vocabulary)
             self.vocabulary = shared.size
             if shared.note:
                 display.say(shared.note)
-            self.teacher = LocalTeacher(teacher, self.vocabulary, device)
         reads = frozenset().union(*(objective.reads for objective in resolved.objectives))
         self.reference = None
         if Signal.REFERENCE_LOGPS in reads:
             # The student as it starts: a resumed run makes it anew, before it loads what was trained.
-            self.reference = LocalTeacher(deepcopy(student), self.vocabulary, device)
+            self.reference = LocalTeacher.of(deepcopy(student), self.vocabulary, device)
         self.student = add_lora(student, settings.student.lora) if settings.student.lora else student
         self.student.train()
 
@@ -238,7 +223,8 @@ class _Models:
 
         Raises DpkdError when packing was asked for by name and a model cannot.
         """
-        teacher = self.teacher.model if isinstance(self.teacher, LocalTeacher) else None
+        # A teacher with another tokenizer reads rows of its own.
+        teacher = self.teacher.model if self.teacher is not None and self.teacher.measurable else None
         models = {"student": self.student, **({} if teacher is None else {"teacher": teacher})}
         flash = all(implementation(causal_lm(model)) in VARLEN for model in models.values())
         packed = batch.packing == "on" or (batch.packing == "auto" and flash)
@@ -250,24 +236,6 @@ class _Models:
         if shared.shared and any(why_not(model, shared) is not None for model in models.values()):
             return Layout(packed=packed)
         return shared
-
-
-def _open_store(folder: str, student_rows: int, device: torch.device) -> StoreTeacher:
-    """Raises DpkdError when the student's head is too small for the ids of the store."""
-    store = StoreTeacher(Path(folder), read_manifest(folder).vocabulary, device)
-    if store.vocabulary > student_rows:
-        raise DpkdError(
-            f"teacher.store: {folder} has ids up to {store.vocabulary - 1:,}, but the student's output head has only "
-            f"{student_rows:,} rows"
-        )
-    return store
-
-
-def _load_teacher(resolved: Resolved, device: torch.device) -> Any:
-    settings = resolved.settings.teacher
-    model = resolved.given.load(settings, device=torch.device(settings.device or device), dtype=None)
-    check_head(model)
-    return model
 
 
 def _losses(resolved: Resolved) -> dict[str, Any]:

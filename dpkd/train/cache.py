@@ -14,8 +14,6 @@ from dpkd.config.resolve import Resolved
 from dpkd.data.batches import TokenSequence
 from dpkd.data.templates import template_fingerprint
 from dpkd.errors import DpkdError
-from dpkd.models.head import check_head
-from dpkd.models.loading import load_model
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.rollout.generator import open_sampler
 from dpkd.rollout.response_generators import RankShards, TeacherGenerator
@@ -72,9 +70,10 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         if problem := why_not(objective.spec, objective.config, objective.reads, own, manifest):
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(run.teacher, device=torch.device(run.teacher.device or device), dtype=None)
-    check_head(model)
-    teacher = LocalTeacher(model, vocabulary, device)
+    teacher = prepared.teacher
+    assert isinstance(teacher, LocalTeacher)
+    teacher.load(device)
+    teacher.cut(vocabulary)
     sequences = _sequences(resolved, prepared, teacher, manifest, settings.output, display)
     _write(settings, teacher, sequences, manifest, prepared, display)
     display.say(
@@ -135,11 +134,12 @@ def _generator(
         seed=run.seed,
         backend=text.backend_key,
     )
+    assert teacher.model is not None
     writer = GenerationModel(
         teacher.model, manifest.vocabulary, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id
     )
     return TeacherGenerator(
-        lambda: open_sampler(text, writer),
+        lambda: open_sampler(resolved.registry, text, writer),
         prepared.data.prompts,
         text.teacher_sampling,
         run.seed,

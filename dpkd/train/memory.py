@@ -19,9 +19,8 @@ from dpkd.api import Family, Signal, Text
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.models.chunked import chunk_rows
-from dpkd.models.loading import DTYPES, count_parameters, new_model
+from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
-from dpkd.models.quantization import quantization_of, weight_bytes
 from dpkd.models.student_init import switch_dropout_off
 from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
 from dpkd.train.prepare import Prepared
@@ -68,7 +67,7 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
     references = any(Signal.REFERENCE_LOGPS in objective.reads for objective in resolved.objectives)
     always = {
         "student weights": float(FLOAT * student.parameters * (1 + references)),
-        "teacher weights": _teacher_bytes(settings, prepared),
+        "teacher weights": 0.0 if prepared.teacher is None else prepared.teacher.weight_bytes(),
         "optimizer state": 2.0 * FLOAT * student.trained,  # AdamW: two moments
     }
     gradients = float(FLOAT * student.trained)
@@ -96,15 +95,6 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
 
 def _writers(resolved: Resolved) -> set[Text]:
     return set(resolved.objectives[0].writers.values())
-
-
-def _teacher_bytes(settings: RunSettings, prepared: Prepared) -> float:
-    config = prepared.teacher_config
-    if config is None:
-        return 0.0
-    stored = getattr(config, "dtype", None) or torch.float32
-    width = DTYPES.get(settings.teacher.dtype, stored).itemsize
-    return float(weight_bytes(config, count_parameters(config), width, quantization_of(settings.teacher)))
 
 
 def _largest_batch(resolved: Resolved, prepared: Prepared) -> _Batch:

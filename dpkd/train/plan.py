@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dpkd.api import Family, TeacherAccess, Text
+from dpkd.api import Family, Text
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
@@ -16,9 +16,8 @@ from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import EncodedData, Prompt
 from dpkd.data.encoding import continuation
 from dpkd.models.loading import count_parameters
-from dpkd.models.quantization import quantization_of
 from dpkd.run_folder import RunFolder
-from dpkd.teachers.store_manifest import read_manifest
+from dpkd.teachers.base import Teacher
 from dpkd.train.cross_tokenizer import union_of
 from dpkd.train.memory import Estimate, memory_estimate
 from dpkd.train.prepare import Prepared, prepare
@@ -57,10 +56,9 @@ def make_plan(resolved: Resolved, display: Display) -> Plan:
     prepared = prepare(resolved, display)
     data, tokenizer = prepared.data, prepared.tokenizer
     student_size = count_parameters(prepared.student_config)
-    teacher_size = count_parameters(prepared.teacher_config) if prepared.teacher_config is not None else 0
     sections = {
         "loss": [*_loss_rows(resolved), *_layer_rows(prepared)],
-        "models": [*_model_rows(settings, student_size, teacher_size), *_tokenizer_rows(prepared)],
+        "models": [*_model_rows(settings, student_size, prepared.teacher), *_tokenizer_rows(prepared)],
         "text": _text_rows(resolved, data, prepared.steps),
         "training": _training_rows(settings, data, prepared.steps, prepared.data_facts["fingerprint"]),
         "memory (estimate)": memory_rows(memory_estimate(resolved, prepared)),
@@ -112,26 +110,14 @@ def _by(objective: Objective) -> str:
     return ", ".join(dict.fromkeys(writer.value for writer in objective.writers.values()))
 
 
-def _model_rows(settings: RunSettings, student: int, teacher: int) -> list[tuple[str, str]]:
+def _model_rows(settings: RunSettings, student: int, teacher: Teacher | None) -> list[tuple[str, str]]:
     how = {
         "pretrained": f"{settings.student.model}",
         "layers": f"layers {settings.student.layers} of the teacher",
         "random": "fresh weights",
     }[settings.student.init]
     rows = [("student", f"{how}, {student / 1e6:,.1f} M parameters" + (", LoRA" if settings.student.lora else ""))]
-    if teacher:
-        rows.append(
-            (
-                "teacher",
-                f"{settings.teacher.model}, {teacher / 1e6:,.1f} M parameters, offers {TeacherAccess.LOGITS.value}"
-                + (f", weights in {packed}" if (packed := quantization_of(settings.teacher)) else ""),
-            )
-        )
-    elif settings.teacher.store:
-        manifest = read_manifest(settings.teacher.store)
-        rows.append(("teacher", f"none in memory; the store {settings.teacher.store} has {manifest.sentence()}"))
-    else:
-        rows.append(("teacher", "none"))
+    rows.append(("teacher", "none" if teacher is None else teacher.describe()))
     return rows
 
 

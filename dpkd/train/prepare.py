@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
-
-import torch
 
 from dpkd.api import Layers
 from dpkd.config.resolve import Resolved
@@ -17,12 +16,18 @@ from dpkd.data.corpus import check_corpus
 from dpkd.data.encode import EncodedData, tokenize
 from dpkd.data.examples import read_examples
 from dpkd.errors import DpkdError
+from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.inputs import Inputs, read_inputs
+from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import context_length
-from dpkd.models.quantization import check_quantization
+from dpkd.models.settings import TeacherSettings
 from dpkd.models.student_init import student_config
-from dpkd.models.tokenizers import difference, shared_vocabulary, tokenizer_fingerprint
-from dpkd.teachers.store_manifest import read_manifest
+from dpkd.models.tokenizers import difference, shared_vocabulary
+from dpkd.plugins import Registry
+from dpkd.teachers.aligned import AlignedTeacher
+from dpkd.teachers.base import Teacher
+from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.store import StoreTeacher
 from dpkd.train.cross_tokenizer import make_translator, token_by_token
 from dpkd.train.dev import direction_of
 from dpkd.train.hidden_states import bind
@@ -38,16 +43,25 @@ class Prepared:
     """
 
     tokenizer: Any
-    teacher_tokenizer: Any | None
+    teacher: Teacher | None
     data: EncodedData
     data_facts: dict[str, Any]
     student_config: Any
-    teacher_config: Any | None
     context: int | None
     steps: int
     dev: Inputs | None
     layers: Mapping[str, Layers]  # the hidden states that losses read, by the name of the loss
     translator: Retokenizer | None = None
+
+    @property
+    def teacher_config(self) -> Any | None:
+        """Of the teacher, where it is a causal LM."""
+        return None if self.teacher is None else self.teacher.config
+
+    @property
+    def teacher_tokenizer(self) -> Any | None:
+        """The teacher's own, where it has one."""
+        return None if self.teacher is None else self.teacher.tokenizer
 
 
 def prepare(resolved: Resolved, display: Display) -> Prepared:
@@ -58,50 +72,56 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     """
     settings, given = resolved.settings, resolved.given
     check_trackers(settings.train.trackers)
-    check_quantization(settings.teacher)
-    _check_device(settings.teacher.device)
-    teacher_config = given.config(settings.teacher) if settings.teacher.model else None
+    teacher = make_teacher(settings.teacher, given)
+    teacher_config = None if teacher is None else teacher.config
     own_config = student_config(settings.student, teacher_config, given)
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
     tokenizer = given.tokenizer(settings.student if settings.student.model is not None else settings.teacher)
-    teacher_tokenizer = given.tokenizer(settings.teacher) if settings.teacher.model else None
-    across = _two_tokenizers(resolved, tokenizer, teacher_tokenizer, (own_config, teacher_config))
-    if settings.teacher.store is not None:
-        _check_store(settings.teacher.store, tokenizer)
+    if teacher is not None:
+        teacher.check(tokenizer)
+    across = teacher is not None and _two_tokenizers(resolved, tokenizer, teacher, own_config)
     examples = read_examples(settings.data, rows=given.rows(settings.data.path))
     data = tokenize(examples.examples, tokenizer, settings.data)
     for line in [*examples.lines()[1:], *data.report.lines()]:
         display.say(line)
     translator = None
     if across:
+        assert isinstance(teacher, LocalTeacher)  # no other kind has a tokenizer of its own
         translator = make_translator(
-            tokenizer, teacher_tokenizer, teacher_config, examples.examples, data.prompts, settings.data
+            tokenizer, teacher.tokenizer, teacher_config, examples.examples, data.prompts, settings.data
         )
+        teacher = AlignedTeacher(teacher, translator)
         display.say("tokenizers differ: both models are compared at aligned spans of text")
     configs = {"student": own_config} if across else {"student": own_config, "teacher": teacher_config}
     context = _check_lengths(settings, data, configs)
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.corpus is not None:
         check_corpus(settings.terms.pretrain.corpus)
     steps = _steps(settings, len(data.prompts), display)
-    dev = _dev_inputs(settings, tokenizer, context, display)
+    dev = _dev_inputs(settings, tokenizer, context, resolved.registry, display)
     facts = {
         "path": settings.data.path,
         "fingerprint": examples.fingerprint,
         "skipped": examples.skipped_by_reason(),
         **asdict(data.report),
     }
-    return Prepared(
-        tokenizer, teacher_tokenizer, data, facts, own_config, teacher_config, context, steps, dev, layers, translator
-    )
+    return Prepared(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, translator)
 
 
-def _two_tokenizers(resolved: Resolved, tokenizer: Any, teacher_tokenizer: Any | None, configs: Sequence[Any]) -> bool:
+def make_teacher(settings: TeacherSettings, given: InMemory) -> Teacher | None:
+    """The teacher that the settings name, before anything of it is loaded; None where they name none."""
+    if settings.store is not None:
+        return StoreTeacher(Path(settings.store))
+    return LocalTeacher(settings, given) if settings.model is not None else None
+
+
+def _two_tokenizers(resolved: Resolved, tokenizer: Any, teacher: Teacher, student_config: Any) -> bool:
     """Whether the two models have different tokenizers. Raises DpkdError where the run needs them to be the same."""
-    if teacher_tokenizer is None:
+    if teacher.tokenizer is None:
         return False
-    what = difference(tokenizer, teacher_tokenizer)
+    what = difference(tokenizer, teacher.tokenizer)
     if what is None:
-        shared_vocabulary(tokenizer, teacher_tokenizer, *(config.get_text_config().vocab_size for config in configs))
+        sizes = [c.get_text_config().vocab_size for c in (student_config, teacher.config) if c is not None]
+        shared_vocabulary(tokenizer, teacher.tokenizer, sizes[0], sizes[-1])
         return False
     if reasons := token_by_token(resolved):
         raise DpkdError(f"student and teacher have different tokenizers, but {'; '.join(reasons)}: {what}")
@@ -119,12 +139,14 @@ def _steps(settings: RunSettings, examples: int, display: Display) -> int:
     return steps
 
 
-def _dev_inputs(settings: RunSettings, tokenizer: Any, context: int | None, display: Display) -> Inputs | None:
+def _dev_inputs(
+    settings: RunSettings, tokenizer: Any, context: int | None, registry: Registry, display: Display
+) -> Inputs | None:
     """The rows of the development set. Raises DpkdError when they, or the metric, are not to be had."""
     dev = settings.dev
     if dev.path is None:
         return None
-    direction_of(dev.metric)
+    direction_of(dev.metric, metric_specs(registry))
     data = settings.data.model_copy(
         update={"path": dev.path, "split": dev.split, "limit": dev.limit, "min_response_words": 0}
     )
@@ -132,29 +154,6 @@ def _dev_inputs(settings: RunSettings, tokenizer: Any, context: int | None, disp
     for line in (f"dev: {len(inputs.prompts):,} rows of {inputs.source}", *inputs.lines()):
         display.say(line)
     return inputs
-
-
-def _check_device(name: str | None) -> None:
-    """Raises DpkdError when the teacher's device is none that this machine has."""
-    if name is None:
-        return
-    try:
-        # The smallest use of it: a name may be right and the device absent.
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise DpkdError(
-            f"teacher.device: {name} is no device of this machine ({first}); expected cpu, cuda, cuda:1 or mps"
-        ) from error
-
-
-def _check_store(folder: str, tokenizer: Any) -> None:
-    """Raises DpkdError when a store was written with another tokenizer."""
-    manifest = read_manifest(folder)
-    if manifest.tokenizer != tokenizer_fingerprint(tokenizer):
-        raise DpkdError(
-            f"teacher.store: {folder} was written with another tokenizer than the student's: its ids mean other tokens"
-        )
 
 
 def _check_lengths(settings: RunSettings, data: EncodedData, configs: dict[str, Any]) -> int | None:

@@ -9,22 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dpkd.api import Ability, Family, GenerationModel, Sampler, Text
+from dpkd.api import Ability, Family, GenerationModel, Sampler, SamplerSpec, Text
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
-from dpkd.plugins import find_sampler
 from dpkd.rollout.generator import open_sampler
 from dpkd.rollout.response_generators import RankShards, RetokenizedResponses, StudentGenerator, TeacherGenerator
 from dpkd.rollout.response_store import ResponseStore, default_folder
 from dpkd.rollout.settings import TextSettings
 from dpkd.rollout.sources import Writers
-from dpkd.teachers.aligned import AlignedTeacher
-from dpkd.teachers.local import LocalTeacher
-from dpkd.teachers.store import StoreTeacher
+from dpkd.teachers.base import Teacher
 from dpkd.train.prepare import Prepared
 from dpkd.train.progress import Display
 from dpkd.train.step_batches import LossGroup
@@ -59,7 +56,7 @@ def check_processes(resolved: Resolved, processes: int) -> None:
         if processes == 1 or set(objective.writers.values()) <= {Text.DATASET}:
             continue
         backend = objective.text.backend
-        reason = find_sampler(backend).lacks.get(Ability.SEVERAL_PROCESSES)
+        reason = resolved.registry.get(SamplerSpec, backend).spec.lacks.get(Ability.SEVERAL_PROCESSES)
         if reason is not None:
             raise DpkdError(
                 f"text.backend: {backend} works in one process only, and there are {processes}: {reason}. "
@@ -74,7 +71,7 @@ class RolloutBuilder:
     resolved: Resolved
     student: nn.Module
     lend: Callable[[Callable[[nn.Module], Any]], Any]  # the student with whole weights, for the time of a call
-    teacher: LocalTeacher | StoreTeacher | AlignedTeacher | None
+    teacher: Teacher | None
     vocabulary: int
     prepared: Prepared
     accelerator: Accelerator
@@ -113,7 +110,6 @@ class RolloutBuilder:
         )
 
     def _student_generator(self, text: TextSettings, rollout_loss: Any | None) -> StudentGenerator:
-        live = self.teacher if isinstance(self.teacher, LocalTeacher) else None
         return StudentGenerator(
             self._student_sampler(text),
             self.lend,
@@ -124,7 +120,7 @@ class RolloutBuilder:
             self.resolved.settings.seed,
             _rank_shards(self.accelerator),
             self.accelerator.device,
-            live,
+            self.teacher,
             rollout_loss,
         )
 
@@ -135,31 +131,26 @@ class RolloutBuilder:
             if known == key:
                 return sampler
         writer = _generation_model(self.student, self.vocabulary, self.prepared.tokenizer, self.prepared.context)
-        sampler = open_sampler(text, writer)
+        sampler = open_sampler(self.resolved.registry, text, writer)
         self._samplers.append((key, sampler))
         return sampler
 
     def _teacher_generator(self, text: TextSettings) -> TeacherGenerator | RetokenizedResponses:
         """Its responses are in the store of log-probs, where there is one, else in the store of responses."""
-        settings, prepared = self.resolved.settings, self.prepared
-        if isinstance(self.teacher, StoreTeacher):
-            folder = self.teacher.folder / "responses"
-            return self._generator(
-                text, None, folder, self.teacher.manifest.model, prepared.data.prompts, prepared.context
-            )
-        # Settings without a teacher are refused before.
+        # Settings without a teacher, or with one that writes nothing, are refused before.
         assert self.teacher is not None
-        weights = self.resolved.given.fingerprint(settings.teacher)
-        folder = Path(text.store) if text.store else default_folder()
-        if isinstance(self.teacher, LocalTeacher):
-            writer = _generation_model(self.teacher.model, self.vocabulary, prepared.tokenizer, None)
-            return self._generator(text, writer, folder, weights, prepared.data.prompts, prepared.context)
-        translator = prepared.translator
-        assert translator is not None  # it made the teacher an aligned one
-        tokenizer = translator.teacher.tokenizer
-        writer = _generation_model(self.teacher.local.model, self.teacher.union.teacher, tokenizer, None)
-        pen = self._generator(text, writer, folder, weights, translator.prompts, translator.longest, tokenizer)
-        return RetokenizedResponses(pen, translator, prepared.data.prompts, prepared.context)
+        own = self.teacher.text()
+        assert own is not None
+        prepared, translator = self.prepared, self.prepared.translator
+        tokenizer = prepared.tokenizer if translator is None else translator.teacher.tokenizer
+        read = (prepared.data.prompts, prepared.context)
+        prompts, context = read if translator is None else (translator.prompts, translator.longest)
+        writer = None if own.model is None else _generation_model(own.model, own.vocabulary, tokenizer, None)
+        folder = own.folder or (Path(text.store) if text.store else default_folder())
+        generator = self._generator(text, writer, folder, own.fingerprint, prompts, context, tokenizer)
+        if translator is None:
+            return generator
+        return RetokenizedResponses(generator, translator, prepared.data.prompts, prepared.context)
 
     def _generator(
         self,
@@ -184,7 +175,7 @@ class RolloutBuilder:
             backend=text.backend_key,
         )
         return TeacherGenerator(
-            None if writer is None else lambda: open_sampler(text, writer),
+            None if writer is None else lambda: open_sampler(self.resolved.registry, text, writer),
             prompts,
             text.teacher_sampling,
             self.resolved.settings.seed,

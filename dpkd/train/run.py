@@ -19,10 +19,11 @@ from dpkd.config.layers import file_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
+from dpkd.evaluation.evaluator import metric_specs
+from dpkd.io import write_json
 from dpkd.models.in_memory import InMemory
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.run_folder import RunFolder
-from dpkd.teachers.local import LocalTeacher
 from dpkd.train import checkpoint
 from dpkd.train.build import RunParts, assemble
 from dpkd.train.dev import Dev
@@ -112,7 +113,7 @@ def resume_folder(path: Path, *, given: InMemory | None = None, console: Console
     if folder.model.is_dir():
         raise DpkdError(f"{path} is finished: its model is {folder.model}")
     given = given or InMemory()
-    resolved = resolve([file_layer(folder.config)], load_host(), given)
+    resolved = resolve([file_layer(folder.config)], load_registry(), given)
     settings = resolved.settings
     needed = {settings.teacher.model, settings.student.model, settings.data.path}
     if unused := sorted({*given.models, *given.data} - needed):
@@ -235,7 +236,7 @@ def _trainer(
         trackers = Trackers(settings.trackers, folder.path, folder.path.name, resolved.as_dict())
     dev = None
     if assembly.dev is not None:
-        live = assembly.teacher if isinstance(assembly.teacher, LocalTeacher) else None
+        live = assembly.teacher if assembly.teacher is not None and assembly.teacher.measurable else None
         dev = Dev(
             resolved.settings.dev,
             assembly.dev,
@@ -245,6 +246,7 @@ def _trainer(
             resolved.settings.seed,
             folder,
             accelerator.is_main_process,
+            metric_specs(resolved.registry),
         )
     return Trainer(
         accelerator,
@@ -272,4 +274,4 @@ def _write_facts(folder: RunFolder, resolved: Resolved, assembly: RunParts) -> N
         "command": sys.argv,
         **assembly.facts,
     }
-    folder.facts.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(folder.facts, facts)

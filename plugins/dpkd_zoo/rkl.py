@@ -37,9 +37,10 @@ SPEC = LossSpec(
         formula="Σᵥ q(v)·log(q(v)/p(v))",
         sources=(at(MINILLM, "§2.1"), at(AKL, "§3")),
         use_when="The student is much smaller than the teacher, or writes the text itself (text.source=student).",
-        avoid_when="Variety matters: mode seeking narrows the student.",
-        notes="Gradient through the probabilities of the vocabulary only, not through sampling. Infinite where the "
-        "teacher excludes a token that the student does not (logits of -inf).",
+        avoid_when="Diversity matters: mode seeking narrows the student.",
+        notes="The gradient flows through the probabilities of the vocabulary only, not through sampling. Infinite "
+        "where the teacher excludes a token that the student does not (logits of -inf).",
+        latex=r"\sum_v q(v)\log\frac{q(v)}{p(v)}",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

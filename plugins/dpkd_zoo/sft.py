@@ -32,10 +32,11 @@ SPEC = LossSpec(
         summary="Cross-entropy on the response; no teacher.",
         formula="-log q(yᵢ | y₍<ᵢ₎, x)",
         sources=(at(LMOPS, "finetune.py; scripts/gpt2/sft"),),
-        use_when="You have good responses and no teacher, or need the start of a student or teacher.",
-        avoid_when="A teacher is at hand: its distributions say more per token than one label does.",
+        use_when="You have good responses and no teacher, or need a starting point for a student or teacher.",
+        avoid_when="A teacher is available: its distributions say more per token than one label does.",
         notes="EOS is part of the response and is trained. Released defaults for GPT-2 base: lr 5e-4, 20 epochs, "
         "batch 32, cosine to 1e-7. On teacher text (text.source=teacher) this is sequence-level KD.",
+        latex=r"-\log q(y_i\mid y_{<i},x)",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS}),
     accepts=frozenset({Text.DATASET, Text.TEACHER}),

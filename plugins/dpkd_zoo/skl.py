@@ -38,15 +38,15 @@ SPEC = LossSpec(
     config=SKLConfig,
     card=Card(
         title="Skew KL",
-        summary="Forward KL to a mix of teacher and student: bounded, with a smoother gradient.",
+        summary="Forward KL to a mixture of teacher and student: bounded, with a smoother gradient.",
         formula="Σᵥ p(v)·log(p(v)/m(v)),  m = α·p + (1-α)·q",
-        sources=(at(DISTILLM, "§3.1; losses.py, skewed_forward_kl"),),
-        use_when="Forward KL is wanted, but its gradient is noisy: q is all but 0 at tokens that the teacher likes.",
-        avoid_when="The student excludes nothing and is close already: forward KL is then the same and cheaper.",
-        notes="Between 0 and -log α (2.3 nats at 0.1). The released code drops the teacher's entropy, so that its "
-        "values differ from these by it; gradients are the same. DistiLLM adds a language-model term of weight "
-        "1 on plain text (terms.pretrain) and its own choice of text: see distillm. The loss itself takes about "
-        "1.6 times kd's time.",
+        sources=(at(DISTILLM, "§3, skew KL; losses.py, skewed_forward_kl"),),
+        use_when="You want forward KL, but its gradient is noisy: q is almost 0 at tokens that the teacher likes.",
+        avoid_when="The student excludes nothing and is already close: forward KL is then the same and cheaper.",
+        notes="Between 0 and -log α (2.3 nats at 0.1). The released code drops the teacher's entropy, so its values "
+        "differ by it; gradients are the same. DistiLLM adds a language-model term of weight 1 on plain text "
+        "(terms.pretrain) and its own choice of text: see distillm. The loss itself takes about 1.6 times kd's time.",
+        latex=r"\sum_v p(v)\log\frac{p(v)}{m(v)}, \qquad m=\alpha p+(1-\alpha)q",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

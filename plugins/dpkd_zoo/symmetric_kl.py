@@ -43,17 +43,18 @@ SPEC = LossSpec(
     config=SymmetricKLConfig,
     card=Card(
         title="Forward and reverse KL, weighted",
-        summary="A fixed mix of covering and mode seeking.",
+        summary="A fixed mix of mode covering and mode seeking.",
         formula="(1-λ)·KL(p‖q) + λ·KL(q‖p)",
         sources=(
-            at(JEFFREYS, "§2: the sum of both directions (place from memory)"),
+            at(JEFFREYS, "the sum of both directions (section not confirmed)"),
             at(AKL, "Table 1, FKL+RKL"),
             at(ABKD, "released code, WSD"),
         ),
         use_when="As the baseline of every adaptive mix (akl, todi), or with λ on a schedule from 0 to 1.",
         avoid_when="Either model excludes tokens: one direction is then infinite; jsd is bounded.",
         notes="Half of Jeffreys' divergence at λ = ½. ABKD calls it WSD. The loss itself takes about 1.7 times kd's "
-        "time. Infinite where one model alone excludes a token (a logit of -inf).",
+        "time. Infinite where only one of the models excludes a token (a logit of -inf).",
+        latex=r"(1-\lambda)\,\mathrm{KL}(p\|q)+\lambda\,\mathrm{KL}(q\|p)",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

@@ -14,10 +14,10 @@ from torch import nn
 from dpkd import losses
 from dpkd.api import HIDDEN, Family, Signal
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 
 B, T, V, H = 4, 9, 13, 6
-SPECS = {name: loss.spec for name, loss in load_host().losses.items()}
+SPECS = {name: loss.spec for name, loss in load_registry().losses.items()}
 ON_LOGITS = [name for name, s in SPECS.items() if s.family is not Family.PAIR and not HIDDEN & s.signals()]
 PAIRS = [name for name, s in SPECS.items() if s.family is Family.PAIR]
 POLICIES = [name for name, s in SPECS.items() if s.family is Family.ROLLOUT]

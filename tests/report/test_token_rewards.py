@@ -43,7 +43,7 @@ def test_each_token_has_beta_times_the_difference_of_log_probs() -> None:
     student.train()
     sequences = [TokenSequence((3, 4, 5), (6, 7, 8, 9)), TokenSequence((3,), (1, 2))]
     found = token_rewards(
-        student, LocalTeacher(teacher, 31, torch.device("cpu")), sequences, vocabulary=31, pad_id=0, beta=0.5
+        student, LocalTeacher.of(teacher, 31, torch.device("cpu")), sequences, vocabulary=31, pad_id=0, beta=0.5
     )
     assert student.training, "left as it was"
     student.eval()

@@ -25,9 +25,9 @@ def gradients(resolved: Any, quiet: Console, chunk: int = 7) -> tuple[dict[str, 
     train_step.loss_module.double()
     train_step.loss_module.chunk = chunk
     assert isinstance(train_step.teacher, AlignedTeacher)
-    live = train_step.teacher.live
-    live.model.double()
-    live._head = live._head.cast(torch.float64)
+    local = train_step.teacher.local
+    local.model.double()
+    local._head = local._head.cast(torch.float64)
     train_step.optimizer, train_step.clip = _NoStep(train_step.loss_module), None
     assembly.prepare_teacher()
     texts = []
@@ -94,7 +94,7 @@ def test_an_idle_process_gives_zero(across, quiet):
         replace(step_batch, groups=step_batch.groups[:1]), measure=False
     )
     train_step = assembly.train_step
-    total, metrics = train_step.loss_module(train_step._with_teacher(idle))
+    total, metrics = train_step.loss_module(train_step.with_teacher(idle))
     total.backward()
     assert total.item() == 0.0
     assert metrics.averages() == {}

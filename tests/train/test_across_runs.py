@@ -104,7 +104,7 @@ def test_what_needs_one_tokenizer_is_refused_early(loss, changes, why, across, t
         changes["terms.pretrain"]["corpus"]["path"] = str(toy / "corpus.txt")
     resolved = across(loss, changes)
     for way in (dry_run, run.train):
-        with pytest.raises(DpkdError, match=rf"different tokenizers, but .*{why}.*micro_batches? across tokenizers"):
+        with pytest.raises(DpkdError, match=rf"different tokenizers, but .*{why}.*works? across tokenizers"):
             way(resolved, console=quiet)
     assert not Path(resolved.settings.output).exists()
 

@@ -186,7 +186,7 @@ def test_a_process_with_nothing_to_do_gives_zero_and_finite_gradients(settings_o
         term = Term("main", resolved.loss.signals(resolved.loss_config), 1.0, 5.0)
         step_batch = StepBatch("main", groups, [term], pairs)
         (idle,) = MicroBatcher(8, 256, rank=1, processes=2)(step_batch, measure=False)
-        total, metrics = train_step.loss_module(train_step._with_teacher(idle))
+        total, metrics = train_step.loss_module(train_step.with_teacher(idle))
         total.backward()
         assert total.item() == 0.0
         assert metrics.averages() == {}
