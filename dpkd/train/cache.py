@@ -12,6 +12,7 @@ from rich.console import Console
 from dpkd.api import GenerationModel, Signal, Text, Trait
 from dpkd.config.resolve import Resolved
 from dpkd.data.batches import TokenSequence
+from dpkd.data.encoding import end_ids
 from dpkd.data.templates import template_fingerprint
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
@@ -136,7 +137,7 @@ def _generator(
     )
     assert teacher.model is not None
     writer = GenerationModel(
-        teacher.model, manifest.vocabulary, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id
+        teacher.model, manifest.vocabulary, end_ids(tokenizer, teacher.model), tokenizer.pad_token_id
     )
     return TeacherGenerator(
         lambda: open_sampler(resolved.registry, text, writer),

@@ -14,6 +14,7 @@ from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
+from dpkd.data.encoding import end_ids
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.rollout.generator import open_sampler
@@ -104,7 +105,7 @@ class RolloutBuilder:
             data.prompts,
             schedule,
             seed=settings.seed,
-            eos_ids=frozenset({tokenizer.eos_token_id}),
+            eos_ids=end_ids(tokenizer, self.student),
             student=student,
             teacher=teacher,
         )
@@ -188,7 +189,7 @@ class RolloutBuilder:
 
 
 def _generation_model(model: nn.Module, vocabulary: int, tokenizer: Any, context: int | None) -> GenerationModel:
-    return GenerationModel(model, vocabulary, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id, context)
+    return GenerationModel(model, vocabulary, end_ids(tokenizer, model), tokenizer.pad_token_id, context)
 
 
 def _nobody(*asked: Any) -> Any:
