@@ -46,7 +46,7 @@ from dpkd.api.losses import (
 )
 from dpkd.api.metrics import Answers, MetricSpec
 from dpkd.api.sources import SourceSpec
-from dpkd.api.teachers import TeacherSpec
+from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherOutput, TeacherSpec, TeacherText, Wants
 from dpkd.errors import warn_renamed
 from dpkd.settings import Block
 
@@ -74,17 +74,23 @@ __all__ = [
     "SamplerConfig",
     "SamplerSpec",
     "SamplingTask",
+    "SharedVocabulary",
     "Signal",
     "Source",
     "SourceSpec",
     "Stack",
+    "Teacher",
     "TeacherAccess",
+    "TeacherBatch",
+    "TeacherOutput",
     "TeacherSpec",
+    "TeacherText",
     "Text",
     "TokenInputs",
     "TokenLoss",
     "Trait",
     "UndeclaredSignal",
+    "Wants",
     "hookimpl",
     "preset",
     "setting",

@@ -1,25 +1,199 @@
-"""Teachers: what answers for the teacher's distribution, for `teacher.kind`."""
+"""Teachers: what answers for the teacher's distribution, and the specs of the kinds of teachers (`teacher.kind`).
+
+Shapes: N response positions of a micro-batch, n of one chunk, V shared vocabulary, H hidden.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
+import torch
+from torch import Tensor, nn
+
+from dpkd.api.inputs import Signal
+from dpkd.api.losses import TeacherAccess
+from dpkd.errors import DpkdError
+from dpkd.functional import gather_logps, log_softmax
 from dpkd.settings import Block
+
+
+class SharedVocabulary(NamedTuple):
+    """How many ids student and teacher both predict, and what to say of it (or nothing)."""
+
+    size: int
+    note: str = ""
+
+
+class TeacherBatch(Protocol):
+    """What a teacher scores: prompts with their responses, and the rows of the response tokens, packed `[N]`.
+
+    sequences  prompt and response ids of each sequence; `lengths` `[B]` counts the rows of each
+    targets    the response token of each row, `sequence` `[N]` the number of its sequence
+    """
+
+    @property
+    def sequences(self) -> Sequence[tuple[Sequence[int], Sequence[int]]]: ...
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+    @property
+    def targets(self) -> Tensor: ...
+
+    @property
+    def sequence(self) -> Tensor: ...
+
+
+class Wants(NamedTuple):
+    """What a micro-batch needs of the teacher.
+
+    chunk   rows of logits that may be held at a time
+    layers  the hidden states that losses read
+    """
+
+    chunk: int
+    logps: bool = False
+    logits: bool = False
+    layers: tuple[int, ...] = ()
+
+    @property
+    def anything(self) -> bool:
+        """Whether the teacher is needed at all."""
+        return self.logps or self.logits or bool(self.layers)
+
+
+class TeacherOutput:
+    """What a teacher says of one micro-batch. A subclass makes the logits of some rows; `[N, V]` is never held.
+
+    targets  the response tokens `[N]`
+    chunk    rows of logits that may be held at a time
+    layers   hidden states `[N, H]` by layer, those that were wanted
+    """
+
+    def __init__(self, targets: Tensor, chunk: int, layers: Mapping[int, Tensor] | None = None) -> None:
+        self.targets, self.chunk, self.layers = targets, chunk, dict(layers or {})
+
+    def logits(self, rows: slice) -> Tensor:
+        """Logits `[n, V]` of some rows, in float32, without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} makes no logits")
+
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """Logits `[n, V]` of some rows in the type that they come in, up to a factor, and that factor."""
+        return self.logits(rows), 1.0
+
+    @torch.no_grad()
+    def logps(self) -> Tensor:
+        """Log-prob `[N]` in nats of each response token."""
+        edges = range(0, len(self.targets), self.chunk)
+        slices = [slice(start, min(start + self.chunk, len(self.targets))) for start in edges]
+        parts = [gather_logps(log_softmax(self.logits(rows)), self.targets[rows]) for rows in slices]
+        return torch.cat(parts) if parts else torch.zeros(0, device=self.targets.device)
+
+    def signals(self, student_logits_nV: Tensor, targets_n: Tensor, rows: slice) -> Mapping[Signal, Tensor]:
+        """What a loss that reads the teacher gets for some rows of the student, beside or in place of the rest."""
+        return {Signal.TEACHER_LOGITS: self.logits(rows).to(student_logits_nV.dtype)}
+
+    def is_finite(self) -> bool:
+        """Whether its numbers are; asked when a loss is not."""
+        return bool(torch.isfinite(self.logits(slice(0, 64))).all())
+
+
+@dataclass(frozen=True)
+class TeacherText:
+    """Where a teacher's own responses come from.
+
+    model        what writes them; None: nothing can, so all that are wanted must be in `folder`
+    vocabulary   ids that may be drawn
+    fingerprint  whose they are, for the key of the store of responses
+    folder       the store of responses; None: the user's
+    """
+
+    model: nn.Module | None
+    vocabulary: int
+    fingerprint: str
+    folder: Path | None = None
+
+
+class Teacher:
+    """A frozen teacher. Making one is cheap: the plan asks it what it is, and `load` brings what it needs to answer.
+
+    offers      the most that it can give; compared with what the losses need before anything is loaded
+    tokenizer   its own; None where its ids are the student's by construction
+    config      of the causal LM, where it is one: sizes, and the longest sequence that it reads
+    model       that LM, once it is loaded: a student may start from its layers
+    measurable  whether it has the whole distribution at every row of the student's tokens: divergences are logged
+    widest      logits of a row that a loss sees, where that is more than the student's vocabulary
+    vocabulary  ids that it predicts, once it is loaded
+    """
+
+    offers: TeacherAccess = TeacherAccess.LOGITS
+    tokenizer: Any | None = None
+    config: Any | None = None
+    model: nn.Module | None = None
+    measurable: bool = True
+    widest: int | None = None
+    vocabulary: int = 0
+
+    def describe(self) -> str:
+        """For the plan: what it is, how large it is, and what it offers."""
+        return f"{type(self).__name__}, offers {self.offers.value}"
+
+    def fingerprint(self) -> str:
+        """Who it is: changes when its answers do. Goes into run.json, and into the keys of stores."""
+        raise NotImplementedError(f"{type(self).__name__} needs a fingerprint")
+
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
+        """Memory of its weights in this process; `dtype` as in `load`."""
+        return 0.0
+
+    def check(self, tokenizer: Any) -> None:
+        """Raises DpkdError when it cannot be the teacher of a student with this tokenizer; nothing is loaded yet."""
+
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Bring what it needs to answer.
+
+        device  the student's, where the losses are computed
+        dtype   of its weights, where the settings leave it open; None: as stored
+        """
+
+    def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
+        """The ids that both predict: from here on it predicts no others.
+
+        `student_rows` is the number of rows of the student's output head. Raises DpkdError when the two do not fit.
+        """
+        if self.vocabulary > student_rows:
+            raise DpkdError(
+                f"the teacher predicts ids up to {self.vocabulary - 1:,}, but the student's output head has only "
+                f"{student_rows:,} rows"
+            )
+        return SharedVocabulary(self.vocabulary)
+
+    def score(self, batch: Any, wants: Wants) -> TeacherOutput:
+        """What it says of the response positions of a batch (a `TeacherBatch`), without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} scores nothing")
+
+    def text(self) -> TeacherText | None:
+        """Where its own responses come from; None where it writes none."""
+        return None
+
+    def close(self) -> None:
+        """Give back what lies outside this process's memory."""
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
     """A kind of teacher, registered by the hook `dpkd_teachers`.
 
-    name     lower-case letters and digits with dashes between
+    name     lower-case letters and digits with dashes between: `teacher.kind`
     summary  one line
-    open     makes the teacher; heavy packages are imported here, and no earlier
+    open     makes the teacher from its settings, before anything of it is loaded
     config   its own settings, a closed and frozen block
     """
 
     name: str
     summary: str
-    open: Callable[..., Any]
+    open: Callable[[Any], Teacher]
     config: type[Block] = Block

@@ -57,6 +57,13 @@ def labeled_rows(labels_RT: Tensor, before_RT: Tensor | None = None) -> LabeledR
     return LabeledRows(rows, labels_RT.flatten()[places], places)
 
 
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device; to a GPU through pinned memory, so that the host does not wait for the copy."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Layout(NamedTuple):
     """How sequences become rows of tokens; it never changes a value.
 
@@ -98,7 +105,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        moved = {k: upload(v, device) for k, v in values.items() if isinstance(v, Tensor)}
         return Batch(**{**values, **moved})
 
 

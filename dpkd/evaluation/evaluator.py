@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dpkd.api import MetricSpec
+from dpkd.api.teachers import Teacher
 from dpkd.data.batches import TokenSequence
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
@@ -28,7 +29,6 @@ from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry, load_registry
 from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.rollout.settings import SamplingSettings
-from dpkd.teachers.base import Teacher
 from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpkd.errors import DpkdError
-from dpkd.models.attention import attention_mask
+from dpkd.models.attention import attention_mask, causal_alone
 
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
@@ -101,8 +101,10 @@ def hidden_states(model: nn.Module, input_ids: Tensor, mask: Any, position_ids: 
 
 def hidden_rows(model: nn.Module, batch: Batch) -> Tensor:
     """The hidden states `[N, H]` from which the response tokens of a batch are predicted."""
-    mask = attention_mask(causal_lm(model), batch)
-    hidden = hidden_states(model, batch.input_ids, mask, batch.position_ids)
+    lm = causal_lm(model)
+    with causal_alone(lm, batch) as unmasked:
+        mask = None if unmasked else attention_mask(lm, batch)
+        hidden = hidden_states(model, batch.input_ids, mask, batch.position_ids)
     return hidden.flatten(0, 1).index_select(0, batch.rows)
 
 

@@ -60,7 +60,16 @@ def sample_to_file(
     """
     with lock(output.with_name(f".{output.name[:100]}.lock"), str(output)):
         return _sample(
-            model, data, sampling, output, seed, num_generations, backend, dict(backend_settings or {}), progress
+            model,
+            data,
+            sampling,
+            registry,
+            output,
+            seed,
+            num_generations,
+            backend,
+            dict(backend_settings or {}),
+            progress,
         )
 
 
@@ -68,6 +77,7 @@ def _sample(
     model: ModelSettings,
     data: DataSettings,
     sampling: SamplingSettings,
+    registry: Registry,
     output: Path,
     seed: int,
     num_generations: int,

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpkd.api.teachers import Wants
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, log_softmax
 from dpkd.models.chunked import chunk_rows, chunks
-from dpkd.teachers.base import Wants
 from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.store_manifest import Manifest, write_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key
@@ -71,7 +71,7 @@ def _columns(teacher: LocalTeacher, batch: Batch, manifest: Manifest) -> dict[st
     rows = teacher.score(batch, Wants(64, logits=True))
     parts: dict[str, list[Tensor]] = {}
     chance_NK = _chance(batch, manifest) if manifest.kind == "sampled" else torch.zeros(0)
-    for chunk in chunks(len(batch.targets), chunk_rows(manifest.vocabulary, 32.0)):
+    for chunk in chunks(len(batch.targets), chunk_rows(manifest.vocabulary, device=batch.targets.device)):
         log_p_nV = log_softmax(rows.logits(chunk))
         targets_n = batch.targets[chunk].to(log_p_nV.device)
         found = {"logps": gather_logps(log_p_nV, targets_n).float()}

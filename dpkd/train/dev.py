@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.api import MetricSpec
+from dpkd.api.teachers import Teacher
 from dpkd.config.settings import DevSettings
 from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import DIVERGENCE_UNITS, LOWER_IS_BETTER, EvaluationSettings, evaluate_model
@@ -19,7 +20,6 @@ from dpkd.evaluation.inputs import Inputs
 from dpkd.models.saving import save_model
 from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_folder import RunFolder
-from dpkd.teachers.base import Teacher
 
 
 def direction_of(metric: str, specs: Mapping[str, MetricSpec]) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.api import Layers, Text
+from dpkd.api.teachers import Teacher
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.cross_tokenizer.retokenize import Retokenizer
@@ -26,7 +27,6 @@ from dpkd.models.student_init import student_config
 from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry
 from dpkd.teachers.aligned import AlignedTeacher
-from dpkd.teachers.base import Teacher
 from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.store import StoreTeacher
 from dpkd.train.cross_tokenizer import make_translator, token_by_token

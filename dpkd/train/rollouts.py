@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dpkd.api import Ability, Family, GenerationModel, Sampler, SamplerSpec, Text
+from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batch_sampler import BatchSampler
@@ -22,7 +23,6 @@ from dpkd.rollout.response_generators import RankShards, RetokenizedResponses, S
 from dpkd.rollout.response_store import ResponseStore, default_folder
 from dpkd.rollout.settings import TextSettings
 from dpkd.rollout.sources import Writers
-from dpkd.teachers.base import Teacher
 from dpkd.train.prepare import Prepared
 from dpkd.train.progress import Display
 from dpkd.train.step_batches import LossGroup

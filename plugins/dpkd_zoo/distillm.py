@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, log_mix
+from dpkd.functional import KLSum, kl, log_mix
 from dpkd_zoo.papers import DISTILLM, at
 
 
@@ -35,6 +35,13 @@ class DistiLLMLoss(TokenLoss[DistiLLMConfig]):
         if self.config.divergence == "srkl":
             from_NV, to_NV = to_NV, from_NV
         return kl(from_NV, log_mix(from_NV, to_NV, self.config.skew))
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        skew = self.config.skew
+        if self.config.divergence == "srkl":
+            return KLSum(reverse=1.0, reverse_share=1.0 - skew)
+        return KLSum(forward=1.0, forward_share=skew)
 
 
 SPEC = LossSpec(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl
+from dpkd.functional import KLSum, kl
 from dpkd_zoo.papers import AKL, HINTON, at
 
 
@@ -30,6 +30,11 @@ class FKLLoss(TokenLoss[FKLConfig]):
         c = self.config
         value_N = kl(x.teacher_log_probs(c.temperature), x.student_log_probs(c.temperature))
         return value_N * c.temperature**2 if c.scale_by_t2 else value_N
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        c = self.config
+        return KLSum(forward=c.temperature**2 if c.scale_by_t2 else 1.0, temperature=c.temperature)
 
 
 SPEC = LossSpec(

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, nll
+from dpkd.functional import KLSum, kl, nll
 from dpkd_zoo.papers import GKD, IMITKD, at
 
 
@@ -33,6 +33,10 @@ class ImitKDLoss(TokenLoss[ImitKDConfig]):
         if self.config.target == "distribution":
             return kl(x.teacher_log_probs(), log_q_NV)
         return nll(log_q_NV, x.teacher_logits.argmax(-1))
+
+    def kl_sum(self) -> KLSum | None:
+        """The same, for fused kernels."""
+        return KLSum(forward=1.0) if self.config.target == "distribution" else None
 
 
 SPEC = LossSpec(

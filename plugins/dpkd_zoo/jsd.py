@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import jensen_shannon, kl
+from dpkd.functional import KLSum, jensen_shannon, kl
 from dpkd_zoo.papers import GKD, TRL, at
 
 
@@ -43,6 +43,20 @@ class JSDLoss(TokenLoss[JSDConfig]):
             return kl(log_q_NV, log_p_NV)
         value_N = jensen_shannon(log_p_NV, log_q_NV, c.beta)
         return value_N / (c.beta * (1 - c.beta)) if c.rescale else value_N
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        c = self.config
+        if c.beta in (0.0, 1.0):
+            return KLSum(forward=1.0 - c.beta, reverse=c.beta, temperature=c.temperature)
+        scale = 1 / (c.beta * (1 - c.beta)) if c.rescale else 1.0
+        return KLSum(
+            forward=scale * c.beta,
+            reverse=scale * (1 - c.beta),
+            forward_share=c.beta,
+            reverse_share=c.beta,
+            temperature=c.temperature,
+        )
 
 
 SPEC = LossSpec(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, nll
+from dpkd.functional import KLSum, kl, nll
 from dpkd_zoo.papers import HINTON, LMOPS, at
 
 
@@ -46,6 +46,16 @@ class KDLoss(TokenLoss[KDConfig]):
             return divergence_N
         likelihood_N = x.part("nll", nll(x.student_log_probs(), x.targets))
         return (1 - c.kd_ratio) * likelihood_N + c.kd_ratio * divergence_N
+
+    def kl_sum(self) -> KLSum | None:
+        """The same, for fused kernels."""
+        c = self.config
+        if c.kd_ratio < 1 and c.temperature != 1:
+            return None  # two temperatures
+        scale = c.temperature**2 if c.scale_by_t2 else 1.0
+        return KLSum(
+            forward=scale * c.kd_ratio, likelihood=1 - c.kd_ratio, temperature=c.temperature, parts=("kl", None, "nll")
+        )
 
 
 def _reads(config: KDConfig) -> frozenset[Signal]:

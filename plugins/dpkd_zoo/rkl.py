@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl
+from dpkd.functional import KLSum, kl
 from dpkd_zoo.papers import AKL, MINILLM, at
 
 
@@ -25,6 +25,10 @@ class RKLLoss(TokenLoss[RKLConfig]):
     def forward(self, x: TokenInputs) -> Tensor:
         temperature = self.config.temperature
         return kl(x.student_log_probs(temperature), x.teacher_log_probs(temperature))
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        return KLSum(reverse=1.0, temperature=self.config.temperature)
 
 
 SPEC = LossSpec(

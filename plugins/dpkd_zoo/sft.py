@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, Text, TokenInputs, TokenLoss, Trait, hookimpl
-from dpkd.functional import nll
+from dpkd.functional import KLSum, nll
 from dpkd_zoo.papers import LMOPS, at
 
 
@@ -21,6 +21,10 @@ class SFTLoss(TokenLoss[SFTConfig]):
 
     def forward(self, x: TokenInputs) -> Tensor:
         return nll(x.student_log_probs(), x.targets)
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        return KLSum(likelihood=1.0)
 
 
 SPEC = LossSpec(

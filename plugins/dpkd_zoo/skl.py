@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, log_mix
+from dpkd.functional import KLSum, kl, log_mix
 from dpkd_zoo.papers import DISTILLM, at
 
 
@@ -30,6 +30,10 @@ class SKLLoss(TokenLoss[SKLConfig]):
     def forward(self, x: TokenInputs) -> Tensor:
         log_p_NV = x.teacher_log_probs()
         return kl(log_p_NV, log_mix(log_p_NV, x.student_log_probs(), self.config.skew))
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        return KLSum(forward=1.0, forward_share=self.config.skew)
 
 
 SPEC = LossSpec(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl
+from dpkd.functional import KLSum, kl
 from dpkd_zoo.papers import ABKD, AKL, JEFFREYS, at
 
 
@@ -35,6 +35,12 @@ class SymmetricKLLoss(TokenLoss[SymmetricKLConfig]):
         if weight == 1:
             return reverse_N
         return (1 - weight) * x.part("forward", kl(log_p_NV, log_q_NV)) + weight * reverse_N
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        weight, temperature = self.config.reverse_weight, self.config.temperature
+        parts = ("forward", "reverse", None)
+        return KLSum(forward=1 - weight, reverse=weight, temperature=temperature, parts=parts)
 
 
 SPEC = LossSpec(

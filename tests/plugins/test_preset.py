@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from dpkd.specs import checked_loss
 from dpkd_zoo import jsd
 
 from dpkd.api import Card, LossSpec, Source, Text, preset
+from dpkd.hookspecs import kind_of
 from dpkd.testing import check_loss
 
 CARD = Card(
@@ -31,7 +31,8 @@ def _made() -> LossSpec:
 
 
 def test_only_what_is_named_differs() -> None:
-    spec = checked_loss(_made())
+    spec = _made()
+    kind_of(LossSpec).check(spec)
     assert (spec.name, spec.preset_of, spec.card) == ("nearly-forward", "jsd", CARD)
     assert (spec.loss, spec.reads, spec.traits) == (jsd.SPEC.loss, jsd.SPEC.reads, jsd.SPEC.traits)
     assert spec.accepts == {Text.DATASET}
