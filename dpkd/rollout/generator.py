@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from dpkd.api import Ability, Family, GenerationModel, Sampler, SamplerSpec, SamplingTask, Text
@@ -16,6 +17,7 @@ def open_sampler(text: TextSettings, writer: GenerationModel) -> Sampler:
     Raises DpkdError when there is none of that name, or when it cannot begin.
     """
     spec = find_sampler(text.backend)
+    writer = replace(writer, decoding=text.decoding)
     return spec.open(writer, spec.config.model_validate(text.backend_settings))
 
 

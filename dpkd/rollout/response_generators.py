@@ -16,6 +16,7 @@ from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.models.chunked import chunk_rows
 from dpkd.rollout.generator import sampling_task
+from dpkd.rollout.policy_logps import PolicyScorer
 from dpkd.rollout.response import Response
 from dpkd.rollout.response_store import ResponseStore
 from dpkd.rollout.settings import SamplingSettings, TextSettings
@@ -56,6 +57,7 @@ class StudentGenerator:
     teacher: Teacher | None = None
     loss: RolloutLoss[Any] | None = None
     progress: Callable[[int], None] | None = None
+    policy: PolicyScorer | None = None  # for a policy gradient; None: what draws computes as what trains
 
     def __call__(self, indices: Sequence[int], period: int) -> list[tuple[Response, ...]]:
         count = self.settings.num_generations
@@ -66,7 +68,7 @@ class StudentGenerator:
 
     def _write(self, indices: list[int], period: int) -> list[Response]:
         """The responses to these examples, those to one example together."""
-        sampled = self.lend(lambda _student: self._drawn(indices, period))
+        sampled = self.lend(lambda student: self._drawn(student, indices, period))
         if self.loss is None:
             return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
         drawn = [
@@ -77,7 +79,7 @@ class StudentGenerator:
         ]
         return self._scored([i for i in indices for _ in range(self.settings.num_generations)], drawn)
 
-    def _drawn(self, indices: list[int], period: int) -> Sequence[Sampled]:
+    def _drawn(self, student: nn.Module, indices: list[int], period: int) -> Sequence[Sampled]:
         mix, veto, count = self.settings.teacher_mix, self.settings.teacher_veto, self.settings.num_generations
         task = sampling_task(
             self.settings.sampling,
@@ -90,7 +92,10 @@ class StudentGenerator:
             veto=veto,
         )
         self.sampler.refresh()
-        return self.sampler.draw(task, lambda place, response: self.progress(1) if self.progress else None)
+        drawn = self.sampler.draw(task, lambda place, response: self.progress(1) if self.progress else None)
+        if self.loss is None or self.policy is None:
+            return drawn
+        return self.policy(student, [prompt for prompt in task.prompts for _ in range(count)], drawn)
 
     def _scored(self, indices: list[int], responses: list[Response]) -> list[Response]:
         """The responses with the teacher's log-prob of each token."""

@@ -92,6 +92,11 @@ class TextSettings(Block):
     num_iterations: int = Field(
         1, ge=1, description="how often the optimizer goes over the responses of one refresh (MiniLLM: 4)"
     )
+    decoding: Literal["auto", "graph", "eager"] = Field(
+        "auto",
+        description="graph: static shapes, on CUDA as captured graphs; eager: growing caches; auto: graph on CUDA where "
+        "its log-probs agree with a plain forward's (backend hf)",
+    )
     backend: str = Field("hf", description="what draws responses: an installed sampler (hf: this process)")
     backend_settings: dict[str, Any] = Field({}, description="the sampler's own settings")
     store: str | None = Field(

@@ -18,6 +18,7 @@ from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.plugins import find_sampler
 from dpkd.rollout.generator import open_sampler
+from dpkd.rollout.policy_logps import PolicyScorer
 from dpkd.rollout.response_generators import RankShards, RetokenizedResponses, StudentGenerator, TeacherGenerator
 from dpkd.rollout.response_store import ResponseStore, default_folder
 from dpkd.rollout.settings import TextSettings
@@ -123,11 +124,20 @@ class RolloutBuilder:
             self.accelerator.device,
             self.teacher,
             rollout_loss,
+            policy=self._policy_scorer(),
         )
+
+    def _policy_scorer(self) -> PolicyScorer | None:
+        """On a CPU the sampler computes as the training step does; elsewhere its kernels and types are others."""
+        device = self.accelerator.device
+        if device.type == "cpu":
+            return None
+        pad_id = self.prepared.tokenizer.pad_token_id
+        return PolicyScorer(self.vocabulary, pad_id, device, self.accelerator.autocast)
 
     def _student_sampler(self, text: TextSettings) -> Sampler:
         """One for all texts that are drawn in one way: an engine beside the model is large."""
-        key = (text.backend, text.backend_settings)
+        key = (text.backend, {**text.backend_settings, "decoding": text.decoding})
         for known, sampler in self._samplers:
             if known == key:
                 return sampler
