@@ -94,7 +94,7 @@ class TextSettings(Block):
     )
     decoding: Literal["auto", "graph", "eager"] = Field(
         "auto",
-        description="graph: static shapes, on CUDA as captured graphs; eager: growing caches; auto: graph on CUDA where "
+        description="graph: static shapes, captured in graphs on CUDA; eager: growing caches; auto: graph on CUDA if "
         "its log-probs agree with a plain forward's (backend hf)",
     )
     backend: str = Field("hf", description="what draws responses: an installed sampler (hf: this process)")
