@@ -43,6 +43,7 @@ def compare_runs(
 
     The test is a paired bootstrap over rows, from the scores in the runs' predictions; no model is loaded.
     """
+    from dpkd.io import write_text
     from dpkd.report.comparison import compare
 
     read, base = _read(runs, baseline)
@@ -52,8 +53,7 @@ def compare_runs(
     if output is None:
         typer.echo(text, nl=False)
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    write_text(output, text)
     typer.echo(f"{form.value}    {output}")
 
 

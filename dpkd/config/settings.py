@@ -7,7 +7,7 @@ installed plugin, so it is held here as an already validated pair (see `dpkd.con
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -100,8 +100,13 @@ class TrainSettings(Block):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
     eps: float = Field(1e-8, gt=0, description="AdamW")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; None: no clipping")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast; log-probs are float32 in both")
-    chunk_mib: float = Field(32.0, gt=0, description="memory of one chunk of logits; rows per chunk follow from it")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="autocast; log-probs are float32 in all; auto: bf16 on a GPU that has it, else fp32"
+    )
+    chunk_mib: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="MiB of one chunk of logits, rows per chunk follow from it; auto: 32 on a CPU, up to 512 on a GPU",
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; None: at the end and on a stop")
     keep_checkpoints: int = Field(1, ge=1, description="how many of the newest checkpoints stay")

@@ -9,6 +9,7 @@ from dpkd.config.layers import SHORTHANDS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.config.yaml_text import dump_value
+from dpkd.io import write_text
 from dpkd.plugins import RegisteredLoss
 
 
@@ -40,7 +41,7 @@ def _source(path: str, provenance: dict[str, str]) -> str | None:
 
 def write_config(resolved: Resolved, folder: Path) -> None:
     """Write `config.resolved.yaml`: reading it back gives the same settings, without any other layer."""
-    (folder / "config.resolved.yaml").write_text(annotated_yaml(resolved), encoding="utf-8")
+    write_text(folder / "config.resolved.yaml", annotated_yaml(resolved))
 
 
 def schema(registered: RegisteredLoss | None = None) -> dict[str, Any]:

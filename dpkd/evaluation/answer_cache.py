@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from dpkd.api import Answers, Sampled
 from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.evaluation.predictions import Prediction, read_predictions, write_predictions
-from dpkd.evaluation.results import write_json
+from dpkd.io import JsonLog, read_json, write_json
 from dpkd.rollout.sampling import sample
 from dpkd.rollout.settings import SamplingSettings
 from dpkd.rollout.sources import response_seed
@@ -25,9 +24,10 @@ class AnswerCache:
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
         """Raises DpkdError when the folder holds answers that were drawn otherwise: by another model, say."""
         self.folder = folder
+        self._logs: dict[int, JsonLog] = {}
         manifest = folder / "answers.json"
         if manifest.exists():
-            before = json.loads(manifest.read_text(encoding="utf-8"))
+            before = read_json(manifest, f"Delete {folder} to evaluate again, or choose another --output.")
             changed = [name for name in facts if before.get(name) != facts[name]]
             if changed:
                 raise DpkdError(
@@ -41,38 +41,27 @@ class AnswerCache:
         """Where the answers of a seed are, once they are whole."""
         return self.folder / f"predictions-{seed}.jsonl"
 
-    def _unfinished(self, seed: int) -> Path:
-        return self.folder / f"predictions-{seed}.jsonl.part"
+    def _unfinished(self, seed: int) -> JsonLog:
+        """The answers of a seed that are not all there yet."""
+        if seed not in self._logs:
+            self._logs[seed] = JsonLog(self.folder / f"predictions-{seed}.jsonl.part", id=str, prediction=str)
+        return self._logs[seed]
 
     def found(self, seed: int) -> dict[str, Prediction]:
         """The answers of a seed that an earlier call wrote, by row."""
-        whole, part = self.file(seed), self._unfinished(seed)
+        whole = self.file(seed)
         if whole.exists():
             return {str(p.id): p for p in read_predictions(whole)}
-        if not part.exists():
-            return {}
-        lines = part.read_bytes().split(b"\n")
-        good = [line for line in lines if line and _is_json(line)]  # the last one may be torn
-        part.write_bytes(b"".join(line + b"\n" for line in good))
-        rows = [json.loads(line) for line in good]
-        return {str(row["id"]): _prediction(row) for row in rows}
+        return {row["id"]: _prediction(row) for row in self._unfinished(seed).rows()}
 
     def append(self, seed: int, prediction: Prediction) -> None:
         """Write one answer down."""
-        with self._unfinished(seed).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(prediction.as_dict()) + "\n")
+        self._unfinished(seed).append(prediction.as_dict())
 
     def finish(self, seed: int, predictions: Sequence[Prediction]) -> None:
         """All answers of a seed, in the order of the rows."""
         write_predictions(self.file(seed), predictions)
-        self._unfinished(seed).unlink(missing_ok=True)
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        self._unfinished(seed).path.unlink(missing_ok=True)
 
 
 def _prediction(row: dict[str, Any]) -> Prediction:

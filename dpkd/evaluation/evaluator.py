@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import DTYPES
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import difference, shared_vocabulary
-from dpkd.plugins import load_metrics
+from dpkd.plugins import Registry, load_registry
 from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.rollout.settings import SamplingSettings
 from dpkd.teachers.base import Teacher
@@ -82,12 +82,16 @@ class EvaluationSettings:
         return tuple(self.seeds[:1]) if self.sampling.temperature == 0 else tuple(self.seeds)
 
 
-def metric_specs(say: Callable[[str], None] | None = None) -> dict[str, MetricSpec]:
-    """All installed metrics; what could not be loaded is said."""
-    specs, broken = load_metrics()
-    for plugin in broken if say is not None else ():
+def metric_specs(registry: Registry, say: Callable[[str], None] | None = None) -> dict[str, MetricSpec]:
+    """All installed metrics; `say` is told what could not be loaded.
+
+    Raises DpkdError when two plugins have a metric of one name.
+    """
+    registry.check_conflicts(MetricSpec)
+    specs = {name: found.spec for name, found in registry.all(MetricSpec).items()}
+    for plugin in registry.broken if say is not None else ():
         assert say is not None
-        say(f"the metrics of {plugin.entry_point} ({plugin.distribution}) could not be loaded: {plugin.reason}")
+        say(f"the plugin {plugin.entry_point} ({plugin.distribution}) could not be loaded: {plugin.reason}")
     return specs
 
 
@@ -104,8 +108,11 @@ class Evaluator:
         *,
         dtype: str = "float32",
         given: InMemory | None = None,
+        registry: Registry | None = None,
     ) -> None:
         """`dtype` is that of the weights where the settings say `auto`; `auto`: as stored.
+
+        `registry` has the metrics; None: all that are installed.
 
         `given` has what is in memory of model, teacher and rows; its models keep their type.
         In half precision an answer depends on the rows beside it in its batch; in float32 all but never.
@@ -114,6 +121,7 @@ class Evaluator:
         if dtype not in ("auto", *DTYPES):
             raise DpkdError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
         self.given = given or InMemory()
+        self.registry = registry or load_registry()
         self.tokenizer = self.given.tokenizer(model)
         self.note: str | None = None
         if teacher is not None and teacher.model is not None:
@@ -196,7 +204,7 @@ class Evaluator:
             teacher=self.teacher,
             vocabulary=self.vocabulary,
             settings=settings,
-            specs=metric_specs(say),
+            specs=metric_specs(self.registry, say),
             answer_cache=answer_cache,
             teacher_answer_cache=teacher_answer_cache,
             progress=progress,
@@ -250,7 +258,7 @@ def evaluate_model(
     teacher: Teacher | None,
     vocabulary: int,
     settings: EvaluationSettings,
-    specs: dict[str, MetricSpec],
+    specs: Mapping[str, MetricSpec],
     answer_cache: AnswerCache | None = None,
     teacher_answer_cache: AnswerCache | None = None,
     progress: Progress | None = None,

@@ -20,7 +20,7 @@ from typing import Any
 from dpkd.errors import DpkdError
 from dpkd.evaluation.chat import Endpoint, Reply, chat
 from dpkd.evaluation.predictions import Prediction
-from dpkd.evaluation.results import write_json
+from dpkd.io import JsonLog, write_json
 
 SYSTEM = "You grade answers of language models. You are strict, and fair to answers of any length."
 PROMPT = """\
@@ -142,24 +142,13 @@ class _Verdicts:
     """The file of verdicts, by the hash of the question: an interrupted call goes on, a changed answer is new."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, Lock()
-        self.known: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_bytes().split(b"\n"):
-                try:
-                    verdict = json.loads(line)
-                    self.known[verdict["question"]] = verdict
-                except (ValueError, TypeError, KeyError):  # a torn line
-                    continue
-            if not path.read_bytes().endswith(b"\n"):
-                with path.open("ab") as file:
-                    file.write(b"\n")
+        self._lines, self._lock = JsonLog(path, question=str), Lock()
+        self.known = {row["question"]: row for row in self._lines.rows()}
 
     def add(self, verdict: dict[str, Any]) -> None:
         with self._lock:
             self.known[verdict["question"]] = verdict
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(verdict) + "\n")
+            self._lines.append(verdict)
 
 
 def judge(

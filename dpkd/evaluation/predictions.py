@@ -5,8 +5,6 @@ A line of ours is `{"id", "prompt", "prediction", "references", "seed", ...}`; w
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import Any
 
 from dpkd.errors import DpkdError
 from dpkd.evaluation.rows import read_rows
+from dpkd.io import dumps, write_text
 
 _PREDICTION_KEYS = ("output", "response", "completion", "generated_text", "text")
 _REFERENCE_KEYS = ("reference", "output", "response", "answer", "target", "text")
@@ -57,15 +56,7 @@ class References:
 
 def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
     """Write JSON lines; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".new")  # `.part` is where answers wait that are not all there yet
-    # Half a surrogate pair has no UTF-8; "backslashreplace" writes it as \udXXX, which is its JSON escape.
-    with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row.as_dict(), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    write_text(path, "".join(f"{dumps(row.as_dict())}\n" for row in rows))
 
 
 def read_predictions(path: Path) -> list[Prediction]:

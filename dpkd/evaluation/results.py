@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from dpkd.api import Answers, MetricSpec
 from dpkd.errors import DpkdError
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, bucket_labels, bucket_of
+from dpkd.io import write_json
 
 FORMAT = 2
 
@@ -155,11 +155,3 @@ def _mean(values: Sequence[float]) -> float | None:
 def write_scores(evaluation: Evaluation, folder: Path) -> Path:
     """Write scores.json, whole or not at all."""
     return write_json(folder / "scores.json", evaluation.as_dict())
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> Path:
-    """Write a JSON file for people and programs; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return unfinished.replace(path)

@@ -4,53 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dpkd.errors import DpkdError
+from dpkd.io import JsonLog, cache_folder, digest, sha256
 from dpkd.models.quantization import quantization_of
 from dpkd.models.settings import ModelSettings
 
-SAMPLES, SAMPLE_BYTES = 64, 1024
+# A file that changed this short a time ago could change again within one tick of the clock: it is not remembered.
+SETTLED_NS = 2_000_000_000
 # What a loader writes into a configuration: it says nothing about the model.
 NOT_THE_MODEL = {"_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype", "use_cache"}
-
-
-def digest(value: Any) -> str:
-    """A hash, 32 hexadecimal digits, of anything that JSON can say; the order of keys does not count."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def model_fingerprint(
     model: str | Path, revision: str | None = None, config: Any = None, commit: str | None = None
 ) -> str:
-    """The identity of a model, cheaply: no file is read whole.
+    """The identity of a model: it changes with any byte of its weights.
 
-    A folder: its configuration, and of each weight file the size, the header and bytes from 64 places.
-    A single file (GGUF): size and bytes. A hub id: the id and the commit, which is `commit`, or
-    `config._commit_hash` as transformers sets it, or else the revision. `config` is a mapping or a
-    configuration of transformers.
+    A folder: its configuration, and the name and hash of each weight file. A single file (GGUF): its hash. A hub id:
+    the id and the commit, which is `commit`, or `config._commit_hash` as transformers sets it, or else the revision.
+    `config` is a mapping or a configuration of transformers. A file is hashed once: see `weights_hash`.
 
     Raises DpkdError when a folder has no weights.
     """
     path = Path(model)
     if path.is_file():
-        return digest({"weights": [_weights(path)]})
+        return digest({"weights": [weights_hash(path)]})
     if not path.is_dir():
         commit = commit or getattr(config, "_commit_hash", None) or revision or "main"
         return digest({"hub": str(model), "commit": commit})
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
     if not files:
         raise DpkdError(f"{path} has no weights: expected *.safetensors or *.gguf files beside config.json")
-    return digest({"config": _config(path, config), "weights": [[file.name, _weights(file)] for file in files]})
+    return digest({"config": _config(path, config), "weights": [[file.name, weights_hash(file)] for file in files]})
 
 
 def memory_fingerprint(model: Any) -> str:
     """The identity of a model of transformers in memory: its configuration, and every byte of its weights.
 
-    It is never that of the same model in a folder, of which only samples are read.
+    It is never that of the same model in a folder, which is the hash of its files.
     """
     import torch
 
@@ -82,18 +79,17 @@ def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in NOT_THE_MODEL}
 
 
-def _weights(file: Path) -> str:
-    """Size, header of a safetensors file, and bytes at places spread evenly over the rest."""
-    size = file.stat().st_size
-    found = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
-        start = 0
-        if file.suffix == ".safetensors":
-            start = min(size, 8 + int.from_bytes(stream.read(8), "little"))
-            stream.seek(0)
-            found.update(stream.read(start))
-        step = max(SAMPLE_BYTES, (size - start) // SAMPLES)
-        for place in [*range(start, size, step), max(start, size - SAMPLE_BYTES)]:
-            stream.seek(place)
-            found.update(stream.read(SAMPLE_BYTES))
-    return found.hexdigest()
+def weights_hash(file: Path) -> str:
+    """The hash of all bytes of a file, remembered in the user's cache by its inode, size and times of change."""
+    found = file.stat()
+    key = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    remembered = JsonLog(cache_folder() / "fingerprints.jsonl", file=list, sha256=str)
+    with suppress(DpkdError):  # a cache that cannot be read is no cache
+        for row in remembered.rows():
+            if row["file"] == key:
+                return str(row["sha256"])
+    hashed = sha256(file)
+    if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED_NS:
+        with suppress(DpkdError):
+            remembered.append({"file": key, "sha256": hashed})
+    return hashed

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpkd.io import whole_folder
 from dpkd.models.head import causal_lm
 from dpkd.models.loading import new_model, quiet_transformers
 from dpkd.models.lora import merged
@@ -23,12 +21,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         model = _unsharded(model)
     with quiet_transformers():
         if hasattr(model, "peft_config"):
-            with _whole(folder.with_name("adapter")) as unfinished:
+            with whole_folder(folder.with_name("adapter")) as unfinished:
                 model.save_pretrained(unfinished, save_embedding_layers=False)
             plain = merged(model)
         else:
             plain = causal_lm(model)
-        with _whole(folder) as unfinished:
+        with whole_folder(folder) as unfinished:
             plain.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
 
@@ -44,17 +42,3 @@ def _unsharded(model: Any) -> Any:
     for name, parameter in copy.named_parameters():
         parameter.data.copy_(live[name].detach())
     return copy
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` at the end of the block, and only if all went well."""
-    unfinished, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
-    for leftover in (unfinished, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    if folder.exists():
-        folder.rename(old)
-    unfinished.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

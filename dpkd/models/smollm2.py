@@ -7,14 +7,12 @@ numbers, dequantised and rounded to bfloat16: close to the published model, but 
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from dpkd.errors import DpkdError
+from dpkd.io import lock, whole_folder
 from dpkd.models.loading import load_model, load_tokenizer, quiet_transformers
 from dpkd.models.settings import ModelSettings
 
@@ -31,19 +29,11 @@ def bundled_teacher(cache: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     settings = ModelSettings(model=str(_gguf_file()))
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        with quiet_transformers():
-            load_model(settings, device="cpu", dtype=torch.bfloat16).save_pretrained(temporary)
-            load_tokenizer(settings).save_pretrained(temporary)
-        # Another process may have been faster: its folder is as good.
-        with suppress(OSError):
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if not (folder / "config.json").is_file():
-        raise DpkdError(f"{folder} exists but holds no model; remove it, and it is written anew")
+    with lock(folder.with_name(f".{folder.name}.lock"), str(folder), wait=True):
+        if not (folder / "config.json").is_file():  # another process may have been faster
+            with whole_folder(folder) as unfinished, quiet_transformers():
+                load_model(settings, device="cpu", dtype=torch.bfloat16).save_pretrained(unfinished)
+                load_tokenizer(settings).save_pretrained(unfinished)
     return folder
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from dpkd.api import Card
+from dpkd.io import write_text
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,7 @@ class CardFacts:
 
 def write_model_card(folder: Path, facts: CardFacts) -> None:
     """Write `README.md` into a run folder, in place of an older one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "README.md.part"
-    unfinished.write_text(model_card(facts), encoding="utf-8", newline="\n")
-    unfinished.replace(folder / "README.md")
+    write_text(folder / "README.md", model_card(facts))
 
 
 def model_card(facts: CardFacts) -> str:

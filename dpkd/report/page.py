@@ -7,6 +7,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+from dpkd.io import write_bytes
 from dpkd.report.chapters import chapters, length_panels
 from dpkd.report.charts import chart, legend
 from dpkd.report.markup import Markup, element, joined
@@ -19,11 +20,8 @@ from dpkd.report.texts import samples_section, tokens_section
 
 def write_page(runs: Sequence[Run], output: Path) -> None:
     """Write the page; it appears whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(output.name + ".part")
     # Half a surrogate pair in a model's answer has no UTF-8; a question mark stands for it.
-    unfinished.write_bytes(page(runs).encode("utf-8", errors="replace"))
-    unfinished.replace(output)
+    write_bytes(output, page(runs).encode("utf-8", errors="replace"))
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dpkd.errors import DpkdError
+from dpkd.io import JsonLog
 from dpkd.report.names import better_by_name
 from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
@@ -53,7 +54,7 @@ class Scored:
     def predictions(self) -> dict[int, list[dict[str, Any]]]:
         """The rows of each seed, in the order of the data; empty where the files are not there."""
         found = {seed: self.folder / f"predictions-{seed}.jsonl" for seed in self.scores.get("seeds", [])}
-        return {seed: _json_lines(path) for seed, path in found.items() if path.is_file()}
+        return {seed: JsonLog(path).rows() for seed, path in found.items() if path.is_file()}
 
 
 def better_of(metric: str, scored: Iterable[Scored]) -> str:
@@ -138,7 +139,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         facts=_json(folder.facts, {}),
         metrics=read_metrics(folder.metrics) if folder.metrics.is_file() else [],
         dev=read_metrics(dev) if dev.is_file() else [],
-        samples=_json_lines(folder.samples),
+        samples=JsonLog(folder.samples).rows(),
         evaluations=read_evaluations(path / "eval"),
         rewards=_json(path / "token_rewards.json", []),
     )
@@ -157,24 +158,6 @@ def _json(path: Path, default: Any) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DpkdError(f"{path}: expected JSON ({error}); write it anew, or remove it to go on without it") from error
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines that are objects; a torn last line of a run that was killed is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            if number < len(lines):
-                raise DpkdError(f"{path}:{number}: expected one JSON object on this line") from None
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def _sources(text: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpkd.io import write_text
 from dpkd.report.card import ScoreLine, scores_section
 from dpkd.report.names import ordered, title
 from dpkd.report.reading import Scored, read_evaluations
@@ -29,10 +30,7 @@ def rescore(folder: Path, metrics: Sequence[str] = CARD_METRICS) -> bool:
     lines = score_lines(list(read_evaluations(folder / "eval").values()), metrics)
     if not run.card.is_file() or not lines:
         return False
-    text = with_scores(run.card.read_text(encoding="utf-8"), lines)
-    unfinished = run.card.with_name(run.card.name + ".part")
-    unfinished.write_text(text, encoding="utf-8", newline="\n")
-    unfinished.replace(run.card)
+    write_text(run.card, with_scores(run.card.read_text(encoding="utf-8"), lines))
     return True
 
 

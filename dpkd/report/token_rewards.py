@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.errors import DpkdError
+from dpkd.io import write_json
 from dpkd.report.reading import Run, Scored
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ def write_token_rewards(run: Run, count: int) -> Path:
 
     Raises DpkdError when the run has no teacher, no model yet, or no answer to look at.
     """
-    from dpkd.evaluation.results import write_json
     from dpkd.evaluation.target import find_target
 
     answers = answers_of(run, count)
@@ -44,7 +44,7 @@ def write_token_rewards(run: Run, count: int) -> Path:
     if target.teacher is None or target.teacher.model is None:
         raise DpkdError(f"--token-rewards: {run.path} was trained without a teacher; there is no reward to show")
     rows = _rewards(target.model, target.teacher, answers, run.config)
-    return write_json(run.path / FILE, rows)  # type: ignore[arg-type]
+    return write_json(run.path / FILE, rows)
 
 
 def answers_of(run: Run, count: int) -> list[Answer]:
@@ -145,7 +145,6 @@ def token_rewards(
     vocabulary: int,
     pad_id: int,
     beta: float = 1.0,
-    chunk_mib: float = 32.0,
 ) -> list[list[float]]:
     """`β · (log q - log p)` in nats of each response token of each sequence, at temperature 1, in eval mode."""
     import torch
@@ -158,7 +157,7 @@ def token_rewards(
     was_training = student.training
     student.eval()
     device = next(student.parameters()).device
-    rows = chunk_rows(vocabulary, chunk_mib)
+    rows = chunk_rows(vocabulary, device=device)
     results = []
     try:
         with torch.no_grad():

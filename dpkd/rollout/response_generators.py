@@ -106,7 +106,8 @@ class StudentGenerator:
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
         for group in micro_batches(lengths, self.settings.sampling.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(device)
-            logps = self.teacher.score(batch, Wants(chunk_rows(self.vocabulary, 32.0), logps=True)).logps().tolist()
+            wants = Wants(chunk_rows(self.vocabulary, device=device), logps=True)
+            logps = self.teacher.score(batch, wants).logps().tolist()
             for place, i in enumerate(group):
                 own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
                 scored[i] = replace(responses[i], teacher_logps=tuple(own))

@@ -5,15 +5,13 @@ One folder per key: model, tokenizer (template and special tokens included), sam
     FOLDER/KEY/manifest.json     what the key consists of, in clear
     FOLDER/KEY/responses.jsonl   one response a line, in the order of writing
 
-Lines are only ever appended, each under a lock, so runs may share a store. A line that was torn by a crash is
-dropped and counted.
+Lines are only ever appended, each under a lock and with a checksum, so runs may share a store. A torn last line is cut
+off; a line that is damaged is left out and counted, and its response is drawn again.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.errors import DpkdError
-from dpkd.models.fingerprint import digest
+from dpkd.io import append_to, cache_folder, cut_torn_line, digest, dumps, parsed, read_json, storage_errors, write_json
 from dpkd.rollout.settings import SamplingSettings
 
 try:
@@ -30,6 +28,7 @@ except ImportError:  # no advisory locks on Windows: runs must not share a store
     fcntl = None  # type: ignore[assignment]
 
 VERSION = 1
+_ADVICE = "Free some space, or choose another folder for the teacher's responses with text.store."
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,8 @@ class Stored:
 
 
 def default_folder() -> Path:
-    """`$DPKD_CACHE`, else `$XDG_CACHE_HOME/dpkd`, else `~/.cache/dpkd`; in it `responses`."""
-    if cache := os.environ.get("DPKD_CACHE"):
-        return Path(cache).expanduser() / "responses"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "dpkd" / "responses"
+    """`responses` in the user's cache."""
+    return cache_folder() / "responses"
 
 
 class ResponseStore:
@@ -58,7 +54,6 @@ class ResponseStore:
         self._known: dict[str, dict[int, Stored]] = {}
         self._read_to = 0  # bytes of the file that were read: whole lines
         self._broken_lines = 0
-        self._torn_tail = False
 
     @classmethod
     def open(
@@ -86,7 +81,7 @@ class ResponseStore:
             **({"backend": dict(backend)} if backend is not None else {}),
         }
         store = cls((default_folder() if folder is None else Path(folder)) / digest(key))
-        with _errors_of(store.folder):
+        with storage_errors(store.folder, _ADVICE):
             store.folder.mkdir(parents=True, exist_ok=True)
             _check_manifest(store.folder / "manifest.json", key)
         store.refresh()
@@ -94,8 +89,8 @@ class ResponseStore:
 
     @property
     def torn_lines(self) -> int:
-        """Lines that could not be read: a writer was interrupted."""
-        return self._broken_lines + self._torn_tail
+        """Lines that could not be read: damaged, or torn when a writer was interrupted."""
+        return self._broken_lines
 
     def __len__(self) -> int:
         """How many responses are known."""
@@ -118,7 +113,7 @@ class ResponseStore:
         `index` None: the next number. A number that is taken, perhaps by another run, keeps what it has.
         """
         key = _prompt_key(prompt_ids)
-        with _errors_of(self.folder), _locked(self._file) as descriptor:
+        with storage_errors(self.folder, _ADVICE), _locked(self._file) as descriptor:
             self._read(descriptor)
             known = self._known.get(key, {})
             number = max(known, default=-1) + 1 if index is None else index
@@ -126,34 +121,45 @@ class ResponseStore:
                 return
             line = {"prompt": key, "index": number, "ids": [int(token) for token in response_ids]}
             line |= {"truncated": bool(truncated), "text": text}
-            written = json.dumps(line).encode() + b"\n"
-            if self._torn_tail:
-                written = b"\n" + written  # what is torn stays a line of its own
-            while written:
-                written = written[os.write(descriptor, written) :]
+            content = f"{dumps(line | {'check': _check(line)})}\n"
+            append_to(descriptor, content.encode("utf-8", errors="backslashreplace"))
             self._read(descriptor)
 
     def refresh(self) -> None:
         """Read what other processes have added."""
-        with _errors_of(self.folder), _locked(self._file) as descriptor:
+        with storage_errors(self.folder, _ADVICE), _locked(self._file) as descriptor:
             self._read(descriptor)
 
     def _read(self, descriptor: int) -> None:
         """Read the lines behind those that were read. Under the lock nobody is writing: a tail is torn."""
+        self._broken_lines += cut_torn_line(descriptor)
         blocks, place = [], self._read_to
         while block := os.pread(descriptor, 1 << 20, place):
             blocks.append(block)
             place += len(block)
-        *lines, tail = b"".join(blocks).split(b"\n")
-        self._read_to = place - len(tail)
-        self._torn_tail = bool(tail)
+        *lines, _ = b"".join(blocks).split(b"\n")
+        self._read_to = place
         for line in filter(None, lines):
-            try:
-                values = json.loads(line)
-                stored = Stored(tuple(map(int, values["ids"])), bool(values["truncated"]), str(values["text"]))
-                self._known.setdefault(str(values["prompt"]), {}).setdefault(int(values["index"]), stored)
-            except (ValueError, KeyError, TypeError):
+            row = parsed(line)
+            stored = _stored(row)
+            if row is None or stored is None:
                 self._broken_lines += 1
+            else:
+                self._known.setdefault(str(row["prompt"]), {}).setdefault(int(row["index"]), stored)
+
+
+def _check(row: Mapping[str, Any]) -> str:
+    return digest(row)[:16]
+
+
+def _stored(row: dict[str, Any] | None) -> Stored | None:
+    """The response in a line; None when the line is damaged. Older lines have no checksum."""
+    try:
+        if row is None or (row.pop("check", None) or _check(row)) != _check(row):
+            return None
+        return Stored(tuple(map(int, row["ids"])), bool(row["truncated"]), str(row["text"]))
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _prompt_key(prompt_ids: Sequence[int]) -> str:
@@ -164,20 +170,12 @@ def _check_manifest(file: Path, key: dict[str, Any]) -> None:
     """Write the manifest of a new store, or check the one that is there."""
     wanted = {"format": "dpkd responses", "version": VERSION, **key}
     if not file.exists():
-        # Renamed into place whole: another process may create the same store at the same time.
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, prefix=".manifest-", encoding="utf-8", delete=False
-        ) as new:
-            json.dump(wanted, new, indent=2)
-        os.replace(new.name, file)
+        write_json(file, wanted)  # another process may create the same store at the same time, with the same content
         return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
+    found = read_json(file, f"Move the folder {file.parent} away to have the responses drawn again.")
     if found == wanted:
         return
-    version = found.get("version") if isinstance(found, dict) else None
+    version = found.get("version")
     what = "is not one of dpkd's or was edited" if version in (None, VERSION) else f"has version {version}"
     raise DpkdError(
         f"{file} {what}, expected version {VERSION} with the key of this run. Move the folder {file.parent} "
@@ -195,15 +193,3 @@ def _locked(file: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)  # releases the lock
-
-
-@contextmanager
-def _errors_of(folder: Path) -> Iterator[None]:
-    """What the file system refuses, as a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise DpkdError(
-            f"the store of teacher responses in {folder} cannot be used: {error.strerror or error}. "
-            "Choose another folder with text.store."
-        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
 from dpkd.data.templates import chat_lead
 from dpkd.errors import DpkdError
+from dpkd.io import JsonLog, lock, read_json, write_json
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
+from dpkd.plugins import Registry
 from dpkd.rollout.generator import open_sampler, sampling_task
 from dpkd.rollout.settings import SamplingSettings, TextSettings
 from dpkd.rollout.sources import response_seed
@@ -43,6 +44,7 @@ def sample_to_file(
     data: DataSettings,
     sampling: SamplingSettings,
     *,
+    registry: Registry,
     output: Path,
     seed: int,
     num_generations: int = 1,
@@ -53,10 +55,38 @@ def sample_to_file(
     """Append one JSON line per response; a second call goes on where an interrupted one stopped.
 
     A line is the row of the data set with the new response, so that it can be trained on as it is.
-    Raises DpkdError when the file was written with other settings, by another model or for other prompts.
+    Raises DpkdError when the file was written with other settings, by another model or for other prompts, when it
+    is damaged, or while another process writes it.
     """
+    with lock(output.with_name(f".{output.name[:100]}.lock"), str(output)):
+        return _sample(
+            model,
+            data,
+            sampling,
+            registry,
+            output,
+            seed,
+            num_generations,
+            backend,
+            dict(backend_settings or {}),
+            progress,
+        )
+
+
+def _sample(
+    model: ModelSettings,
+    data: DataSettings,
+    sampling: SamplingSettings,
+    registry: Registry,
+    output: Path,
+    seed: int,
+    num_generations: int,
+    backend: str,
+    backend_settings: dict[str, Any],
+    progress: Callable[[int, int], None] | None,
+) -> SampleReport:
     examples = read_examples(data, require_response=False)
-    drawn_by = TextSettings(backend=backend, backend_settings=dict(backend_settings or {}))
+    drawn_by = TextSettings(backend=backend, backend_settings=backend_settings)
     facts = {
         "model": model.model,
         "weights": model_fingerprint(str(model.model), model.revision),
@@ -67,7 +97,8 @@ def sample_to_file(
         "num_generations": num_generations,
         **({"backend": drawn_by.backend_key} if drawn_by.backend_key is not None else {}),
     }
-    found = _found(output, facts)
+    lines = JsonLog(output, id=str, sample=int)
+    found = _found(lines, facts)
     tokenizer = load_tokenizer(model)
     tokenized = tokenize(examples.examples, tokenizer, data, require_response=False)
     todo = [p for p in tokenized.prompts if (p.id, num_generations - 1) not in found]
@@ -75,11 +106,11 @@ def sample_to_file(
     lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
     lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
     counts = {"written": 0, "truncated": 0, "empty": 0}
-    _settings_file(output).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     writer = GenerationModel(lm, None, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
-    with closing(open_sampler(drawn_by, writer)) as sampler, output.open("a", encoding="utf-8") as file:
+    with closing(open_sampler(registry, drawn_by, writer)) as sampler:
         sampler.refresh()
         for group in _groups(todo, 4 * sampling.batch_size):
+            rows = []
             seeds = [response_seed(seed, n, p.id) for p in group for n in range(num_generations)]
             task = sampling_task(
                 sampling, [p.prompt_ids for p in group], seeds, num_generations=num_generations, logps=False
@@ -92,9 +123,8 @@ def sample_to_file(
                 counts["truncated"] += s.truncated
                 counts["empty"] += not text.strip()
                 if (prompt.id, n) not in found:
-                    row = {**_row(by_id[prompt.id], text, lead), "id": prompt.id, "sample": n}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+                    rows.append({**_row(by_id[prompt.id], text, lead), "id": prompt.id, "sample": n})
+            lines.append(*rows)
             if progress is not None:
                 progress(counts["written"], len(todo) * num_generations)
     notes = [*examples.lines()[1:], *(f"dropped {count:,}: {why}" for why, count in tokenized.report.dropped.items())]
@@ -123,26 +153,18 @@ def _settings_file(output: Path) -> Path:
     return output.with_name(output.name + ".settings.json")
 
 
-def _found(output: Path, facts: dict[str, Any]) -> set[tuple[str, int]]:
-    """What an earlier call wrote; its settings stand beside the file."""
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return set()
+def _found(lines: JsonLog, facts: dict[str, Any]) -> set[tuple[str, int]]:
+    """What an earlier call wrote; its settings stand beside the file, and are there before its first line."""
+    output = lines.path
     settings_file = _settings_file(output)
-    before = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else {}
+    if not output.exists():
+        write_json(settings_file, facts)
+        return set()
+    before = read_json(settings_file, f"Delete it and {output} to start again.") if settings_file.exists() else {}
     changed = [name for name in facts if before.get(name) != facts[name]]
     if changed:
         raise DpkdError(
             f"{output} exists already, written by another model, for other prompts or with other settings: "
             f"{', '.join(changed)} ({settings_file.name}). Choose another --output, or delete it."
         )
-    kept, ids = [], set()
-    for line in output.read_text(encoding="utf-8").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:  # the torn last line of an interrupted call
-            continue
-        kept.append(line + "\n")
-        ids.add((row["id"], row["sample"]))
-    output.write_text("".join(kept), encoding="utf-8")
-    return ids
+    return {(row["id"], row["sample"]) for row in lines.rows()}

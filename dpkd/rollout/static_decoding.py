@@ -44,7 +44,7 @@ def row_bucket(rows: int) -> int:
 
 
 def column_bucket(columns: int) -> int:
-    """Columns of a window: multiples of 64 (kernels want aligned masks), at most a quarter too large from 256 on."""
+    """Columns of a window: multiples of 64 (kernels want aligned masks), beyond 256 at most a quarter too large."""
     step = max(64, 1 << max(0, (columns - 1).bit_length() - 3))
     return -(-columns // step) * step
 

@@ -41,6 +41,10 @@ class AlignedRows(TeacherOutput):
         hidden = self.rows.hidden[self.batch.teacher.first[rows]]
         return self.union.of_teacher(self.rows.head.logits(hidden))  # type: ignore[no-any-return]
 
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """The same logits, and the factor 1."""
+        return self.logits(rows), 1.0
+
     def logps(self) -> Tensor:
         """Log-prob in nats of each of the teacher's own response tokens."""
         return self.rows.logps()
@@ -87,12 +91,12 @@ class AlignedTeacher(Teacher):
     def fingerprint(self) -> str:
         return self.local.fingerprint()
 
-    def weight_bytes(self) -> float:
-        return self.local.weight_bytes()
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
+        return self.local.weight_bytes(dtype)
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self._device = device
-        self.local.load(device)
+        self.local.load(device, dtype)
 
     def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
         """Each keeps its own ids; losses see the union of both."""

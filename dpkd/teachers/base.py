@@ -54,6 +54,10 @@ class TeacherOutput:
         """Logits `[n, V]` of some rows, in float32, without gradient."""
         raise NotImplementedError(f"{type(self).__name__} makes no logits")
 
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """Logits `[n, V]` of some rows in the type that they come in, up to a factor, and that factor."""
+        return self.logits(rows), 1.0
+
     @torch.no_grad()
     def logps(self) -> Tensor:
         """Log-prob `[N]` in nats of each response token."""
@@ -116,15 +120,19 @@ class Teacher:
         """Who it is: changes when its answers do. Goes into run.json, and into the keys of stores."""
         raise NotImplementedError(f"{type(self).__name__} needs a fingerprint")
 
-    def weight_bytes(self) -> float:
-        """Memory of its weights in this process."""
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
+        """Memory of its weights in this process; `dtype` as in `load`."""
         return 0.0
 
     def check(self, tokenizer: Any) -> None:
         """Raises DpkdError when it cannot be the teacher of a student with this tokenizer; nothing is loaded yet."""
 
-    def load(self, device: torch.device) -> None:
-        """Bring what it needs to answer. `device` is the student's, where the losses are computed."""
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Bring what it needs to answer.
+
+        device  the student's, where the losses are computed
+        dtype   of its weights, where the settings leave it open; None: as stored
+        """
 
     def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
         """The ids that both predict: from here on it predicts no others.

@@ -36,6 +36,13 @@ class TeacherRows(TeacherOutput):
         """Logits `[n, V]` of some rows, in float32, without gradient."""
         return self.head.logits(self.hidden[rows])
 
+    @torch.no_grad()
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """Logits `[n, V]` of some rows in the type of the head's product, up to a factor, and that factor."""
+        if self.head.rule.softcap is not None:
+            return self.logits(rows), 1.0
+        return self.head.raw(self.hidden[rows].to(self.head.weight.dtype)), self.head.rule.scale
+
     def is_finite(self) -> bool:
         """Whether hidden states and some logits are."""
         return bool(torch.isfinite(self.hidden).all()) and super().is_finite()
@@ -74,14 +81,14 @@ class LocalTeacher(Teacher):
     def fingerprint(self) -> str:
         return self._in_memory.fingerprint(self._settings)
 
-    def weight_bytes(self) -> float:
-        stored = getattr(self.config, "dtype", None) or torch.float32
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
+        stored = dtype or getattr(self.config, "dtype", None) or torch.float32
         width = DTYPES.get(self._settings.dtype, stored).itemsize
         return float(weight_bytes(self.config, count_parameters(self.config), width, quantization_of(self._settings)))
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         home = torch.device(self._settings.device or device)
-        model: Any = self._in_memory.load(self._settings, device=home, dtype=None)
+        model: Any = self._in_memory.load(self._settings, device=home, dtype=dtype)
         check_head(model)
         self._use(model, device)
 

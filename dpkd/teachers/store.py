@@ -44,6 +44,10 @@ class StoredRows(TeacherOutput):
         dense_nV = each_n.unsqueeze(1).expand(-1, self.vocabulary).clone()
         return dense_nV.scatter_(1, ids_nK, logps_nK)
 
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """The same logits, and the factor 1."""
+        return self.logits(rows), 1.0
+
     def logps(self) -> Tensor:
         """Log-prob `[N]` in nats of each response token, as it was stored."""
         return self.given
@@ -84,7 +88,7 @@ class StoreTeacher(Teacher):
                 "other tokens"
             )
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self._shards = Shards(self.folder)
         self._device = device
 

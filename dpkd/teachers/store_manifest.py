@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpkd.errors import DpkdError
+from dpkd.io import write_json
 
 FORMAT = 1
 Kind = Literal["tokens", "topk", "sampled"]
@@ -71,10 +72,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
                 "or delete that folder."
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "manifest.json.part"
-    unfinished.write_text(json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    write_json(file, {"format": FORMAT, **asdict(manifest)})
 
 
 def _plain(value: Any) -> Any:

@@ -71,7 +71,7 @@ def _columns(teacher: LocalTeacher, batch: Batch, manifest: Manifest) -> dict[st
     rows = teacher.score(batch, Wants(64, logits=True))
     parts: dict[str, list[Tensor]] = {}
     chance_NK = _chance(batch, manifest) if manifest.kind == "sampled" else torch.zeros(0)
-    for chunk in chunks(len(batch.targets), chunk_rows(manifest.vocabulary, 32.0)):
+    for chunk in chunks(len(batch.targets), chunk_rows(manifest.vocabulary, device=batch.targets.device)):
         log_p_nV = log_softmax(rows.logits(chunk))
         targets_n = batch.targets[chunk].to(log_p_nV.device)
         found = {"logps": gather_logps(log_p_nV, targets_n).float()}

@@ -19,6 +19,7 @@ from dpkd.data.encode import EncodedData
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.device import teacher_dtype
 from dpkd.models.head import causal_lm, check_head
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
@@ -190,7 +191,7 @@ class _Models:
     def __init__(self, resolved: Resolved, accelerator: Accelerator, prepared: Prepared, display: Display) -> None:
         settings, device, self.teacher = resolved.settings, accelerator.device, prepared.teacher
         if self.teacher is not None:
-            self.teacher.load(device)
+            self.teacher.load(device, teacher_dtype(settings.train.precision, device))
         student = make_student(
             settings.student,
             teacher=None if self.teacher is None else self.teacher.model,

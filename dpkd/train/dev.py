@@ -11,15 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dpkd.api import MetricSpec
 from dpkd.config.settings import DevSettings
 from dpkd.errors import DpkdError
-from dpkd.evaluation.evaluator import (
-    DIVERGENCE_UNITS,
-    LOWER_IS_BETTER,
-    EvaluationSettings,
-    evaluate_model,
-    metric_specs,
-)
+from dpkd.evaluation.evaluator import DIVERGENCE_UNITS, LOWER_IS_BETTER, EvaluationSettings, evaluate_model
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.saving import save_model
 from dpkd.rollout.settings import SamplingSettings
@@ -27,9 +22,8 @@ from dpkd.run_folder import RunFolder
 from dpkd.teachers.base import Teacher
 
 
-def direction_of(metric: str) -> int:
+def direction_of(metric: str, specs: Mapping[str, MetricSpec]) -> int:
     """1 where higher is better, -1 where lower is. Raises DpkdError for a metric that is neither, or not there."""
-    specs = metric_specs()
     if metric in LOWER_IS_BETTER:
         return -1
     if metric not in specs and metric not in DIVERGENCE_UNITS:
@@ -52,6 +46,7 @@ class Dev:
     seed: int
     folder: RunFolder
     is_main: bool
+    specs: Mapping[str, MetricSpec]
     lines: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -92,7 +87,7 @@ class Dev:
             teacher=self.teacher,
             vocabulary=self.vocabulary,
             settings=EvaluationSettings(sampling, (self.seed,), cuts=()),
-            specs=metric_specs(),
+            specs=self.specs,
         )
         line = {"step": step, **{name: metric.mean for name, metric in result.metrics.items()}}
         if self.settings.metric not in line:
@@ -108,7 +103,7 @@ class Dev:
 
     @cached_property
     def _sign(self) -> int:
-        return direction_of(self.settings.metric)
+        return direction_of(self.settings.metric, self.specs)
 
     @property
     def best(self) -> float:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dpkd.api import Ability, Family, GenerationModel, Sampler, Text
+from dpkd.api import Ability, Family, GenerationModel, Sampler, SamplerSpec, Text
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
-from dpkd.plugins import find_sampler
 from dpkd.rollout.generator import open_sampler
 from dpkd.rollout.policy_logps import PolicyScorer
 from dpkd.rollout.response_generators import RankShards, RetokenizedResponses, StudentGenerator, TeacherGenerator
@@ -58,7 +57,7 @@ def check_processes(resolved: Resolved, processes: int) -> None:
         if processes == 1 or set(objective.writers.values()) <= {Text.DATASET}:
             continue
         backend = objective.text.backend
-        reason = find_sampler(backend).lacks.get(Ability.SEVERAL_PROCESSES)
+        reason = resolved.registry.get(SamplerSpec, backend).spec.lacks.get(Ability.SEVERAL_PROCESSES)
         if reason is not None:
             raise DpkdError(
                 f"text.backend: {backend} works in one process only, and there are {processes}: {reason}. "
@@ -142,7 +141,7 @@ class RolloutBuilder:
             if known == key:
                 return sampler
         writer = _generation_model(self.student, self.vocabulary, self.prepared.tokenizer, self.prepared.context)
-        sampler = open_sampler(text, writer)
+        sampler = open_sampler(self.resolved.registry, text, writer)
         self._samplers.append((key, sampler))
         return sampler
 
@@ -186,7 +185,7 @@ class RolloutBuilder:
             backend=text.backend_key,
         )
         return TeacherGenerator(
-            None if writer is None else lambda: open_sampler(text, writer),
+            None if writer is None else lambda: open_sampler(self.resolved.registry, text, writer),
             prompts,
             text.teacher_sampling,
             self.resolved.settings.seed,

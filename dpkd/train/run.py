@@ -19,8 +19,11 @@ from dpkd.config.layers import file_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
+from dpkd.evaluation.evaluator import metric_specs
+from dpkd.io import write_json
+from dpkd.models.device import allow_tf32, device_of, precision_of, precision_sentence
 from dpkd.models.in_memory import InMemory
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.build import RunParts, assemble
@@ -48,6 +51,7 @@ def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
     RunFolder.check_new(resolved.settings.output)
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
+    display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
     assembly = assemble(resolved, accelerator, display)
     _check_processes_agree(accelerator, assembly)
     folder = _shared_folder(accelerator, resolved)
@@ -65,6 +69,7 @@ def resume(resolved: Resolved, folder: RunFolder, *, console: Console | None = N
     """
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
+    display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
     assembly = assemble(resolved, accelerator, display)
     _check_processes_agree(accelerator, assembly)
     _check_same(folder, assembly)
@@ -111,7 +116,7 @@ def resume_folder(path: Path, *, given: InMemory | None = None, console: Console
     if folder.model.is_dir():
         raise DpkdError(f"{path} is finished: its model is {folder.model}")
     given = given or InMemory()
-    resolved = resolve([file_layer(folder.config)], load_host(), given)
+    resolved = resolve([file_layer(folder.config)], load_registry(), given)
     settings = resolved.settings
     needed = {settings.teacher.model, settings.student.model, settings.data.path}
     if unused := sorted({*given.models, *given.data} - needed):
@@ -128,7 +133,9 @@ def _accelerator(resolved: Resolved) -> Accelerator:
     AcceleratorState._reset_state()
     train = resolved.settings.train
     set_seed(resolved.settings.seed)
-    return Accelerator(mixed_precision="bf16" if train.precision == "bf16" else "no", cpu=train.device == "cpu")
+    precision = precision_of(train.precision, device_of(train.device))
+    allow_tf32()
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=train.device == "cpu")
 
 
 def _shared_folder(accelerator: Accelerator, resolved: Resolved) -> RunFolder:
@@ -244,6 +251,7 @@ def _trainer(
             resolved.settings.seed,
             folder,
             accelerator.is_main_process,
+            metric_specs(resolved.registry),
         )
     return Trainer(
         accelerator,
@@ -271,4 +279,4 @@ def _write_facts(folder: RunFolder, resolved: Resolved, assembly: RunParts) -> N
         "command": sys.argv,
         **assembly.facts,
     }
-    folder.facts.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(folder.facts, facts)

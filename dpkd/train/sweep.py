@@ -23,7 +23,8 @@ from dpkd.config.problems import all_paths, sentences
 from dpkd.config.resolve import resolve
 from dpkd.config.yaml_text import dump_value
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.plugins import Host, load_host
+from dpkd.io import write_text
+from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.settings import Block
 from dpkd.train.progress import Display
@@ -86,7 +87,7 @@ class Outcome:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def read_sweep(path: Path, host: Host | None = None) -> Plan:
+def read_sweep(path: Path, registry: Registry | None = None) -> Plan:
     """Read a sweep and check the settings of every run. Raises SettingsError with all mistakes at once."""
     layer = file_layer(path)
     try:
@@ -99,7 +100,7 @@ def read_sweep(path: Path, host: Host | None = None) -> Plan:
     order = _ordered(settings)
     runs = tuple(run for stage in order for run in _expanded(settings, stage))
     plan = Plan(settings, files, runs)
-    _check(plan, host or load_host())
+    _check(plan, registry or load_registry())
     return plan
 
 
@@ -171,7 +172,7 @@ def _layers(plan: Plan, run: SweepRun) -> list[Layer]:
     return [*layers, flag_layer("the sweep", "output", str(run.folder))]
 
 
-def _check(plan: Plan, host: Host) -> None:
+def _check(plan: Plan, registry: Registry) -> None:
     problems = []
     names = [run.name for run in plan.runs]
     problems += [
@@ -181,7 +182,7 @@ def _check(plan: Plan, host: Host) -> None:
     found: dict[str, list[str]] = {}  # each problem with its runs: one mistake is often that of many
     for run in plan.runs:
         try:
-            resolve(_layers(plan, run), host)
+            resolve(_layers(plan, run), registry)
         except SettingsError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(run.name)
@@ -240,7 +241,7 @@ def _train(plan: Plan, run: SweepRun, device: str | None) -> str | None:
     if RunFolder(run.folder).config.is_file():
         return _command(["train", "--resume", str(run.folder)], run, device)
     own = Path(plan.settings.output) / f"{run.name}.yaml"
-    own.write_text(_as_yaml(run.settings), encoding="utf-8")
+    write_text(own, _as_yaml(run.settings))
     files = [part for file in (*plan.files, own) for part in ("--config", str(file))]
     return _command(["train", *files, "--output", str(run.folder)], run, device)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpkd.errors import DpkdError
+from dpkd.io import write_text
 
 _PROJECT = "dpkd"
 
@@ -134,8 +135,7 @@ class _Kept:
         self.name = path.read_text(encoding="utf-8").strip() if path.exists() else None
 
     def keep(self, name: str) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(f"{name}\n", encoding="utf-8")
+        write_text(self._path, f"{name}\n")
 
 
 def _imported(module: str, tracker: str) -> Any:

@@ -107,8 +107,8 @@ def test_a_torn_last_line_is_dropped_and_counted(tmp_path: Path, keep: int) -> N
     assert again.torn_lines == 1
     assert len(again) == 1
     again.add([3], [4], False, "after the crash")
-    for one in (again, opened(tmp_path)):
-        assert one.torn_lines == 1
+    for one, torn in ((again, 1), (opened(tmp_path), 0)):  # what was torn is gone from the file
+        assert one.torn_lines == torn
         assert one.get([1]) == Stored((2,), False, "whole")
         assert one.get([3]) == Stored((4,), False, "after the crash")
 
@@ -129,6 +129,17 @@ def test_lines_that_are_no_responses_are_counted(tmp_path: Path) -> None:
         file.write(b'{"prompt": "x"}\n[1]\n\xff\xfe\n\n{"prompt": "x", "ids": null}\n')
     store.add([1], [2], False, "")
     assert (len(store), store.torn_lines) == (1, 4)
+
+
+def test_a_bit_that_flipped_costs_one_response(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.add([1], [17], False, "one")
+    store.add([2], [18], False, "two")
+    file = store.folder / "responses.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"[17]", b"[16]"))
+    again = opened(tmp_path)
+    assert (again.get([1]), again.torn_lines) == (None, 1)
+    assert again.get([2]) == Stored((18,), False, "two")
 
 
 def _append(folder: str, own: int, count: int, start: Any) -> None:
@@ -176,15 +187,16 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({**manifest, "version": 7}))
     with pytest.raises(DpkdError, match=r"manifest.json has version 7, expected version 1 .* Move the folder"):
         opened(tmp_path)
-    for broken in ("{", "[]", json.dumps({**manifest, "seed": 5})):
+    edited = json.dumps({**manifest, "seed": 5})
+    for broken, word in (("{", "is damaged"), ("[]", "is damaged"), (edited, "is not one of dpkd's or was edited")):
         file.write_text(broken)
-        with pytest.raises(DpkdError, match=r"is not one of dpkd's or was edited"):
+        with pytest.raises(DpkdError, match=word):
             opened(tmp_path)
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DpkdError, match=r"cannot be used: Not a directory.*text\.store"):
+    with pytest.raises(DpkdError, match=r"cannot be written or read: Not a directory.*text\.store"):
         opened(tmp_path / "file")
 
 

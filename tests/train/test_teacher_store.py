@@ -209,9 +209,9 @@ def test_a_store_keeps_its_kind(settings_of, toy, quiet, tmp_path):
 
 
 def test_the_linear_trait_is_the_one_of_kd():
-    from dpkd.plugins import load_host
+    from dpkd.plugins import load_registry
 
-    linear = {name for name, loss in load_host().losses.items() if Trait.LINEAR_IN_TEACHER in loss.spec.traits}
+    linear = {name for name, loss in load_registry().losses.items() if Trait.LINEAR_IN_TEACHER in loss.spec.traits}
     assert "kd" in linear
     assert "rkl" not in linear
 
