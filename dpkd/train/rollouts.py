@@ -82,11 +82,11 @@ def check_processes(resolved: Resolved, processes: int) -> None:
 
 
 def open_source(
-    objective: Objective, resolved: Resolved, prepared: Prepared, *, student: nn.Module | None = None, **generators: Any
+    objective: Objective, resolved: Resolved, prepared: Prepared, *, model: nn.Module | None = None, **generators: Any
 ) -> ResponseSource:
     """The source of the responses of a loss; without `generators` (see `SourceContext`) it can be described.
 
-    What ends a response is the tokenizer's EOS, and what the student's generation config adds.
+    What ends a response is the tokenizer's EOS, and what the generation config of the student, `model`, adds.
     """
     settings, data = resolved.settings, prepared.data
     how = objective.text.student_sampling
@@ -100,7 +100,7 @@ def open_source(
         num_iterations=how.num_iterations,
     )
     context = SourceContext(
-        data.prompts, batches, settings.seed, end_ids(prepared.tokenizer, student), prepared.context, **generators
+        data.prompts, batches, settings.seed, end_ids(prepared.tokenizer, model), prepared.context, **generators
     )
     return objective.source.open(objective.text, context)
 
@@ -198,7 +198,7 @@ class Rollouts:
             )
         if Text.TEACHER in text.writers:
             generators["teacher"] = self._teacher_generator(text)
-        return open_source(objective, self.resolved, self.prepared, student=self.student, **generators)
+        return open_source(objective, self.resolved, self.prepared, model=self.student, **generators)
 
     @property
     def _rank_shards(self) -> RankShards:
