@@ -29,7 +29,7 @@ from dpkd.config.text import (
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.in_memory import InMemory
 from dpkd.plugins import RegisteredLoss, Registry
-from dpkd.teachers.store_check import why_not
+from dpkd.teachers.store_check import why_not, why_not_served
 from dpkd.teachers.store_manifest import read_manifest
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -246,7 +246,9 @@ def _cross_checks(
             for setting, why in loss_problems(main.text, main.spec, "text", registry)
         ]
         problems += sampler_problems(settings, texts, registry)
-    if main is not None and settings.teacher.store is not None:
+    if main is not None and settings.teacher.server is not None:
+        problems += _server_problems(settings, [main, *extras])
+    elif main is not None and settings.teacher.store is not None:
         problems += _store_problems(settings, [main, *extras])
     elif main is not None and settings.teacher.model is None and "teacher" not in damaged:
         reasons = [*_teacher_reasons(main, "text" in damaged), *_model_reasons(settings)]
@@ -271,6 +273,14 @@ def _store_problems(settings: RunSettings, objectives: Sequence[Objective]) -> l
     problems = [f"teacher.store: {'; '.join(reasons)}: that takes the teacher's model"] if reasons else []
     found = [why_not(o.spec, o.config, o.reads, set(o.writers), manifest) for o in objectives]
     return [*problems, *(f"teacher.store: {reason}" for reason in found if reason is not None)]
+
+
+def _server_problems(settings: RunSettings, objectives: Sequence[Objective]) -> list[str]:
+    """What a server in the teacher's place cannot do for this run."""
+    reasons = _model_reasons(settings)
+    problems = [f"teacher.server: {'; '.join(reasons)}: that takes the teacher's model"] if reasons else []
+    found = [why_not_served(o.spec, o.config, o.reads, settings.teacher) for o in objectives]
+    return [*problems, *(f"teacher.server: {reason}" for reason in found if reason is not None)]
 
 
 def _student_problems(settings: RunSettings, merged: Merged) -> list[str]:

@@ -64,8 +64,11 @@ def find_target(name: str, teacher: str | None) -> EvalTarget:
     saved: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run is not None else {}
     own = {key: value for key, value in saved.get("data", {}).items() if key in ("template", "columns")}
     settings = TeacherSettings(model=teacher) if teacher else None
+    if settings is not None and settings.server is not None:
+        raise DpkdError("--teacher: evaluation compares whole distributions, which no server gives; name a model")
     own_teacher = saved.get("teacher", {}).get("model")
-    if teacher is None and own_teacher and not is_memory(own_teacher):
+    served = saved.get("teacher", {}).get("server")
+    if teacher is None and own_teacher and not served and not is_memory(own_teacher):
         settings = TeacherSettings.model_validate(saved["teacher"])
     folder = run.path / "eval" if run is not None else Path("runs") / "eval" / _filed_under(Path(name))
     return EvalTarget(name, model_of(name), settings, own, folder)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dpkd.api import Layers, Text
 from dpkd.api.teachers import Teacher
+from dpkd.config.objective import Objective, chosen_ids, kept_tokens
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.cross_tokenizer.retokenize import Retokenizer
@@ -28,6 +29,7 @@ from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry
 from dpkd.teachers.aligned import AlignedTeacher
 from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.server.teacher import ServerTeacher
 from dpkd.teachers.store import StoreTeacher
 from dpkd.train.cross_tokenizer import make_translator, token_by_token
 from dpkd.train.dev import direction_of
@@ -73,7 +75,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     """
     settings, given = resolved.settings, resolved.given
     check_trackers(settings.train.trackers)
-    teacher = make_teacher(settings.teacher, given)
+    teacher = make_teacher(settings.teacher, given, resolved.objectives)
     teacher_config = None if teacher is None else teacher.config
     own_config = student_config(settings.student, teacher_config, given)
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
@@ -98,7 +100,10 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
         teacher = AlignedTeacher(teacher, translator)
         display.say("tokenizers differ: both models are compared at aligned spans of text")
     configs = {"student": own_config} if across else {"student": own_config, "teacher": teacher_config}
-    context = _check_lengths(settings, data, configs)
+    limits = {who: context_length(config) for who, config in configs.items() if config is not None}
+    if teacher is not None and teacher.context is not None:
+        limits["teacher"] = teacher.context
+    context = _check_lengths(settings, data, limits)
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.corpus is not None:
         check_corpus(settings.terms.pretrain.corpus)
     steps = _steps(settings, len(data.prompts), display)
@@ -112,8 +117,10 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     return Prepared(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, translator)
 
 
-def make_teacher(settings: TeacherSettings, given: InMemory) -> Teacher | None:
+def make_teacher(settings: TeacherSettings, given: InMemory, objectives: Sequence[Objective]) -> Teacher | None:
     """The teacher that the settings name, before anything of it is loaded; None where they name none."""
+    if settings.server is not None:
+        return ServerTeacher(settings, k=kept_tokens(objectives), chosen=chosen_ids(objectives))
     if settings.store is not None:
         return StoreTeacher(Path(settings.store))
     return LocalTeacher(settings, given) if settings.model is not None else None
@@ -167,9 +174,8 @@ def _dev_inputs(
     return inputs
 
 
-def _check_lengths(settings: RunSettings, data: EncodedData, configs: dict[str, Any]) -> int | None:
+def _check_lengths(settings: RunSettings, data: EncodedData, known: dict[str, int | None]) -> int | None:
     """The longest sequence that all models read, None where none says. Raises DpkdError when text is longer."""
-    known = {who: context_length(config) for who, config in configs.items() if config is not None}
     limits = {who: length for who, length in known.items() if length is not None}
     if not limits:
         return None

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from dpkd import __version__
+from dpkd.api import TeacherLost
 from dpkd.config.layers import file_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import write_config
@@ -191,6 +192,8 @@ def _run(
         if (word := out_of_memory(error)) is None:
             raise
         raise DpkdError(word) from error
+    except TeacherLost as error:
+        raise TeacherLost(f"training stopped: {error}. What was done is kept; {again}") from error
     except NotFinite as error:
         kept = checkpoint.latest(folder.checkpoints)
         where = f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet (train.save_every)"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpkd.api import ResponseSource, StepResponses
+from dpkd.api import ResponseSource, StepResponses, Teacher, TeacherLost, Text
 from dpkd.config.settings import TrainSettings
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
@@ -19,6 +19,7 @@ from dpkd.train.guard import RunawayGuard
 from dpkd.train.interrupt import StopRequest
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.metrics_log import MetricsLog
+from dpkd.train.microbatch import StepBatch
 from dpkd.train.optimizers import learning_rate
 from dpkd.train.progress import Display
 from dpkd.train.samples import SampleLog
@@ -81,7 +82,8 @@ class Trainer:
         values = self.schedules.apply(step, steps)
         texts = [source.next(step) for source in self.sources.values()]
         step_batches = self.builder.step_batches(step, texts)
-        metrics = self.train_step(step_batches, lr=learning_rate(step, steps, self.settings), measure=measure)
+        lr = learning_rate(step, steps, self.settings)
+        metrics = self.train_step(step_batches, lr=lr, measure=measure, ahead=self._ahead(step + 1))
         if self.schedules.follow_the_loss:
             self.schedules.follow(self._losses(metrics))
         if self.accelerator.is_main_process:  # every process knows these: they are counted once
@@ -97,6 +99,40 @@ class Trainer:
         )
         self._say_equal(step, texts[0])
         return texts[0]
+
+    def _ahead(self, step: int) -> list[StepBatch]:
+        """The text of a later step that is fixed, where the teacher can be asked for it already."""
+        if self._remote is None or step >= self.steps or self.accelerator.num_processes > 1:
+            return []
+        return [
+            group.step_batch(
+                StepResponses(group.source.fixed(group.source.context.batches.window(step)), {}), self.builder.prompts
+            )
+            for group in self.builder.groups
+            if Text.STUDENT not in group.source.config.writers
+        ]
+
+    @property
+    def _remote(self) -> Teacher | None:
+        """The teacher, where it may be lost."""
+        teacher = self.train_step.teacher
+        return teacher if teacher is not None and teacher.remote else None
+
+    def _stoppable_step(self, step: int, measure: bool) -> StepResponses:
+        """A step; where it loses the teacher, the run is as it was before it, and a checkpoint is written."""
+        if self._remote is None or self.accelerator.num_processes > 1:
+            return self._step(step, measure)
+        random_state = checkpoint.random_state(self.accelerator.device)
+        states = {name: source.state() for name, source in self.sources.items()}
+        try:
+            return self._step(step, measure)
+        except TeacherLost:
+            checkpoint.set_random_state(random_state, self.accelerator.device)
+            for name, source in self.sources.items():
+                source.restore(states[name])
+            if step > 0:
+                self.save(step)
+            raise
 
     def _losses(self, metrics: MeanMetrics) -> dict[str, float]:
         """The mean loss of each term of a step, over all processes."""
@@ -121,7 +157,7 @@ class Trainer:
         with self.display.bar("training", steps, start):
             for step in range(start, steps):
                 measure = (step + 1) % self.settings.log_every == 0 or step + 1 == steps or step == 0
-                responses = self._step(step, measure)
+                responses = self._stoppable_step(step, measure)
                 done = step + 1
                 if measure:
                     self._log(done, learning_rate(step, steps, self.settings))
@@ -187,6 +223,7 @@ class Trainer:
             "loss/total": sum(weighted.values()),
             "text/truncated_share": share,
             **facts,
+            **(self._remote.statistics() if self._remote is not None else {}),
             "peak_memory_mib": _peak_memory_mib(self.accelerator.device),
         }
         if self.log is not None:
