@@ -15,7 +15,6 @@ from typer.main import get_command
 
 from dpkd.cli.main import app
 from dpkd.scaffold import names_of, rendered, write_package
-from dpkd.specs import checked_loss
 from dpkd.testing import NonConforming, Outcome, check_loss
 
 ROOT = Path(__file__).parents[2]
@@ -109,5 +108,5 @@ def test_the_preset_of_the_page_works():
     names: dict[str, object] = {}
     exec(block, names)
     (spec,) = names["dpkd_losses"]()  # type: ignore[operator]
-    assert (checked_loss(spec).preset_of, spec.config().beta) == ("jsd", 0.1)
+    assert (spec.preset_of, spec.config().beta) == ("jsd", 0.1)
     assert check_loss(spec).ok
