@@ -62,7 +62,7 @@ SPEC = LossSpec(
         "objectives on given text.",
         notes="The paper's text: text.source=adaptive with dev.path=ROWS (and dev.every, an epoch in the paper). φ "
         "starts at 0 and rises by 0.1 whenever the loss on these rows is 0.1 above its value at the last rise (first "
-        "compared before training); text.adaptive has the numbers, all as in the released code. There a draw is made "
+        "compared before training); text.share and the others default to the released code's. There a draw is made "
         "for each micro-batch, here for each optimizer step, and the held-out loss is a mean over batches, here over "
         "tokens. Without held-out rows φ = 0.5 throughout (our choice), with responses up to an epoch old. The paper "
         "adds a language-model term of weight 1 on plain text (terms.pretrain.weight=1 with a corpus), and starts "

@@ -53,7 +53,7 @@ SPEC = LossSpec(
         r"q_0\text{ the student at the start}",
     ),
     reads=pairs.STUDENT | {Signal.REFERENCE_LOGPS},
-    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "once"}},
+    suggests={"text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "once"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 
