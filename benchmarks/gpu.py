@@ -162,8 +162,9 @@ def _best(once: Callable[[], Any], warm: int = 1, repeats: int = 2) -> float:
 
 
 def decode_ours(model: Any, prompts: list[list[int]], new: int, decoding: Any) -> float:
-    from dpkd.rollout.sampling import Decoder
     from dpkd.rollout.settings import SamplingSettings
+
+    from dpkd.rollout.sampling import Decoder
 
     eos = model.config.vocab_size - 1
     decoder = Decoder(model, eos_ids=frozenset({eos}), pad_id=eos, vocabulary=None, decoding=decoding)

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from dpkd.api import Family, LossSpec, Rollout, TeacherAccess, Text
+from dpkd.api import Family, LossSpec, Response, Rollout, TeacherAccess, Text
 from dpkd.api.teachers import Teacher, TeacherOutput, Wants
 from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.models.chunked import token_logps
 from dpkd.models.head import head_of, hidden_rows
 from dpkd.plugins import load_registry
-from dpkd.rollout.response import Response
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.loss_module import LossModule

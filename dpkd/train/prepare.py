@@ -187,4 +187,4 @@ def number_of_steps(settings: RunSettings, examples: int) -> int:
     if settings.train.steps is not None:
         return settings.train.steps
     per_epoch = -(-examples // settings.train.batch_size)
-    return max(1, math.ceil(per_epoch * settings.train.epochs * settings.text.num_iterations))
+    return max(1, math.ceil(per_epoch * settings.train.epochs * settings.text.student_sampling.num_iterations))
