@@ -60,9 +60,10 @@ def run_ours(loss: str, pair: Any, rows: list[dict[str, str]], size: Size, **set
         clock.stop()
         return done
 
-    def step(self: Any, *arguments: Any) -> None:
-        one(self, *arguments)
+    def step(self: Any, *arguments: Any) -> Any:
+        done = one(self, *arguments)
         clock.step()
+        return done
 
     Trainer.run, Trainer._step = run, step  # type: ignore[method-assign]
     try:

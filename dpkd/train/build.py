@@ -252,7 +252,7 @@ def _compile(resolved: Resolved, models: _Models, losses: dict[str, Any], steps:
     """Compile the layers of both models, and losses that no kernel computes, where that is asked for or pays."""
     choice = resolved.settings.train.compile
     device = next(models.student.parameters()).device
-    fixed = all(set(objective.writers.values()) == {Text.DATASET} for objective in resolved.objectives)
+    fixed = all(objective.writers <= {Text.DATASET} for objective in resolved.objectives)
     if choice == "off" or (choice == "auto" and not (device.type == "cuda" and steps >= WORTH_STEPS and fixed)):
         return False
     teacher = None if models.teacher is None else models.teacher.model
