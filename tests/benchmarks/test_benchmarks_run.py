@@ -134,3 +134,11 @@ def test_the_page_has_a_place_for_every_table(bench):
 
 def test_sampling(bench):
     assert len(cells(bench("sampling").table(1, tiny=True))) == 2
+
+
+def test_decoding(bench):
+    page = bench("decoding").decode_part("cpu", tiny=True)
+    ways = ["floor (forward only)", "dpkd graph", "dpkd graph, top-p 0.9", "dpkd eager", "generate"]
+    assert [row[1] for row in cells(page)] == ways
+    assert "graph True; 4 of 4 responses as eagerly" in page
+    assert "Error" not in page
