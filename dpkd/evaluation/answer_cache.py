@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from dpkd.api import Answers, Sampled
+from dpkd.api import Answers, Sampled, SamplingSettings
 from dpkd.data.encode import Prompt
 from dpkd.data.encoding import end_ids
 from dpkd.errors import DpkdError
 from dpkd.evaluation.predictions import Prediction, read_predictions, write_predictions
 from dpkd.io import JsonLog, read_json, write_json
+from dpkd.rollout.generator import response_seed
 from dpkd.rollout.sampling import sample
-from dpkd.rollout.settings import SamplingSettings
-from dpkd.rollout.sources import response_seed
 
 
 class AnswerCache:

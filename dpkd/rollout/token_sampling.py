@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpkd.api import SamplingSettings
 from dpkd.functional import at_least_float32
-from dpkd.rollout.settings import SamplingSettings
 
 # Most nuclei lie among this many tokens; the whole vocabulary is sorted only where one does not.
 NUCLEUS_FIRST_LOOK = 1024

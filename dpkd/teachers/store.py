@@ -44,10 +44,6 @@ class StoredRows(TeacherOutput):
         dense_nV = each_n.unsqueeze(1).expand(-1, self.vocabulary).clone()
         return dense_nV.scatter_(1, ids_nK, logps_nK)
 
-    def raw(self, rows: slice) -> tuple[Tensor, float]:
-        """The same logits, and the factor 1."""
-        return self.logits(rows), 1.0
-
     def logps(self) -> Tensor:
         """Log-prob `[N]` in nats of each response token, as it was stored."""
         return self.given

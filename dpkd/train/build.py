@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from dpkd.api import Signal
+from dpkd.api import ResponseSource, Signal
 from dpkd.api.teachers import Teacher
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import BatchSettings, RunSettings
@@ -25,7 +25,6 @@ from dpkd.models.head import causal_lm, check_head
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
 from dpkd.models.student_init import make_student
-from dpkd.rollout.sources import Writers
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.hidden_states import bind, check_stack
@@ -34,7 +33,7 @@ from dpkd.train.microbatch import MicroBatcher
 from dpkd.train.optimizers import make_optimizer
 from dpkd.train.prepare import Prepared, prepare
 from dpkd.train.progress import Display
-from dpkd.train.rollouts import RolloutBuilder, check_processes, make_groups
+from dpkd.train.rollouts import Rollouts, check_processes, make_groups
 from dpkd.train.schedules import Schedules
 from dpkd.train.step_batches import LM_READS, Corpus, StepBatchBuilder
 from dpkd.train.train_step import TrainStep
@@ -57,17 +56,22 @@ class RunParts:
     dev: Inputs | None
     vocabulary: int
     context: int | None  # the longest sequence that both models read
-    rollouts: RolloutBuilder
+    rollouts: Rollouts
 
     @property
-    def writers(self) -> Writers:
-        """Of the main loss's text."""
-        return self.builder.groups[0].writers
+    def source(self) -> ResponseSource:
+        """Of the main loss's responses."""
+        return self.builder.groups[0].source
 
-    def prepare_teacher(self) -> None:
-        """Have the teacher write all that the run will use."""
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.source.context.batches.steps
+
+    def prepare_sources(self) -> None:
+        """Have written what can be before the first step: the teacher's responses."""
         for group in self.builder.groups:
-            group.writers.prepare_teacher()
+            group.source.prepare()
 
     def close(self) -> None:
         """Give back what lies outside the models."""
@@ -123,7 +127,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         micro_batcher=micro_batcher,
         clip=settings.train.clip,
     )
-    rollouts = RolloutBuilder(
+    rollouts = Rollouts(
         resolved, models.student, inner.lend, models.teacher, models.vocabulary, prepared, accelerator, display
     )
     builder = StepBatchBuilder(

@@ -121,7 +121,7 @@ def make_teacher(settings: TeacherSettings, given: InMemory) -> Teacher | None:
 
 def _trains_on_data(resolved: Resolved) -> bool:
     """Whether any loss is taken of the data set's responses; where not, rows may be prompts alone."""
-    own = any(Text.DATASET in objective.writers.values() for objective in resolved.objectives)
+    own = any(Text.DATASET in objective.writers for objective in resolved.objectives)
     return own or resolved.settings.terms.lm.weight > 0
 
 
@@ -198,4 +198,4 @@ def number_of_steps(settings: RunSettings, examples: int) -> int:
     if settings.train.steps is not None:
         return settings.train.steps
     per_epoch = -(-examples // settings.train.batch_size)
-    return max(1, math.ceil(per_epoch * settings.train.epochs * settings.text.num_iterations))
+    return max(1, math.ceil(per_epoch * settings.train.epochs * settings.text.student_sampling.num_iterations))

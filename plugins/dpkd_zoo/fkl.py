@@ -18,7 +18,7 @@ class FKLConfig(LossConfig):
     temperature: float = setting(1.0, description="divides both models' logits", source="AKL's experiments: none", gt=0)
     scale_by_t2: bool = setting(
         False,
-        description="multiply by temperature², so that the gradient keeps its size",
+        description="multiply by temperature², so that the gradient keeps its scale",
         source="on in Hinton et al. §2; does nothing at temperature 1",
     )
 

@@ -27,7 +27,7 @@ class KDConfig(LossConfig):
     )
     scale_by_t2: bool = setting(
         False,
-        description="multiply the KL term by temperature², so that its gradient keeps its size",
+        description="multiply the KL term by temperature², so that its gradient keeps its scale",
         source="off in the released code; on in Hinton et al.",
     )
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
+from dpkd.api import SamplingSettings
 from dpkd.rollout.sampling import sample
-from dpkd.rollout.settings import SamplingSettings
 
 FILE = Path(__file__).with_name("golden_responses.json")
 VOCABULARY = 61
