@@ -12,7 +12,7 @@ import torch
 
 from dpkd.api import GenerationModel, SamplingSettings
 from dpkd.data.encode import Prompt, tokenize
-from dpkd.data.encoding import continuation
+from dpkd.data.encoding import continuation, end_ids
 from dpkd.data.examples import read_examples
 from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
@@ -103,7 +103,7 @@ def _sample(
     lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
     lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
     counts = {"written": 0, "truncated": 0, "empty": 0}
-    writer = GenerationModel(lm, None, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
+    writer = GenerationModel(lm, None, end_ids(tokenizer, lm), tokenizer.pad_token_id)
     with closing(open_sampler(registry, backend, backend_settings, writer)) as sampler:
         sampler.refresh()
         for group in _groups(todo, 4 * sampling.batch_size):

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text as RichText
 
 from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective
@@ -44,7 +45,7 @@ def dry_run(resolved: Resolved, *, console: Console | None = None) -> Plan:
         console.print(table)
         console.print()
     console.print("first example, as the model sees it:", style="bold")
-    console.print(plan.example, markup=False, highlight=False)
+    console.print(_colored(plan.example))
     return plan
 
 
@@ -63,6 +64,13 @@ def make_plan(resolved: Resolved, display: Display) -> Plan:
         "memory (estimate)": memory_rows(memory_estimate(resolved, prepared)),
     }
     return Plan(sections, _rendered(data.prompts[0], tokenizer))
+
+
+def _colored(example: str) -> RichText:
+    """The example with its trained part in another color."""
+    text = RichText(example)
+    text.highlight_regex(r"(?s)⟦.*⟧(?=\n\(trained)", "bold green")
+    return text
 
 
 def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
@@ -154,5 +162,7 @@ def _size(size: float) -> str:
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:
+    if not prompt.response_ids:
+        return f"{prompt.text}\n(a prompt alone: the response is written in the run)"
     response = continuation(tokenizer, prompt.prompt_ids, prompt.response_ids, special=True)
     return f"{prompt.text}⟦{response}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpkd.api import Layers
+from dpkd.api import Layers, Text
 from dpkd.api.teachers import Teacher
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
@@ -16,6 +16,7 @@ from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.corpus import check_corpus
 from dpkd.data.encode import EncodedData, tokenize
 from dpkd.data.examples import read_examples
+from dpkd.data.templates import with_chat_template
 from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.inputs import Inputs, read_inputs
@@ -77,11 +78,15 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     own_config = student_config(settings.student, teacher_config, given)
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
     tokenizer = given.tokenizer(settings.student if settings.student.model is not None else settings.teacher)
+    tokenizer = with_chat_template(tokenizer, settings.data.chat_template)
     if teacher is not None:
         teacher.check(tokenizer)
     across = teacher is not None and _two_tokenizers(resolved, tokenizer, teacher, own_config)
-    examples = read_examples(settings.data, rows=given.rows(settings.data.path))
-    data = tokenize(examples.examples, tokenizer, settings.data)
+    responses = _trains_on_data(resolved)
+    pairs = any(objective.text.preferences for objective in resolved.objectives)
+    rows = given.rows(settings.data.path)
+    examples = read_examples(settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed)
+    data = tokenize(examples.examples, tokenizer, settings.data, require_response=responses)
     for line in [*examples.lines()[1:], *data.report.lines()]:
         display.say(line)
     translator = None
@@ -99,7 +104,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     steps = _steps(settings, len(data.prompts), display)
     dev = _dev_inputs(settings, tokenizer, context, resolved.registry, display)
     facts = {
-        "path": settings.data.path,
+        "path": examples.source if settings.data.mix else settings.data.path,
         "fingerprint": examples.fingerprint,
         "skipped": examples.skipped_by_reason(),
         **asdict(data.report),
@@ -112,6 +117,12 @@ def make_teacher(settings: TeacherSettings, given: InMemory) -> Teacher | None:
     if settings.store is not None:
         return StoreTeacher(Path(settings.store))
     return LocalTeacher(settings, given) if settings.model is not None else None
+
+
+def _trains_on_data(resolved: Resolved) -> bool:
+    """Whether any loss is taken of the data set's responses; where not, rows may be prompts alone."""
+    own = any(Text.DATASET in objective.writers for objective in resolved.objectives)
+    return own or resolved.settings.terms.lm.weight > 0
 
 
 def _two_tokenizers(resolved: Resolved, tokenizer: Any, teacher: Teacher, student_config: Any) -> bool:

@@ -26,6 +26,7 @@ from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
+from dpkd.data.encoding import end_ids
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.plugins import Registry
@@ -78,8 +79,10 @@ def check_processes(resolved: Resolved, processes: int) -> None:
             )
 
 
-def open_source(objective: Objective, resolved: Resolved, prepared: Prepared, **generators: Any) -> ResponseSource:
-    """The source of the responses of a loss; without `generators` (see `SourceContext`) it can be described."""
+def open_source(
+    objective: Objective, resolved: Resolved, prepared: Prepared, model: nn.Module | None = None, **generators: Any
+) -> ResponseSource:
+    """The source of the responses of a loss; without model and `generators` (see `SourceContext`), to describe it."""
     settings, data = resolved.settings, prepared.data
     how = objective.text.student_sampling
     batches = BatchSampler(
@@ -92,12 +95,7 @@ def open_source(objective: Objective, resolved: Resolved, prepared: Prepared, **
         num_iterations=how.num_iterations,
     )
     context = SourceContext(
-        data.prompts,
-        batches,
-        settings.seed,
-        frozenset({prepared.tokenizer.eos_token_id}),
-        prepared.context,
-        **generators,
+        data.prompts, batches, settings.seed, end_ids(prepared.tokenizer, model), prepared.context, **generators
     )
     return objective.source.open(objective.text, context)
 
@@ -143,7 +141,7 @@ def teacher_generator(
 
 def generation_model(model: nn.Module, vocabulary: int, tokenizer: Any, context: int | None) -> GenerationModel:
     """A model that a sampler is opened for."""
-    return GenerationModel(model, vocabulary, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id, context)
+    return GenerationModel(model, vocabulary, end_ids(tokenizer, model), tokenizer.pad_token_id, context)
 
 
 @dataclass
@@ -192,7 +190,7 @@ class Rollouts:
             )
         if Text.TEACHER in text.writers:
             generators["teacher"] = self._teacher_generator(text)
-        return open_source(objective, self.resolved, self.prepared, **generators)
+        return open_source(objective, self.resolved, self.prepared, self.student, **generators)
 
     @property
     def _rank_shards(self) -> RankShards:
