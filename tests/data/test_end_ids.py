@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from dpkd.rollout.settings import SamplingSettings
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dpkd.api import SamplingSettings
