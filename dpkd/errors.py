@@ -6,6 +6,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable
 
+__all__ = ["DpkdError", "PluginDeprecation", "SettingsError", "Stopped"]
 _BIDI = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 

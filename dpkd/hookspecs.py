@@ -18,6 +18,7 @@ from dpkd.api import (
     RolloutLoss,
     SamplerConfig,
     SamplerSpec,
+    SourceConfig,
     SourceSpec,
     TeacherSpec,
     TokenLoss,
@@ -119,7 +120,7 @@ class DpkdHooks:
 
             @hookimpl
             def dpkd_response_sources():
-                return [SourceSpec("best-of-n", "The likeliest of n.", open=BestOfN, config=BestOfNSettings)]
+                return [SourceSpec("best-of-n", "The likeliest of n.", open=BestOfN, config=BestOfNConfig)]
         """
 
 
@@ -159,7 +160,7 @@ def _check_sampler(spec: SamplerSpec) -> None:
 
 def _check_opened(spec: TeacherSpec | SourceSpec) -> None:
     _check_dashed(spec.name)
-    _check_config(spec, Block)
+    _check_config(spec, SourceConfig if isinstance(spec, SourceSpec) else Block)
     if not callable(spec.open):
         raise PluginError(f"`open` of {spec.name!r} must be callable, but is {type(spec.open).__name__}")
 

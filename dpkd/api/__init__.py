@@ -45,8 +45,30 @@ from dpkd.api.losses import (
     setting,
 )
 from dpkd.api.metrics import Answers, MetricSpec, TokenScores
-from dpkd.api.sources import SourceSpec
-from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherOutput, TeacherSpec, TeacherText, Wants
+from dpkd.api.sources import (
+    Refreshed,
+    Response,
+    ResponseSource,
+    SamplingSettings,
+    SourceBase,
+    SourceConfig,
+    SourceContext,
+    SourcePlan,
+    SourceSpec,
+    StepResponses,
+    TeacherGuided,
+    Written,
+)
+from dpkd.api.teachers import (
+    SharedVocabulary,
+    Teacher,
+    TeacherBatch,
+    TeacherOffer,
+    TeacherOutput,
+    TeacherSpec,
+    TeacherText,
+    Wants,
+)
 from dpkd.errors import warn_renamed
 from dpkd.settings import Block
 
@@ -66,6 +88,9 @@ __all__ = [
     "Pair",
     "PairInputs",
     "PairLoss",
+    "Refreshed",
+    "Response",
+    "ResponseSource",
     "Rollout",
     "RolloutInputs",
     "RolloutLoss",
@@ -73,15 +98,23 @@ __all__ = [
     "Sampler",
     "SamplerConfig",
     "SamplerSpec",
+    "SamplingSettings",
     "SamplingTask",
     "SharedVocabulary",
     "Signal",
     "Source",
+    "SourceBase",
+    "SourceConfig",
+    "SourceContext",
+    "SourcePlan",
     "SourceSpec",
     "Stack",
+    "StepResponses",
     "Teacher",
     "TeacherAccess",
     "TeacherBatch",
+    "TeacherGuided",
+    "TeacherOffer",
     "TeacherOutput",
     "TeacherSpec",
     "TeacherText",
@@ -92,6 +125,7 @@ __all__ = [
     "Trait",
     "UndeclaredSignal",
     "Wants",
+    "Written",
     "hookimpl",
     "preset",
     "setting",

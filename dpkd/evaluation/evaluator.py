@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dpkd.api import MetricSpec, TokenScores
+from dpkd.api import MetricSpec, SamplingSettings, TokenScores
 from dpkd.api.teachers import Teacher
 from dpkd.data.batches import TokenSequence
 from dpkd.data.settings import DataSettings
@@ -28,7 +28,6 @@ from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry, load_registry
 from dpkd.rollout.kv_cache import longest_sequence
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import yaml
@@ -192,8 +192,9 @@ def rescore(folder: Path, metrics: Sequence[str] = CARD_METRICS) -> bool:
     if card is None:
         _write(path, with_scores(text, lines))
         return True
-    card.data.model_name = card.data.model_name or folder.resolve().name
-    card.data.eval_results = _eval_results(lines)
+    data: Any = card.data  # a ModelCardData, which the stubs call CardData
+    data.model_name = data.model_name or folder.resolve().name
+    data.eval_results = _eval_results(lines)
     card.text = with_scores(card.text, lines)
     _write(path, card)
     return True

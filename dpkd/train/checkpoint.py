@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpkd.errors import DpkdError
-from dpkd.rollout.response import Response
 
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -34,11 +34,11 @@ class Checkpoint:
 class Restored(NamedTuple):
     """What the loop needs beside the weights.
 
-    responses  the student's of the current period, by group of losses and example
-    loop       what was measured but not yet logged, and where schedules that follow the loss are
+    sources  the state of each response source, by group of losses
+    loop     what was measured but not yet logged, and where schedules that follow the loss are
     """
 
-    responses: dict[str, dict[int, tuple[Response, ...]]]
+    sources: dict[str, dict[str, Any]]
     loop: dict[str, Any]
 
 
@@ -66,7 +66,9 @@ def _optimiser_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
     tensors = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}|{key}"] = _full(torch.as_tensor(value))
+            whole = _full(torch.as_tensor(value))
+            # Tables of an 8-bit state belong to all parameters, and a file of safetensors has each tensor once.
+            tensors[f"{name}|{key}"] = whole if whole.shape == parameter.shape else whole.clone()
     return tensors
 
 
@@ -99,7 +101,7 @@ def save(
     *,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    responses: Mapping[str, Mapping[int, Sequence[Response]]],
+    sources: Mapping[str, Mapping[str, Any]],
     loop: Mapping[str, Any],
     random_states: list[dict[str, Tensor]],
     is_main: bool,
@@ -118,11 +120,7 @@ def save(
     save_file(optimiser_state, temporary / "optimizer.safetensors")
     for rank, state in enumerate(random_states):
         save_file(state, temporary / f"random-{rank}.safetensors")
-    with (temporary / "responses.jsonl").open("w", encoding="utf-8") as file:
-        for group, written in responses.items():
-            for index, own in written.items():
-                for response in own:
-                    file.write(json.dumps({"group": group, "example": index, **response.as_dict()}) + "\n")
+    (temporary / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
     facts = {"step": step, "processes": len(random_states), "loop": loop, "format": FORMAT}
     (temporary / "state.json").write_text(json.dumps(facts))
     for path in temporary.iterdir():
@@ -169,8 +167,8 @@ def load(
         state: dict[str, Any] = json.loads((checkpoint.path / "state.json").read_text())
         weights = load_file(checkpoint.path / "weights.safetensors")
         optimiser_state = load_file(checkpoint.path / "optimizer.safetensors")
-        lines = (checkpoint.path / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-        if state.get("format") != FORMAT:
+        sources = _sources(checkpoint.path, state)
+        if state.get("format") not in (2, FORMAT):
             raise ValueError(f"format {state.get('format')}, expected {FORMAT}: another version of dpkd wrote it")
     except (OSError, ValueError, SafetensorError) as error:
         raise DpkdError(
@@ -186,17 +184,33 @@ def load(
     for name, parameter in parameters.items():
         own = {key.rsplit("|", 1)[1]: value for key, value in optimiser_state.items() if key.rsplit("|", 1)[0] == name}
         if own:
-            optimizer.state[parameter] = {
-                key: value if value.ndim == 0 else _like(parameter, value) for key, value in own.items()
-            }
+            optimizer.state[parameter] = {key: _restored(parameter, value) for key, value in own.items()}
     if state["processes"] == processes:
         random = load_file(checkpoint.path / f"random-{rank}.safetensors")
         set_random_state(random, device)
-    responses: dict[str, dict[int, tuple[Response, ...]]] = {}
-    for row in map(json.loads, lines):
-        written, example = responses.setdefault(row.pop("group"), {}), row.pop("example")
-        written[example] = (*written.get(example, ()), Response.from_dict(row))
-    return Restored(responses, state["loop"])
+    return Restored(sources, state["loop"])
+
+
+def _sources(folder: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The state of the sources; format 2 had it in two places."""
+    if state.get("format") != 2:
+        found: dict[str, dict[str, Any]] = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
+        return found
+    responses: defaultdict[str, dict[int, list[Any]]] = defaultdict(dict)
+    for row in map(json.loads, (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()):
+        responses[row.pop("group")].setdefault(row.pop("example"), []).append(row)
+    adaptive = state["loop"]["adaptive"]
+    return defaultdict(
+        lambda: {"responses": []},
+        {group: {"responses": [*map(list, written.items())]} for group, written in responses.items()} | adaptive,
+    )
+
+
+def _restored(parameter: Tensor, value: Tensor) -> Any:
+    """A value of an optimizer's state: a count, a tensor laid out like its parameter, or another of its own shape."""
+    if value.ndim == 0:
+        return value if value.is_floating_point() else int(value)
+    return _like(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -11,14 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpkd.api import MetricSpec
+from dpkd.api import MetricSpec, SamplingSettings
 from dpkd.api.teachers import Teacher
 from dpkd.config.settings import DevSettings
 from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import EvaluationSettings, evaluate_model
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.saving import save_model
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_folder import RunFolder
 
 
@@ -43,7 +42,7 @@ class Dev:
     seed: int
     folder: RunFolder
     is_main: bool
-    specs: Mapping[str, MetricSpec]
+    specs: dict[str, MetricSpec]
     lines: list[dict[str, float]] = field(default_factory=list)
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpkd.api import Answers, MetricSpec
+from dpkd.api import Answers, MetricSpec, SamplingSettings
 from dpkd.data.batches import TokenSequence
 from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
@@ -23,7 +23,6 @@ from dpkd.evaluation.results import Metric, check_finite, score, score_tokens
 from dpkd.evaluation.sets import find_set
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.plugins import load_registry
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.teachers.local import LocalTeacher
 
 DRAWN = EvaluationSettings(SamplingSettings(max_new_tokens=6, batch_size=3), (1, 2, 3), cuts=(2,))
