@@ -149,8 +149,8 @@ def _check_metric(spec: MetricSpec) -> None:
         raise PluginError(f"the name {spec.name!r} should be lower-case letters and digits with underscores between")
     if spec.better not in ("higher", "lower", ""):
         raise PluginError(f"`better` of {spec.name!r} should be higher, lower or empty, not {spec.better!r}")
-    if (spec.per_row is None) == (spec.overall is None):
-        raise PluginError(f"the metric {spec.name!r} needs one of `per_row` and `overall`")
+    if sum(function is not None for function in (spec.per_row, spec.overall, spec.of_tokens)) != 1:
+        raise PluginError(f"the metric {spec.name!r} needs exactly one of `per_row`, `overall` and `of_tokens`")
 
 
 def _check_sampler(spec: SamplerSpec) -> None:

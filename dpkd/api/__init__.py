@@ -44,7 +44,7 @@ from dpkd.api.losses import (
     preset,
     setting,
 )
-from dpkd.api.metrics import Answers, MetricSpec
+from dpkd.api.metrics import Answers, MetricSpec, TokenScores
 from dpkd.api.sources import (
     Refreshed,
     Response,
@@ -59,7 +59,16 @@ from dpkd.api.sources import (
     TeacherGuided,
     Written,
 )
-from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherOutput, TeacherSpec, TeacherText, Wants
+from dpkd.api.teachers import (
+    SharedVocabulary,
+    Teacher,
+    TeacherBatch,
+    TeacherOffer,
+    TeacherOutput,
+    TeacherSpec,
+    TeacherText,
+    Wants,
+)
 from dpkd.errors import warn_renamed
 from dpkd.settings import Block
 
@@ -105,12 +114,14 @@ __all__ = [
     "TeacherAccess",
     "TeacherBatch",
     "TeacherGuided",
+    "TeacherOffer",
     "TeacherOutput",
     "TeacherSpec",
     "TeacherText",
     "Text",
     "TokenInputs",
     "TokenLoss",
+    "TokenScores",
     "Trait",
     "UndeclaredSignal",
     "Wants",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
+from dpkd.api.generators import Decoding
 from dpkd.api.losses import Text
 from dpkd.settings import Block
 
@@ -99,6 +100,11 @@ class SourceConfig(Block):
     )
     backend: str = Field("hf", description="what draws responses: an installed sampler (hf: this process)")
     backend_settings: dict[str, Any] = Field({}, description="the sampler's own settings")
+    decoding: Decoding = Field(
+        "auto",
+        description="graph: static shapes, captured in graphs on CUDA; eager: growing caches; auto: graph on CUDA if "
+        "its log-probs agree with a plain forward's (backend hf)",
+    )
     store: str | None = Field(
         None, description="folder of the store of teacher responses; None: the user's cache folder"
     )

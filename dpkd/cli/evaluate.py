@@ -104,7 +104,7 @@ def _all_scored(
     from rich.console import Console
 
     from dpkd.cli.scores_table import print_scores
-    from dpkd.report.rescore import rescore
+    from dpkd.report.card import rescore
 
     console, notes = Console(), Console(stderr=True)
     results = []

@@ -17,6 +17,7 @@ from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.models.chunked import chunk_rows
 from dpkd.rollout.generator import prompt_seed, sample_seeds, sampling_task
+from dpkd.rollout.policy_logps import PolicyScorer
 from dpkd.rollout.response_store import ResponseStore
 
 
@@ -84,6 +85,7 @@ class StudentGenerator:
     score: TeacherScorer | None = None
     loss: RolloutLoss[Any] | None = None
     progress: Callable[[int], None] | None = None
+    policy: PolicyScorer | None = None  # for a policy gradient; None: what draws computes as what trains
 
     def __call__(self, indices: Sequence[int], period: int) -> list[tuple[Response, ...]]:
         count = self.config.student_sampling.num_generations
@@ -94,7 +96,7 @@ class StudentGenerator:
 
     def _write(self, indices: list[int], period: int) -> list[Response]:
         """The responses to these examples, those to one example together."""
-        sampled = self.lend(lambda _student: self._drawn(indices, period))
+        sampled = self.lend(lambda student: self._drawn(student, indices, period))
         if self.loss is None:
             return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
         assert self.score is not None  # the plan refuses a rollout loss without a teacher
@@ -106,7 +108,7 @@ class StudentGenerator:
         ]
         return self.score.scored([i for i in indices for _ in range(len(drawn) // len(indices))], drawn)
 
-    def _drawn(self, indices: list[int], period: int) -> Sequence[Sampled]:
+    def _drawn(self, student: nn.Module, indices: list[int], period: int) -> Sequence[Sampled]:
         how = self.config.student_sampling
         task = sampling_task(
             self.config.sampling,
@@ -119,7 +121,10 @@ class StudentGenerator:
             veto=how.teacher_veto,
         )
         self.sampler.refresh()
-        return self.sampler.draw(task, lambda place, response: self.progress(1) if self.progress else None)
+        drawn = self.sampler.draw(task, lambda place, response: self.progress(1) if self.progress else None)
+        if self.loss is None or self.policy is None:
+            return drawn
+        return self.policy(student, [prompt for prompt in task.prompts for _ in range(how.num_generations)], drawn)
 
 
 def _grouped(responses: list[Response], count: int) -> list[tuple[Response, ...]]:

@@ -66,7 +66,9 @@ def _optimiser_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
     tensors = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}|{key}"] = _full(torch.as_tensor(value))
+            whole = _full(torch.as_tensor(value))
+            # Tables of an 8-bit state belong to all parameters, and a file of safetensors has each tensor once.
+            tensors[f"{name}|{key}"] = whole if whole.shape == parameter.shape else whole.clone()
     return tensors
 
 
@@ -182,9 +184,7 @@ def load(
     for name, parameter in parameters.items():
         own = {key.rsplit("|", 1)[1]: value for key, value in optimiser_state.items() if key.rsplit("|", 1)[0] == name}
         if own:
-            optimizer.state[parameter] = {
-                key: value if value.ndim == 0 else _like(parameter, value) for key, value in own.items()
-            }
+            optimizer.state[parameter] = {key: _restored(parameter, value) for key, value in own.items()}
     if state["processes"] == processes:
         random = load_file(checkpoint.path / f"random-{rank}.safetensors")
         set_random_state(random, device)
@@ -204,6 +204,13 @@ def _sources(folder: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Any]
         lambda: {"responses": []},
         {group: {"responses": [*map(list, written.items())]} for group, written in responses.items()} | adaptive,
     )
+
+
+def _restored(parameter: Tensor, value: Tensor) -> Any:
+    """A value of an optimizer's state: a count, a tensor laid out like its parameter, or another of its own shape."""
+    if value.ndim == 0:
+        return value if value.is_floating_point() else int(value)
+    return _like(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from dpkd.models.chunked import chunk_rows
 from dpkd.models.device import device_of, precision_of, teacher_dtype
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
+from dpkd.models.optimizers import state_bytes
 from dpkd.models.student_init import switch_dropout_off
 from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
 from dpkd.train.prepare import Prepared
@@ -44,11 +45,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Parameters of the student, the trained ones, the largest of these; bytes of its passes."""
+    """Parameters of the student, the trained ones, the largest of these; bytes of optimizer state and passes."""
 
     parameters: int
     trained: int
     largest: int
+    optimizer: float
     passes: Passes
 
 
@@ -71,7 +73,7 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
     always = {
         "student weights": float(FLOAT * student.parameters * (1 + references)),
         "teacher weights": 0.0 if prepared.teacher is None else prepared.teacher.weight_bytes(dtype),
-        "optimizer state": 2.0 * FLOAT * student.trained,  # AdamW: two moments
+        "optimizer state": student.optimizer,
     }
     gradients = float(FLOAT * student.trained)
     text = prepared.student_config.get_text_config()
@@ -88,7 +90,7 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
             "losses", {**always, "gradients": begun, "activations": student.passes.kept, "logits, a chunk": logits}
         ),
         Estimate("backward", {**always, "gradients": begun, "activations, new gradients": backward}),
-        # AdamW goes over the parameters one by one, with two temporaries of the size of each.
+        # An optimizer goes over the parameters one by one, with two temporaries of the size of each.
         Estimate("update", {**always, "gradients": gradients, "temporaries": 2.0 * FLOAT * student.largest}),
     ]
     if Text.STUDENT in _writers(resolved):
@@ -179,7 +181,8 @@ def _count(settings: RunSettings, config: Any, batch: _Batch) -> _Counts:
             passes = backbone_passes(student, batch.sequences, batch.tokens, bf16=bf16)
     except Exception:  # whatever an architecture does that needs values: a plan must not fail for it
         passes = _rule_of_thumb(settings, config, batch.sequences * batch.tokens, sum(trained))
-    return _Counts(parameters, sum(trained), max(trained), passes)
+    state = state_bytes(student, settings.train.optimizer, settings.train.own_optimizer_settings)
+    return _Counts(parameters, sum(trained), max(trained), state, passes)
 
 
 def _student(settings: RunSettings, config: Any) -> nn.Module:

@@ -19,6 +19,7 @@ from dpkd.models.loading import count_parameters
 from dpkd.run_folder import RunFolder
 from dpkd.train.cross_tokenizer import union_of
 from dpkd.train.memory import Estimate, memory_estimate
+from dpkd.train.optimizers import describe_optimizer
 from dpkd.train.prepare import Prepared, prepare
 from dpkd.train.progress import Display
 from dpkd.train.rollouts import open_source
@@ -144,7 +145,7 @@ def _training_rows(settings: RunSettings, data: EncodedData, steps: int, fingerp
         ("data", f"{settings.data.path}, {len(data.prompts):,} examples, fingerprint {fingerprint[:12]}"),
         ("steps", f"{steps:,} of {train.batch_size} examples ({train.micro_batch_size} sequences per forward)"),
         ("response tokens", f"about {per_step:,.0f} a step, {per_step * steps:,.0f} in all (of the data set)"),
-        ("optimizer", f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup_steps}, {train.precision}"),
+        ("optimizer", f"{describe_optimizer(train)}, {train.precision}"),
     ]
 
 

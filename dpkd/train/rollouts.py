@@ -21,6 +21,7 @@ from dpkd.api import (
     SourceContext,
     Text,
 )
+from dpkd.api.generators import Decoding
 from dpkd.api.teachers import Teacher, TeacherText
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
@@ -31,6 +32,7 @@ from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.plugins import Registry
 from dpkd.rollout.generator import open_sampler
+from dpkd.rollout.policy_logps import PolicyScorer
 from dpkd.rollout.response_generators import (
     RankShards,
     RetokenizedResponses,
@@ -80,9 +82,12 @@ def check_processes(resolved: Resolved, processes: int) -> None:
 
 
 def open_source(
-    objective: Objective, resolved: Resolved, prepared: Prepared, model: nn.Module | None = None, **generators: Any
+    objective: Objective, resolved: Resolved, prepared: Prepared, *, model: nn.Module | None = None, **generators: Any
 ) -> ResponseSource:
-    """The source of the responses of a loss; without model and `generators` (see `SourceContext`), to describe it."""
+    """The source of the responses of a loss; without `generators` (see `SourceContext`) it can be described.
+
+    What ends a response is the tokenizer's EOS, and what the generation config of the student, `model`, adds.
+    """
     settings, data = resolved.settings, prepared.data
     how = objective.text.student_sampling
     batches = BatchSampler(
@@ -116,7 +121,7 @@ def teacher_generator(
 
     `tokenizer` is the teacher's, `context` the longest sequence that both models read.
     """
-    model = None if own.model is None else generation_model(own.model, own.vocabulary, tokenizer, None)
+    model = None if own.model is None else generation_model(own.model, own.vocabulary, tokenizer, None, text.decoding)
     store = ResponseStore.open(
         own.folder or (Path(text.store) if text.store else default_folder()),
         model_fingerprint=own.fingerprint,
@@ -139,9 +144,11 @@ def teacher_generator(
     )
 
 
-def generation_model(model: nn.Module, vocabulary: int, tokenizer: Any, context: int | None) -> GenerationModel:
+def generation_model(
+    model: nn.Module, vocabulary: int, tokenizer: Any, context: int | None, decoding: Decoding
+) -> GenerationModel:
     """A model that a sampler is opened for."""
-    return GenerationModel(model, vocabulary, end_ids(tokenizer, model), tokenizer.pad_token_id, context)
+    return GenerationModel(model, vocabulary, end_ids(tokenizer, model), tokenizer.pad_token_id, context, decoding)
 
 
 @dataclass
@@ -156,7 +163,7 @@ class Rollouts:
     prepared: Prepared
     accelerator: Accelerator
     display: Display
-    _samplers: list[tuple[tuple[str, Any], Sampler]] = field(default_factory=list)
+    _samplers: list[tuple[tuple[Any, ...], Sampler]] = field(default_factory=list)
 
     def close(self) -> None:
         """Give back what the samplers of the student hold."""
@@ -187,10 +194,11 @@ class Rollouts:
                 None if self.teacher is None else self.teacher.model,
                 generators.get("score"),
                 rollout_loss,
+                policy=self._policy_scorer(),
             )
         if Text.TEACHER in text.writers:
             generators["teacher"] = self._teacher_generator(text)
-        return open_source(objective, self.resolved, self.prepared, self.student, **generators)
+        return open_source(objective, self.resolved, self.prepared, model=self.student, **generators)
 
     @property
     def _rank_shards(self) -> RankShards:
@@ -200,14 +208,23 @@ class Rollouts:
 
         return RankShards(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
 
+    def _policy_scorer(self) -> PolicyScorer | None:
+        """On a CPU the sampler computes as the training step does; elsewhere its kernels and types are others."""
+        device = self.accelerator.device
+        if device.type == "cpu":
+            return None
+        pad_id = self.prepared.tokenizer.pad_token_id
+        return PolicyScorer(self.vocabulary, pad_id, device, self.accelerator.autocast)
+
     def _student_sampler(self, text: SourceConfig) -> Sampler:
         """One for all texts that are drawn in one way: an engine beside the model is large."""
-        key = (text.backend, text.backend_settings)
+        key = (text.backend, text.backend_settings, text.decoding)
         for known, sampler in self._samplers:
             if known == key:
                 return sampler
-        model = generation_model(self.student, self.vocabulary, self.prepared.tokenizer, self.prepared.context)
-        sampler = open_sampler(self.resolved.registry, *key, model)
+        prepared = self.prepared
+        model = generation_model(self.student, self.vocabulary, prepared.tokenizer, prepared.context, text.decoding)
+        sampler = open_sampler(self.resolved.registry, text.backend, text.backend_settings, model)
         self._samplers.append((key, sampler))
         return sampler
 

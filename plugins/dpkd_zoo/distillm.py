@@ -1,8 +1,8 @@
-"""DistiLLM (Ko et al., 2402.03898): a skew KL, on text of which the student writes a share.
+"""DistiLLM (Ko et al., 2402.03898): a skew KL, on text that the student partly writes.
 
 The paper has two parts. The skew divergence is this loss. The adaptive off-policy choice of text, a probability of
 student text that rises when the held-out loss does and a replay buffer, is `text.source=adaptive`; it needs held-out
-rows, so that a fixed share, written anew every epoch, is what the loss suggests.
+rows, so the loss suggests a fixed share, resampled every epoch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ class DistiLLMConfig(LossConfig):
     """The divergence and its skew."""
 
     divergence: Literal["skl", "srkl"] = setting(
-        "skl", description="skew forward or skew reverse KL", source="DistiLLM's shipped script: adaptive-sfkl"
+        "skl", description="skew forward or skew reverse KL", source="DistiLLM's released script: adaptive-sfkl"
     )
     skew: float = setting(
-        0.1, description="α: share of the other model in the mixture", source="DistiLLM §3.1 and losses.py", ge=0, lt=1
+        0.1,
+        description="α: share of the other model in the mixture",
+        source="DistiLLM §3; released --skew-alpha",
+        ge=0,
+        lt=1,
     )
 
 

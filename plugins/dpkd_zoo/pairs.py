@@ -14,7 +14,7 @@ Aggregation = Literal["sum", "mean"]
 STUDENT = frozenset({Signal.STUDENT_LOGPS, Signal.LENGTHS})
 STUDENT_AND_TEACHER = STUDENT | {Signal.TEACHER_LOGPS}
 
-# Algorithm 1 of DPKD: both models answer each prompt, the student anew at every step.
+# Algorithm 1 of DPKD: both models answer each prompt, the student again at every step.
 TEACHER_OVER_STUDENT: dict[str, Any] = {
     "text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "every_step"}
 }

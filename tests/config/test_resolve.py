@@ -121,7 +121,9 @@ WRONG = {
     "in the wrong place": (["beta=0.1"], "beta: no such setting (from --set); did you mean loss.beta?"),
     "choice": (
         ["train.schedule=cosin"],
-        "train.schedule: should be one of 'cosine', 'linear', 'constant' (got 'cosin', from --set)",
+        "train.schedule: should be one of 'cosine', 'linear', 'constant', 'constant_with_warmup', "
+        "'cosine_with_restarts', 'cosine_with_min_lr', 'polynomial', 'inverse_sqrt', 'warmup_stable_decay' "
+        "(got 'cosin', from --set)",
     ),
     "union": (["student.layers=x"], "student.layers: should be a whole number or a list (got 'x', from --set)"),
     "within a block": (

@@ -373,6 +373,25 @@ def test_bad_rows_of_csv(tmp_path):
     assert csv.field_size_limit() == 131_072  # Python's own, left as it was
 
 
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            'instruction,output\na,b\nc,"d\n' + "e,f\n" * 60,
+            "a quoted cell is never closed, in the row that begins on line 3",
+        ),
+        ('instruction,output\na,"b" c\n', "broken quotes (',' expected after '\"'), in the row that begins on line 2"),
+        ("instruction,output,output\na,b,c\n", "the header names 'output' more than once"),
+    ],
+    ids=["open-quote", "quote-inside", "doubled-header"],
+)
+def test_a_csv_that_could_be_read_two_ways_is_refused(tmp_path, text, what):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(DpkdError) as caught:
+        read(tmp_path / "x.csv", on_bad_row="skip")
+    assert str(caught.value) == f"{tmp_path / 'x.csv'}: cannot be read as csv: {what}"
+
+
 def test_broken_files(tmp_path):
     (tmp_path / "x.json").write_text('[{"instruction": "a"')
     assert problem(tmp_path / "x.json") == (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -15,6 +17,7 @@ from dpkd.api import StepResponses, Text
 from dpkd.errors import SettingsError, Stopped
 from dpkd.rollout.backends.hf import HfSampler
 from dpkd.rollout.generator import response_seed, sample_seeds
+from dpkd.rollout.policy_logps import PolicyScorer
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
 from dpkd.train.build import assemble
@@ -168,3 +171,24 @@ def test_an_extra_loss_with_its_own_text_is_checked_too(settings_of):
     text = {"source": "dataset", "num_generations": 2}
     with pytest.raises(SettingsError, match=re.escape("terms.extra.more.text.num_generations: the source dataset has")):
         settings_of("kd", {"terms.extra.more.loss": "sft", "terms.extra.more.text": text})
+
+
+def test_a_policy_gradient_gets_the_log_probs_of_the_training_path(written):
+    """As on a GPU, where what draws rounds otherwise than what trains: bfloat16 autocast stands for that here."""
+    _, assembly = written("minillm", STUDENT)
+    generator = assembly.builder.groups[0].source.context.student
+    vocabulary, pad_id = assembly.vocabulary, assembly.tokenizer.pad_token_id
+    device = torch.device("cpu")
+    plain = generator([0, 1, 2], 0)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    generator.policy = PolicyScorer(vocabulary, pad_id, device, autocast)
+    scored = generator([0, 1, 2], 0)
+    for (one,), (other,) in zip(plain, scored, strict=True):
+        assert one.ids == other.ids
+        assert one.behaviour_logps == other.behaviour_logps
+        assert one.rollout_logps != other.rollout_logps
+        assert one.rollout_logps == pytest.approx(other.rollout_logps, abs=0.1)
+        assert one.advantages != other.advantages
+    generator.policy = PolicyScorer(vocabulary, pad_id, device, nullcontext)
+    for (one,), (other,) in zip(plain, generator([0, 1, 2], 0), strict=True):
+        assert one.rollout_logps == pytest.approx(other.rollout_logps, abs=1e-5)
