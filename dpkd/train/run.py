@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from dpkd import __version__
-from dpkd.config.layers import file_layer
+from dpkd.config.aliases import written_layers
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
@@ -116,7 +116,8 @@ def resume_folder(path: Path, *, given: InMemory | None = None, console: Console
     if folder.model.is_dir():
         raise DpkdError(f"{path} is finished: its model is {folder.model}")
     given = given or InMemory()
-    resolved = resolve([file_layer(folder.config)], load_registry(), given)
+    registry = load_registry()
+    resolved = resolve(written_layers(folder.config, registry), registry, given)
     settings = resolved.settings
     needed = {settings.teacher.model, settings.student.model, settings.data.path}
     if unused := sorted({*given.models, *given.data} - needed):
