@@ -327,7 +327,7 @@ def _rewards(
             TokenSequence(prompt.prompt_ids, tuple(p.extra["ids"]))
             for prompt, p in zip(inputs.prompts, answers, strict=True)
         ]
-        found = score_tokens(meter(sequences, f"rewards of the {who}'s answers"), specs)
+        found = score_tokens(meter(sequences, f"rewards, {who}'s answers"), specs)
         for name in REWARDS:
             title = f"{found[name].title} (answers of the {who})"
             metrics[f"{who}_answer_{name}"] = replace(found[name], title=title)
