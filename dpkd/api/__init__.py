@@ -59,7 +59,16 @@ from dpkd.api.sources import (
     TeacherGuided,
     Written,
 )
-from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherOutput, TeacherSpec, TeacherText, Wants
+from dpkd.api.teachers import (
+    SharedVocabulary,
+    Teacher,
+    TeacherBatch,
+    TeacherOffer,
+    TeacherOutput,
+    TeacherSpec,
+    TeacherText,
+    Wants,
+)
 from dpkd.errors import warn_renamed
 from dpkd.settings import Block
 
@@ -105,6 +114,7 @@ __all__ = [
     "TeacherAccess",
     "TeacherBatch",
     "TeacherGuided",
+    "TeacherOffer",
     "TeacherOutput",
     "TeacherSpec",
     "TeacherText",

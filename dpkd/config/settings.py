@@ -117,6 +117,11 @@ class TrainSettings(Block):
         "auto",
         description="MiB of one chunk of logits, rows per chunk follow from it; auto: 32 on a CPU, up to 512 on a GPU",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compile the models' layers and the losses (half a minute at the start); auto: on a GPU, for 1000 "
+        "steps and more on fixed text",
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; None: at the end and on a stop")
     keep_checkpoints: int = Field(1, ge=1, description="how many of the newest checkpoints stay")

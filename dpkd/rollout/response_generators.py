@@ -61,7 +61,7 @@ class TeacherScorer:
         sequences = [TokenSequence(self.prompts[i].prompt_ids, r.ids) for i, r in zip(indices, responses, strict=True)]
         scored = list(responses)
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-        wants = Wants(chunk_rows(self.vocabulary, 32.0), logps=True)
+        wants = Wants(chunk_rows(self.vocabulary, device=self.device), logps=True)
         for group in micro_batches(lengths, self.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(self.device)
             logps = self.teacher.score(batch, wants).logps().tolist()

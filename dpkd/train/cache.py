@@ -19,7 +19,7 @@ from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.rollout.response_generators import RankShards
 from dpkd.teachers.local import LocalTeacher
-from dpkd.teachers.store_check import why_not
+from dpkd.teachers.offers import why_not
 from dpkd.teachers.store_manifest import Kind, Manifest
 from dpkd.teachers.store_writing import write_store
 from dpkd.train.prepare import Prepared, prepare
@@ -67,7 +67,9 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         run.seed,
     )
     for objective in resolved.objectives:
-        if problem := why_not(objective.spec, objective.config, objective.reads, set(objective.writers), manifest):
+        if problem := why_not(
+            objective.spec, objective.config, objective.reads, set(objective.writers), manifest.offer
+        ):
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = prepared.teacher

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from dpkd.rollout.settings import SamplingSettings
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from dpkd.api import SamplingSettings
 from dpkd.data.encode import Prompt
 from dpkd.data.encoding import end_ids
 from dpkd.evaluation.answer_cache import answer
