@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +191,7 @@ class Rollouts:
                 None if self.teacher is None else self.teacher.model,
                 generators.get("score"),
                 rollout_loss,
+                decode=partial(self.prepared.tokenizer.decode, skip_special_tokens=True),
             )
         if Text.TEACHER in text.writers:
             generators["teacher"] = self._teacher_generator(text)
