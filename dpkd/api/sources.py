@@ -215,6 +215,7 @@ class Batches(Protocol):
 
 
 def _not_open(*asked: Any) -> Any:
+    """Stands for a generator that the settings do not ask for, and for all of them in a dry run."""
     raise AssertionError("the source asks for text by somebody who is not among the `writers` of its settings")
 
 

@@ -75,10 +75,10 @@ def find_set(data: str, folder: str | None = None) -> EvalSet:
 
 
 def _name(data: str) -> str:
-    """What results are filed under: `dolly/eval.jsonl` is dolly, `dolly/dev.jsonl` is dolly-dev."""
-    path = Path(data).resolve() if Path(data).exists() else Path(data)
+    """What results are filed under: `dolly/eval.jsonl` is dolly, `dolly/dev.jsonl` is dolly-dev, `eval.jsonl` eval."""
+    path = Path(data)
     name = path.stem if path.suffix.lower() in READERS else path.name
-    if name.lower() not in SPLITS:
+    if name.lower() not in SPLITS or path.parent.name in ("", ".."):
         return name
     return path.parent.name if name.lower() in ("test", "eval") else f"{path.parent.name}-{name}"
 

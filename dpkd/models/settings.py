@@ -77,7 +77,11 @@ class StudentSettings(ModelSettings):
     )
     lora: LoraSettings | None = Field(None, description="train low-rank adapters only")
     dropout: Literal["keep", "off"] = Field("keep", description="dropout while training: the model's own, or none")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    gradient_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="recompute activations in backward: less memory, more time; selective: all but matrix products "
+        "and attention",
+    )
 
     @model_validator(mode="before")
     @classmethod

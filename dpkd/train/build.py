@@ -16,7 +16,7 @@ from dpkd.config.settings import BatchSettings, RunSettings
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.batches import Layout
 from dpkd.data.corpus import read_corpus
-from dpkd.data.encode import EncodedData
+from dpkd.data.encode import EncodedData, check_ids
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
@@ -27,7 +27,7 @@ from dpkd.models.fused import why_not as why_not_fused
 from dpkd.models.head import causal_lm, check_head
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
-from dpkd.models.student_init import make_student
+from dpkd.models.student_init import make_student, recompute_activations
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.hidden_states import bind, check_stack
@@ -94,6 +94,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     tokenizer, data, steps = prepared.tokenizer, prepared.data, prepared.steps
     corpus = _corpus(settings, tokenizer, steps, display)
     models = _Models(resolved, accelerator, prepared, display)
+    check_ids(data.prompts, causal_lm(models.student).get_input_embeddings().weight.shape[0], "the student")
     layout = models.layout(settings.batch)  # while the student is whole: it may be sharded below
     losses = _losses(resolved)
     layers = bind(resolved, losses, prepared.student_config, prepared.teacher_config)
@@ -208,11 +209,8 @@ class _Models:
             seed=settings.seed,
             given=resolved.given,
         )
-        if settings.student.gradient_checkpointing:
-            # transformers has renamed it: where both names are there, the older one warns.
-            newer = getattr(student, "activation_checkpointing_enable", None)
-            (newer or student.gradient_checkpointing_enable)({"use_reentrant": False})
-            student.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
+        if (again := settings.student.gradient_checkpointing) is not False:
+            recompute_activations(student, selective=again == "selective")
         check_head(student)
         self.vocabulary = student.get_output_embeddings().weight.shape[0]
         if self.teacher is not None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 
-from dpkd.config.aliases import SettingRenamed, renamed
+from dpkd.config.aliases import SettingRenamed, renamed, written_layers
 from dpkd.config.layers import Layer, set_layer
+from dpkd.config.resolve import resolve
 from dpkd.errors import SettingsError
+from dpkd.plugins import load_registry
+from dpkd.rollout.dataset import DatasetConfig
+from dpkd.rollout.mixed import MixedConfig
+from dpkd.rollout.pairs import PairsConfig
 
 
 @pytest.mark.parametrize(
@@ -51,3 +57,55 @@ def test_it_goes_for_every_layer() -> None:
     (layer,) = set_layer(["text.pairs.preferred=dataset"])
     with pytest.warns(SettingRenamed, match=r"text\.pairs\.preferred is now called text\.chosen \(from --set\)"):
         assert renamed(layer).values == {"text": {"source": "pairs", "chosen": "dataset"}}
+
+
+OLD = """
+loss: {name: LOSS}
+teacher: {model: big}
+student: {model: small}
+text:
+SOURCE
+  each: []
+  adaptive: {share: 0.0, rise: 0.1, tolerance: 0.1, capacity: 1000, fresh: decreasing}
+  sampling: {temperature: 1.0, top_p: 1.0, top_k: 0, max_new_tokens: 64, batch_size: 32}
+  samples_per_prompt: 1
+  teacher_mix: 0.0
+  teacher_veto: 0
+  refresh: once
+  every: 1
+  inner_epochs: 1
+  backend: hf
+  backend_settings: {}
+  store: null
+terms:
+  extra:
+    far:
+      loss: dpo
+      text:
+        {source: dataset, mix: {}, each: [], pairs: {preferred: dataset, dispreferred: student}, refresh: once,
+         adaptive: {share: 0.0, rise: 0.1, tolerance: 0.1, capacity: 1000, fresh: decreasing}, inner_epochs: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("loss", "source", "expected"),
+    [
+        ("kd", "  source: dataset\n  mix: {}", DatasetConfig),
+        ("gkd", "  source: mixed\n  mix: {dataset: 0.5, student: 0.5}", MixedConfig),
+        ("dpkd", "  pairs: {preferred: teacher, dispreferred: dataset}", PairsConfig),
+    ],
+)
+def test_a_run_of_an_older_version_can_go_on(loss, source, expected, tmp_path: Path) -> None:
+    """Its settings have those of every source; those that its own does not have said nothing."""
+    path = tmp_path / "config.resolved.yaml"
+    path.write_text(OLD.replace("LOSS", loss).replace("SOURCE", source), encoding="utf-8")
+    registry = load_registry({})
+    resolved = resolve(written_layers(path, registry), registry)
+    text = resolved.settings.text
+    assert isinstance(text, expected)
+    assert text.sampling.max_new_tokens == 64
+    if expected is PairsConfig:
+        assert (text.chosen, text.rejected, text.refresh) == ("teacher", "dataset", "once")
+    far = resolved.extras[0].text
+    assert isinstance(far, PairsConfig)
+    assert (far.chosen, far.rejected, far.refresh) == ("dataset", "student", "once")
