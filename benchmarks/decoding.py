@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dpkd.rollout.settings import SamplingSettings
+from dpkd.api.sources import SamplingSettings
 from harness import markdown
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, StaticCache
