@@ -57,7 +57,6 @@ def _best(once: Callable[[], Any], warm: int = 1, repeats: int = 2) -> float:
 
 def decode_ours(model: Any, prompts: list[list[int]], new: int, decoding: Any) -> float:
     from dpkd.api.sources import SamplingSettings
-
     from dpkd.rollout.sampling import Decoder
 
     eos = model.config.vocab_size - 1

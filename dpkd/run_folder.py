@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -43,6 +45,21 @@ class RunFolder:
     @property
     def card(self) -> Path:
         return self.path / "README.md"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: where the run is, how it ended, and its loss over the steps."""
+        from html import escape
+
+        from dpkd.run_metrics import read_metrics
+
+        rows = read_metrics(self.metrics) if self.metrics.exists() else []
+        points = [(row["step"], row["loss/main"]) for row in rows if math.isfinite(row.get("loss/main", math.nan))]
+        head = f"<code>{escape(str(self.path))}</code>"
+        if not points:
+            return f"<div>run {head}</div>"
+        state = "finished" if self.model.is_dir() else "not finished"
+        step, loss = points[-1]
+        return f"<div>run {head}, {state}: step {step:,}, loss {loss:.4g}<br>{_line(points)}</div>"
 
     @classmethod
     def check_new(cls, output: str | None) -> None:
@@ -94,3 +111,17 @@ class RunFolder:
                 "A run folder is what `dpkd train --output` names; it is printed at the start of each run."
             )
         return folder
+
+
+def _line(points: Sequence[tuple[float, float]], width: int = 320, height: int = 80) -> str:
+    """Points as a line in SVG, with the largest and the smallest value beside it."""
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points, strict=True))
+    across, up = (right - left) or 1.0, (high - low) or 1.0
+    path = " ".join(f"{width * (x - left) / across:.1f},{height * (high - y) / up:.1f}" for x, y in points)
+    text = "font-size='11' fill='currentColor'"
+    return (
+        f"<svg width='{width + 70}' height='{height + 16}' role='img' aria-label='loss over the steps'>"
+        f"<g transform='translate(2,8)'><polyline points='{path}' fill='none' stroke='currentColor'/>"
+        f"<text x='{width + 6}' y='8' {text}>{high:.4g}</text>"
+        f"<text x='{width + 6}' y='{height}' {text}>{low:.4g}</text></g></svg>"
+    )

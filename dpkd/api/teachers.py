@@ -112,6 +112,7 @@ class TeacherOffer:
     access      the most that it gives
     k           of TOP_K and SAMPLED: how many tokens; `vocabulary` ids or more are the whole distribution
     writers     on whose responses; None: on anybody's
+    writes      whether it writes responses of its own
     what, has   for messages: `the store` has `the 64 likeliest tokens and the mass of the rest`
     more        how to get more of it: an access level (and its k), or a writer, to a few words; empty: not at all
     """
@@ -120,6 +121,7 @@ class TeacherOffer:
     k: int = 0
     vocabulary: int = 0
     writers: frozenset[Text] | None = None
+    writes: bool = True
     what: str = "the teacher"
     has: str = ""
     more: Callable[..., str] = _no_more

@@ -14,7 +14,7 @@ import typer
 from dpkd.cli import evaluate_options as flags
 from dpkd.cli.options import SetData, data_settings
 from dpkd.cli.score import Unit
-from dpkd.errors import SettingsError
+from dpkd.errors import SettingsError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,17 +127,15 @@ def _scored(task: _Task, settings: EvaluationSettings, dtype: str, notes: Consol
     evaluator = Evaluator(task.target.model, task.target.teacher, dtype=dtype)
     for name, (rows, folder) in task.sets.items():
         with shown(notes) as progress:
-            yield (
+            result = evaluator.evaluate(
                 name,
-                evaluator.evaluate(
-                    name,
-                    rows,
-                    settings,
-                    output=folder,
-                    progress=progress,
-                    say=lambda text: notes.print(text, highlight=False, markup=False, soft_wrap=True),
-                ),
+                rows,
+                settings,
+                output=folder,
+                progress=progress,
+                say=lambda text: notes.print(printable(text), highlight=False, markup=False, soft_wrap=True),
             )
+        yield name, result  # once the bars are closed: what is printed then begins a line of its own
 
 
 def _print_together(results: list[tuple[str, Evaluation]], as_json: bool) -> None:

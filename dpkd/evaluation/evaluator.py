@@ -13,6 +13,8 @@ import torch
 from dpkd.api import MetricSpec, SamplingSettings, TokenScores
 from dpkd.api.teachers import Teacher
 from dpkd.data.batches import TokenSequence
+from dpkd.data.encode import check_ids
+from dpkd.data.encoding import continuation
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
 from dpkd.evaluation.answer_cache import AnswerCache, answer, as_answers
@@ -126,7 +128,7 @@ class Evaluator:
 
     def inputs(self, data: DataSettings, settings: EvaluationSettings) -> Inputs:
         """The rows of a set, ready for this model."""
-        return read_inputs(
+        inputs = read_inputs(
             data,
             self.tokenizer,
             context=self.context,
@@ -134,6 +136,8 @@ class Evaluator:
             long_prompts=settings.long_prompts,
             rows=self.given.rows(data.path),
         )
+        check_ids(inputs.prompts, self.model.get_input_embeddings().weight.shape[0], "the model")
+        return inputs
 
     def evaluate(
         self,
@@ -288,7 +292,7 @@ class _DivergenceMeter:
             done += count
             self.tell(what, done, len(sequences))
 
-        texts = [self.tokenizer.decode(list(s.response_ids), skip_special_tokens=True) for s in sequences]
+        texts = [continuation(self.tokenizer, s.prompt_ids, s.response_ids) for s in sequences]
         return measure(
             self.model,
             sequences,
@@ -327,7 +331,7 @@ def _rewards(
             TokenSequence(prompt.prompt_ids, tuple(p.extra["ids"]))
             for prompt, p in zip(inputs.prompts, answers, strict=True)
         ]
-        found = score_tokens(meter(sequences, f"rewards of the {who}'s answers"), specs)
+        found = score_tokens(meter(sequences, f"rewards, {who}'s answers"), specs)
         for name in REWARDS:
             title = f"{found[name].title} (answers of the {who})"
             metrics[f"{who}_answer_{name}"] = replace(found[name], title=title)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dpkd.config.problems import checked
+from dpkd.config.yaml_text import read_resolved
 from dpkd.data.memory import is_memory
 from dpkd.errors import DpkdError
 from dpkd.models.settings import ModelSettings, TeacherSettings
@@ -61,12 +61,12 @@ def find_target(name: str, teacher: str | None) -> EvalTarget:
     A teacher that the run had in memory is not to be had from its folder.
     """
     run = _run(name)
-    saved: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run is not None else {}
-    own = {key: value for key, value in saved.get("data", {}).items() if key in ("template", "columns")}
+    saved = read_resolved(run.config) if run is not None else {}
+    own = {key: value for key, value in (saved.get("data") or {}).items() if key in ("template", "columns")}
     settings = TeacherSettings(model=teacher) if teacher else None
-    own_teacher = saved.get("teacher", {}).get("model")
-    if teacher is None and own_teacher and not is_memory(own_teacher):
-        settings = TeacherSettings.model_validate(saved["teacher"])
+    own_teacher = (saved.get("teacher") or {}).get("model")
+    if teacher is None and own_teacher and not (isinstance(own_teacher, str) and is_memory(own_teacher)):
+        settings = checked(TeacherSettings, saved["teacher"], "teacher")
     folder = run.path / "eval" if run is not None else Path("runs") / "eval" / _filed_under(Path(name))
     return EvalTarget(name, model_of(name), settings, own, folder)
 

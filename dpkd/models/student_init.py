@@ -148,8 +148,10 @@ def _copy_weights(teacher: nn.Module, student: nn.Module, kept: list[int]) -> No
 
 
 # What selective recomputation keeps: the results of matrix products and attention, which cost the most to make again.
-_KEPT = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
-_KEPT += ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
+_KEPT = (
+    *("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
+    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+)
 
 
 def recompute_activations(student: Any, *, selective: bool) -> None:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from dpkd.config.yaml_text import parse
+from dpkd.config.yaml_text import read_resolved
 from dpkd.errors import DpkdError
 from dpkd.io import JsonLog
 from dpkd.report.names import better_by_name, finite, title
@@ -25,7 +25,6 @@ from dpkd.run_metrics import read_metrics
 
 # Names of before the field's own: an old run folder is read as if it had the new ones.
 _OLD_NAMES = {"/preferred": "/chosen", "/dispreferred": "/rejected"}
-_LONGEST_CONFIG = 1_000_000  # characters
 T = TypeVar("T")
 
 
@@ -270,7 +269,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     return Run(
         name,
         path,
-        config=_config(folder.config, text),
+        config=_checked(folder.config, Config, read_resolved(folder.config)),
         sources=_sources(text),
         facts=_json(folder.facts, Facts) or {},
         metrics=_metrics(folder.metrics),
@@ -333,16 +332,6 @@ def _json_lines(path: Path, kind: type[T]) -> list[T]:
     """A file of one JSON object a line; a torn last line, of a run that was killed, is left out."""
     rows = JsonLog(path).rows() if path.is_file() else []
     return [_checked(path, kind, row, f":{number}") for number, row in enumerate(rows, start=1)]
-
-
-def _config(path: Path, text: str) -> Config:
-    try:
-        if len(text) > _LONGEST_CONFIG or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise DpkdError(f"{path}: damaged: longer than any settings, or with YAML aliases, which dpkd never writes")
-        value = parse(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DpkdError(f"{path}: damaged: expected YAML ({' '.join(str(error).split())[:200]})") from error
-    return _checked(path, Config, value)
 
 
 def _sources(text: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ def why_not(
     spec: LossSpec, config: LossConfig, reads: Collection[Signal], writers: Collection[Text], offer: TeacherOffer
 ) -> str | None:
     """Why a teacher cannot serve a loss on responses by these writers, and what would serve; None when it can."""
+    if Text.TEACHER in writers and not offer.writes:
+        return f"{spec.name} is computed on responses that the teacher writes, and {offer.what} writes none; {_MODEL}"
     if Signal.TEACHER_HIDDEN in reads and offer.access is not TeacherAccess.HIDDEN:
         return f"{spec.name} reads the teacher's hidden states, which {offer.what} does not have; {_MODEL}"
     if not {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS} & set(reads):

@@ -16,7 +16,7 @@ from dpkd.config.settings import BatchSettings, RunSettings
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.batches import Layout
 from dpkd.data.corpus import read_corpus
-from dpkd.data.encode import EncodedData
+from dpkd.data.encode import EncodedData, check_ids
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
@@ -94,6 +94,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     tokenizer, data, steps = prepared.tokenizer, prepared.data, prepared.steps
     corpus = _corpus(settings, tokenizer, steps, display)
     models = _Models(resolved, accelerator, prepared, display)
+    check_ids(data.prompts, causal_lm(models.student).get_input_embeddings().weight.shape[0], "the student")
     layout = models.layout(settings.batch)  # while the student is whole: it may be sharded below
     losses = _losses(resolved)
     layers = bind(resolved, losses, prepared.student_config, prepared.teacher_config)

@@ -199,7 +199,7 @@ def _sources(folder: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Any]
     responses: defaultdict[str, dict[int, list[Any]]] = defaultdict(dict)
     for row in map(json.loads, (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()):
         responses[row.pop("group")].setdefault(row.pop("example"), []).append(row)
-    adaptive = state["loop"]["adaptive"]
+    adaptive = state["loop"].get("adaptive", {})
     return defaultdict(
         lambda: {"responses": []},
         {group: {"responses": [*map(list, written.items())]} for group, written in responses.items()} | adaptive,

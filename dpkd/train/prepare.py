@@ -80,7 +80,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
         teacher.check(tokenizer)
     across = teacher is not None and _two_tokenizers(resolved, tokenizer, teacher, own_config)
     responses = _trains_on_data(resolved)
-    pairs = any(getattr(objective.text, "preferences", False) for objective in resolved.objectives)
+    pairs = any(objective.text.preferences for objective in resolved.objectives)
     rows = given.rows(settings.data.path)
     examples = read_examples(settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed)
     data = tokenize(examples.examples, tokenizer, settings.data, require_response=responses)

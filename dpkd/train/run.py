@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from dpkd import __version__
-from dpkd.config.layers import file_layer
+from dpkd.config.aliases import written_layers
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
@@ -23,7 +23,7 @@ from dpkd.evaluation.evaluator import metric_specs
 from dpkd.io import write_json
 from dpkd.models.device import allow_tf32, device_of, precision_of, precision_sentence
 from dpkd.models.in_memory import InMemory
-from dpkd.plugins import load_registry
+from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.build import RunParts, assemble
@@ -107,8 +107,12 @@ def _check_same(folder: RunFolder, assembly: RunParts) -> None:
         )
 
 
-def resume_folder(path: Path, *, given: InMemory | None = None, console: Console | None = None) -> RunFolder:
+def resume_folder(
+    path: Path, *, given: InMemory | None = None, registry: Registry | None = None, console: Console | None = None
+) -> RunFolder:
     """Continue the run in a folder with its own settings; `given` has what was in memory when it began.
+
+    `registry` has the plugins (None: the installed ones).
 
     Raises DpkdError when the folder holds no run, or one that is finished, or when `given` is not what it needs.
     """
@@ -116,7 +120,8 @@ def resume_folder(path: Path, *, given: InMemory | None = None, console: Console
     if folder.model.is_dir():
         raise DpkdError(f"{path} is finished: its model is {folder.model}")
     given = given or InMemory()
-    resolved = resolve([file_layer(folder.config)], load_registry(), given)
+    registry = registry or load_registry()
+    resolved = resolve(written_layers(folder.config, registry), registry, given)
     settings = resolved.settings
     needed = {settings.teacher.model, settings.student.model, settings.data.path}
     if unused := sorted({*given.models, *given.data} - needed):
