@@ -54,10 +54,8 @@ def no_reading(monkeypatch):
 def ready(resolved, quiet, step=0):
     """The run's parts, and the step batches of a step."""
     parts = assemble(resolved, run._accelerator(resolved), Display(quiet))
-    parts.prepare_teacher()
-    for group in parts.builder.groups:
-        group.writers.prepare(step)
-    texts = [group.writers.step(step) for group in parts.builder.groups]
+    parts.prepare_sources()
+    texts = [group.source.next(step) for group in parts.builder.groups]
     return parts.train_step, parts.builder.step_batches(step, texts)
 
 
