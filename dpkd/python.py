@@ -79,7 +79,7 @@ def resume(
     Raises DpkdError when the run is finished, when an object is missing, or when one is not what it was.
     """
     from dpkd.train.accelerate_state import own_accelerate_state
-    from dpkd.train.run import resume_folder
+    from dpkd.train.resume import resume_folder
 
     _, given = _names({"teacher": teacher, "student": student}, data, tokenizer)
     path = folder if isinstance(folder, str | Path) else folder.path

@@ -7,7 +7,7 @@ installed plugin, so it is held here as an already validated pair (see `dpkd.con
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -103,7 +103,9 @@ class TrainSettings(Block):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast; log-probs are float32 in both")
     chunk_mib: float = Field(32.0, gt=0, description="memory of one chunk of logits; rows per chunk follow from it")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; None: at the end and on a stop")
+    save_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto", description="steps between checkpoints; auto: about every ten minutes; None: at the end and on a stop"
+    )
     keep_checkpoints: int = Field(1, ge=1, description="how many of the newest checkpoints stay")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="also log to these")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from dpkd.config.write import read_sources
 from dpkd.errors import DpkdError
 from dpkd.io import JsonLog
 from dpkd.report.names import better_by_name
@@ -135,7 +136,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         name,
         path,
         config=yaml.safe_load(text) or {},
-        sources=_sources(text),
+        sources=read_sources(text),
         facts=_json(folder.facts, {}),
         metrics=read_metrics(folder.metrics) if folder.metrics.is_file() else [],
         dev=read_metrics(dev) if dev.is_file() else [],
@@ -158,27 +159,3 @@ def _json(path: Path, default: Any) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DpkdError(f"{path}: expected JSON ({error}); write it anew, or remove it to go on without it") from error
-
-
-def _sources(text: str) -> dict[str, str]:
-    """Where values come from, by dotted path: the comments of config.resolved.yaml, two spaces to a level."""
-    found: dict[str, str] = {}
-    above: list[str] = []
-    for line in text.splitlines():
-        key, colon, rest = line.strip().partition(":")
-        if not colon:
-            continue
-        level = (len(line) - len(line.lstrip())) // 2
-        above = [*above[:level], key]
-        value, mark, source = rest.rpartition("  # ")
-        if mark and _same_yaml(value, rest):
-            found[".".join(above)] = source.strip()
-    return found
-
-
-def _same_yaml(value: str, with_comment: str) -> bool:
-    """Whether what follows is a comment, and no part of a quoted text."""
-    try:
-        return bool(yaml.safe_load(value) == yaml.safe_load(with_comment))
-    except yaml.YAMLError:
-        return False

@@ -62,7 +62,9 @@ def test_a_broken_one_is_listed_with_its_reason(install_plugin, change, reason):
 
 def test_a_name_that_is_taken_is_an_error_that_names_both(install_plugin):
     install_plugin("stranger", {"x": ECHO.replace('"echo"', '"hf"')})
-    with pytest.raises(DpkdError, match=r"two samplers are called 'hf': dpkd\.rollout\.backends\.hf \(dpkd\) and strang"):
+    with pytest.raises(
+        DpkdError, match=r"two samplers are called 'hf': dpkd\.rollout\.backends\.hf \(dpkd\) and strang"
+    ):
         load_samplers({"DPKD_PLUGINS": "stranger"})
 
 
