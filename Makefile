@@ -30,7 +30,7 @@ imports: $(STAMP)
 # The site, in site/: strict, so that a broken link stops it (never with --quiet: that counts no warnings).
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py --reference
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/properdocs build --strict
 
 # External links of the documentation: needs the network, and is no part of `make test`.
 links: $(STAMP)

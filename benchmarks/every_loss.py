@@ -21,7 +21,7 @@ import dpkd
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
 from dpkd.models.smollm2 import bundled_teacher
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.rollout.response_store import default_folder
 from dpkd.rollout.sampling import sample
 from dpkd.rollout.settings import SamplingSettings
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--loss", action="append", help="only this one; repeatable")
     parser.add_argument("--folder", type=Path, required=True, help="new folder for the runs")
     arguments = parser.parse_args()
-    losses = arguments.loss or sorted(load_host().losses)
+    losses = arguments.loss or sorted(load_registry().losses)
     {"stories": on_stories, "dolly": on_dolly}[arguments.on](losses, arguments.folder)
 
 

@@ -35,7 +35,7 @@ from dpkd.models.head import head_of
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings, StudentSettings
 from dpkd.models.student_init import make_student
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.teachers.local import LocalTeacher
 
 RATES = {"full": 3e-3, "lora": 5e-3}
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--loss", action="append", help="only this one; repeatable")
     given = parser.parse_args()
     data, held_out = write_stories(given.folder)
-    judge, host = Judge(held_out), load_host()
+    judge, registry = Judge(held_out), load_registry()
     untrained = make_student(
         StudentSettings(init="layers", layers=2), teacher=judge.teacher.model, device=torch.device("cpu"), seed=10
     )
@@ -104,8 +104,8 @@ def main() -> None:
     print(f"before training: forward KL {before[0]:.2f}, reverse KL {before[1]:.2f}")
     print("| loss | text | weights | forward KL | reverse KL | seconds |\n|---|---|---|---:|---:|---:|")
     runs, failed = 0, []
-    for name in given.loss or sorted(host.losses):
-        for text, settings in texts(host.get(name).spec):
+    for name in given.loss or sorted(registry.losses):
+        for text, settings in texts(registry.get(LossSpec, name).spec):
             for weights, rate in RATES.items():
                 began, runs = time.monotonic(), runs + 1
                 left = _left(name, data, given.folder / "run", settings, weights, rate, given.steps, judge, before)

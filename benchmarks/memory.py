@@ -79,13 +79,13 @@ def predicted(folder: str, name: str, tiny: bool) -> tuple[float, str]:
 
     from dpkd.config.layers import flag_layer
     from dpkd.config.resolve import resolve
-    from dpkd.plugins import load_host
+    from dpkd.plugins import load_registry
     from dpkd.train.memory import memory_estimate
     from dpkd.train.prepare import prepare as look
     from dpkd.train.progress import Display
 
     layers = [flag_layer("settings", path, value) for path, value in settings_of(Path(folder), name, tiny).items()]
-    resolved = resolve(layers, load_host())
+    resolved = resolve(layers, load_registry())
     estimate = memory_estimate(resolved, look(resolved, Display(Console(quiet=True))))
     return estimate.total / 2**20, estimate.moment
 

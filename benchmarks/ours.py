@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from dpkd.api import Family, LossSpec, Rollout, TeacherAccess, Text
+from dpkd.api.teachers import Wants
 from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.models.chunked import token_logps
 from dpkd.models.head import head_of, hidden_rows
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.rollout.response import Response
-from dpkd.teachers.base import Wants
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.loss_module import LossModule
@@ -91,7 +91,7 @@ def engine_step(
     stored: bool = False,
     corpus: Sequence[TokenSequence] = (),
     settings: dict[str, Any] | None = None,
-    chunk_mib: float = 32.0,
+    chunk_mib: float | str = "auto",
     bf16: bool = False,
     compiled: str | None = None,
     shared: bool = True,
@@ -107,7 +107,7 @@ def engine_step(
 
     student, teacher = models
     device = next(student.parameters()).device
-    spec: LossSpec = load_host().get(name).spec
+    spec: LossSpec = load_registry().get(LossSpec, name).spec
     loss = spec.loss(config := spec.config(**(settings or {})))
     vocabulary = student.get_output_embeddings().weight.shape[0]
     losses = {"main": loss} | ({"pretrain": LanguageModelling(LanguageModellingConfig(kd_ratio=0.5))} if corpus else {})

@@ -7,25 +7,27 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dpkd.api import LossSpec
 from dpkd.cli.describe import facts, range_text, value_text
 from dpkd.cli.losses import _row
-from dpkd.plugins import RegisteredLoss, load_host
+from dpkd.plugins import RegisteredLoss, load_registry
 
 FAMILIES = {
     "token": "Token losses: a value per response position",
     "pair": "Pair losses: a chosen and a rejected response to each prompt",
     "rollout": "Rollout losses: policy gradients on sampled responses",
 }
-OWN_LINE = ("use when", "avoid when", "notes", "sources", "suggests", "from", "family")
+OWN_LINE = ("use when", "avoid when", "unconfirmed", "notes", "preset of", "sources", "suggests", "from", "family")
 
 
 def built_in() -> list[RegisteredLoss]:
     """The losses of this distribution, by name. Raises SystemExit when one is missing: the pages would lack it."""
-    host = load_host({})
-    broken = [f"{plugin.entry_point}: {plugin.reason}" for plugin in host.broken if plugin.distribution == "dpkd"]
-    if broken or host.conflicts:
-        raise SystemExit("\n".join([*broken, *map(host.conflict, host.conflicts)]))
-    return sorted((loss for loss in host.losses.values() if loss.distribution == "dpkd"), key=lambda x: x.spec.name)
+    registry = load_registry({})
+    conflicts = [message for _, message in registry.conflicts(LossSpec).values()]
+    broken = [f"{plugin.entry_point}: {plugin.reason}" for plugin in registry.broken if plugin.distribution == "dpkd"]
+    if broken or conflicts:
+        raise SystemExit("\n".join([*broken, *conflicts]))
+    return sorted((loss for loss in registry.losses.values() if loss.distribution == "dpkd"), key=lambda x: x.spec.name)
 
 
 def losses_table() -> str:
@@ -41,13 +43,20 @@ def zoo() -> str:
     """The built-in losses by family, a line each, with links to their cards."""
     losses = built_in()
     sections = [f"{len(losses)} losses are built in."]
+    confirmed = [loss for loss in losses if not loss.spec.card.unconfirmed]
     for family, title in FAMILIES.items():
-        rows = [_row(loss) for loss in losses if loss.spec.family.value == family]
-        lines = (
-            (f"[`{r['name']}`](losses/{r['name']}.md)", r["summary"], r["needs"], _paper(r["paper"])) for r in rows
-        )
-        sections += [f"### {title}", table(("loss", "what", "needs of the teacher", "paper"), lines)]
+        sections += [f"### {title}", _family(loss for loss in confirmed if loss.spec.family.value == family)]
+    sections += [
+        "### Contrib: not confirmed against the paper",
+        "Their cards say what is not confirmed.",
+        _family(loss for loss in losses if loss.spec.card.unconfirmed),
+    ]
     return "\n\n".join(sections)
+
+
+def _family(losses: Iterable[RegisteredLoss]) -> str:
+    lines = ((_link(r["name"]), r["summary"], r["needs"], _paper(r["paper"])) for r in map(_row, losses))
+    return table(("loss", "what", "needs of the teacher", "paper"), lines)
 
 
 def _link(name: str) -> str:
@@ -68,18 +77,21 @@ def _card(loss: RegisteredLoss) -> Iterator[str]:
     spec, card, told = loss.spec, loss.spec.card, facts(loss, _row(loss))
     yield f"# {spec.name}: {card.title}"
     yield escaped(card.summary)
-    yield f"    {card.formula}".replace("\n", "\n    ")
+    yield f"```math\n{card.latex}\n```" if card.latex else f"```text\n{card.formula}\n```"
+    if card.unconfirmed:
+        yield f"**Not confirmed:** {escaped(card.unconfirmed)}"
     yield f"**Use it when:** {escaped(card.use_when)}"
     yield f"**Not when:** {escaped(card.avoid_when)}"
     yield table(
         ("family", f"[{spec.family.value}](../zoo.md)"),
         [
+            *([("preset of", f"[`{spec.preset_of}`]({spec.preset_of}.md)")] if spec.preset_of else []),
             *((key, escaped(value)) for key, value in told.items() if value and key not in OWN_LINE),
             ("reads", ", ".join(f"`{signal}`" for signal in sorted(spec.signals()))),
             ("file", f"`{os.path.relpath(loss.file, _root())}`"),
         ],
     )
-    yield f"    dpkd train --loss {spec.name} --teacher TEACHER --student STUDENT --data DATA"
+    yield f"```bash\ndpkd train --loss {spec.name} --teacher TEACHER --student STUDENT --data DATA\n```"
     yield "## Settings"
     yield _settings(spec.config.model_json_schema())
     if told["suggests"]:

@@ -14,7 +14,7 @@ from cards import escaped, table
 
 from dpkd.cli.describe import range_text, value_text
 
-MODULES = ("dpkd", "dpkd.api", "dpkd.functional", "dpkd.testing", "dpkd.errors")
+MODULES = ("dpkd", "dpkd.api", "dpkd.losses", "dpkd.integrations", "dpkd.functional", "dpkd.testing", "dpkd.errors")
 EXAMPLE = re.compile(r"(?:^>>> .*\n(?:(?!\n|>>> ).*\n?)*)+", flags=re.MULTILINE)
 
 ALIGNED = re.compile(r"^(\w+)  +(\S.*)$", flags=re.MULTILINE)  # the fields of a class, in a column

@@ -1,19 +1,29 @@
-"""Hooks of the documentation site: the navigation of generated pages, and links that leave the site."""
+"""Hooks of the documentation site: navigation, links that leave the site, formulas, colors of code, search index."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
+MATHML = (
+    (re.compile(r"\\[Bb]ig(?=[(\[])"), r"\\left"),
+    (re.compile(r"\\[Bb]ig(?=[)\]])"), r"\\right"),
+    (re.compile(r"\\[Bb]ig(?=\\?\|)"), ""),
+    (re.compile(r"\\sum(?=_)"), r"\\sum\\limits"),
+    (re.compile(r"\\(log|max|cos)(?![a-z_])"), r"\\,\\\1\\,"),
+)
+CODE_STYLES = {"light": "friendly", "dark": "github-dark"}
 SKIPPED = ("adr/", "losses/", "reference/", "examples/")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)")
+MATH = re.compile(r"^```math\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: Any) -> Any:
-    """Put every card, and every page that mkdocs.yml does not name, into the navigation."""
+    """Put every card, and every page that properdocs.yml does not name, into the navigation."""
     named = set(_paths(config.nav))
     others = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
     others = [path for path in others if path not in named and not path.startswith(SKIPPED)]
@@ -54,4 +64,44 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
             return link[0]
         return f"{link[1]} (`{target.relative_to(DOCS.parent).as_posix()}`)"
 
-    return LINK.sub(changed, markdown)
+    return MATH.sub(lambda block: _formula(block[1]), LINK.sub(changed, markdown))
+
+
+def _formula(latex: str) -> str:
+    """LaTeX as MathML, which browsers draw without a script.
+
+    The converter does not know `\\big`, and sets functions without the space that TeX puts around them. What `\\qquad`
+    separates may go onto a line of its own.
+    """
+    from latex2mathml.converter import convert
+
+    for pattern, replacement in MATHML:
+        latex = pattern.sub(replacement, latex)
+    parts = (convert(" ".join(part.split()), display="block") for part in latex.split(r"\qquad"))
+    return f'<div class="formula">{"".join(parts)}</div>'
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A wide table scrolls in a box of its own, not the page."""
+    return html.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+
+
+def on_post_build(config: Any) -> None:
+    """Write the colors of code, and the search index as a script: a page opened from a folder may not fetch JSON."""
+    site = Path(config.site_dir)
+    (site / "assets/code.css").write_text(_code_colors(), encoding="utf-8")
+    index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
+    (site / "assets/search.js").write_text(f"const SEARCH = {json.dumps(index)};\n", encoding="utf-8")
+
+
+def _code_colors() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    def rules(scope: str, style: str) -> str:
+        lines = HtmlFormatter(style=CODE_STYLES[style]).get_style_defs(f"{scope} .highlight").splitlines()
+        return "\n".join(line for line in lines if ".highlight ." in line)  # not the background, which the theme has
+
+    dark = rules(':root[data-theme="dark"]', "dark")
+    automatic = rules(':root[data-theme="auto"]', "dark")
+    light = rules("", "light")
+    return f"{light}\n{dark}\n@media (prefers-color-scheme: dark) {{\n{automatic}\n}}\n"

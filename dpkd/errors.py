@@ -1,10 +1,9 @@
-"""Errors that a user can act on: the command line prints their text and never a traceback."""
+"""Errors that a user can act on: the command line prints their text and never a traceback; and deprecations."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
-
-__all__ = ["DpkdError", "SettingsError", "Stopped"]
 
 
 class DpkdError(Exception):
@@ -29,3 +28,12 @@ class Stopped(DpkdError):
     def __init__(self, text: str, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
         super().__init__(text)
+
+
+class PluginDeprecation(FutureWarning):
+    """A plugin uses something that will be removed. Shown by default: who runs the plugin can tell its author."""
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warn the caller of the caller that a name of dpkd.api is now another one."""
+    warnings.warn(f"{old} is deprecated; use `{new}`", PluginDeprecation, stacklevel=3)

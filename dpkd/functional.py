@@ -8,16 +8,19 @@ legal in either distribution and never put a NaN into a value or a gradient.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "KLSum",
     "aggregate",
     "at_least_float32",
     "cross_entropy",
     "entropy",
+    "free_to_read",
     "gather_logps",
     "jensen_shannon",
     "kl",
@@ -27,6 +30,7 @@ __all__ = [
     "log_total",
     "nll",
     "preference",
+    "reduce_loss",
     "returns_to_go",
     "segment_sum",
     "sorted_distance",
@@ -40,6 +44,15 @@ def at_least_float32(values: Tensor) -> Tensor:
     torch.float32
     """
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def free_to_read(device: torch.device) -> bool:
+    """Whether looking at a value costs nothing: elsewhere the host waits until the device has done all before it.
+
+    >>> free_to_read(torch.device("cpu"))
+    True
+    """
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -125,7 +138,8 @@ def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float) -> Tensor:
     a_NV, b_NV = log_a_NV + math.log(weight_a), log_b_NV + math.log1p(-weight_a)
     # Where both are -inf, logaddexp has no gradient: the token stays impossible.
     impossible_NV = (a_NV == -math.inf) & (b_NV == -math.inf)
-    if not impossible_NV.any():
+    # Looking saves two passes.
+    if free_to_read(impossible_NV.device) and not impossible_NV.any():
         return torch.logaddexp(a_NV, b_NV)
     mixed = torch.logaddexp(a_NV.masked_fill(impossible_NV, 0.0), b_NV.masked_fill(impossible_NV, 0.0))
     return mixed.masked_fill(impossible_NV, -math.inf)
@@ -142,6 +156,48 @@ def jensen_shannon(log_p_NV: Tensor, log_q_NV: Tensor, beta: float) -> Tensor:
     """
     log_m_NV = log_mix(log_p_NV, log_q_NV, beta)
     return beta * kl(log_p_NV, log_m_NV) + (1 - beta) * kl(log_q_NV, log_m_NV)
+
+
+@dataclass(frozen=True)
+class KLSum:
+    """`forward · KL(p‖m) + reverse · KL(q‖m') - likelihood · log q(y)`: what fused kernels compute in one go.
+
+    m = forward_share · p + (1 - forward_share) · q, and m' likewise with reverse_share; all of p and q at one
+    temperature. `parts` names, for the log, the three terms before their factors; None: not named.
+    """
+
+    forward: float = 0.0
+    reverse: float = 0.0
+    likelihood: float = 0.0
+    forward_share: float = 0.0
+    reverse_share: float = 1.0
+    temperature: float = 1.0
+    parts: tuple[str | None, str | None, str | None] = (None, None, None)
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether there is a divergence in it."""
+        return self.forward != 0 or self.reverse != 0
+
+    def terms(self, log_p_NV: Tensor, log_q_NV: Tensor, ids_N: Tensor) -> tuple[Tensor | None, ...]:
+        """The three terms `[N]` in nats before their factors; None where the factor is 0 (an infinite one is no NaN).
+
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+        >>> KLSum(forward=0.5, likelihood=0.5).terms(log_p, log_q, torch.tensor([0]))
+        (tensor([0.1438]), None, tensor([1.3863]))
+        """
+        return (
+            kl(log_p_NV, log_mix(log_p_NV, log_q_NV, self.forward_share)) if self.forward else None,
+            kl(log_q_NV, log_mix(log_p_NV, log_q_NV, self.reverse_share)) if self.reverse else None,
+            nll(log_q_NV, ids_N) if self.likelihood else None,
+        )
+
+    def value(self, log_p_NV: Tensor, log_q_NV: Tensor, ids_N: Tensor) -> Tensor:
+        """The sum `[N]` in nats."""
+        factors = (self.forward, self.reverse, self.likelihood)
+        terms = self.terms(log_p_NV, log_q_NV, ids_N)
+        found = [factor * term for factor, term in zip(factors, terms, strict=True) if term is not None]
+        return torch.stack(found).sum(0)
 
 
 def log_total(log_NV: Tensor) -> Tensor:
@@ -211,6 +267,20 @@ def segment_sum(values_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
     tensor([3., 0., 4.])
     """
     return values_N.new_zeros(count).index_add(0, segment_N, values_N)
+
+
+def reduce_loss(values: Tensor, count: float | Tensor, weight: float = 1.0) -> Tensor:
+    """`weight · Σ values / count`, a scalar: the only division of a loss in dpkd.
+
+    `count` is the number of positions or pairs of the whole optimizer step, over all micro-batches and processes: not
+    only of these values. Below 1 it counts as 1, so that a step without any is worth 0.
+
+    >>> reduce_loss(torch.tensor([1.0, 3.0]), 8), reduce_loss(torch.tensor([]), 0)
+    (tensor(0.5000), tensor(0.))
+    """
+    items = count.to(values.dtype).clamp(min=1) if isinstance(count, Tensor) else max(1, count)
+    total: Tensor = values.sum() * (weight / items)
+    return total
 
 
 def returns_to_go(rewards_N: Tensor, sequence_N: Tensor, discount: float = 1.0) -> Tensor:

@@ -1,32 +1,42 @@
-"""The hooks that a plugin may implement, and how an argument of one goes."""
+"""The kinds of plugins: the hook of each, the spec that it returns, and the check of that spec."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pluggy
 
-from dpkd.api import LossSpec, MetricSpec, SamplerSpec
+from dpkd.api import (
+    Block,
+    LossConfig,
+    LossSpec,
+    MetricSpec,
+    PairLoss,
+    RolloutLoss,
+    SamplerConfig,
+    SamplerSpec,
+    SourceSpec,
+    TeacherSpec,
+    TokenLoss,
+)
+from dpkd.errors import PluginDeprecation
 
 HookT = TypeVar("HookT", bound=Callable[..., Any])
 hookspec = pluggy.HookspecMarker("dpkd")
 
 
-class PluginDeprecation(FutureWarning):
-    """A plugin takes an argument that will go. Shown by default: who runs the plugin can tell who wrote it."""
-
-
 class Deprecated(NamedTuple):
-    """An argument that goes: deprecated since a version, gone in another, and what a plugin does instead."""
+    """A deprecated argument: since which version, in which version it is removed, and what a plugin does instead."""
 
     since: str
     gone_in: str
     instead: str
 
 
-# Hook -> argument -> how it goes. The argument stays in the hook below, with its value, until the version it goes in.
+# Hook -> argument -> its deprecation. Until it is removed, the argument stays in the hook below and has its value.
 DEPRECATED_ARGUMENTS: Mapping[str, Mapping[str, Deprecated]] = {}
 
 
@@ -70,7 +80,7 @@ class DpkdHooks:
 
     @hook
     def dpkd_metrics(self) -> Iterable[MetricSpec]:  # type: ignore[empty-body]
-        """The metrics of this plugin, which `dpkd eval` takes of a model's answers.
+        """The metrics of this plugin, which `dpkd eval` computes.
 
         Example:
 
@@ -79,9 +89,9 @@ class DpkdHooks:
                 return [MetricSpec("letters", "letters", "", "Length.", per_row=lambda a: map(len, a.predictions))]
         """
 
-    @hookspec
+    @hook
     def dpkd_samplers(self) -> Iterable[SamplerSpec]:  # type: ignore[empty-body]
-        """The ways of this plugin to write responses, which `text.backend` names.
+        """The generation backends of this plugin, which `text.backend` names.
 
         Example:
 
@@ -89,3 +99,117 @@ class DpkdHooks:
             def dpkd_samplers():
                 return [SamplerSpec("echo", "Repeats the prompt.", open=Echo)]
         """
+
+    @hook
+    def dpkd_teachers(self) -> Iterable[TeacherSpec]:  # type: ignore[empty-body]
+        """The kinds of teachers of this plugin.
+
+        Example:
+
+            @hookimpl
+            def dpkd_teachers():
+                return [TeacherSpec("ngram", "Counts of n-grams.", open=NgramTeacher, config=NgramSettings)]
+        """
+
+    @hook
+    def dpkd_response_sources(self) -> Iterable[SourceSpec]:  # type: ignore[empty-body]
+        """The response sources of this plugin, which `text.source` names.
+
+        Example:
+
+            @hookimpl
+            def dpkd_response_sources():
+                return [SourceSpec("best-of-n", "The likeliest of n.", open=BestOfN, config=BestOfNSettings)]
+        """
+
+
+class PluginError(Exception):
+    """What is wrong with a plugin, as a sentence."""
+
+
+def _check_loss(spec: LossSpec) -> None:
+    _check_dashed(spec.name)
+    _check_config(spec, LossConfig)
+    if not (isinstance(spec.loss, type) and issubclass(spec.loss, TokenLoss | PairLoss | RolloutLoss)):
+        raise PluginError(f"the loss of {spec.name!r} must be a subclass of TokenLoss, PairLoss or RolloutLoss")
+    if "name" in spec.config.model_fields:
+        raise PluginError(f"the config of {spec.name!r} has a setting `name`, but that is the name of the loss itself")
+    if "loss" in spec.suggests:
+        raise PluginError(f"{spec.name!r} suggests `loss`: the defaults of its own settings stand in its config")
+    try:  # a list of losses says what each needs of the teacher, so the default settings must be valid
+        spec.needs(spec.config())
+    except Exception as error:
+        what = " ".join(str(error).split())
+        raise PluginError(f"the default settings of {spec.name!r} do not work: {what}") from error
+
+
+def _check_metric(spec: MetricSpec) -> None:
+    if not spec.name.isidentifier() or spec.name != spec.name.lower():
+        raise PluginError(f"the name {spec.name!r} should be lower-case letters and digits with underscores between")
+    if spec.better not in ("higher", "lower", ""):
+        raise PluginError(f"`better` of {spec.name!r} should be higher, lower or empty, not {spec.better!r}")
+    if (spec.per_row is None) == (spec.overall is None):
+        raise PluginError(f"the metric {spec.name!r} needs one of `per_row` and `overall`")
+
+
+def _check_sampler(spec: SamplerSpec) -> None:
+    _check_dashed(spec.name)
+    _check_config(spec, SamplerConfig)
+
+
+def _check_opened(spec: TeacherSpec | SourceSpec) -> None:
+    _check_dashed(spec.name)
+    _check_config(spec, Block)
+    if not callable(spec.open):
+        raise PluginError(f"`open` of {spec.name!r} must be callable, but is {type(spec.open).__name__}")
+
+
+def _check_dashed(name: str) -> None:
+    if not name or name != name.lower() or not name.replace("-", "").isalnum():
+        raise PluginError(f"the name {name!r} should be lower-case letters and digits with dashes between")
+
+
+def _check_config(spec: Any, base: type[Block]) -> None:
+    if not (isinstance(spec.config, type) and issubclass(spec.config, base)):
+        raise PluginError(f"the config of {spec.name!r} must be a subclass of dpkd.api.{base.__name__}")
+
+
+SpecT = TypeVar("SpecT", bound=LossSpec | MetricSpec | SamplerSpec | TeacherSpec | SourceSpec)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[SpecT]):
+    """A kind of plugin: its name, the hook that returns its specs, and their check, which raises PluginError.
+
+    An entry point may begin with the last word of the name and a dot (`sampler.vllm`): it is then loaded for that kind
+    alone. An entry point without such a prefix may have hooks of any kind.
+    """
+
+    name: str
+    hook: str
+    spec: type[SpecT]
+    check: Callable[[SpecT], None]
+
+    @property
+    def plural(self) -> str:
+        """For messages: `losses`, `response sources`."""
+        return self.hook.removeprefix("dpkd_").replace("_", " ")
+
+    @property
+    def prefix(self) -> str:
+        """What an entry point of this kind alone begins with."""
+        return f"{self.name.split()[-1]}."
+
+
+KINDS: tuple[Kind[Any], ...] = (
+    Kind("loss", "dpkd_losses", LossSpec, _check_loss),
+    Kind("metric", "dpkd_metrics", MetricSpec, _check_metric),
+    Kind("sampler", "dpkd_samplers", SamplerSpec, _check_sampler),
+    Kind("teacher", "dpkd_teachers", TeacherSpec, _check_opened),
+    Kind("response source", "dpkd_response_sources", SourceSpec, _check_opened),
+)
+
+
+def kind_of(spec: type[SpecT]) -> Kind[SpecT]:
+    """The kind whose specs are of a class."""
+    return next(kind for kind in KINDS if kind.spec is spec)

@@ -1,39 +1,39 @@
-"""The plugin host: finds losses behind entry points, isolates the broken, refuses the ambiguous, suggests names.
+"""The registry: finds plugins behind entry points, isolates the broken, refuses the ambiguous, suggests names.
 
-Built-in losses and a stranger's come in by the same door: an entry point of group `dpkd`. A plugin that fails is
-listed with its reason and never stops the tool. Nothing is kept between calls.
+Built-in plugins and a stranger's come in by the same door: an entry point of group `dpkd`. A plugin that fails is
+listed with its reason and never stops the tool. A registry is made once by the command line or by `dpkd.python` and
+passed to what needs it; it imports plugins of a kind when that kind is first asked for, and each plugin once.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeAlias
 
 import pluggy
 
-from dpkd.api import LossSpec, MetricSpec, SamplerSpec
+from dpkd.api import LossSpec
 from dpkd.errors import DpkdError
-from dpkd.hookspecs import DpkdHooks
-from dpkd.specs import PluginError, checked_loss, checked_metric, checked_sampler
+from dpkd.hookspecs import KINDS, DpkdHooks, Kind, PluginError, SpecT, kind_of
 
 GROUP = "dpkd"
-METRICS_GROUP = "dpkd.metrics"
-SAMPLERS_GROUP = "dpkd.samplers"
 VARIABLE = "DPKD_PLUGINS"
-
-SpecT = TypeVar("SpecT", bound=MetricSpec | SamplerSpec)
+LOSSES = kind_of(LossSpec)
 
 
 @dataclass(frozen=True)
-class RegisteredLoss:
-    """A loss and where it comes from."""
+class Registered(Generic[SpecT]):
+    """A spec and where it comes from."""
 
-    spec: LossSpec
+    spec: SpecT
     distribution: str
     version: str
     entry_point: str
@@ -45,6 +45,9 @@ class RegisteredLoss:
         return f"{self.distribution} {self.version} ({self.file})"
 
 
+RegisteredLoss: TypeAlias = Registered[LossSpec]
+
+
 @dataclass(frozen=True)
 class BrokenPlugin:
     """A plugin that could not be used, and why."""
@@ -54,101 +57,162 @@ class BrokenPlugin:
     reason: str
 
 
-@dataclass
-class Host:
-    """What the installed plugins offer."""
+class Registry:
+    """The plugins of every kind, by the class of their spec: `registry.get(LossSpec, "jsd").spec`."""
 
-    losses: dict[str, RegisteredLoss] = field(default_factory=dict)
-    broken: list[BrokenPlugin] = field(default_factory=list)
-    conflicts: dict[str, list[RegisteredLoss]] = field(default_factory=dict)
-    restricted: str | None = None  # the value of DPKD_PLUGINS, where it is set
-    unmatched: tuple[str, ...] = ()  # names in it that no plugin has
+    def __init__(
+        self,
+        points: Sequence[EntryPoint] = (),
+        *,
+        restricted: str | None = None,
+        unmatched: Sequence[str] = (),
+        hooks: type = DpkdHooks,
+    ) -> None:
+        """`restricted` is the value of DPKD_PLUGINS, and `unmatched` the names in it that no plugin has."""
+        self.restricted, self.unmatched = restricted, tuple(unmatched)
+        self._points = tuple(points)
+        self._manager = pluggy.PluginManager(GROUP)
+        self._manager.add_hookspecs(hooks)
+        self._plugins: dict[str, Any] = {}  # None: could not be imported
+        self._asked: set[tuple[str, str]] = set()
+        self._claims: dict[type, dict[str, list[Registered[Any]]]] = {kind.spec: {} for kind in KINDS}
+        self._broken: list[BrokenPlugin] = []
 
-    def get(self, name: str) -> RegisteredLoss:
-        """The loss of a name.
+    @property
+    def broken(self) -> list[BrokenPlugin]:
+        """The plugins that could not be used, among those that were asked for something."""
+        return sorted(self._broken, key=lambda b: (b.entry_point, b.distribution))
 
+    @property
+    def losses(self) -> dict[str, RegisteredLoss]:
+        """All losses, by name."""
+        return self.all(LossSpec)
+
+    def all(self, spec: type[SpecT]) -> dict[str, Registered[SpecT]]:
+        """All plugins of a kind, by name in alphabetical order, without names that two plugins claim."""
+        self._ask(kind_of(spec), self._points)
+        claims = self._claims[spec]
+        return {name: claims[name][0] for name in sorted(claims) if len(claims[name]) == 1}
+
+    def get(self, spec: type[SpecT], name: str) -> Registered[SpecT]:
+        """The plugin of a kind and name.
+
+        Only entry points of that kind, or of that name, are loaded, and the others where these do not have it.
         Raises DpkdError when two plugins claim the name, or when there is none: with the nearest right names.
         """
-        if name in self.conflicts:
-            raise DpkdError(self.conflict(name))
-        if name in self.losses:
-            return self.losses[name]
-        raise DpkdError(self.unknown(name))
+        kind, claims = kind_of(spec), self._claims[spec]
+        self._ask(kind, [p for p in self._points if _declared(p) is kind or p.name == name])
+        if name not in claims:
+            self._ask(kind, self._points)
+        if name not in claims:
+            raise DpkdError(self._unknown(kind, name))
+        if len(claims[name]) > 1:
+            raise DpkdError(_conflict(kind, name, claims[name]))
+        return claims[name][0]
 
-    def check_conflicts(self) -> None:
-        """Raises DpkdError when any name is claimed twice."""
-        if self.conflicts:
-            raise DpkdError("\n".join(self.conflict(name) for name in sorted(self.conflicts)))
+    def add(self, registered: Registered[Any]) -> None:
+        """Add a spec without an entry point, for this registry alone."""
+        self._claims[type(registered.spec)].setdefault(registered.spec.name, []).append(registered)
+
+    def conflicts(self, spec: type[SpecT]) -> dict[str, tuple[list[Registered[SpecT]], str]]:
+        """Names that several plugins of a kind claim: the plugins, and a sentence about them."""
+        self.all(spec)
+        claims = self._claims[spec]
+        twice = {name: claims[name] for name in sorted(claims) if len(claims[name]) > 1}
+        return {name: (found, _conflict(kind_of(spec), name, found)) for name, found in twice.items()}
+
+    def check_conflicts(self, spec: type[SpecT]) -> None:
+        """Raises DpkdError when any name of a kind is claimed twice."""
+        if found := self.conflicts(spec):
+            raise DpkdError("\n".join(message for _, message in found.values()))
 
     def restriction(self) -> str:
-        """What DPKD_PLUGINS does, and which of its names are nobody's."""
+        """What DPKD_PLUGINS does, and which of its names match no plugin."""
         text = f"{VARIABLE}={self.restricted!r} restricts the plugins"
-        return f"{text}, and names none by {', '.join(self.unmatched)}" if self.unmatched else text
+        return f"{text}, and matches no plugin by {', '.join(self.unmatched)}" if self.unmatched else text
 
-    def conflict(self, name: str) -> str:
-        """Who claims a name."""
-        claims = " and ".join(loss.origin for loss in self.conflicts[name])
-        wanted = ",".join(dict.fromkeys(loss.distribution for loss in self.conflicts[name][:1]))
-        return (
-            f"two losses are called {name!r}: {claims}. Uninstall one, or name the plugins to load, with commas "
-            f"between: {VARIABLE}={wanted}"
-        )
+    def _ask(self, kind: Kind[Any], points: Iterable[EntryPoint]) -> None:
+        """Load what plugins have of a kind; each is asked once."""
+        for point in points:
+            if (kind.hook, _unique(point)) in self._asked or _declared(point) not in (kind, LOSSES):
+                continue
+            self._asked.add((kind.hook, _unique(point)))
+            try:
+                with _isolated():
+                    plugin = self._plugin(point)
+                    specs = [] if plugin is None else self._specs(kind, point, plugin)
+            except PluginError as error:
+                self._broken.append(BrokenPlugin(point.name, _distribution(point)[0], str(error)))
+                continue
+            file = getattr(plugin, "__file__", None) or point.value
+            for spec in specs:
+                self.add(Registered(spec, *_distribution(point), point.name, str(file)))
 
-    def unknown(self, name: str) -> str:
+    def _plugin(self, point: EntryPoint) -> Any:
+        """The plugin behind an entry point; it is imported once, and None from the second call on where that failed."""
+        unique = _unique(point)
+        if unique not in self._plugins:
+            self._plugins[unique] = None
+            plugin = point.load()
+            _check_hook_names(self._manager, plugin)
+            self._manager.register(plugin, name=unique)
+            if not self._manager.get_hookcallers(plugin):
+                raise PluginError(_without_hook(point))
+            self._plugins[unique] = plugin
+        return self._plugins[unique]
+
+    def _specs(self, kind: Kind[SpecT], point: EntryPoint, plugin: Any) -> list[SpecT]:
+        """What the hook of a kind returns, checked; nothing where the plugin does not have it."""
+        if kind.hook not in [caller.name for caller in self._manager.get_hookcallers(plugin) or []]:
+            if point.name.startswith(kind.prefix):
+                raise PluginError(_without_hook(point))
+            return []
+        others = [other for name, other in self._manager.list_name_plugin() if name != _unique(point)]
+        results = self._manager.subset_hook_caller(kind.hook, remove_plugins=others)()
+        return [_checked(kind, spec) for result in results or [None] for spec in _listed(kind, result)]
+
+    def _unknown(self, kind: Kind[Any], name: str) -> str:
         """What to say of a name that no plugin has."""
-        near = difflib.get_close_matches(name, [*self.losses, *self.conflicts], n=3, cutoff=0.5)
-        parts = [f"no loss is called {name!r}"]
+        names = sorted(self._claims[kind.spec])
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        parts = [f"no {kind.name} is called {name!r}"]
         if near:
             parts.append(f"did you mean {' or '.join(near)}?")
-        elif self.losses:
-            parts.append(f"there are: {', '.join(self.losses)}")
+        elif names:
+            parts.append(f"there are: {', '.join(names)}")
         if self.restricted is not None:
             parts.append(self.restriction())
         likely = {name, *difflib.get_close_matches(name, [b.entry_point for b in self.broken], n=1, cutoff=0.7)}
-        own = [b for b in self.broken if b.entry_point in likely]
+        own = [b for b in self.broken if b.entry_point.removeprefix(kind.prefix) in likely]
         parts += [f"the plugin {b.entry_point} ({b.distribution}) failed to load: {b.reason}" for b in own]
         if self.broken and not own:
-            names = ", ".join(f"{b.entry_point} ({b.distribution})" for b in self.broken)
-            parts.append(f"these plugins failed to load: {names}; see `dpkd list-losses --broken`")
+            broken = ", ".join(f"{b.entry_point} ({b.distribution})" for b in self.broken)
+            parts.append(f"these plugins failed to load: {broken}; see `dpkd list-losses --broken`")
         return "; ".join(parts)
 
 
-def load_host(environment: Mapping[str, str] | None = None, *, hooks: type = DpkdHooks) -> Host:
-    """Load every plugin that DPKD_PLUGINS allows; a plugin that fails is kept as broken, with its reason."""
+def load_registry(environment: Mapping[str, str] | None = None, *, hooks: type = DpkdHooks) -> Registry:
+    """A registry of the installed plugins that DPKD_PLUGINS allows; nothing is imported yet."""
     restricted = (os.environ if environment is None else environment).get(VARIABLE)
-    host = Host(restricted=restricted)
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(hooks)
-    claims: dict[str, list[RegisteredLoss]] = {}
-    points, host.unmatched = _allowed(_discover(GROUP), restricted)
-    for point in points:
-        try:
-            for loss in _load(manager, point):
-                claims.setdefault(loss.spec.name, []).append(loss)
-        # A plugin may fail in any way, even leave the program, and none of them may stop the tool.
-        except (Exception, SystemExit) as error:
-            host.broken.append(BrokenPlugin(point.name, _distribution(point)[0], _reason(error)))
-    for name in sorted(claims):
-        if len(claims[name]) == 1:
-            host.losses[name] = claims[name][0]
-        else:
-            host.conflicts[name] = claims[name]
-    return host
+    points = {(p.name, p.value, _distribution(p)): p for p in entry_points(group=GROUP)}
+    allowed, unmatched = _allowed([points[key] for key in sorted(points)], restricted)
+    return Registry(allowed, restricted=restricted, unmatched=unmatched, hooks=hooks)
 
 
-def _discover(group: str) -> list[EntryPoint]:
-    """Entry points of a group, sorted, each once."""
-    points = {(p.name, p.value, _distribution(p)): p for p in entry_points(group=group)}
-    return [points[key] for key in sorted(points)]
+def _allowed(points: list[EntryPoint], restricted: str | None) -> tuple[list[EntryPoint], list[str]]:
+    """The plugins that DPKD_PLUGINS allows, and the names in it that match none.
 
-
-def _allowed(points: list[EntryPoint], restricted: str | None) -> tuple[list[EntryPoint], tuple[str, ...]]:
-    """The plugins that DPKD_PLUGINS allows, and the names in it that are nobody's."""
+    dpkd's own metrics, samplers, teachers and sources are always allowed: no run can do without them.
+    """
     if restricted is None:
-        return points, ()
+        return points, []
     wanted = {_normal(name): name.strip() for name in restricted.split(",") if name.strip()}
-    unmatched = tuple(name for key, name in wanted.items() if not any(key in _names(p) for p in points))
-    return [p for p in points if _names(p) & wanted.keys()], unmatched
+    unmatched = [name for key, name in wanted.items() if not any(key in _names(p) for p in points)]
+    return [p for p in points if _names(p) & wanted.keys() or _is_needed(p)], unmatched
+
+
+def _is_needed(point: EntryPoint) -> bool:
+    return _distribution(point)[0] == "dpkd" and _declared(point) is not LOSSES
 
 
 def _names(point: EntryPoint) -> set[str]:
@@ -160,108 +224,34 @@ def _normal(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
+def _declared(point: EntryPoint) -> Kind[Any]:
+    """The kind that an entry point's prefix declares; without one it is taken for a loss, and may have other hooks."""
+    return next((kind for kind in KINDS if point.name.startswith(kind.prefix)), LOSSES)
+
+
 def _distribution(point: EntryPoint) -> tuple[str, str]:
     return (point.dist.name, point.dist.version) if point.dist is not None else ("unknown distribution", "?")
 
 
-def _load(manager: pluggy.PluginManager, point: EntryPoint) -> list[RegisteredLoss]:
-    plugin, specs = _called(manager, point, "dpkd_losses", "LossSpec")
-    distribution, version = _distribution(point)
-    file = getattr(plugin, "__file__", None) or point.value
-    return [RegisteredLoss(checked_loss(spec), distribution, version, point.name, str(file)) for spec in specs]
+def _unique(point: EntryPoint) -> str:
+    return f"{_distribution(point)[0]}:{point.name}"
 
 
-def _called(manager: pluggy.PluginManager, point: EntryPoint, hook: str, wanted: str) -> tuple[Any, list[Any]]:
-    """A plugin, and what its hook returns: a list."""
-    plugin = point.load()
-    unique = f"{_distribution(point)[0]}:{point.name}"
-    _check_hook_names(manager, plugin)
-    manager.register(plugin, name=unique)
-    names = [caller.name for caller in manager.get_hookcallers(plugin) or []]
-    if hook not in names:
-        if names and point.group == GROUP:  # a plugin of metrics alone has no losses, and is none the worse for it
-            return plugin, []
-        raise PluginError(
-            f"{point.value} implements no hook: expected a function `{hook}` with the decorator @hookimpl from dpkd.api"
-        )
-    others = [other for name, other in manager.list_name_plugin() if name != unique]
-    results = manager.subset_hook_caller(hook, remove_plugins=others)()
-    if not results:  # pluggy leaves out a hook's None
-        raise PluginError(f"{hook} must return a list of {wanted}, but returned None")
-    return plugin, [spec for result in results for spec in _listed(result, hook, wanted)]
+def _without_hook(point: EntryPoint) -> str:
+    hook = _declared(point).hook
+    return f"{point.value} implements no hook: expected a function `{hook}` with the decorator @hookimpl from dpkd.api"
 
 
-def load_metrics(environment: Mapping[str, str] | None = None) -> tuple[dict[str, MetricSpec], list[BrokenPlugin]]:
-    """The metrics of all installed plugins by name, and the plugins that could not be used.
-
-    They stand in a group of their own, which DPKD_PLUGINS does not restrict, or beside losses in the group `dpkd`,
-    which it does. Raises DpkdError when two plugins have a metric of one name.
-    """
-    return _load_beside("dpkd_metrics", METRICS_GROUP, "metrics", "MetricSpec", checked_metric, environment)
-
-
-def load_samplers(environment: Mapping[str, str] | None = None) -> tuple[dict[str, SamplerSpec], list[BrokenPlugin]]:
-    """The samplers of all installed plugins by name, found as metrics are, and the plugins that could not be used.
-
-    Raises DpkdError when two plugins have a sampler of one name.
-    """
-    return _load_beside("dpkd_samplers", SAMPLERS_GROUP, "samplers", "SamplerSpec", checked_sampler, environment)
+def _conflict(kind: Kind[Any], name: str, found: Sequence[Registered[Any]]) -> str:
+    """Who claims a name."""
+    claims = " and ".join(one.origin for one in found)
+    return (
+        f"two {kind.plural} are called {name!r}: {claims}. Uninstall one, or name the plugins to load, separated by "
+        f"commas: {VARIABLE}={found[0].distribution}"
+    )
 
 
-def find_sampler(name: str) -> SamplerSpec:
-    """The sampler of a name. Raises DpkdError when there is none, with the nearest right names, or why it is broken."""
-    samplers, broken = load_samplers()
-    if name in samplers:
-        return samplers[name]
-    near = difflib.get_close_matches(name, samplers, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(samplers) or 'none'}"
-    failed = [f"; the plugin {b.entry_point} ({b.distribution}) failed to load: {b.reason}" for b in broken]
-    raise DpkdError(f"no sampler is called {name!r}; {hint}{''.join(failed)}")
-
-
-def _load_beside(
-    hook: str,
-    group: str,
-    plural: str,
-    wanted: str,
-    checked: Callable[[Any], SpecT],
-    environment: Mapping[str, str] | None,
-) -> tuple[dict[str, SpecT], list[BrokenPlugin]]:
-    """What plugins have beside losses: from a group of its own, and from those of the group of losses that have it."""
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(DpkdHooks)
-    found: dict[str, SpecT] = {}
-    owners: dict[str, str] = {}
-    broken = []
-    restricted = (os.environ if environment is None else environment).get(VARIABLE)
-    own: list[EntryPoint] = _discover(group)
-    known = {point.value for point in own}
-    allowed, _ = _allowed(_discover(GROUP), restricted)
-    for point in (*own, *(p for p in allowed if p.value not in known and _has(manager, p, hook))):
-        owner = f"{point.value} ({_distribution(point)[0]})"
-        try:
-            specs = [checked(spec) for spec in _called(manager, point, hook, wanted)[1]]
-        except (Exception, SystemExit) as error:
-            broken.append(BrokenPlugin(point.name, _distribution(point)[0], _reason(error)))
-            continue
-        for spec in specs:
-            if spec.name in found:
-                raise DpkdError(
-                    f"two {plural} are called {spec.name!r}: {owners[spec.name]} and {owner}. Uninstall one."
-                )
-            found[spec.name], owners[spec.name] = spec, owner
-    return found, broken
-
-
-def _has(manager: pluggy.PluginManager, point: EntryPoint, hook: str) -> bool:
-    """Whether a plugin of the group of losses has a hook too; one that cannot be loaded is a matter of `load_host`."""
-    try:
-        return manager.parse_hookimpl_opts(point.load(), hook) is not None
-    except (Exception, SystemExit):
-        return False
-
-
-def _check_hook_names(manager: pluggy.PluginManager, plugin: ModuleType | Any) -> None:
+def _check_hook_names(manager: pluggy.PluginManager, plugin: Any) -> None:
     """pluggy accepts a hook of any name; a misspelt one would never be called."""
     known = {name for name, caller in vars(manager.hook).items() if caller.has_spec()}
     for name in dir(plugin):
@@ -271,13 +261,60 @@ def _check_hook_names(manager: pluggy.PluginManager, plugin: ModuleType | Any) -
             raise PluginError(f"there is no hook {name!r}{hint} (hooks: {', '.join(sorted(known))})")
 
 
-def _listed(result: Any, hook: str, wanted: str) -> Iterable[Any]:
-    if isinstance(result, LossSpec | MetricSpec | SamplerSpec) or not isinstance(result, Iterable):
-        raise PluginError(f"{hook} must return a list of {wanted}, but returned {type(result).__name__}")
+def _listed(kind: Kind[Any], result: Any) -> Iterable[Any]:
+    if isinstance(result, tuple(k.spec for k in KINDS)) or not isinstance(result, Iterable):
+        found = "None" if result is None else type(result).__name__  # pluggy leaves out a hook's None
+        raise PluginError(f"{kind.hook} must return a list of {kind.spec.__name__}, but returned {found}")
     return result
 
 
+def _checked(kind: Kind[SpecT], spec: Any) -> SpecT:
+    if not isinstance(spec, kind.spec):
+        raise PluginError(f"{kind.hook} must return {kind.spec.__name__}s, but the list holds {type(spec).__name__}")
+    kind.check(spec)
+    return spec
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """Run a plugin's code: what it prints goes to stderr, and whatever it raises becomes a PluginError.
+
+    That holds for KeyboardInterrupt too, unless somebody really pressed Ctrl-C.
+    """
+    with redirect_stdout(sys.stderr), _interrupts() as interrupts:
+        try:
+            yield
+        except PluginError:
+            raise
+        except BaseException as error:
+            if interrupts:
+                raise
+            raise PluginError(_reason(error)) from error
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The interrupts that arrive meanwhile; the handler in place is still called."""
+    arrived: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+    handler: Callable[[int, Any], Any] = before
+
+    def note(number: int, frame: Any) -> None:
+        arrived.append(number)
+        handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield arrived
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _reason(error: BaseException) -> str:
-    if isinstance(error, PluginError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    try:
+        return f"{type(error).__name__}: {error}"
+    except BaseException:
+        return f"{type(error).__name__} (its message cannot be shown)"

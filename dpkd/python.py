@@ -43,7 +43,7 @@ def train(
     """
     from dpkd.config.layers import file_layer, flag_layer
     from dpkd.config.resolve import resolve
-    from dpkd.plugins import load_host
+    from dpkd.plugins import load_registry
     from dpkd.train.accelerate_state import own_accelerate_state
     from dpkd.train.run import train as run
 
@@ -59,7 +59,7 @@ def train(
     layers = [file_layer(Path(path)) for path in config]
     layers += [flag_layer("train()", path, value) for path, value in named.items() if value is not None]
     layers += [flag_layer("settings", path, value) for path, value in (settings or {}).items()]
-    resolved = resolve(layers, load_host(), given)
+    resolved = resolve(layers, load_registry(), given)
     with own_accelerate_state(), given.left_alone():
         return run(resolved)
 

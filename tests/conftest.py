@@ -54,7 +54,7 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         info.mkdir(parents=True)
         lines = ["[dpkd]"]
         for name, source in sources.items():
-            module = f"{distribution}_{name}".replace("-", "_")
+            module = f"{distribution}_{name}".replace("-", "_").replace(".", "_")
             modules.append(module)
             lines.append(f"{name} = {module}")
             if source is not None:

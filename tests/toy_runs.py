@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dpkd.config.layers import Layer
 from dpkd.config.resolve import resolve
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 
 WORDS = ["red", "blue", "green", "old", "new", "big", "small", "cat", "dog", "tree", "house", "river", "sings", "runs"]
 
@@ -93,7 +93,7 @@ def settings_of(toy: Path, tmp_path: Path):
             for key in reversed(path.split(".")):
                 value = {key: value}
             layers.append(Layer("test", value))
-        return resolve(layers, load_host())
+        return resolve(layers, load_registry())
 
     return make
 

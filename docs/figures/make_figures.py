@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dpkd.api import Family, LossSpec, Signal, TokenInputs
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 
 FOLDER = Path(__file__).parent
 X_V = torch.linspace(-6, 6, 121, dtype=torch.float64)
@@ -60,7 +60,7 @@ def drawable() -> list[LossSpec]:
     logits = {Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}
     found = [
         loss.spec
-        for loss in load_host({}).losses.values()
+        for loss in load_registry({}).losses.values()
         if loss.distribution == "dpkd" and loss.spec.family is Family.TOKEN and loss.spec.signals() == logits
     ]
     return sorted(found, key=lambda spec: spec.name)

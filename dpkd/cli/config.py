@@ -39,8 +39,9 @@ def show(
 @config_app.command()
 def schema(loss: LossName = None) -> None:
     """Print the JSON schema of all settings, with those of one loss."""
+    from dpkd.api import LossSpec
     from dpkd.config.write import schema as make_schema
-    from dpkd.plugins import load_host
+    from dpkd.plugins import load_registry
 
-    registered = load_host().get(loss) if loss else None
+    registered = load_registry().get(LossSpec, loss) if loss else None
     typer.echo(json.dumps(make_schema(registered), indent=2))

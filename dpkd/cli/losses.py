@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from dpkd.plugins import Host, RegisteredLoss
+    from dpkd.plugins import RegisteredLoss, Registry
 
 
 def list_losses(
@@ -28,23 +28,24 @@ def list_losses(
     ] = None,
 ) -> None:
     """List the installed losses."""
-    from dpkd.plugins import load_host
+    from dpkd.api import LossSpec
+    from dpkd.plugins import load_registry
 
-    host = load_host()
+    registry = load_registry()
     if broken:
-        _print_broken(host, as_json)
+        _print_broken(registry, as_json)
         return
-    rows = [row for row in map(_row, host.losses.values()) if _wanted(row, family, offers)]
+    rows = [row for row in map(_row, registry.losses.values()) if _wanted(row, family, offers)]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
-        host.check_conflicts()
+        registry.check_conflicts(LossSpec)
         return
     _print_table(rows)
-    if host.restricted is not None:
-        typer.echo(host.restriction(), err=True)
-    if host.broken:
-        typer.echo(f"{len(host.broken)} plugin(s) could not be loaded: dpkd list-losses --broken", err=True)
-    host.check_conflicts()  # after the others, which are still of use
+    if registry.restricted is not None:
+        typer.echo(registry.restriction(), err=True)
+    if registry.broken:
+        typer.echo(f"{len(registry.broken)} plugin(s) could not be loaded: dpkd list-losses --broken", err=True)
+    registry.check_conflicts(LossSpec)  # after the others, which are still of use
 
 
 def _row(loss: RegisteredLoss) -> dict[str, Any]:
@@ -104,12 +105,17 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     typer.echo("dpkd describe-loss NAME shows formula, settings, and when to use it")
 
 
-def _print_broken(host: Host, as_json: bool) -> None:
-    rows = [{"entry_point": b.entry_point, "distribution": b.distribution, "reason": b.reason} for b in host.broken]
-    rows += [
-        {"entry_point": name, "distribution": ", ".join(c.distribution for c in claims), "reason": host.conflict(name)}
-        for name, claims in host.conflicts.items()
+def _print_broken(registry: Registry, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from dpkd.hookspecs import KINDS
+
+    rows = [
+        {"entry_point": name, "distribution": ", ".join(c.distribution for c in claims), "reason": message}
+        for kind in KINDS
+        for name, (claims, message) in registry.conflicts(kind.spec).items()
     ]
+    rows += [asdict(plugin) for plugin in registry.broken]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -128,16 +134,17 @@ def describe_loss(
     as_json: Annotated[bool, typer.Option("--json", help="print the card and the JSON schema of the settings")] = False,
 ) -> None:
     """Explain a loss: formula, when to use it, and every setting."""
+    from dpkd.api import LossSpec
     from dpkd.errors import SettingsError
-    from dpkd.plugins import load_host
+    from dpkd.plugins import load_registry
 
     if (name is None) == (compare is None):
         raise SettingsError(["name one loss, or two with --compare A B"])
-    host = load_host()
+    registry = load_registry()
     if compare is not None:
-        _compare(host, compare, as_json)
+        _compare(registry, compare, as_json)
         return
-    loss = host.get(str(name))
+    loss = registry.get(LossSpec, str(name))
     if as_json:
         from dataclasses import asdict
 
@@ -156,10 +163,11 @@ def describe_loss(
     print_card(loss, _row(loss))
 
 
-def _compare(host: Host, names: tuple[str, str], as_json: bool) -> None:
+def _compare(registry: Registry, names: tuple[str, str], as_json: bool) -> None:
+    from dpkd.api import LossSpec
     from dpkd.cli import compare as comparison
 
-    first, second = (host.get(name) for name in names)
+    first, second = (registry.get(LossSpec, name) for name in names)
     rows = comparison.compare(first, _row(first), second, _row(second))
     if as_json:
         typer.echo(json.dumps(comparison.as_json(names, rows), indent=2, ensure_ascii=False))
@@ -172,14 +180,15 @@ def check_loss(
     check_all: Annotated[bool, typer.Option("--all", help="check every installed loss")] = False,
 ) -> None:
     """Run the conformance checks on a loss: the contract in executable form."""
+    from dpkd.api import LossSpec
     from dpkd.errors import SettingsError
-    from dpkd.plugins import load_host
+    from dpkd.plugins import load_registry
     from dpkd.testing import check_installed
 
-    host = load_host()
+    registry = load_registry()
     if (name is None) == (not check_all):
         raise SettingsError(["name one loss, or say --all"])
-    chosen = list(host.losses.values()) if check_all else [host.get(str(name))]
+    chosen = list(registry.losses.values()) if check_all else [registry.get(LossSpec, str(name))]
     failed = 0
     for loss in chosen:
         report = check_installed(loss.spec)

@@ -18,12 +18,14 @@ def new_loss(
     ] = None,
 ) -> None:
     """Write a package for a loss of your own: module, test, pyproject and README, which work as they are."""
-    from dpkd.plugins import load_host
+    from dpkd.api import LossSpec
+    from dpkd.plugins import load_registry
     from dpkd.scaffold import names_of, write_package
 
-    host = load_host()
-    taken = {loss: registered.origin for loss, registered in host.losses.items()}
-    taken |= {loss: " and ".join(c.origin for c in claims) for loss, claims in host.conflicts.items()}
+    registry = load_registry()
+    taken = {loss: registered.origin for loss, registered in registry.losses.items()}
+    conflicts = registry.conflicts(LossSpec)
+    taken |= {loss: " and ".join(c.origin for c in claims) for loss, (claims, _) in conflicts.items()}
     names = names_of(name, taken)
     folder = output if output is not None else Path(names.package)
     for path in write_package(names, kind, folder):

@@ -59,6 +59,6 @@ def resolved(
     """Settings from files, then flags and --set; `flags` maps a flag to its path and value (None: not given)."""
     from dpkd.config.layers import user_layers
     from dpkd.config.resolve import resolve
-    from dpkd.plugins import load_host
+    from dpkd.plugins import load_registry
 
-    return resolve(user_layers(config or [], flags, assignments or []), load_host())
+    return resolve(user_layers(config or [], flags, assignments or []), load_registry())

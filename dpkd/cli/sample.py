@@ -29,11 +29,12 @@ def sample(
     """Write a model's responses to a file: the data of sequence-level distillation."""
     from rich.console import Console
 
+    from dpkd.api import SamplerSpec
     from dpkd.cli.progress import shown
     from dpkd.config.problems import checked
     from dpkd.errors import SettingsError
     from dpkd.evaluation.target import model_of
-    from dpkd.plugins import find_sampler
+    from dpkd.plugins import load_registry
     from dpkd.rollout.generator import refusals
     from dpkd.rollout.sample_file import sample_to_file
     from dpkd.rollout.settings import SamplingSettings
@@ -50,13 +51,15 @@ def sample(
         },
         "sampling",
     )
-    if problems := refusals(find_sampler(backend), {}):
+    registry = load_registry()
+    if problems := refusals(registry.get(SamplerSpec, backend).spec, {}):
         raise SettingsError([f"--backend: {problem}" for problem in problems])
     with shown(Console(stderr=True)) as progress:
         report = sample_to_file(
             model_of(model, trust_remote_code=trust_remote_code),
             prompts,
             sampling,
+            registry=registry,
             output=output,
             seed=seed,
             num_generations=samples,

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dpkd.api import Family, LossSpec, Text
+from dpkd.api import Family, LossSpec, SamplerSpec, Text
 from dpkd.config.objective import Objective, text_writers
 from dpkd.config.problems import checked
 from dpkd.config.settings import RunSettings
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.plugins import find_sampler
+from dpkd.plugins import Registry
 from dpkd.rollout.generator import refusals, wanted_abilities
 from dpkd.rollout.settings import TextSettings
 
 
-def backend_problems(settings: RunSettings, spec: LossSpec, extras: Sequence[Objective]) -> list[str]:
+def backend_problems(
+    settings: RunSettings, spec: LossSpec, extras: Sequence[Objective], registry: Registry
+) -> list[str]:
     """What is wrong with the sampler of each text of a run, in sentences."""
     return [
         problem
         for path, text, family in _texts(settings, spec, extras)
-        for problem in _problems(path, text, family, settings.teacher.quantization != "none")
+        for problem in _problems(path, text, family, settings.teacher.quantization != "none", registry)
     ]
 
 
@@ -32,9 +34,9 @@ def _texts(
             yield f"terms.extra.{extra.name}.text", extra.text, extra.spec.family
 
 
-def _problems(path: str, text: TextSettings, family: Family, quantized: bool) -> list[str]:
+def _problems(path: str, text: TextSettings, family: Family, quantized: bool, registry: Registry) -> list[str]:
     try:
-        sampler = find_sampler(text.backend)
+        sampler = registry.get(SamplerSpec, text.backend).spec
     except DpkdError as error:
         return [f"{path}.backend: {error}"]
     try:

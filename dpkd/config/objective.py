@@ -13,7 +13,7 @@ from dpkd.config.layers import Layer, merge
 from dpkd.config.problems import checked
 from dpkd.config.settings import ExtraTerm, RunSettings, ScheduleSettings
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.plugins import Host, RegisteredLoss
+from dpkd.plugins import RegisteredLoss, Registry
 from dpkd.rollout.settings import TextSettings
 
 
@@ -78,12 +78,12 @@ def samples_problem(text: TextSettings, family: Family, path: str) -> list[str]:
 
 
 def extra_objective(
-    name: str, term: ExtraTerm, given: Any, settings: RunSettings, main: LossSpec | None, host: Host
+    name: str, term: ExtraTerm, given: Any, settings: RunSettings, main: LossSpec | None, registry: Registry
 ) -> tuple[Objective | None, list[str]]:
     """The loss beside the main one, and what is wrong with it, in sentences. `given` is what the user wrote."""
     path = f"terms.extra.{name}"
     try:
-        registered = host.get(term.loss)
+        registered = registry.get(LossSpec, term.loss)
     except DpkdError as error:
         return None, [f"{path}.loss: {error}"]
     problems: list[str] = []

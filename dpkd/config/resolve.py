@@ -26,7 +26,7 @@ from dpkd.config.settings import RunSettings
 from dpkd.config.text_checks import adaptive_problems, sampling_reasons
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.in_memory import InMemory
-from dpkd.plugins import Host, RegisteredLoss
+from dpkd.plugins import RegisteredLoss, Registry
 from dpkd.teachers.store_check import why_not
 from dpkd.teachers.store_manifest import read_manifest
 
@@ -37,13 +37,15 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 class Resolved:
     """Checked settings, the loss with its own checked settings, and where each value came from.
 
-    `given` has the models and rows that are in memory; the settings have names for them.
+    `registry` has the plugins that other settings name, such as samplers. `given` has the models and rows that are in
+    memory; the settings have names for them.
     """
 
     settings: RunSettings
     registered: RegisteredLoss
     loss_config: LossConfig
     provenance: dict[str, str]
+    registry: Registry
     extras: tuple[Objective, ...] = ()
     given: InMemory = field(default_factory=InMemory)
 
@@ -73,14 +75,14 @@ class Resolved:
         return {"loss": loss, **self.settings.model_dump(mode="json", exclude={"text": unused})}
 
 
-def resolve(layers: Sequence[Layer], host: Host, given: InMemory | None = None) -> Resolved:
+def resolve(layers: Sequence[Layer], registry: Registry, given: InMemory | None = None) -> Resolved:
     """Merge and check the layers; `given` has what they name and a caller has in memory.
 
     Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
     """
     merged = merge(layers)
     problems: list[str] = []
-    registered = _registered(merged, host, problems)
+    registered = _registered(merged, registry, problems)
     if registered is not None:
         merged = merge([suggestion_layer(registered.spec.name, registered.spec.suggests), *layers])
         _leave_set_values_alone(merged, registered.spec.name)
@@ -102,21 +104,21 @@ def resolve(layers: Sequence[Layer], host: Host, given: InMemory | None = None) 
         spec = registered.spec if registered else None
         terms = get_path(merged.values, "terms.extra") or {}
         for name, term in sound.terms.extra.items():
-            extra, found = extra_objective(name, term, terms.get(name), sound, spec, host)
+            extra, found = extra_objective(name, term, terms.get(name), sound, spec, registry)
             problems += found
             extras += [extra] if extra is not None else []
         main = None
         if registered is not None and config is not None:
             problems += schedule_problems(registered.spec, config, sound.schedules, "schedules")
             main = main_objective(sound, registered, config)
-        problems += _cross_checks(sound, spec, config, merged, damaged, main, extras)
+        problems += _cross_checks(sound, spec, config, merged, damaged, main, extras, registry)
         problems += memory_problems(sound, merged, given or InMemory())
     if problems:
         raise SettingsError(problems)
     assert settings is not None
     assert registered is not None
     assert config is not None
-    return Resolved(settings, registered, config, dict(merged.provenance), tuple(extras), given or InMemory())
+    return Resolved(settings, registered, config, dict(merged.provenance), registry, tuple(extras), given or InMemory())
 
 
 def _leave_set_values_alone(merged: Merged, loss: str) -> None:
@@ -130,7 +132,7 @@ def _leave_set_values_alone(merged: Merged, loss: str) -> None:
             drop(merged, f"schedules.{name}")
 
 
-def _registered(merged: Merged, host: Host, problems: list[str]) -> RegisteredLoss | None:
+def _registered(merged: Merged, registry: Registry, problems: list[str]) -> RegisteredLoss | None:
     block = merged.values.get("loss")
     name = block.get("name") if isinstance(block, dict) else None
     if not isinstance(name, str):
@@ -140,11 +142,12 @@ def _registered(merged: Merged, host: Host, problems: list[str]) -> RegisteredLo
             else ""
         )
         problems.append(
-            f"loss: no loss is named{given}; choose one with --loss: {', '.join(host.losses) or 'none is installed'}"
+            f"loss: no loss is named{given}; choose one with --loss: "
+            f"{', '.join(registry.losses) or 'none is installed'}"
         )
         return None
     try:
-        return host.get(name)
+        return registry.get(LossSpec, name)
     except DpkdError as error:
         problems.append(f"loss: {error} (from {merged.layer_of('loss.name')})")
         return None
@@ -200,12 +203,13 @@ def _cross_checks(
     damaged: set[str],
     main: Objective | None,
     extras: Sequence[Objective],
+    registry: Registry,
 ) -> list[str]:
     """What no block can see alone: does the loss fit the text, the teacher, the student?"""
     problems: list[str] = []
     if spec is not None and "text" not in damaged:
         problems += _writer_problems(settings, spec, merged)
-        problems += backend_problems(settings, spec, extras)
+        problems += backend_problems(settings, spec, extras, registry)
     if main is not None and settings.teacher.store is not None:
         problems += _store_problems(settings, [main, *extras])
     elif spec is not None and settings.teacher.model is None and "teacher" not in damaged:

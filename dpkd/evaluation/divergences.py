@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from dpkd.api.teachers import Teacher, Wants
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, kl, log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, chunks
 from dpkd.models.head import head_of, hidden_rows
-from dpkd.teachers.base import Teacher, Wants
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def measure(
     pad_id: int,
     text_bytes: int | None = None,
     batch_size: int = 16,
-    chunk_mib: float = 32.0,
+    chunk_mib: float | Literal["auto"] = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Divergences:
     """NLL, divergences to the teacher and implicit reward on given responses; in eval mode, which is undone after.
@@ -78,11 +79,12 @@ def measure(
     student.eval()
     device = next(student.parameters()).device
     totals = _Totals()
+    size = chunk_rows(vocabulary, chunk_mib, device)
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     try:
         for group in micro_batches(lengths, batch_size):
             batch = collate([sequences[i] for i in group], pad_id=pad_id).to(device)
-            rows = _batch_rows(student, teacher, batch, vocabulary, chunk_rows(vocabulary, chunk_mib))
+            rows = _batch_rows(student, teacher, batch, vocabulary, size)
             totals.add(rows, batch.sequence.cpu(), batch.lengths.cpu())
             if progress is not None:
                 progress(len(group))

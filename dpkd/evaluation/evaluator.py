@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from dpkd.api import MetricSpec
+from dpkd.api.teachers import Teacher
 from dpkd.data.batches import TokenSequence
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
@@ -20,15 +22,15 @@ from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, score, write_scores
+from dpkd.io import lock
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import DTYPES
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import difference, shared_vocabulary
-from dpkd.plugins import load_metrics
+from dpkd.plugins import Registry, load_registry
 from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.rollout.settings import SamplingSettings
-from dpkd.teachers.base import Teacher
 from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
@@ -82,12 +84,16 @@ class EvaluationSettings:
         return tuple(self.seeds[:1]) if self.sampling.temperature == 0 else tuple(self.seeds)
 
 
-def metric_specs(say: Callable[[str], None] | None = None) -> dict[str, MetricSpec]:
-    """All installed metrics; what could not be loaded is said."""
-    specs, broken = load_metrics()
-    for plugin in broken if say is not None else ():
+def metric_specs(registry: Registry, say: Callable[[str], None] | None = None) -> dict[str, MetricSpec]:
+    """All installed metrics; `say` is told what could not be loaded.
+
+    Raises DpkdError when two plugins have a metric of one name.
+    """
+    registry.check_conflicts(MetricSpec)
+    specs = {name: found.spec for name, found in registry.all(MetricSpec).items()}
+    for plugin in registry.broken if say is not None else ():
         assert say is not None
-        say(f"the metrics of {plugin.entry_point} ({plugin.distribution}) could not be loaded: {plugin.reason}")
+        say(f"the plugin {plugin.entry_point} ({plugin.distribution}) could not be loaded: {plugin.reason}")
     return specs
 
 
@@ -104,8 +110,11 @@ class Evaluator:
         *,
         dtype: str = "float32",
         given: InMemory | None = None,
+        registry: Registry | None = None,
     ) -> None:
         """`dtype` is that of the weights where the settings say `auto`; `auto`: as stored.
+
+        `registry` has the metrics; None: all that are installed.
 
         `given` has what is in memory of model, teacher and rows; its models keep their type.
         In half precision an answer depends on the rows beside it in its batch; in float32 all but never.
@@ -114,6 +123,7 @@ class Evaluator:
         if dtype not in ("auto", *DTYPES):
             raise DpkdError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
         self.given = given or InMemory()
+        self.registry = registry or load_registry()
         self.tokenizer = self.given.tokenizer(model)
         self.note: str | None = None
         if teacher is not None and teacher.model is not None:
@@ -164,8 +174,20 @@ class Evaluator:
     ) -> Evaluation:
         """Score the model on the set of a name; with `output`, answers and scores are written and resumed there.
 
-        Raises DpkdError unless every row was answered and scored.
+        Raises DpkdError unless every row was answered and scored, or while another process writes to `output`.
         """
+        with nullcontext() if output is None else lock(output / ".lock", str(output)):
+            return self._evaluate(name, data, settings, output, progress, say)
+
+    def _evaluate(
+        self,
+        name: str,
+        data: DataSettings,
+        settings: EvaluationSettings,
+        output: Path | None,
+        progress: Progress | None,
+        say: Callable[[str], None] | None,
+    ) -> Evaluation:
         inputs = self.inputs(data, settings)
         tell = say or (lambda text: None)
         tell(f"{name}: {inputs.rows_read:,} rows of {inputs.source}")
@@ -196,7 +218,7 @@ class Evaluator:
             teacher=self.teacher,
             vocabulary=self.vocabulary,
             settings=settings,
-            specs=metric_specs(say),
+            specs=metric_specs(self.registry, say),
             answer_cache=answer_cache,
             teacher_answer_cache=teacher_answer_cache,
             progress=progress,
@@ -250,7 +272,7 @@ def evaluate_model(
     teacher: Teacher | None,
     vocabulary: int,
     settings: EvaluationSettings,
-    specs: dict[str, MetricSpec],
+    specs: Mapping[str, MetricSpec],
     answer_cache: AnswerCache | None = None,
     teacher_answer_cache: AnswerCache | None = None,
     progress: Progress | None = None,

@@ -5,10 +5,15 @@ Shapes: R rows, T tokens of a row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from dpkd import functional
 
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
@@ -34,6 +39,48 @@ def visible(spans: Tensor) -> Tensor:
 def implementation(model: nn.Module) -> str:
     """What computes the model's attention: sdpa, eager, flex_attention, flash_attention_2 ..."""
     return str(model.config._attn_implementation)  # type: ignore[union-attr]
+
+
+# transformers' name for its sdpa attention where nobody makes a mask for it.
+CAUSAL = "dpkd_causal"
+
+
+def windowed(config: Any) -> bool:
+    """Whether a layer looks at a window, or is no attention at all."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if kinds:
+        return any(kind not in ("full_attention", "global") for kind in kinds)
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+
+
+@contextmanager
+def causal_alone(lm: Any, batch: Batch) -> Iterator[bool]:
+    """Whether attention inside the block is causal and takes no mask; nothing changes where it must take one.
+
+    In rows of one sequence, padded on the right as `collate` does, what is read sees no padding: it comes later.
+    Without a mask attention has its fastest kernel, and nobody looks whether one is needed, for which on a GPU the host
+    would wait.
+    """
+    may = (
+        batch.spans is None
+        and implementation(lm) == "sdpa"
+        and not functional.free_to_read(batch.input_ids.device)
+        and "position_ids" in signature(lm.base_model.forward).parameters
+        and not getattr(lm.config, "alibi", False)
+        and not windowed(lm.config.get_text_config())
+    )
+    if not may:
+        yield False
+        return
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+    lm.config._attn_implementation = CAUSAL
+    try:
+        yield True
+    finally:
+        lm.config._attn_implementation = "sdpa"
 
 
 def attention_mask(lm: nn.Module, batch: Batch) -> Any:

@@ -11,27 +11,49 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dpkd import functional
 from dpkd.functional import gather_logps, log_softmax
 from dpkd.models.head import Head, LogitRule
 
 # Called once per chunk with the student's logits [n, V] and the slice of rows; returns a weighted sum to minimise.
 ChunkLoss = Callable[[Tensor, slice], Tensor]
+# Called once per chunk with what the head's product gave [n, V], in its own type, and the slice of rows; puts the
+# gradient by it in its place, and returns the weighted sum.
+FusedLoss = Callable[[Tensor, slice], Tensor]
 # Called once per chunk with log-probs [n, V] (no gradient) and the slice of rows.
 Observer = Callable[[Tensor, slice], None]
 
 
-def chunk_rows(vocabulary: int, mib: float) -> int:
-    """Rows of float32 logits that fit the budget; at least 32, below which the matrix product suffers.
+# MiB of float32 logits of a chunk where nobody says: on a CPU the caches decide; a GPU must be filled.
+CPU_MIB = 32.0
+GPU_MIB, GPU_SHARE = 512.0, 1 / 64  # at most, and of the memory that is free
+LARGE = 100_000  # a vocabulary from which the gradient of the head weighs more than the caches do
+FEWEST, FEWEST_OF_LARGE = 32, 128  # rows below which the matrix products suffer
 
-    >>> chunk_rows(49152, 32.0)
-    170
+
+def chunk_rows(vocabulary: int, mib: float | Literal["auto"] = "auto", device: torch.device | str = "cpu") -> int:
+    """Rows of float32 logits that fit the budget in MiB, or what suits the device; never so few that products suffer.
+
+    >>> chunk_rows(49152, 32.0), chunk_rows(49152), chunk_rows(151936)
+    (170, 170, 128)
     """
-    return max(32, int(mib * 2**20 / (4 * vocabulary)))
+    fewest = FEWEST
+    if mib == "auto":
+        mib = _auto_mib(torch.device(device))
+        fewest = FEWEST_OF_LARGE if vocabulary > LARGE else FEWEST
+    return max(fewest, int(mib * 2**20 / (4 * vocabulary)))
+
+
+def _auto_mib(device: torch.device) -> float:
+    if device.type != "cuda":
+        return CPU_MIB
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(CPU_MIB, min(GPU_MIB, GPU_SHARE * free / 2**20))
 
 
 def chunks(rows: int, size: int, starts: Sequence[int] | None = None) -> Iterator[slice]:
@@ -95,6 +117,7 @@ class _Objective(torch.autograd.Function):
     def forward(
         ctx: Any,
         chunk_loss: ChunkLoss,
+        fused: FusedLoss | None,
         rule: LogitRule,
         size: int,
         starts: Sequence[int] | None,
@@ -105,14 +128,19 @@ class _Objective(torch.autograd.Function):
     ) -> Tensor:
         dtype = _compute_dtype(weight)
         head = Head(weight.detach(), None if bias is None else bias.detach(), rule).cast(dtype)
-        gradient = _HeadGradient(hidden, head, ctx.needs_input_grad[4:7])
+        gradient = _HeadGradient(hidden, head, ctx.needs_input_grad[5:8])
         parameter_gradients = [torch.zeros_like(p) for p in parameters]
         total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-        needs_gradient = any(ctx.needs_input_grad[4:])
+        needs_gradient = any(ctx.needs_input_grad[5:])
         with _without_autocast(weight):
             for rows in chunks(hidden.shape[0], size, starts):
                 hidden_nH = hidden[rows].detach().to(dtype)
-                raw_nV = _wide(head.raw(hidden_nH))
+                raw_nV = head.raw(hidden_nH)
+                if fused is not None:
+                    total += fused(raw_nV, rows)
+                    gradient.add(rows, hidden_nH, raw_nV)
+                    continue
+                raw_nV = _wide(raw_nV)
                 with torch.set_grad_enabled(needs_gradient):
                     raw_nV.requires_grad_(needs_gradient)
                     loss = chunk_loss(rule(raw_nV), rows)
@@ -138,15 +166,15 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (factor,) = grad_outputs
         hidden, weight, bias, *parameters = ctx.saved_tensors
-        # The engine folds every factor into the row weights, so that on a CPU this is a multiplication by 1.
-        if not (factor.device.type == "cpu" and float(factor) == 1.0):
-            hidden, weight, bias, *parameters = (
-                None if g is None else g * factor.to(g.dtype) for g in (hidden, weight, bias, *parameters)
-            )
+        # The engine folds every factor into the row weights: this is a multiplication by 1, but for who looks.
+        if not (functional.free_to_read(factor.device) and float(factor) == 1.0):
+            for gradient in (hidden, weight, bias, *parameters):
+                if gradient is not None:
+                    gradient.mul_(factor.to(gradient.dtype))
         weight_dtype, bias_dtype = ctx.dtypes
         weight = None if weight is None else weight.to(weight_dtype)
         bias = None if bias is None else bias.to(bias_dtype)
-        return None, None, None, None, hidden, weight, bias, *parameters
+        return None, None, None, None, None, hidden, weight, bias, *parameters
 
 
 def objective(
@@ -156,14 +184,16 @@ def objective(
     size: int,
     parameters: Sequence[Tensor] = (),
     starts: Sequence[int] | None = None,
+    fused: FusedLoss | None = None,
 ) -> Tensor:
     """Sum of `chunk_loss` over all chunks, with gradients for hidden `[N, H]`, the head, and `parameters`.
 
     `chunk_loss(logits [n, V], rows)` returns the weighted sum of its rows; `starts` are the rows at which a chunk may
-    begin (None: all). No `[N, V]` tensor outlives its chunk.
+    begin (None: all). `fused(raw [n, V], rows)`, where there is one, takes its place: it returns the sum and leaves the
+    gradient by the raw logits where these were. No `[N, V]` tensor outlives its chunk.
     """
     return _Objective.apply(  # type: ignore[no-any-return, no-untyped-call]
-        chunk_loss, head.rule, size, starts, hidden, head.weight, head.bias, *parameters
+        chunk_loss, fused, head.rule, size, starts, hidden, head.weight, head.bias, *parameters
     )
 
 

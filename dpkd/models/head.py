@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpkd.errors import DpkdError
-from dpkd.models.attention import attention_mask
+from dpkd.models.attention import attention_mask, causal_alone
 
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
@@ -57,6 +57,12 @@ class Head:
         raw_NV = self.raw(hidden_NH.to(self.weight.dtype))
         return self.rule(raw_NV if raw_NV.dtype == torch.float64 else raw_NV.float())
 
+    def cut(self, vocabulary: int | None) -> Head:
+        """The head of the first `vocabulary` ids (None: of all): the only cut of a vocabulary in dpkd."""
+        if vocabulary is None:
+            return self
+        return Head(self.weight[:vocabulary], None if self.bias is None else self.bias[:vocabulary], self.rule)
+
     def cast(self, dtype: torch.dtype) -> Head:
         """The same head in another type."""
         return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.rule)
@@ -81,12 +87,7 @@ def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
     """The output head of a model, its first `vocabulary` ids."""
     lm = causal_lm(model)
     linear = lm.get_output_embeddings()
-    bias = getattr(linear, "bias", None)
-    return Head(
-        linear.weight[:vocabulary] if vocabulary else linear.weight,
-        bias[:vocabulary] if vocabulary and bias is not None else bias,
-        logit_rule(lm.config),
-    )
+    return Head(linear.weight, getattr(linear, "bias", None), logit_rule(lm.config)).cut(vocabulary)
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, mask: Any, position_ids: Tensor) -> Tensor:
@@ -100,8 +101,10 @@ def hidden_states(model: nn.Module, input_ids: Tensor, mask: Any, position_ids: 
 
 def hidden_rows(model: nn.Module, batch: Batch) -> Tensor:
     """The hidden states `[N, H]` from which the response tokens of a batch are predicted."""
-    mask = attention_mask(causal_lm(model), batch)
-    hidden = hidden_states(model, batch.input_ids, mask, batch.position_ids)
+    lm = causal_lm(model)
+    with causal_alone(lm, batch) as unmasked:
+        mask = None if unmasked else attention_mask(lm, batch)
+        hidden = hidden_states(model, batch.input_ids, mask, batch.position_ids)
     return hidden.flatten(0, 1).index_select(0, batch.rows)
 
 

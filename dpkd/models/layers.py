@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from dpkd.api import Stack
 from dpkd.models.head import causal_lm, hidden_rows
 
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
+
+
+def stack_of(config: Any) -> Stack:
+    """What the configuration of a model says of its hidden states."""
+    text = config.get_text_config()
+    return Stack(text.num_hidden_layers, text.hidden_size)
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import nn
 
 from dpkd.data.batches import PLAIN, Layout, TokenSequence, collate
-from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.attention import VARLEN, implementation, windowed
 from dpkd.models.head import causal_lm, hidden_rows
 
 # Two prompts of different length, two responses each.
@@ -25,7 +24,7 @@ def why_not(model: nn.Module, layout: Layout) -> str | None:
         return f"its attention ({kind}) takes no such mask"
     if "position_ids" not in signature(lm.base_model.forward).parameters:
         return "it counts positions by itself"
-    if _windowed(lm.config.get_text_config()):
+    if windowed(lm.config.get_text_config()):
         return "some of its layers do not attend to all that came before"
     if kind in VARLEN:  # only half precision on a GPU: the probe would tell nothing
         return None
@@ -42,11 +41,3 @@ def why_not(model: nn.Module, layout: Layout) -> str | None:
     tolerance = 1e-3 if next(lm.parameters()).dtype in (torch.float32, torch.float64) else 0.1
     gap = float((apart - together).abs().max() / apart.abs().max().clamp(min=1e-6))
     return None if gap < tolerance else f"its hidden states change (by {gap:.2g})"
-
-
-def _windowed(config: Any) -> bool:
-    """Whether a layer looks at a window, or is no attention at all."""
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    if kinds:
-        return any(kind not in ("full_attention", "global") for kind in kinds)
-    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from dpkd.api.teachers import SharedVocabulary
 from dpkd.errors import DpkdError
 
 # Texts on which tokenizers of one vocabulary still differ: merges, spaces, numbers, accents, scripts, newlines.
@@ -20,14 +20,6 @@ PROBES = (
     "unbelievableness antidisestablishmentarianism aaaaaa",
 )
 _SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
-
-
-@dataclass(frozen=True)
-class SharedVocabulary:
-    """The ids 0 … size-1 that both models have; `note` says what was cut, if anything."""
-
-    size: int
-    note: str | None = None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -16,8 +16,8 @@ from dpkd.io import write_json
 from dpkd.report.reading import Run, Scored
 
 if TYPE_CHECKING:
+    from dpkd.api.teachers import Teacher
     from dpkd.data.batches import TokenSequence
-    from dpkd.teachers.base import Teacher
 
 FILE = "token_rewards.json"
 
@@ -145,20 +145,19 @@ def token_rewards(
     vocabulary: int,
     pad_id: int,
     beta: float = 1.0,
-    chunk_mib: float = 32.0,
 ) -> list[list[float]]:
     """`β · (log q - log p)` in nats of each response token of each sequence, at temperature 1, in eval mode."""
     import torch
 
+    from dpkd.api.teachers import Wants
     from dpkd.data.batches import collate
     from dpkd.models.chunked import chunk_rows, token_logps
     from dpkd.models.head import head_of, hidden_rows
-    from dpkd.teachers.base import Wants
 
     was_training = student.training
     student.eval()
     device = next(student.parameters()).device
-    rows = chunk_rows(vocabulary, chunk_mib)
+    rows = chunk_rows(vocabulary, device=device)
     results = []
     try:
         with torch.no_grad():

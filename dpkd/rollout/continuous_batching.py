@@ -5,9 +5,8 @@ Shapes: B rows in the batch, S columns of the KV caches, L the largest number of
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -23,6 +22,8 @@ from dpkd.rollout.token_sampling import draw, precise_dtype
 
 # Rows leave, and prompts enter, when this share of the batch has ended: both cost a copy of the cache.
 TURNOVER = 0.25
+# Tokens between two looks at which rows have ended, where looking makes an accelerator wait for the host.
+CHECK_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class Request:
     prompt: tuple[int, ...]
     seeds: tuple[int, ...]
     limit: int  # new tokens at most
+
+
+@dataclass(frozen=True)
+class DrawingPolicy:
+    """How a token is drawn from logits, and which tokens end a response."""
+
+    settings: SamplingSettings
+    eos: Tensor
+    mix: float = 0.0
+    veto: int = 0
 
 
 @dataclass
@@ -51,12 +62,140 @@ class Rows:
     logps_BL: Tensor
     behaviour_BL: Tensor
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """Each column changed in one way."""
+        return Rows(**{one.name: change(getattr(self, one.name)) for one in fields(self)})
+
     def select(self, index_B: Tensor) -> Rows:
-        return Rows(**{one.name: getattr(self, one.name).index_select(0, index_B) for one in fields(self)})
+        return self.map(lambda column: column.index_select(0, index_B))
 
     def join(self, other: Rows) -> Rows:
         names = [one.name for one in fields(self)]
         return Rows(**{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names})
+
+    def put(self, other: Rows, slots_B: Tensor) -> None:
+        """Overwrite some rows with those of another."""
+        for one in fields(self):
+            getattr(self, one.name).index_copy_(0, slots_B, getattr(other, one.name))
+
+    def packed(self) -> Tensor:
+        """The records `[3, B, L + 1]` as one tensor: ids, log-probs, behaviour log-probs."""
+        return torch.stack([self.ids_BL.to(self.logps_BL.dtype), self.logps_BL, self.behaviour_BL])
+
+
+def new_rows(group: Sequence[Request], length_B: Tensor, index_B: Tensor, columns: int, dtype: torch.dtype) -> Rows:
+    """The rows of all responses to a group; `index_B` says whose prompt each has, `columns` how many tokens at most."""
+    size, device = len(index_B), index_B.device
+    # NumPy's generator: that of torch reads only the low 32 bits of a seed.
+    seeds = [seed for request in group for seed in request.seeds]
+    uniform_BL = torch.from_numpy(np.stack([np.random.default_rng(seed).random(columns) for seed in seeds]))
+    numbers = [request.first_row + i for request in group for i in range(len(request.seeds))]
+    zero_B = torch.zeros(size, dtype=torch.long, device=device)
+    record_BL = torch.zeros(size, columns + 1, dtype=dtype, device=device)
+    return Rows(
+        number_B=torch.tensor(numbers, device=device),
+        length_B=length_B,
+        count_B=zero_B,
+        limit_B=torch.tensor([request.limit for request in group], device=device)[index_B],
+        token_B=zero_B.clone(),
+        done_B=zero_B.bool(),
+        truncated_B=zero_B.bool(),
+        uniform_BL=F.pad(uniform_BL.to(device, precise_dtype(device)), (0, 1)),
+        ids_BL=torch.zeros(size, columns + 1, dtype=torch.long, device=device),
+        logps_BL=record_BL,
+        behaviour_BL=record_BL.clone(),
+    )
+
+
+def record(rows: Rows, logits: Sequence[Tensor], policy: DrawingPolicy, static: bool = False) -> None:
+    """Draw a token for each row from the logits `[B, V]` of the models, student first, and write it down in place.
+
+    Raises DpkdError when two vocabularies differ.
+    """
+    student_BV, *teacher = logits
+    if teacher and teacher[0].shape != student_BV.shape:
+        raise DpkdError(
+            f"the student draws from {student_BV.shape[1]} tokens and the teacher that is mixed in from "
+            f"{teacher[0].shape[1]}: mixing needs one shared vocabulary"
+        )
+    column_B1 = rows.count_B.unsqueeze(1)
+    drawn = draw(
+        student_BV,
+        rows.uniform_BL.gather(1, column_B1).squeeze(1),
+        policy.settings,
+        teacher_logits_BV=teacher[0] if teacher else None,
+        mix=policy.mix,
+        veto=policy.veto,
+        static=static,
+    )
+    # A row that has ended has its count beyond its last token: what is written there is not read.
+    rows.ids_BL.scatter_(1, column_B1, drawn.ids_B.unsqueeze(1))
+    rows.logps_BL.scatter_(1, column_B1, drawn.logps_B.to(rows.logps_BL.dtype).unsqueeze(1))
+    rows.behaviour_BL.scatter_(1, column_B1, drawn.behaviour_B.to(rows.logps_BL.dtype).unsqueeze(1))
+    rows.token_B.copy_(drawn.ids_B)
+    live_B = ~rows.done_B
+    rows.count_B.add_(live_B)
+    is_eos_B = (drawn.ids_B.unsqueeze(1) == policy.eos).any(1)
+    full_B = rows.count_B >= rows.limit_B
+    rows.truncated_B.logical_or_(live_B & full_B & ~is_eos_B)
+    rows.done_B.logical_or_(is_eos_B | full_B)
+
+
+def responses(
+    numbers: Sequence[int], counts: Sequence[int], truncated: Sequence[bool], packed: Tensor
+) -> dict[int, Sampled]:
+    """The responses of rows that have ended, by number, from their records `[3, B, L + 1]` on the host.
+
+    Raises DpkdError when a log-prob is not a number.
+    """
+    finished = {}
+    for i, (number, count) in enumerate(zip(numbers, counts, strict=True)):
+        ids, logps, behaviour = packed[:, i, :count].clone()
+        if logps.isnan().any():
+            raise DpkdError(
+                "the model gives logits that are not numbers while sampling: its weights are damaged, or "
+                "training has diverged (a lower learning rate, or clipping, may help)"
+            )
+        finished[number] = Sampled(tuple(ids.long().tolist()), logps, behaviour, bool(truncated[i]))
+    return finished
+
+
+@dataclass
+class Prefilled:
+    """A group of prompts that was read, once for all responses to a prompt.
+
+    The caches have a row per prompt, all else a row per response; `prompt_B` says whose response a row is.
+    """
+
+    cached_models: list[KVCacheModel]
+    rows: Rows
+    prompt_B: Tensor
+    mask_BS: Tensor
+    padded: bool
+
+
+def prefill(
+    models: Sequence[KVCacheModel], group: Sequence[Request], policy: DrawingPolicy, pad_id: int, static: bool = False
+) -> Prefilled:
+    """Read prompts and draw the first token of each response."""
+    device = models[0].device
+    width = max(len(request.prompt) for request in group)
+    ids = [[pad_id] * (width - len(request.prompt)) + list(request.prompt) for request in group]
+    lengths = torch.tensor([len(request.prompt) for request in group], device=device)
+    mask_BS = (torch.arange(width, device=device) >= (width - lengths).unsqueeze(1)).long()
+    padded = any(len(request.prompt) != width for request in group)
+    positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
+    cached_models = [model.empty() for model in models]
+    ids_BS = torch.tensor(ids, device=device)
+    logits = [model.feed(ids_BS, mask_BS if padded else None, positions_BS).to(device) for model in cached_models]
+    repeats = [place for place, request in enumerate(group) for _ in request.seeds]
+    prompt_B = torch.tensor(repeats, device=device)
+    if len(repeats) > len(group):
+        logits = [part.index_select(0, prompt_B) for part in logits]
+    dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+    rows = new_rows(group, lengths[prompt_B], prompt_B, policy.settings.max_new_tokens, dtype)
+    record(rows, logits, policy, static)
+    return Prefilled(cached_models, rows, prompt_B, mask_BS[prompt_B], padded)
 
 
 @dataclass
@@ -75,23 +214,13 @@ class DecodingBatch:
 
 
 class ContinuousBatcher:
-    """How to sample: the models (student first), the settings and the ends."""
+    """Decodes with caches that grow: for every model, on every device."""
 
-    def __init__(
-        self,
-        cached_models: Sequence[KVCacheModel],
-        settings: SamplingSettings,
-        eos_ids: Collection[int],
-        pad_id: int,
-        mix: float,
-        veto: int = 0,
-    ) -> None:
-        self._streams = cached_models
-        self._settings = settings
-        self._device = cached_models[0].device
-        self._eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self._device)
+    def __init__(self, models: Sequence[KVCacheModel], policy: DrawingPolicy, pad_id: int) -> None:
+        self._models = models
+        self._policy = policy
         self._pad_id = pad_id
-        self._mix, self._veto = mix, veto
+        self._check_every = 1 if models[0].device.type == "cpu" else CHECK_EVERY
 
     def run(self, requests: Sequence[Request]) -> Iterator[dict[int, Sampled]]:
         """Responses by number, as they finish; longest prompts first: a lack of memory shows at once."""
@@ -103,7 +232,9 @@ class ContinuousBatcher:
                 entering = self._start(group)
                 batch = entering if batch is None else _joined(batch, entering)
             elif batch is not None:
-                self._step(batch)
+                for _ in range(self._check_every):
+                    self._step(batch)
+                batch.ended = int(batch.rows.done_B.sum())
             if batch is not None and batch.ended >= max(1, TURNOVER * batch.size):
                 batch, finished = _settled(batch)
                 yield finished
@@ -112,63 +243,22 @@ class ContinuousBatcher:
         """The prompts that enter now: those that fill the batch, when enough of it is free."""
         if not waiting:
             return []
-        room = self._settings.batch_size - (batch.size if batch is not None else 0)
+        limit = self._policy.settings.batch_size
+        room = limit - (batch.size if batch is not None else 0)
         if batch is not None:
-            wanted = max(TURNOVER * self._settings.batch_size, len(waiting[0].seeds))
+            wanted = max(TURNOVER * limit, len(waiting[0].seeds))
             if room < wanted or not all(cached_model.can_join for cached_model in batch.cached_models):
                 return []
-        group = [waiting.popleft()]
-        room -= len(group[0].seeds)
-        while waiting and len(waiting[0].seeds) <= room:
-            room -= len(waiting[0].seeds)
-            group.append(waiting.popleft())
-        return group
+        return take_group(waiting, room)
 
     def _start(self, group: list[Request]) -> DecodingBatch:
-        """Read the prompts, once for all responses of a prompt, and draw the first tokens."""
-        width = max(len(request.prompt) for request in group)
-        ids = [[self._pad_id] * (width - len(request.prompt)) + list(request.prompt) for request in group]
-        ids_BS = torch.tensor(ids, device=self._device)
-        lengths = torch.tensor([len(request.prompt) for request in group], device=self._device)
-        mask_BS = (torch.arange(width, device=self._device) >= (width - lengths).unsqueeze(1)).long()
-        padded = any(len(request.prompt) != width for request in group)
-        positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
-
-        cached_models = [cached_model.empty() for cached_model in self._streams]
-        logits = [
-            cached_model.feed(ids_BS, mask_BS if padded else None, positions_BS) for cached_model in cached_models
-        ]
-        repeats = torch.tensor([len(request.seeds) for request in group], device=self._device)
-        index_B = torch.arange(len(group), device=self._device).repeat_interleave(repeats)
-        if len(index_B) > len(group):
-            for cached_model in cached_models:
-                cached_model.select(index_B)
-            logits = [part.index_select(0, index_B.to(part.device)) for part in logits]
-        batch = DecodingBatch(cached_models, self._new_rows(group, lengths[index_B], index_B), mask_BS[index_B], padded)
-        self._record(batch, logits)
-        return batch
-
-    def _new_rows(self, group: list[Request], length_B: Tensor, index_B: Tensor) -> Rows:
-        size, longest, device = len(index_B), self._settings.max_new_tokens, self._device
-        # NumPy's generator: that of torch reads only the low 32 bits of a seed.
-        seeds = [seed for request in group for seed in request.seeds]
-        uniform_BL = torch.from_numpy(np.stack([np.random.default_rng(seed).random(longest) for seed in seeds]))
-        numbers = [request.first_row + i for request in group for i in range(len(request.seeds))]
-        zero_B = torch.zeros(size, dtype=torch.long, device=device)
-        record_BL = torch.zeros(size, longest + 1, dtype=precise_dtype(device), device=device)
-        return Rows(
-            number_B=torch.tensor(numbers, device=device),
-            length_B=length_B,
-            count_B=zero_B,
-            limit_B=torch.tensor([request.limit for request in group], device=device)[index_B],
-            token_B=zero_B.clone(),
-            done_B=zero_B.bool(),
-            truncated_B=zero_B.bool(),
-            uniform_BL=F.pad(uniform_BL.to(device, record_BL.dtype), (0, 1)),
-            ids_BL=torch.zeros(size, longest + 1, dtype=torch.long, device=device),
-            logps_BL=record_BL,
-            behaviour_BL=record_BL.clone(),
-        )
+        """Read the prompts and draw the first tokens."""
+        read = prefill(self._models, group, self._policy, self._pad_id)
+        if len(read.prompt_B) > len(group):
+            for cached_model in read.cached_models:
+                cached_model.select(read.prompt_B)
+        ended = int(read.rows.done_B.sum())
+        return DecodingBatch(read.cached_models, read.rows, read.mask_BS, read.padded, ended)
 
     def _step(self, batch: DecodingBatch) -> None:
         """Read the last drawn tokens and draw the next."""
@@ -176,37 +266,21 @@ class ContinuousBatcher:
         batch.mask_BS = F.pad(batch.mask_BS, (0, 1), value=1)
         mask_BS = batch.mask_BS if batch.padded else None
         token_B1, position_B1 = rows.token_B.unsqueeze(1), rows.length_B.unsqueeze(1)
-        logits = [cached_model.feed(token_B1, mask_BS, position_B1) for cached_model in batch.cached_models]
+        device = self._models[0].device
+        logits = [model.feed(token_B1, mask_BS, position_B1).to(device) for model in batch.cached_models]
         # A row that has ended reads on at its last position until it leaves; nobody looks at it.
-        rows.length_B = rows.length_B + (~rows.done_B)
-        self._record(batch, logits)
+        rows.length_B.add_(~rows.done_B)
+        record(rows, logits, self._policy)
 
-    def _record(self, batch: DecodingBatch, logits: list[Tensor]) -> None:
-        """Draw a token for each row from the logits of the models and write it down."""
-        rows = batch.rows
-        student_BV, *teacher = (part.to(self._device) for part in logits)
-        if teacher and teacher[0].shape != student_BV.shape:
-            raise DpkdError(
-                f"the student draws from {student_BV.shape[1]} tokens and the teacher that is mixed in from "
-                f"{teacher[0].shape[1]}: mixing needs one shared vocabulary"
-            )
-        column_B1 = rows.count_B.unsqueeze(1)
-        uniform_B = rows.uniform_BL.gather(1, column_B1).squeeze(1)
-        teacher_BV = teacher[0] if teacher else None
-        drawn = draw(
-            student_BV, uniform_B, self._settings, teacher_logits_BV=teacher_BV, mix=self._mix, veto=self._veto
-        )
-        # A row that has ended has its count beyond its last token: what is written there is not read.
-        rows.ids_BL.scatter_(1, column_B1, drawn.ids_B.unsqueeze(1))
-        rows.logps_BL.scatter_(1, column_B1, drawn.logps_B.to(rows.logps_BL.dtype).unsqueeze(1))
-        rows.behaviour_BL.scatter_(1, column_B1, drawn.behaviour_B.to(rows.logps_BL.dtype).unsqueeze(1))
-        rows.token_B = drawn.ids_B
-        rows.count_B = rows.count_B + (~rows.done_B)
-        is_eos_B = (drawn.ids_B.unsqueeze(1) == self._eos).any(1)
-        full_B = rows.count_B >= rows.limit_B
-        rows.truncated_B = rows.truncated_B | (~rows.done_B & full_B & ~is_eos_B)
-        rows.done_B = rows.done_B | is_eos_B | full_B
-        batch.ended = int(rows.done_B.sum())
+
+def take_group(waiting: deque[Request], room: int) -> list[Request]:
+    """The next prompts whose responses fit into so many rows; the first in any case."""
+    group = [waiting.popleft()]
+    room -= len(group[0].seeds)
+    while waiting and len(waiting[0].seeds) <= room:
+        room -= len(waiting[0].seeds)
+        group.append(waiting.popleft())
+    return group
 
 
 def _joined(batch: DecodingBatch, entering: DecodingBatch) -> DecodingBatch:
@@ -242,15 +316,4 @@ def _settled(batch: DecodingBatch) -> tuple[DecodingBatch | None, dict[int, Samp
 
 def _finished(rows: Rows) -> dict[int, Sampled]:
     """The responses of rows that have ended, by number."""
-    numbers, counts, truncated = rows.number_B.tolist(), rows.count_B.tolist(), rows.truncated_B.tolist()
-    records_BL = rows.ids_BL.tolist(), rows.logps_BL.tolist(), rows.behaviour_BL.tolist()
-    finished = {}
-    for i, (number, count) in enumerate(zip(numbers, counts, strict=True)):
-        ids, logps, behaviour = (tuple(record_BL[i][:count]) for record_BL in records_BL)
-        if any(math.isnan(value) for value in logps):
-            raise DpkdError(
-                "the model gives logits that are not numbers while sampling: its weights are damaged, or "
-                "training has diverged (a lower learning rate, or clipping, may help)"
-            )
-        finished[number] = Sampled(ids, logps, behaviour, truncated[i])
-    return finished
+    return responses(rows.number_B.tolist(), rows.count_B.tolist(), rows.truncated_B.tolist(), rows.packed().cpu())

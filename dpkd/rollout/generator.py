@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpkd.api import Ability, Family, GenerationModel, Sampler, SamplerSpec, SamplingTask, Text
-from dpkd.plugins import find_sampler
+from dpkd.plugins import Registry
 from dpkd.rollout.settings import SamplingSettings, TextSettings
 
 
-def open_sampler(text: TextSettings, writer: GenerationModel) -> Sampler:
+def open_sampler(registry: Registry, text: TextSettings, writer: GenerationModel) -> Sampler:
     """The sampler that a text's settings name, for a model. The settings were checked before.
 
     Raises DpkdError when there is none of that name, or when it cannot begin.
     """
-    spec = find_sampler(text.backend)
+    spec = registry.get(SamplerSpec, text.backend).spec
     return spec.open(writer, spec.config.model_validate(text.backend_settings))
 
 

@@ -7,7 +7,7 @@ row stands in the last column, padding to the left of the first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpkd.functional import at_least_float32, gather_logps, log_softmax
+from dpkd.models.attention import implementation
 from dpkd.models.head import causal_lm
 from dpkd.models.loading import context_length
 
@@ -28,8 +30,10 @@ class KVCacheModel:
         parameters = inspect.signature(causal_lm(model).forward).parameters
         self._takes_positions = "position_ids" in parameters  # models with ALiBi have none
         self._head_on_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self.device: torch.device = causal_lm(model).get_input_embeddings().weight.device
-        self._cache: Any = None
+        weight = causal_lm(model).get_input_embeddings().weight
+        self.device: torch.device = weight.device
+        self.dtype: torch.dtype = weight.dtype
+        self.cache: Any = None
 
     def empty(self) -> KVCacheModel:
         """The same model without rows."""
@@ -37,37 +41,74 @@ class KVCacheModel:
 
     def feed(self, ids_BT: Tensor, mask_BS: Tensor | None, positions_BT: Tensor) -> Tensor:
         """Read T tokens per row; the logits `[B, V]` of what follows. The mask covers the new columns too."""
-        positions = {"position_ids": positions_BT.to(self.device)} if self._takes_positions else {}
+        from dpkd.rollout.cache_layers import preallocated
+
+        mask_BS = None if mask_BS is None else mask_BS.to(self.device)
+        is_new = self.cache is None
+        logits_BV, self.cache = self._forward(ids_BT.to(self.device), mask_BS, positions_BT.to(self.device), self.cache)
+        if is_new and self.can_join:
+            self.cache = preallocated(self.cache)
+        return logits_BV
+
+    def step(self, cache: Any, ids_B1: Tensor, seen_B11C: Tensor, positions_B1: Tensor) -> Tensor:
+        """Read one token per row into a cache of fixed shape; the logits `[B, V]`. Nothing is read by the host."""
+        # Additive: sdpa would make it of booleans once in every layer.
+        bias_B11C = torch.zeros_like(seen_B11C, dtype=self.dtype)
+        bias_B11C.masked_fill_(~seen_B11C, torch.finfo(self.dtype).min)
+        return self._forward(ids_B1, bias_B11C, positions_B1, cache)[0]
+
+    def logps(self, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+        """Log-prob `[T]` of each token of a response, on the host, by one forward without a cache."""
+        ids_1T = torch.tensor([[*prompt, *response]], device=self.device)
+        positions = {"position_ids": torch.arange(ids_1T.shape[1], device=self.device).unsqueeze(0)}
+        output = self._model(input_ids=ids_1T, use_cache=False, **(positions if self._takes_positions else {}))
+        logits_TV = at_least_float32(output.logits[0, len(prompt) - 1 : -1, : self._vocabulary])
+        return gather_logps(log_softmax(logits_TV), ids_1T[0, len(prompt) :]).cpu()
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
         output = self._model(
-            input_ids=ids_BT.to(self.device),
-            attention_mask=None if mask_BS is None else mask_BS.to(self.device),
-            past_key_values=self._cache,
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
             use_cache=True,
-            **positions,
+            **({"position_ids": positions} if self._takes_positions else {}),
             **self._head_on_last,
         )
-        self._cache = output.past_key_values
-        return output.logits[:, -1, : self._vocabulary]  # type: ignore[no-any-return]
+        return output.logits[:, -1, : self._vocabulary], output.past_key_values
 
     def select(self, index_B: Tensor) -> None:
         """Keep the rows of an index, in its order; an index may repeat a row."""
-        self._cache.reorder_cache(index_B.to(self.device))
+        self.cache.reorder_cache(index_B.to(self.device))
 
     @property
     def can_join(self) -> bool:
         """Whether the cache is plain keys and values, one column per token: no window, no other state."""
-        from transformers.cache_utils import DynamicLayer
+        from dpkd.rollout.cache_layers import is_plain
 
-        return all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        return is_plain(self.cache)
+
+    def addresses(self) -> list[int]:
+        """Where the weights are in memory."""
+        return [part.data_ptr() for part in (*self._model.parameters(), *self._model.buffers())]
+
+    @property
+    def static_refusal(self) -> str | None:
+        """Why this model cannot be decoded with static shapes, or None; ask it after a prompt was read."""
+        kind = implementation(causal_lm(self._model))
+        if not self._takes_positions:
+            return "the model takes no positions"
+        if kind not in ("sdpa", "eager"):
+            return f"its attention is {kind}"
+        return None if self.can_join else "its cache is more than keys and values (a sliding window, other state)"
 
     def trim(self, columns: int) -> None:
         """Drop the oldest columns: padding in every row. Needs `can_join`."""
-        for layer in self._cache.layers:
+        for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[:, :, columns:], layer.values[:, :, columns:]
 
     def join(self, other: KVCacheModel) -> None:
         """Add the rows of another cached_model of the same model below the own rows. Needs `can_join`."""
-        for own, new in zip(self._cache.layers, other._cache.layers, strict=True):
+        for own, new in zip(self.cache.layers, other.cache.layers, strict=True):
             own.keys, own.values = _stacked(own.keys, new.keys), _stacked(own.values, new.values)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dpkd.api import Rollout, RolloutLoss, Sampled, Sampler, Text
+from dpkd.api.teachers import Teacher, Wants
 from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.batches import TokenSequence, collate, micro_batches
 from dpkd.data.encode import Prompt
@@ -20,7 +21,6 @@ from dpkd.rollout.response import Response
 from dpkd.rollout.response_store import ResponseStore
 from dpkd.rollout.settings import SamplingSettings, TextSettings
 from dpkd.rollout.sources import prompt_seed, sample_seeds
-from dpkd.teachers.base import Teacher, Wants
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,12 @@ class StudentGenerator:
         sampled = self.lend(lambda _student: self._drawn(indices, period))
         if self.loss is None:
             return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
-        drawn = [Response(s.response_ids, Text.STUDENT, s.truncated, s.logps, s.behaviour_logps) for s in sampled]
+        drawn = [
+            Response(
+                s.response_ids, Text.STUDENT, s.truncated, tuple(s.logps.tolist()), tuple(s.behaviour_logps.tolist())
+            )
+            for s in sampled
+        ]
         return self._scored([i for i in indices for _ in range(self.settings.num_generations)], drawn)
 
     def _drawn(self, indices: list[int], period: int) -> Sequence[Sampled]:
@@ -96,7 +101,8 @@ class StudentGenerator:
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
         for group in micro_batches(lengths, self.settings.sampling.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(device)
-            logps = self.teacher.score(batch, Wants(chunk_rows(self.vocabulary, 32.0), logps=True)).logps().tolist()
+            wants = Wants(chunk_rows(self.vocabulary, device=device), logps=True)
+            logps = self.teacher.score(batch, wants).logps().tolist()
             for place, i in enumerate(group):
                 own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
                 scored[i] = replace(responses[i], teacher_logps=tuple(own))

@@ -22,6 +22,7 @@ from dpkd.io import JsonLog, lock, read_json, write_json
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
+from dpkd.plugins import Registry
 from dpkd.rollout.generator import open_sampler, sampling_task
 from dpkd.rollout.settings import SamplingSettings, TextSettings
 from dpkd.rollout.sources import response_seed
@@ -43,6 +44,7 @@ def sample_to_file(
     data: DataSettings,
     sampling: SamplingSettings,
     *,
+    registry: Registry,
     output: Path,
     seed: int,
     num_generations: int = 1,
@@ -58,7 +60,16 @@ def sample_to_file(
     """
     with lock(output.with_name(f".{output.name[:100]}.lock"), str(output)):
         return _sample(
-            model, data, sampling, output, seed, num_generations, backend, dict(backend_settings or {}), progress
+            model,
+            data,
+            sampling,
+            registry,
+            output,
+            seed,
+            num_generations,
+            backend,
+            dict(backend_settings or {}),
+            progress,
         )
 
 
@@ -66,6 +77,7 @@ def _sample(
     model: ModelSettings,
     data: DataSettings,
     sampling: SamplingSettings,
+    registry: Registry,
     output: Path,
     seed: int,
     num_generations: int,
@@ -95,7 +107,7 @@ def _sample(
     lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
     counts = {"written": 0, "truncated": 0, "empty": 0}
     writer = GenerationModel(lm, None, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
-    with closing(open_sampler(drawn_by, writer)) as sampler:
+    with closing(open_sampler(registry, drawn_by, writer)) as sampler:
         sampler.refresh()
         for group in _groups(todo, 4 * sampling.batch_size):
             rows = []

@@ -44,6 +44,7 @@ def draw(
     teacher_logits_BV: Tensor | None = None,
     mix: float = 0.0,
     veto: int = 0,
+    static: bool = False,
 ) -> Drawn:
     """Draw one token per row from the filtered mixture `mix · teacher + (1 - mix) · student`.
 
@@ -53,10 +54,12 @@ def draw(
 
     With a `veto` the student proposes, and the teacher draws in its place where the proposal is not among its `veto`
     likeliest tokens: both filtered, each by itself (Speculative KD, arXiv:2410.11325, Algorithm 1).
+
+    With `static` the host looks at no value on the way, as a CUDA graph needs it: a nucleus costs a full sort.
     """
     logits_BV = at_least_float32(logits_BV)
     if veto > 0 and teacher_logits_BV is not None:
-        return _draw_with_veto(logits_BV, at_least_float32(teacher_logits_BV), uniforms_B, settings, veto)
+        return _draw_with_veto(logits_BV, at_least_float32(teacher_logits_BV), uniforms_B, settings, veto, static)
     greedy = settings.temperature == 0.0
     scores_BV = logits_BV
     if teacher_logits_BV is not None or not greedy:
@@ -66,7 +69,7 @@ def draw(
         logps_B = _logps(logits_BV, ids_B)
         return Drawn(ids_B, logps_B, torch.zeros_like(logps_B))
     filtered = settings.top_k > 0 or settings.top_p < 1.0
-    p_BV = keep_likeliest(scores_BV, settings.top_k, settings.top_p) if filtered else scores_BV
+    p_BV = keep_likeliest(scores_BV, settings.top_k, settings.top_p, static) if filtered else scores_BV
     ids_B, total_B = inverse_cdf(p_BV, uniforms_B)
     logps_B = _logps(logits_BV, ids_B)
     if settings.temperature == 1.0 and not filtered and teacher_logits_BV is None:
@@ -81,7 +84,12 @@ def _log_share(p_BV: Tensor, ids_B: Tensor, total_B: Tensor) -> Tensor:
 
 
 def _draw_with_veto(
-    logits_BV: Tensor, teacher_logits_BV: Tensor, uniforms_B: Tensor, settings: SamplingSettings, veto: int
+    logits_BV: Tensor,
+    teacher_logits_BV: Tensor,
+    uniforms_B: Tensor,
+    settings: SamplingSettings,
+    veto: int,
+    static: bool,
 ) -> Drawn:
     """Proposal and replacement in one draw: their joint policy has a closed form."""
     allowed_BV = _among_likeliest(teacher_logits_BV, veto)
@@ -90,7 +98,7 @@ def _draw_with_veto(
         ids_B = torch.where(allowed_BV.gather(-1, ids_B.unsqueeze(-1)).squeeze(-1), ids_B, theirs_B)
         logps_B = _logps(logits_BV, ids_B)
         return Drawn(ids_B, logps_B, torch.zeros_like(logps_B))
-    q_BV, p_BV = (_filtered(z_BV, settings) for z_BV in (logits_BV, teacher_logits_BV))
+    q_BV, p_BV = (_filtered(z_BV, settings, static) for z_BV in (logits_BV, teacher_logits_BV))
     kept_BV = q_BV.masked_fill(~allowed_BV, 0.0)
     vetoed_B1 = q_BV.masked_fill(allowed_BV, 0.0).sum(-1, keepdim=True)
     policy_BV = kept_BV + vetoed_B1 * p_BV
@@ -105,9 +113,9 @@ def _among_likeliest(logits_BV: Tensor, k: int) -> Tensor:
     return logits_BV >= logits_BV.topk(k, dim=-1).values[:, -1:]
 
 
-def _filtered(logits_BV: Tensor, settings: SamplingSettings) -> Tensor:
+def _filtered(logits_BV: Tensor, settings: SamplingSettings, static: bool) -> Tensor:
     """Probabilities `[B, V]` after temperature, top-k and top-p, summing to 1."""
-    p_BV = keep_likeliest(_softmax(logits_BV, settings.temperature), settings.top_k, settings.top_p)
+    p_BV = keep_likeliest(_softmax(logits_BV, settings.temperature), settings.top_k, settings.top_p, static)
     return p_BV / p_BV.sum(-1, keepdim=True)
 
 
@@ -129,7 +137,7 @@ def _logps(logits_BV: Tensor, ids_B: Tensor) -> Tensor:
     return logits_BV.gather(-1, ids_B.unsqueeze(-1)).squeeze(-1) - logits_BV.logsumexp(-1)
 
 
-def keep_likeliest(p_BV: Tensor, top_k: int, top_p: float) -> Tensor:
+def keep_likeliest(p_BV: Tensor, top_k: int, top_p: float, static: bool = False) -> Tensor:
     """Probabilities `[B, V]`, not renormalised: of the top_k likeliest, the smallest set with share top_p.
 
     Tokens as likely as the last one kept stay too, so the result does not depend on the order of ties.
@@ -141,15 +149,15 @@ def keep_likeliest(p_BV: Tensor, top_k: int, top_p: float) -> Tensor:
         cutoff_B1 = p_BV.topk(top_k, dim=-1).values[:, -1:]
         p_BV = p_BV.masked_fill(p_BV < cutoff_B1, 0.0)
     if top_p < 1.0:
-        p_BV = p_BV.masked_fill(p_BV < _nucleus_cutoff(p_BV, top_k, top_p), 0.0)
+        p_BV = p_BV.masked_fill(p_BV < _nucleus_cutoff(p_BV, top_k, top_p, static), 0.0)
     return p_BV
 
 
-def _nucleus_cutoff(p_BV: Tensor, top_k: int, top_p: float) -> Tensor:
+def _nucleus_cutoff(p_BV: Tensor, top_k: int, top_p: float, static: bool) -> Tensor:
     """The smallest probability `[B, 1]` in the nucleus."""
     vocabulary = p_BV.shape[-1]
     wanted_B1 = top_p * p_BV.sum(-1, keepdim=True, dtype=precise_dtype(p_BV.device))
-    first_look = top_k or NUCLEUS_FIRST_LOOK
+    first_look = top_k or (vocabulary if static else NUCLEUS_FIRST_LOOK)
     for count in (min(first_look, vocabulary), vocabulary):
         likeliest_BK = p_BV.topk(count, dim=-1).values
         mass_BK = likeliest_BK.cumsum(-1, dtype=precise_dtype(p_BV.device))

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.api import Signal, TeacherAccess
+from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.cross_tokenizer.retokenize import AlignedBatch, Retokenizer
 from dpkd.cross_tokenizer.union_vocabulary import unite
 from dpkd.data.batches import Batch
 from dpkd.functional import gather_logps, log_softmax, segment_sum
 from dpkd.models.chunked import token_logps
-from dpkd.models.tokenizers import SharedVocabulary
-from dpkd.teachers.base import Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.teachers.local import LocalTeacher, TeacherRows
 
 
@@ -40,6 +39,10 @@ class AlignedRows(TeacherOutput):
         """Logits `[s, U]` at the first token of some spans, float32; -inf for tokens that only the student has."""
         hidden = self.rows.hidden[self.batch.teacher.first[rows]]
         return self.union.of_teacher(self.rows.head.logits(hidden))  # type: ignore[no-any-return]
+
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """The same logits, and the factor 1."""
+        return self.logits(rows), 1.0
 
     def logps(self) -> Tensor:
         """Log-prob in nats of each of the teacher's own response tokens."""
@@ -87,12 +90,12 @@ class AlignedTeacher(Teacher):
     def fingerprint(self) -> str:
         return self.local.fingerprint()
 
-    def weight_bytes(self) -> float:
-        return self.local.weight_bytes()
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
+        return self.local.weight_bytes(dtype)
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self._device = device
-        self.local.load(device)
+        self.local.load(device, dtype)
 
     def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
         """Each keeps its own ids; losses see the union of both."""

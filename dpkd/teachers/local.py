@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.api import TeacherAccess
+from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.data.batches import Batch
 from dpkd.errors import DpkdError
@@ -18,8 +19,7 @@ from dpkd.models.layers import layer_rows
 from dpkd.models.loading import DTYPES, count_parameters
 from dpkd.models.quantization import check_quantization, quantization_of, weight_bytes
 from dpkd.models.settings import TeacherSettings
-from dpkd.models.tokenizers import SharedVocabulary
-from dpkd.teachers.base import Teacher, TeacherOutput, TeacherText, Wants
+from dpkd.models.tokenizers import shared_vocabulary
 
 
 class TeacherRows(TeacherOutput):
@@ -35,6 +35,13 @@ class TeacherRows(TeacherOutput):
     def logits(self, rows: slice) -> Tensor:
         """Logits `[n, V]` of some rows, in float32, without gradient."""
         return self.head.logits(self.hidden[rows])
+
+    @torch.no_grad()
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """Logits `[n, V]` of some rows in the type of the head's product, up to a factor, and that factor."""
+        if self.head.rule.softcap is not None:
+            return self.logits(rows), 1.0
+        return self.head.raw(self.hidden[rows].to(self.head.weight.dtype)), self.head.rule.scale
 
     def is_finite(self) -> bool:
         """Whether hidden states and some logits are."""
@@ -74,19 +81,19 @@ class LocalTeacher(Teacher):
     def fingerprint(self) -> str:
         return self._in_memory.fingerprint(self._settings)
 
-    def weight_bytes(self) -> float:
-        stored = getattr(self.config, "dtype", None) or torch.float32
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
+        stored = dtype or getattr(self.config, "dtype", None) or torch.float32
         width = DTYPES.get(self._settings.dtype, stored).itemsize
         return float(weight_bytes(self.config, count_parameters(self.config), width, quantization_of(self._settings)))
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         home = torch.device(self._settings.device or device)
-        model: Any = self._in_memory.load(self._settings, device=home, dtype=None)
+        model: Any = self._in_memory.load(self._settings, device=home, dtype=dtype)
         check_head(model)
         self._use(model, device)
 
     def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
-        shared = super().share(tokenizer, student_rows)
+        shared = shared_vocabulary(tokenizer, self.tokenizer, student_rows, self.vocabulary)
         self.cut(shared.size)
         return shared
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dpkd.api import TeacherAccess
+from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherOutput, TeacherText, Wants
 from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.data.batches import Batch
 from dpkd.errors import DpkdError
 from dpkd.functional import at_least_float32
-from dpkd.models.tokenizers import SharedVocabulary, tokenizer_fingerprint
-from dpkd.teachers.base import Teacher, TeacherOutput, TeacherText, Wants
+from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.teachers.store_manifest import Manifest, read_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key
 
@@ -43,6 +43,10 @@ class StoredRows(TeacherOutput):
         each_n = at_least_float32(self.rest[rows]) - math.log(max(1, others))
         dense_nV = each_n.unsqueeze(1).expand(-1, self.vocabulary).clone()
         return dense_nV.scatter_(1, ids_nK, logps_nK)
+
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """The same logits, and the factor 1."""
+        return self.logits(rows), 1.0
 
     def logps(self) -> Tensor:
         """Log-prob `[N]` in nats of each response token, as it was stored."""
@@ -84,7 +88,7 @@ class StoreTeacher(Teacher):
                 "other tokens"
             )
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self._shards = Shards(self.folder)
         self._device = device
 

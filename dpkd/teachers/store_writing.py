@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpkd.api.teachers import Wants
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, log_softmax
+from dpkd.io import lock
 from dpkd.models.chunked import chunk_rows, chunks
-from dpkd.teachers.base import Wants
 from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.store_manifest import Manifest, write_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key
@@ -34,10 +35,22 @@ def write_store(
 ) -> int:
     """Write what is missing of the sequences into a store; returns how many were written now.
 
-    Raises DpkdError when the folder holds numbers of another kind.
+    Raises DpkdError when the folder holds numbers of another kind, or while another process writes to it.
     """
-    write_manifest(folder, manifest)
-    shards = Shards(folder)
+    with lock(folder / ".lock", str(folder)):
+        write_manifest(folder, manifest)
+        return _write_missing(Shards(folder), teacher, sequences, manifest, pad_id, batch_size, progress)
+
+
+def _write_missing(
+    shards: Shards,
+    teacher: LocalTeacher,
+    sequences: Sequence[TokenSequence],
+    manifest: Manifest,
+    pad_id: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
     distinct = {_key(s): s for s in sequences}
     todo = [s for key, s in distinct.items() if key not in shards]
     waiting: dict[str, dict[str, Tensor]] = {}
@@ -71,7 +84,7 @@ def _columns(teacher: LocalTeacher, batch: Batch, manifest: Manifest) -> dict[st
     rows = teacher.score(batch, Wants(64, logits=True))
     parts: dict[str, list[Tensor]] = {}
     chance_NK = _chance(batch, manifest) if manifest.kind == "sampled" else torch.zeros(0)
-    for chunk in chunks(len(batch.targets), chunk_rows(manifest.vocabulary, 32.0)):
+    for chunk in chunks(len(batch.targets), chunk_rows(manifest.vocabulary, device=batch.targets.device)):
         log_p_nV = log_softmax(rows.logits(chunk))
         targets_n = batch.targets[chunk].to(log_p_nV.device)
         found = {"logps": gather_logps(log_p_nV, targets_n).float()}

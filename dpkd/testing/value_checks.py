@@ -7,9 +7,10 @@ import random
 import torch
 from torch import Tensor
 
-from dpkd.api import Family, Signal
-from dpkd.functional import log_softmax
+from dpkd.api import Family, Signal, TokenInputs
+from dpkd.functional import KLSum, log_softmax
 from dpkd.testing.inputs import EXCLUDED, Batch
+from dpkd.testing.results import CheckSkipped
 from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, LossUnderTest, require, require_close
 
 LOGITS = frozenset({Family.TOKEN, Family.ROLLOUT})
@@ -168,6 +169,21 @@ def bfloat16_inputs(subject: LossUnderTest) -> None:
     )
 
 
+def kl_sum_says_the_same(subject: LossUnderTest) -> None:
+    """A loss that says it is a sum of KL divergences and a likelihood is it: fused kernels compute it in its place."""
+    batch, loss = subject.batch(seed=8), subject.build()
+    tell = getattr(loss, "kl_sum", None)
+    terms: KLSum | None = None if tell is None else tell()
+    if terms is None:
+        raise CheckSkipped("it offers no `kl_sum`")
+    expected_N = subject.values(batch, loss)
+    x = batch.inputs(frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.TARGETS}))
+    assert isinstance(x, TokenInputs)
+    log_p_NV, log_q_NV = (f(terms.temperature) for f in (x.teacher_log_probs, x.student_log_probs))
+    found_N = terms.value(log_p_NV, log_q_NV, x.targets)
+    require_close(found_N, expected_N, "`kl_sum` is another value than `forward`")
+
+
 CHECKS = (
     Check(one_value_per_position, requires=FOUNDATION[:1]),
     Check(deterministic, requires=FOUNDATION[:2]),
@@ -177,4 +193,5 @@ CHECKS = (
     Check(finite_on_extreme_logits, requires=WITH_GRADIENT),
     Check(excluded_tokens_give_no_nan, families=LOGITS, logits=True, requires=WITH_GRADIENT),
     Check(bfloat16_inputs, families=LOGITS, requires=WITH_GRADIENT),
+    Check(kl_sum_says_the_same, families=frozenset({Family.TOKEN}), logits=True, requires=WITH_GRADIENT),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import LossConfig, Signal, TokenInputs, TokenLoss, setting
-from dpkd.functional import kl, nll
+from dpkd.functional import KLSum, kl, nll
 
 
 class LanguageModellingConfig(LossConfig):
@@ -28,3 +28,9 @@ class LanguageModelling(TokenLoss[LanguageModellingConfig]):
         divergence_N = x.part("kl", kl(x.teacher_log_probs(), x.student_log_probs()))
         # At a share of 1 an infinite likelihood times 0 would be NaN.
         return divergence_N if ratio == 1 else (1 - ratio) * x.part("nll", likelihood_N) + ratio * divergence_N
+
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        ratio = self.config.kd_ratio
+        parts = ("kl", None, "nll" if ratio < 1 else None) if ratio > 0 else (None, None, None)
+        return KLSum(forward=ratio, likelihood=1 - ratio, parts=parts)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from dpkd.api import Signal
+from dpkd.api.teachers import Teacher
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import BatchSettings, RunSettings
 from dpkd.data.batch_sampler import BatchSampler
@@ -19,12 +20,12 @@ from dpkd.data.encode import EncodedData
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.device import teacher_dtype
 from dpkd.models.head import causal_lm, check_head
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
 from dpkd.models.student_init import make_student
 from dpkd.rollout.sources import Writers
-from dpkd.teachers.base import Teacher
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.hidden_states import bind, check_stack
@@ -190,7 +191,7 @@ class _Models:
     def __init__(self, resolved: Resolved, accelerator: Accelerator, prepared: Prepared, display: Display) -> None:
         settings, device, self.teacher = resolved.settings, accelerator.device, prepared.teacher
         if self.teacher is not None:
-            self.teacher.load(device)
+            self.teacher.load(device, teacher_dtype(settings.train.precision, device))
         student = make_student(
             settings.student,
             teacher=None if self.teacher is None else self.teacher.model,

@@ -139,7 +139,7 @@ def _generator(
         teacher.model, manifest.vocabulary, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id
     )
     return TeacherGenerator(
-        lambda: open_sampler(text, writer),
+        lambda: open_sampler(resolved.registry, text, writer),
         prepared.data.prompts,
         text.teacher_sampling,
         run.seed,

@@ -10,28 +10,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dpkd.api import MetricSpec
+from dpkd.api.teachers import Teacher
 from dpkd.config.settings import DevSettings
 from dpkd.errors import DpkdError
-from dpkd.evaluation.evaluator import (
-    DIVERGENCE_UNITS,
-    LOWER_IS_BETTER,
-    EvaluationSettings,
-    evaluate_model,
-    metric_specs,
-)
+from dpkd.evaluation.evaluator import DIVERGENCE_UNITS, LOWER_IS_BETTER, EvaluationSettings, evaluate_model
 from dpkd.evaluation.inputs import Inputs
 from dpkd.io import JsonLog, remove_folder
 from dpkd.models.saving import save_model
 from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
-from dpkd.teachers.base import Teacher
 from dpkd.train import checkpoint
 
 
-def direction_of(metric: str) -> int:
+def direction_of(metric: str, specs: Mapping[str, MetricSpec]) -> int:
     """1 where higher is better, -1 where lower is. Raises DpkdError for a metric that is neither, or not there."""
-    specs = metric_specs()
     if metric in LOWER_IS_BETTER:
         return -1
     if metric not in specs and metric not in DIVERGENCE_UNITS:
@@ -54,6 +48,7 @@ class Dev:
     seed: int
     folder: RunFolder
     is_main: bool
+    specs: Mapping[str, MetricSpec]
     lines: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -104,7 +99,7 @@ class Dev:
             teacher=self.teacher,
             vocabulary=self.vocabulary,
             settings=EvaluationSettings(sampling, (self.seed,), cuts=()),
-            specs=metric_specs(),
+            specs=self.specs,
         )
         line = {"step": step, **{name: metric.mean for name, metric in result.metrics.items()}}
         if self.settings.metric not in line:
@@ -127,7 +122,7 @@ class Dev:
 
     @cached_property
     def _sign(self) -> int:
-        return direction_of(self.settings.metric)
+        return direction_of(self.settings.metric, self.specs)
 
     def _best_at(self, step: int) -> int | None:
         """The step of the best evaluation up to a step; None where none had a finite value."""

@@ -13,13 +13,7 @@ from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.errors import DpkdError
 from dpkd.models.head import causal_lm, hidden_states
-from dpkd.models.layers import every_state
-
-
-def stack_of(config: Any) -> Stack:
-    """What the configuration of a model says of its hidden states."""
-    text = config.get_text_config()
-    return Stack(text.num_hidden_layers, text.hidden_size)
+from dpkd.models.layers import every_state, stack_of
 
 
 def bind(

@@ -5,15 +5,16 @@ Shapes: N response positions of the micro-batch, n of one chunk, V shared vocabu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, Text, TokenInputs
+from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, TokenInputs
 from dpkd.functional import log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, objective, token_logps
+from dpkd.models.fused import FusedKL, kl_sum_of, usable
 from dpkd.models.head import Head, head_of
 from dpkd.models.layers import layer_rows
 from dpkd.models.sharding import gathered
@@ -33,7 +34,7 @@ class LossModule(nn.Module):
         losses: Mapping[str, nn.Module],
         *,
         vocabulary: int,
-        chunk_mib: float,
+        chunk_mib: float | Literal["auto"] = "auto",
         layers: Mapping[str, Layers] | None = None,
         widest: int | None = None,
     ) -> None:
@@ -46,7 +47,7 @@ class LossModule(nn.Module):
         self.losses = nn.ModuleDict(losses)
         self.layers = dict(layers or {})
         self.vocabulary = vocabulary
-        self.chunk = chunk_rows(widest or vocabulary, chunk_mib)
+        self.chunk = chunk_rows(widest or vocabulary, chunk_mib, next(student.parameters()).device)
 
     @property
     def reward_scale(self) -> float:
@@ -103,13 +104,32 @@ class LossModule(nn.Module):
             return total
 
         parameters = [p for p in self.losses.parameters() if p.requires_grad]
+        fused = self._fused(micro_batch, terms, head, metrics)
         starts = None if micro_batch.aligned is None else micro_batch.aligned.student.starts(hidden.shape[0])
-        total = objective(chunk_loss, hidden, head, self.chunk, parameters, starts)
+        total = objective(chunk_loss, hidden, head, self.chunk, parameters, starts, fused)
         if micro_batch.aligned is not None:
             observe_spans(micro_batch.aligned, hidden.shape[0], metrics)
         if micro_batch.measured:
             self._observe_responses(micro_batch, token_logps_N, metrics)
         return total, metrics
+
+    def _fused(
+        self, micro_batch: MicroBatch, terms: Sequence[Term], head: Head, metrics: MeanMetrics
+    ) -> FusedKL | None:
+        """The one loss of a micro-batch as a kernel, where it is a sum of KL divergences and nobody reads log-probs."""
+        if len(terms) != 1 or micro_batch.measured or micro_batch.aligned is not None or not usable(head):
+            return None
+        term, teacher = terms[0], micro_batch.teacher
+        terms_of = kl_sum_of(self.losses[term.name])
+        if terms_of is None or (teacher is None and terms_of.reads_teacher):
+            return None
+
+        def observe(values_n: Tensor, parts: Mapping[str, Tensor]) -> None:
+            _add_term(metrics, term.name, values_n, parts)
+
+        weight = term.weight * micro_batch.processes / term.denominator
+        of_teacher = None if teacher is None or not terms_of.reads_teacher else teacher.raw
+        return FusedKL(terms_of, weight, head.rule, micro_batch.batch.targets, of_teacher, observe)
 
     def _observe_responses(self, micro_batch: MicroBatch, token_logps_N: Tensor, metrics: MeanMetrics) -> None:
         """Lengths and implicit rewards of whole responses, by who wrote them."""
@@ -134,9 +154,7 @@ class LossModule(nn.Module):
             Signal.TEACHER_REST: nothing_n,
             **{signal: values[rows] for signal, values in micro_batch.extra.items()},
         }
-        if micro_batch.reads(Signal.BY_STUDENT):
-            signals[Signal.BY_STUDENT] = _by_student(micro_batch, rows)
-        kind = RolloutInputs if micro_batch.extra else TokenInputs
+        kind = RolloutInputs if Signal.ADVANTAGES in micro_batch.extra else TokenInputs
         if micro_batch.teacher is None or not (micro_batch.measurable or micro_batch.reads(Signal.TEACHER_LOGITS)):
             x = kind(signals)
             return x, x
@@ -174,8 +192,7 @@ class LossModule(nn.Module):
         logps_N = token_logps(hidden, head, batch.targets, self.chunk, observer if micro_batch.measure else None)
         student = Pair(*segment_sum(logps_N, batch.sequence, len(batch.lengths)).chunk(2))
         lengths = Pair(*batch.lengths.to(logps_N.dtype).clamp(min=1).chunk(2))
-        # An idle process's stand-in has no response; it must not count as a pair.
-        real_B = batch.lengths.chunk(2)[0] > 0
+        real = micro_batch.real_pairs
         signals: dict[Signal, Pair] = {Signal.STUDENT_LOGPS: student, Signal.LENGTHS: lengths}
         if micro_batch.teacher_logps is not None:
             signals[Signal.TEACHER_LOGPS] = micro_batch.teacher_logps
@@ -185,20 +202,17 @@ class LossModule(nn.Module):
         for term in micro_batch.terms:
             reads = {signal: value for signal, value in signals.items() if signal in term.reads}
             x = PairInputs(reads)
-            values_B = self.losses[term.name](x)[real_B]
+            values_B = _some(self.losses[term.name](x), real)
             total = total + term.share(values_B, micro_batch.processes)
-            _add_term(metrics, term.name, values_B, {name: values[real_B] for name, values in x.parts.items()})
+            _add_term(metrics, term.name, values_B, {name: _some(values, real) for name, values in x.parts.items()})
         if micro_batch.measure and micro_batch.responses:
             observe_pairs(student, micro_batch.teacher_logps, lengths, self.reward_scale, metrics)
         return total, metrics
 
 
-def _by_student(micro_batch: MicroBatch, rows: slice) -> Tensor:
-    """Whether the student wrote the response of each of some rows, `[n]`."""
-    wrote = [response.writer is Text.STUDENT for response in micro_batch.responses]
-    return torch.tensor(wrote, dtype=torch.bool, device=micro_batch.batch.sequence.device)[
-        micro_batch.batch.sequence[rows]
-    ]
+def _some(values_B: Tensor, pairs: list[int] | None) -> Tensor:
+    """The values of some pairs; None: of all."""
+    return values_B if pairs is None else values_B[torch.tensor(pairs, dtype=torch.long, device=values_B.device)]
 
 
 def _add_term(metrics: MeanMetrics, name: str, values: Tensor, parts: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from dpkd.api import Family, Signal, Text
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.models.chunked import chunk_rows
+from dpkd.models.device import device_of, precision_of, teacher_dtype
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
 from dpkd.models.student_init import switch_dropout_off
@@ -62,12 +63,13 @@ class _Batch:
 def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
     """The peak of a run on one device."""
     settings = resolved.settings
+    dtype = teacher_dtype(settings.train.precision, device_of(settings.train.device))
     batch = _largest_batch(resolved, prepared)
     student = _count(settings, prepared.student_config, batch)
     references = any(Signal.REFERENCE_LOGPS in objective.reads for objective in resolved.objectives)
     always = {
         "student weights": float(FLOAT * student.parameters * (1 + references)),
-        "teacher weights": 0.0 if prepared.teacher is None else prepared.teacher.weight_bytes(),
+        "teacher weights": 0.0 if prepared.teacher is None else prepared.teacher.weight_bytes(dtype),
         "optimizer state": 2.0 * FLOAT * student.trained,  # AdamW: two moments
     }
     gradients = float(FLOAT * student.trained)
@@ -143,7 +145,10 @@ def _sampling_bytes(resolved: Resolved, prepared: Prepared) -> float:
 
 def _chunk_bytes(resolved: Resolved, batch: _Batch, vocabulary: int) -> float:
     """The most that a loss holds of one chunk of logits, over all losses of the run."""
-    rows = min(chunk_rows(vocabulary, resolved.settings.train.chunk_mib), batch.sequences * batch.response)
+    rows = min(
+        chunk_rows(vocabulary, resolved.settings.train.chunk_mib, device_of(resolved.settings.train.device)),
+        batch.sequences * batch.response,
+    )
     copies = []
     for objective in resolved.objectives:
         try:
@@ -167,7 +172,7 @@ def _count(settings: RunSettings, config: Any, batch: _Batch) -> _Counts:
         # Fake tensors, unlike those of the meta device, take the way of a real device: its attention code above all.
         with FakeTensorMode():
             fill(student)
-            bf16 = settings.train.precision == "bf16"
+            bf16 = precision_of(settings.train.precision, device_of(settings.train.device)) == "bf16"
             passes = backbone_passes(student, batch.sequences, batch.tokens, bf16=bf16)
     except Exception:  # whatever an architecture does that needs values: a plan must not fail for it
         passes = _rule_of_thumb(settings, config, batch.sequences * batch.tokens, sum(trained))

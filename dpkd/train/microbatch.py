@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpkd.api import Pair, Signal
+from dpkd.api import Pair, Signal, Text
+from dpkd.api.teachers import TeacherOutput, Wants
 from dpkd.cross_tokenizer.retokenize import IDLE_ALIGNED, AlignedBatch, AlignedSequence, collate_aligned
-from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches
+from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches, upload
+from dpkd.functional import reduce_loss
 from dpkd.rollout.response import Response
-from dpkd.teachers.base import TeacherOutput, Wants
 
 
 class Term(NamedTuple):
@@ -29,11 +30,11 @@ class Term(NamedTuple):
     denominator: float
 
     def share(self, values: Tensor, processes: float) -> Tensor:
-        """What the values of a micro-batch add to the objective: the one place where a loss is divided.
+        """What the values of a micro-batch add to the objective.
 
         Gradients are averaged over the processes, and the denominator counts the rows of all of them.
         """
-        return values.sum() * (self.weight * processes / self.denominator)
+        return reduce_loss(values, self.denominator, self.weight * processes)
 
 
 class PromptGroup(NamedTuple):
@@ -78,6 +79,13 @@ class MicroBatch:
     def reads(self, signal: Signal) -> bool:
         """Whether a term of this micro-batch reads a signal."""
         return any(signal in term.reads for term in self.terms)
+
+    @property
+    def real_pairs(self) -> list[int] | None:
+        """The pairs that have a chosen response: None for all. The stand-in of an idle process has none."""
+        chosen = self.batch.sequences[: len(self.batch.sequences) // 2]
+        real = [i for i, (prompt, response) in enumerate(chosen) if len(response) > (not prompt)]
+        return None if len(real) == len(chosen) else real
 
     @property
     def measured(self) -> bool:
@@ -169,18 +177,23 @@ class MicroBatcher:
             idle = [_IDLE] * (2 if step_batch.pairs else 1)
             sequences = [s for group in groups or idle for s in group.sequences]
             responses = [r for group in groups for r in group.responses]
-        extra = {} if step_batch.pairs else {k: v.to(self.device) for k, v in _rollout_signals(groups).items()}
-        batch = collate(sequences, pad_id=self.pad_id, layout=layout).to(self.device)
+        batch = collate(sequences, pad_id=self.pad_id, layout=layout)
+        extra = {}
+        if not step_batch.pairs:
+            extra = _rollout_signals(groups)
+            if any(Signal.BY_STUDENT in term.reads for term in step_batch.terms):
+                wrote = torch.tensor([response.writer is Text.STUDENT for response in responses], dtype=torch.bool)
+                extra[Signal.BY_STUDENT] = wrote[batch.sequence]
         aligned = _aligned(step_batch, groups or [_IDLE], self.teacher_pad_id)
         return MicroBatch(
             step_batch.name,
-            batch,
+            batch.to(self.device),
             step_batch.terms,
             step_batch.pairs,
             float(self.processes),
             measure,
             responses,
-            extra,
+            {signal: upload(values, self.device) for signal, values in extra.items()},
             aligned=None if aligned is None else aligned.to(self.device),
         )
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpkd.api import Family, Text
+from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
@@ -17,7 +18,6 @@ from dpkd.data.encode import EncodedData, Prompt
 from dpkd.data.encoding import continuation
 from dpkd.models.loading import count_parameters
 from dpkd.run_folder import RunFolder
-from dpkd.teachers.base import Teacher
 from dpkd.train.cross_tokenizer import union_of
 from dpkd.train.memory import Estimate, memory_estimate
 from dpkd.train.prepare import Prepared, prepare

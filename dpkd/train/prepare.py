@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.api import Layers
+from dpkd.api.teachers import Teacher
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.cross_tokenizer.retokenize import Retokenizer
@@ -16,14 +17,15 @@ from dpkd.data.corpus import check_corpus
 from dpkd.data.encode import EncodedData, tokenize
 from dpkd.data.examples import read_examples
 from dpkd.errors import DpkdError
+from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.inputs import Inputs, read_inputs
 from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import context_length
 from dpkd.models.settings import TeacherSettings
 from dpkd.models.student_init import student_config
 from dpkd.models.tokenizers import difference, shared_vocabulary
+from dpkd.plugins import Registry
 from dpkd.teachers.aligned import AlignedTeacher
-from dpkd.teachers.base import Teacher
 from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.store import StoreTeacher
 from dpkd.train.cross_tokenizer import make_translator, token_by_token
@@ -95,7 +97,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.corpus is not None:
         check_corpus(settings.terms.pretrain.corpus)
     steps = _steps(settings, len(data.prompts), display)
-    dev = _dev_inputs(settings, tokenizer, context, display)
+    dev = _dev_inputs(settings, tokenizer, context, resolved.registry, display)
     facts = {
         "path": settings.data.path,
         "fingerprint": examples.fingerprint,
@@ -137,12 +139,14 @@ def _steps(settings: RunSettings, examples: int, display: Display) -> int:
     return steps
 
 
-def _dev_inputs(settings: RunSettings, tokenizer: Any, context: int | None, display: Display) -> Inputs | None:
+def _dev_inputs(
+    settings: RunSettings, tokenizer: Any, context: int | None, registry: Registry, display: Display
+) -> Inputs | None:
     """The rows of the development set. Raises DpkdError when they, or the metric, are not to be had."""
     dev = settings.dev
     if dev.path is None:
         return None
-    direction_of(dev.metric)
+    direction_of(dev.metric, metric_specs(registry))
     data = settings.data.model_copy(
         update={"path": dev.path, "split": dev.split, "limit": dev.limit, "min_response_words": 0}
     )

@@ -15,7 +15,7 @@ from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import read_sources
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.in_memory import InMemory
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.run_folder import RunFolder, check_trust
 from dpkd.train.run import resume
 
@@ -46,8 +46,8 @@ def resume_folder(
     folder = RunFolder.existing(path)
     own, given = file_layer(folder.config), given or InMemory()
     check_trust(own.values, folder.config, trust_remote_code)
-    resolved = resolve([own, *set_layer(assignments)], load_host(), given)
-    changes = _changes(resolve([own], load_host(), given), resolved) if assignments else {}
+    resolved = resolve([own, *set_layer(assignments)], load_registry(), given)
+    changes = _changes(resolve([own], load_registry(), given), resolved) if assignments else {}
     # Values still come from where they came from at the beginning; what is said of them in the card depends on it.
     sources = read_sources(folder.config.read_text(encoding="utf-8"))
     new = {path: resolved.provenance[path] for path in changes if path in resolved.provenance}

@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dpkd.api import Ability, Family, GenerationModel, Sampler, Text
+from dpkd.api import Ability, Family, GenerationModel, Sampler, SamplerSpec, Text
+from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
-from dpkd.plugins import find_sampler
 from dpkd.rollout.generator import open_sampler
 from dpkd.rollout.response_generators import RankShards, RetokenizedResponses, StudentGenerator, TeacherGenerator
 from dpkd.rollout.response_store import ResponseStore, default_folder
 from dpkd.rollout.settings import TextSettings
 from dpkd.rollout.sources import Writers
-from dpkd.teachers.base import Teacher
 from dpkd.train.prepare import Prepared
 from dpkd.train.progress import Display
 from dpkd.train.step_batches import LossGroup
@@ -57,7 +56,7 @@ def check_processes(resolved: Resolved, processes: int) -> None:
         if processes == 1 or set(objective.writers.values()) <= {Text.DATASET}:
             continue
         backend = objective.text.backend
-        reason = find_sampler(backend).lacks.get(Ability.SEVERAL_PROCESSES)
+        reason = resolved.registry.get(SamplerSpec, backend).spec.lacks.get(Ability.SEVERAL_PROCESSES)
         if reason is not None:
             raise DpkdError(
                 f"text.backend: {backend} works in one process only, and there are {processes}: {reason}. "
@@ -132,7 +131,7 @@ class RolloutBuilder:
             if known == key:
                 return sampler
         writer = _generation_model(self.student, self.vocabulary, self.prepared.tokenizer, self.prepared.context)
-        sampler = open_sampler(text, writer)
+        sampler = open_sampler(self.resolved.registry, text, writer)
         self._samplers.append((key, sampler))
         return sampler
 
@@ -176,7 +175,7 @@ class RolloutBuilder:
             backend=text.backend_key,
         )
         return TeacherGenerator(
-            None if writer is None else lambda: open_sampler(text, writer),
+            None if writer is None else lambda: open_sampler(self.resolved.registry, text, writer),
             prompts,
             text.teacher_sampling,
             self.resolved.settings.seed,

@@ -12,7 +12,9 @@ from rich.console import Console
 from dpkd.config.resolve import Resolved
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
+from dpkd.evaluation.evaluator import metric_specs
 from dpkd.io import remove_leftovers
+from dpkd.models.device import allow_tf32, device_of, precision_of, precision_sentence
 from dpkd.models.in_memory import InMemory
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
@@ -42,6 +44,7 @@ def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
     RunFolder.check_new(resolved.settings.output)
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
+    display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
     assembly = assemble(resolved, accelerator, display)
     _check_processes_agree(accelerator, assembly)
     folder = _shared_folder(accelerator, resolved)
@@ -64,6 +67,7 @@ def resume(
     """
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
+    display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
     with _locked(folder, accelerator):
         if accelerator.is_main_process:
             remove_leftovers(folder.path)
@@ -116,7 +120,9 @@ def _accelerator(resolved: Resolved) -> Accelerator:
     AcceleratorState._reset_state()
     train = resolved.settings.train
     set_seed(resolved.settings.seed)
-    return Accelerator(mixed_precision="bf16" if train.precision == "bf16" else "no", cpu=train.device == "cpu")
+    precision = precision_of(train.precision, device_of(train.device))
+    allow_tf32()
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=train.device == "cpu")
 
 
 def _shared_folder(accelerator: Accelerator, resolved: Resolved) -> RunFolder:
@@ -234,6 +240,7 @@ def _trainer(
             resolved.settings.seed,
             folder,
             accelerator.is_main_process,
+            metric_specs(resolved.registry),
         )
     return Trainer(
         accelerator,

@@ -23,7 +23,7 @@ from dpkd.config.resolve import resolve
 from dpkd.config.yaml_text import dump_value
 from dpkd.errors import DpkdError, SettingsError, Stopped
 from dpkd.io import lock, write_text
-from dpkd.plugins import Host, load_host
+from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.settings import Block
 from dpkd.train.children import Children, children
@@ -88,7 +88,7 @@ class Outcome:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def read_sweep(path: Path, host: Host | None = None) -> Plan:
+def read_sweep(path: Path, registry: Registry | None = None) -> Plan:
     """Read a sweep and check the settings of every run. Raises SettingsError with all mistakes at once."""
     layer = file_layer(path)
     try:
@@ -101,7 +101,7 @@ def read_sweep(path: Path, host: Host | None = None) -> Plan:
     order = _ordered(settings)
     runs = tuple(run for stage in order for run in _expanded(settings, stage))
     plan = Plan(settings, files, runs)
-    _check(plan, host or load_host())
+    _check(plan, registry or load_registry())
     return plan
 
 
@@ -173,7 +173,7 @@ def _layers(plan: Plan, run: SweepRun) -> list[Layer]:
     return [*layers, flag_layer("the sweep", "output", str(run.folder))]
 
 
-def _check(plan: Plan, host: Host) -> None:
+def _check(plan: Plan, registry: Registry) -> None:
     problems = []
     names = [run.name for run in plan.runs]
     problems += [
@@ -183,7 +183,7 @@ def _check(plan: Plan, host: Host) -> None:
     found: dict[str, list[str]] = {}  # each problem with its runs: one mistake is often that of many
     for run in plan.runs:
         try:
-            resolve(_layers(plan, run), host)
+            resolve(_layers(plan, run), registry)
         except SettingsError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(run.name)
@@ -266,9 +266,9 @@ def _changed(plan: Plan, run: SweepRun) -> str | None:
     config = RunFolder(run.folder).config
     if not config.is_file():
         return None
-    wanted = flat(resolve(_layers(plan, run), load_host()).as_dict())
+    wanted = flat(resolve(_layers(plan, run), load_registry()).as_dict())
     try:
-        stored = flat(resolve([file_layer(config)], load_host()).as_dict())
+        stored = flat(resolve([file_layer(config)], load_registry()).as_dict())
     except SettingsError as error:
         return f"{config} cannot be read: {'; '.join(error.problems)}. Delete {run.folder} to train this run again."
     differing = [
@@ -287,7 +287,7 @@ def _changed(plan: Plan, run: SweepRun) -> str | None:
 def _train(plan: Plan, run: SweepRun, device: str | None, started: Children) -> str | None:
     """`dpkd train` in a process of its own; the reason when it failed."""
     if RunFolder(run.folder).config.is_file():
-        settings = resolve(_layers(plan, run), load_host()).settings
+        settings = resolve(_layers(plan, run), load_registry()).settings
         trusted = settings.student.trust_remote_code or settings.teacher.trust_remote_code
         trust = ["--trust-remote-code"] if trusted else []
         return _command(["train", "--resume", str(run.folder), *trust], run, device, started)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dpkd.api import Pair, Signal
+from dpkd.api.teachers import Teacher, Wants
 from dpkd.functional import segment_sum
-from dpkd.teachers.base import Teacher, Wants
 from dpkd.train.loss_module import LossModule
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, MicroBatcher, StepBatch
-from dpkd.train.nonfinite import explain, explain_gradient
+from dpkd.train.nonfinite import FiniteWatch, NotFinite, explain, explain_gradient
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,17 +53,43 @@ class TrainStep:
             with self._synchronized(last=number == len(micro_batches)):
                 metrics.merge(self.micro_step(micro_batch))
         self._clip(metrics)
+        if self.watch.end_of_step(step_batches, self._added_up):
+            self.check()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        if measure:
+            self.check()
         return metrics
+
+    @cached_property
+    def watch(self) -> FiniteWatch:
+        """What keeps a step that is not finite from the weights."""
+        return FiniteWatch(getattr(self.optimizer, "optimizer", self.optimizer), self.accelerator.device)
+
+    def check(self) -> None:
+        """Wait for the steps so far. Raises NotFinite where one of them was not finite; no weight has changed since."""
+        if (step_batches := self.watch.first_bad_step()) is None:
+            return
+        self.watch.at_once = True  # the step again, to see who was the first to be wrong
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro_batch in (m for step_batch in step_batches for m in self.micro_batcher(step_batch, False)):
+            self.micro_step(micro_batch)
+        self._clip(MeanMetrics())
+        raise NotFinite("a loss or its gradient was not finite in one of the last steps, and is when it is done again.")
+
+    def _added_up(self, flag: torch.Tensor) -> torch.Tensor:
+        """Over the processes, which must skip the same steps."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return self.accelerator.reduce(flag, reduction="sum")  # type: ignore[no-any-return]
 
     def micro_step(self, micro_batch: MicroBatch) -> MeanMetrics:
         """Teacher, forward and backward of one micro-batch."""
         micro_batch = self.with_teacher(micro_batch)
         with self.accelerator.autocast():
             total, metrics = self.loss_module(micro_batch)
-        if not torch.isfinite(total):
+        if self.watch.see(total.detach()):
             raise explain(self.inner, micro_batch)
         # A window in which nothing is left to learn still runs, so that processes stay in step.
         if total.requires_grad:
@@ -101,7 +128,7 @@ class TrainStep:
         if norm is None:
             return
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
-        if not torch.isfinite(norm):
+        if self.watch.see(norm):
             raise explain_gradient(self.inner)
         metrics.add("gradient_norm", norm, 1.0)
 

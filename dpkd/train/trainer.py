@@ -229,7 +229,8 @@ class Trainer:
         self.window = Window(metrics, kept["tokens"], kept["seconds"])
 
     def save(self, step: int) -> None:
-        """Write a checkpoint and delete those that are no longer kept."""
+        """Write a checkpoint and delete those no longer kept. Raises NotFinite after a bad step, and writes none."""
+        self.train_step.check()
         state = checkpoint.random_state(self.accelerator.device)
         states = [state]
         if self.accelerator.num_processes > 1:

@@ -82,11 +82,14 @@ SPEC = LossSpec(
         formula="w·KL(p‖q) + (1-w)·KL(q‖p),  w = g_head/(g_head+g_tail),  g = Σ|p-q| over head or tail",
         sources=(at(AKL, "§4.2"),),
         use_when="Off-policy distillation for few epochs, where neither direction alone has converged.",
-        avoid_when="Speed counts most: it needs both divergences and the teacher's likeliest tokens in order.",
-        notes="Released code puts the token that crosses μ into the tail (boundary=released). Other implementations "
-        "divide 0 by 0 where student and teacher agree; here the weights are ½ and the loss is 0. Infinite where "
-        "one model alone excludes a token (a logit of -inf). Published numbers are off-policy, without a pre-training "
-        "corpus: GPT-2, 20 epochs, batch 32, lr 5e-4.",
+        avoid_when="Speed matters most: it needs both divergences and the teacher's likeliest tokens in order.",
+        notes="The released code puts the token that crosses μ into the tail (boundary=released). Other "
+        "implementations divide 0 by 0 where student and teacher agree; here the weights are ½ and the loss is 0. "
+        "Infinite where only one of the models excludes a token (a logit of -inf). Published numbers are off-policy, "
+        "without a pre-training corpus: GPT-2, 20 epochs, batch 32, lr 5e-4.",
+        latex=r"w\,\mathrm{KL}(p\|q)+(1-w)\,\mathrm{KL}(q\|p), \qquad "
+        r"w=\frac{g_\mathrm{head}}{g_\mathrm{head}+g_\mathrm{tail}}, \qquad g=\sum_{v}|p(v)-q(v)|\text{ over head or "
+        r"tail}",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.DETACHED_WEIGHTS}),

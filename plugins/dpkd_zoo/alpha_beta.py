@@ -85,18 +85,20 @@ SPEC = LossSpec(
     config=AlphaBetaConfig,
     card=Card(
         title="ABKD's α-β divergence",
-        summary="One family with forward KL, reverse KL, Hellinger and squared distance as points.",
+        summary="One family with forward KL, reverse KL, Hellinger and squared distance as special cases.",
         formula="-1/(αβ)·Σᵥ [p(v)^α·q(v)^β - α/(α+β)·p(v)^(α+β) - β/(α+β)·q(v)^(α+β)]",
         sources=(at(ABKD, "the definition of the α-β divergence; losses.py, ab_div"),),
-        use_when="You can afford to search: α says how much the teacher's likely tokens count, β the student's.",
-        avoid_when="You want no exponents to tune: gkd, skl or akl. With a negative exponent, or α = β = 0, rare "
-        "tokens decide all, and the value may be infinite.",
+        use_when="You can afford a search: α sets how much the teacher's likely tokens count, β the student's.",
+        avoid_when="You do not want exponents to tune: use gkd, skl or akl. With a negative exponent, or α = β = 0, "
+        "rare tokens dominate, and the value may be infinite.",
         notes="(1, 0) is fkl, (0, 1) rkl, (½, ½) 4 times hellinger. At α, β or α+β within 1e-3 of 0 the limit is "
-        "taken; all are continuous here. The released code has 1/α for 1/α² at the limits (equal at α = 1 "
-        "only), and one of its scripts loops over α = 0, β = 1, which is plain reverse KL. The paper adds "
-        "cross-entropy (terms.lm), the script a language-model term on plain text (terms.pretrain). The loss "
-        "itself takes about 2 times kd's time. Infinite where a model excludes a token (a logit of -inf) to "
-        "which a negative exponent or a logarithm applies.",
+        "used; all are continuous here. The released code has 1/α instead of 1/α² at the limits (equal only at α = "
+        "1), and one of its scripts loops over α = 0, β = 1, which is plain reverse KL. The paper adds cross-entropy "
+        "(terms.lm), the script a language-model term on plain text (terms.pretrain). The loss itself takes about 2 "
+        "times kd's time. Infinite where a model excludes a token (a logit of -inf) to which a negative exponent or a "
+        "logarithm applies.",
+        latex=r"-\frac{1}{\alpha\beta}\sum_v\Big[p(v)^\alpha q(v)^\beta-\frac{\alpha}{\alpha+\beta}"
+        r"\,p(v)^{\alpha+\beta}-\frac{\beta}{\alpha+\beta}\,q(v)^{\alpha+\beta}\Big]",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

@@ -63,13 +63,15 @@ SPEC = LossSpec(
         title="Bi-directional logits difference",
         summary="The order of the k likeliest tokens, by KL between softmaxes of their pairwise logit differences.",
         formula="KL(softmax Δp/T‖softmax Δq/T) over the pairs of the teacher's top k, plus the same over the student's",
-        sources=(at(BILD, "§3; k and T from its released code, formulas from memory"),),
-        use_when="The teacher's long tail is noise and the ranking of its first few tokens is what counts.",
-        avoid_when="The student is sampled at temperature 1: nothing is said of the mass outside the top k.",
-        notes="Both directions have the KL from teacher to student; only the choice of the tokens changes. Zero "
-        "wherever the chosen tokens have the same differences, whatever the others do. The order of a pair is "
-        "that of the leading model. The loss itself takes about 0.4 times kd's time. Pairs with a token that "
-        "both exclude are left out; infinite where one model alone excludes a chosen token.",
+        sources=(at(BILD, "L_BiLD = L_t-LD + L_s-LD; k, T and the form as in the released distil_losses/BILD.py"),),
+        use_when="The teacher's long tail is noise and the ranking of its first few tokens is what matters.",
+        avoid_when="The student is sampled at temperature 1: the loss says nothing about the mass outside the top k.",
+        notes="Both directions use the KL from teacher to student; only the choice of the tokens changes. Zero "
+        "wherever the chosen tokens have the same differences, whatever the others do. The order of a pair is that of "
+        "the leading model. The loss itself takes about 0.4 times kd's time. Pairs with a token that both exclude are "
+        "left out; infinite where only one of the models excludes a chosen token.",
+        latex=r"\mathrm{KL}\big(\mathrm{softmax}(\Delta p/T)\,\|\,\mathrm{softmax}(\Delta q/T)\big)\text{ over pairs "
+        r"of the teacher's top }k\text{, plus the same over the student's}",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

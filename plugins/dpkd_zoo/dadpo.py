@@ -1,37 +1,34 @@
-"""Distribution-aware DPO (Zhang et al., 2506.15717): two anchors, the student's own start and the teacher.
+"""Distribution-aware DPO (Zhang et al., 2506.15717): two references, the student before training and the teacher.
 
 With β₂ = 0 it would be `dpo`, with β₁ = 0 `dpkd` with sums.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from dpkd.api import Card, LossConfig, LossSpec, Pair, PairInputs, PairLoss, Signal, Trait, hookimpl, setting
-from dpkd.functional import aggregate, preference
+from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, Trait, hookimpl, setting
+from dpkd.functional import preference
+from dpkd_zoo import pairs
 from dpkd_zoo.papers import DADPO, DPO, at
 
 
 class DaDPOConfig(LossConfig):
-    """One strength for each anchor, and length normalisation."""
+    """A strength for each reference, and length normalization."""
 
     beta_start: float = setting(
         0.1,
-        description="β₁: strength of the student's start as anchor",
-        source="DPO's β (daDPO's is not known to us)",
+        description="β₁: strength of the initial student as reference",
+        source="DPO's β (daDPO's value not confirmed)",
         gt=0,
     )
     beta_teacher: float = setting(
         0.1,
-        description="β₂: strength of the teacher as anchor",
-        source="our choice: as β₁ (daDPO's is not known to us)",
+        description="β₂: strength of the teacher as reference",
+        source="our choice: as β₁ (daDPO's value not confirmed)",
         gt=0,
     )
-    aggregation: Literal["sum", "mean"] = setting(
-        "sum", description="log-ratios of whole responses, or per token", source="DPO Eq. 7"
-    )
+    aggregation: pairs.Aggregation = pairs.aggregation("sum", "DPO Eq. 7")
 
 
 class DaDPOLoss(PairLoss[DaDPOConfig]):
@@ -39,15 +36,9 @@ class DaDPOLoss(PairLoss[DaDPOConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         c = self.config
-        start = x.part("margin_start", c.beta_start * self._gap(x, x.reference))
-        teacher = x.part("margin_teacher", c.beta_teacher * self._gap(x, x.teacher))
+        start = x.part("margin_start", c.beta_start * pairs.margin(x, x.reference, c.aggregation))
+        teacher = x.part("margin_teacher", c.beta_teacher * pairs.margin(x, x.teacher, c.aggregation))
         return preference(start + teacher)
-
-    def _gap(self, x: PairInputs, anchor: Pair) -> Tensor:
-        how = self.config.aggregation
-        ratio_t = aggregate(x.student.chosen - anchor.chosen, x.lengths.chosen, how)
-        ratio_s = aggregate(x.student.rejected - anchor.rejected, x.lengths.rejected, how)
-        return ratio_t - ratio_s
 
 
 SPEC = LossSpec(
@@ -55,19 +46,25 @@ SPEC = LossSpec(
     loss=DaDPOLoss,
     config=DaDPOConfig,
     card=Card(
-        title="daDPO: DPO with two anchors",
-        summary="Preference of the teacher's response, measured against the student's start and against the teacher.",
+        title="daDPO: DPO with two references",
+        summary="Preference of the teacher's response, relative to the initial student and to the teacher.",
         formula="-log σ(β₁·Δ log(q/q₀) + β₂·Δ log(q/p)),  Δ f = f(yₜ) - f(yₛ),  q₀ the student at the start of the run",
-        sources=(at(DADPO, "Eq. 10 (second hand: structure only)"), at(DPO, "Eq. 7: the part with q₀")),
-        use_when="The teacher can score and the student was fine-tuned: dpkd's pull towards the teacher, held back by "
+        sources=(
+            at(DADPO, "Eq. 10 (not confirmed: the structure is from a description of it)"),
+            at(DPO, "Eq. 7: the part with q₀"),
+        ),
+        use_when="The teacher can score and the student was fine-tuned: dpkd's pull towards the teacher, balanced by "
         "dpo's towards the start.",
-        avoid_when="The memory for a third model is not there: take dpkd or dpo.",
-        notes="Known to us second hand: structure from a description of Eq. 10, no value of β₁ and β₂; check the "
-        "paper before you publish with it. The paper's pairs are drawn once, before training (text.refresh=once, the "
-        "default here). As log q counts in both parts, the whole strength is β₁ + β₂. Costs two responses per prompt "
-        "through student, its copy and the teacher: about three times kd, a second student in memory, and sampling.",
+        avoid_when="There is no memory for a third model: use dpkd or dpo.",
+        notes="The paper's pairs are sampled once, before training (text.refresh=once, the default here). As log q "
+        "counts in both parts, the total strength is β₁ + β₂. Costs two responses per prompt through the student, its "
+        "copy and the teacher: about three times kd, a second student in memory, plus sampling.",
+        latex=r"-\log\sigma\Big(\beta_1\,\Delta\log\frac{q}{q_0}+\beta_2\,\Delta\log\frac{q}{p}\Big), \qquad \Delta "
+        r"f=f(y_t)-f(y_s)",
+        unconfirmed="The structure follows a published description of Eq. 10, not the paper itself; the values of β₁ "
+        "and β₂ are unknown. Check the paper before you publish with it.",
     ),
-    reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.REFERENCE_LOGPS, Signal.LENGTHS}),
+    reads=pairs.STUDENT_AND_TEACHER | {Signal.REFERENCE_LOGPS},
     suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "once"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, log_mix
+from dpkd.functional import KLSum, kl, log_mix
 from dpkd_zoo.papers import DISTILLM, at
 
 
@@ -36,6 +36,13 @@ class DistiLLMLoss(TokenLoss[DistiLLMConfig]):
             from_NV, to_NV = to_NV, from_NV
         return kl(from_NV, log_mix(from_NV, to_NV, self.config.skew))
 
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        skew = self.config.skew
+        if self.config.divergence == "srkl":
+            return KLSum(reverse=1.0, reverse_share=1.0 - skew)
+        return KLSum(forward=1.0, forward_share=skew)
+
 
 SPEC = LossSpec(
     name="distillm",
@@ -45,18 +52,19 @@ SPEC = LossSpec(
         title="DistiLLM",
         summary="Skew KL on data and student text: a fixed mix, or the paper's adaptive one with held-out rows.",
         formula="KL(p‖α·p + (1-α)·q)  or  KL(q‖(1-α)·p + α·q)",
-        sources=(at(DISTILLM, "§3.1, skew KL; §3.2, adaptive off-policy (sections from memory); released code"),),
-        use_when="The student can write, sampling at every step is too slow, and a bounded divergence is wanted.",
-        avoid_when="The student writes nonsense yet, or there is no time to sample: skl and srkl are the same "
+        sources=(at(DISTILLM, "§3: skew KL and adaptive off-policy generation; released losses.py and finetune.py"),),
+        use_when="The student can write, sampling at every step is too slow, and you want a bounded divergence.",
+        avoid_when="The student's text is still nonsense, or there is no time to sample: skl and srkl are the same "
         "objectives on given text.",
         notes="The paper's text: text.source=adaptive with dev.path=ROWS (and dev.every, an epoch in the paper). φ "
-        "starts at 0 and rises by 0.1 whenever the loss on these rows is 0.1 above what it was at the last rise, at "
-        "first before training; text.adaptive has the numbers, all as in the released code. There a draw is made for "
-        "each micro-batch, here for each optimizer step, and the held-out loss is a mean over batches, here over "
-        "tokens. Without held-out rows φ = 0.5 throughout (our choice), with responses that are up to an epoch old. "
-        "The paper adds a language-model term of weight 1 on plain text (terms.pretrain.weight=1 with a corpus), and "
-        "starts from a fine-tuned student. The loss itself takes about 1.7 times kd's time, and more goes into "
-        "sampling.",
+        "starts at 0 and rises by 0.1 whenever the loss on these rows is 0.1 above its value at the last rise (first "
+        "compared before training); text.adaptive has the numbers, all as in the released code. There a draw is made "
+        "for each micro-batch, here for each optimizer step, and the held-out loss is a mean over batches, here over "
+        "tokens. Without held-out rows φ = 0.5 throughout (our choice), with responses up to an epoch old. The paper "
+        "adds a language-model term of weight 1 on plain text (terms.pretrain.weight=1 with a corpus), and starts "
+        "from a fine-tuned student. The loss itself takes about 1.7 times kd's time; sampling takes more.",
+        latex=r"\mathrm{KL}\big(p\,\|\,\alpha p+(1-\alpha)q\big)\quad\text{or}\quad\mathrm{KL}"
+        r"\big(q\,\|\,(1-\alpha)p+\alpha q\big)",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     suggests={"text": {"source": "mixed", "mix": {"dataset": 0.5, "student": 0.5}, "refresh": "per_epoch"}},

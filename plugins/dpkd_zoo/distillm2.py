@@ -53,17 +53,22 @@ SPEC = LossSpec(
         title="Contrastive distillation on text by both (DistiLLM-2)",
         summary="Skew KL on the teacher's responses, skew reverse KL on the student's, to the same prompts.",
         formula="2(1-β)·KL(p‖α·p + (1-α)·q) on the teacher's text,  2β·KL(q‖(1-α)·p + α·q) on the student's",
-        sources=(at(DISTILLM2, "CALD, Eq. 5; Table 11 for the defaults (numbers not verified)"),),
-        use_when="Both can write: the student learns the teacher's responses and unlearns its own, in bounded steps.",
-        avoid_when="Sampling is too slow, or only the data set's text is at hand: there is no contrast without the "
-        "student's responses. skl and srkl are the halves by themselves.",
-        notes="Not here: the paper's update of α from batch to batch, 1 - (1-α₀)·m/(p(y)-q(y)) within [0.01, 0.1], "
-        "which takes statistics of whole batches; the released code has it switched off, and the growing β too. A "
-        "schedule gives the latter: schedules.beta={start: 0.5, end: 0.75} (code). The released code takes the "
-        "mixture of the reverse part without gradient, here it has one, as in srkl. The mean is over the tokens of "
-        "both texts, so that a longer response weighs more. Suggested text, as in the paper: both sample at "
-        "temperature 0.8, the student anew every epoch (text.refresh=per_epoch). Text by the data set counts as the "
-        "teacher's. A token costs what it does with skl or srkl; there are twice as many, and both write.",
+        sources=(at(DISTILLM2, "Eq. 2, the full objective; Table 11 for the defaults; released distillm_trainer.py"),),
+        use_when="Both models can write: the student learns the teacher's responses and unlearns its own, in bounded "
+        "steps.",
+        avoid_when="Sampling is too slow, or only the data set's text is available: there is no contrast without the "
+        "student's responses. skl and srkl are the two halves by themselves.",
+        notes="Not included: the paper's update of α from batch to batch, 1 - (1-α₀)·m/(p(y)-q(y)) within [0.01, "
+        "0.1], which needs statistics of whole batches; the released code has it switched off, and the growing β too. "
+        "The released growth of β ends half-way through training, 1 + 0.5·min(1, 2·step/steps), so its schedule lasts "
+        "half of the run: schedules.beta={start: 0.5, end: 0.75, steps: N} with N half of train.steps, then constant. "
+        "The released code detaches the mixture of the reverse part; here it has a gradient, as in srkl. The mean is "
+        "over the tokens of both texts, so that a longer response weighs more. Suggested text, as in the paper: both "
+        "models sample at temperature 0.8, the student anew every epoch (text.refresh=per_epoch). Text from the data "
+        "set counts as the teacher's. A token costs the same as with skl or srkl; there are twice as many, and both "
+        "models write.",
+        latex=r"2(1-\beta)\,\mathrm{KL}\big(p\,\|\,\alpha p+(1-\alpha)q\big)\text{ on the teacher's text}, \qquad "
+        r"2\beta\,\mathrm{KL}\big(q\,\|\,(1-\alpha)p+\alpha q\big)\text{ on the student's}",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.BY_STUDENT}),
     suggests={

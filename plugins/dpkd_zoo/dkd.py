@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation (Zhao et al., 2203.08679): the target token and the others, weighed apart.
+"""Decoupled knowledge distillation (Zhao et al., 2203.08679): the target token and the others, weighted separately.
 
 `KL(p‖q) = TCKD + (1 - p_t)·NCKD`: TCKD is the KL of target against not target, NCKD that of the other tokens among
 themselves. Where the teacher is sure, plain KL hardly sees the others; DKD gives them a weight of their own.
@@ -24,7 +24,7 @@ class DKDConfig(LossConfig):
     beta: float = setting(
         1.0,
         description="β: weight of the other tokens' part",
-        source="our choice; tuned in the paper, from 0.5 (ImageNet) to 8 (CIFAR-100), from memory",
+        source="our choice; released configs: 0.5 (ImageNet), 8 (CIFAR-100)",
         gt=0,
     )
     target: Literal["response", "teacher"] = setting(
@@ -33,7 +33,7 @@ class DKDConfig(LossConfig):
         source="DKD: the label; `teacher` for text that is no reference",
     )
     temperature: float = setting(
-        1.0, description="divides both models' logits", source="DKD: 1 on ImageNet, 4 on CIFAR-100 (from memory)", gt=0
+        1.0, description="divides both models' logits", source="released configs: 1 on ImageNet, 4 on CIFAR-100", gt=0
     )
 
 
@@ -74,14 +74,17 @@ SPEC = LossSpec(
         title="Decoupled knowledge distillation",
         summary="The target token against the rest, and the rest among themselves, each with its own weight.",
         formula="α·KL([pₜ, 1-pₜ]‖[qₜ, 1-qₜ]) + β·KL(p̂‖q̂),  p̂ = p without t, renormalised",
-        sources=(at(DKD, "§3, DKD = α TCKD + β NCKD (Eq. 7, from memory)"),),
-        use_when="The teacher is very sure, so that plain KL is little more than cross-entropy: β brings back what it "
+        sources=(at(DKD, "§3, DKD = α·TCKD + β·NCKD (equation number not confirmed); released mdistiller, DKD.py"),),
+        use_when="The teacher is very certain, so plain KL is little more than cross-entropy: β brings back what it "
         "knows about the other tokens.",
-        avoid_when="The tail of the vocabulary is noise: β weighs it alike whether the teacher is sure or not.",
+        avoid_when="The tail of the vocabulary is noise: β gives it the same weight whether the teacher is certain or "
+        "not.",
         notes="From image classification. Plain KL is α = 1 and β = 1-pₜ, token by token. The released code "
-        "multiplies by temperature² and adds cross-entropy (terms.lm); neither is done here. The loss itself "
-        "takes about 2.3 times kd's time. Infinite where the student excludes a token (a logit of -inf) that "
-        "the teacher does not.",
+        "multiplies by temperature² and adds cross-entropy (terms.lm); neither is done here. The loss itself takes "
+        "about 2.3 times kd's time. Infinite where the student excludes a token (a logit of -inf) that the teacher "
+        "does not.",
+        latex=r"\alpha\,\mathrm{KL}\big([p_t,1-p_t]\,\|\,[q_t,1-q_t]\big)+\beta\,\mathrm{KL}(\hat p\,\|\,\hat q), "
+        r"\qquad \hat p=p\text{ without }t\text{, renormalized}",
     ),
     reads=_reads,
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

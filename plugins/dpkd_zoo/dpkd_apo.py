@@ -1,7 +1,7 @@
-"""Anchored preference (APO, D'Oosterlinck et al., 2408.06266) with the teacher as anchor.
+"""Anchored preference (APO, D'Oosterlinck et al., 2408.06266) with the teacher as the anchor.
 
-DPKD looks at the difference of two rewards only; both responses may become unlikely. APO looks at each reward by itself
-and says in which direction the likelihood of each response goes.
+DPKD only looks at the difference of two rewards, so both responses may become unlikely. APO looks at each reward by
+itself and decides in which direction the likelihood of each response moves.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, Trait, hookimpl, setting
-from dpkd.functional import aggregate
+from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Trait, hookimpl, setting
+from dpkd_zoo import pairs
 from dpkd_zoo.papers import APO, DPKD, TRL_PREFERENCE, at
 
 
 class DPKDAPOConfig(LossConfig):
-    """Strength, and where the likelihoods go."""
+    """Strength, and the direction of the likelihoods."""
 
     beta: float = setting(0.1, description="β of the implicit reward", source="TRL's DPO trainer", gt=0)
     form: Literal["zero", "down"] = setting(
@@ -24,9 +24,7 @@ class DPKDAPOConfig(LossConfig):
         description="zero: y_t up, y_s down; down: both down, y_s more (only where the student outdoes y_t)",
         source="APO: zero where the chosen response is better than the model's own",
     )
-    aggregation: Literal["sum", "mean"] = setting(
-        "sum", description="log-ratios of whole responses, or per token", source="APO and TRL: sums"
-    )
+    aggregation: pairs.Aggregation = pairs.aggregation("sum", "APO and TRL: sums")
 
 
 class DPKDAPOLoss(PairLoss[DPKDAPOConfig]):
@@ -34,9 +32,7 @@ class DPKDAPOLoss(PairLoss[DPKDAPOConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         c = self.config
-        ratio_t = aggregate(x.student.chosen - x.teacher.chosen, x.lengths.chosen, c.aggregation)
-        ratio_s = aggregate(x.student.rejected - x.teacher.rejected, x.lengths.rejected, c.aggregation)
-        reward_t, reward_s = c.beta * ratio_t, c.beta * ratio_s
+        reward_t, reward_s = (c.beta * ratio for ratio in pairs.log_ratios(x, x.teacher, c.aggregation))
         # 1 - σ(z) is written σ(-z), which keeps its digits where it is small.
         if c.form == "zero":
             return x.part("chosen", (-reward_t).sigmoid()) + x.part("rejected", reward_s.sigmoid())
@@ -49,28 +45,27 @@ SPEC = LossSpec(
     config=DPKDAPOConfig,
     card=Card(
         title="DPKD, anchored (APO)",
-        summary="Raises the teacher's response and lowers the student's, each by itself, between 0 and 2.",
+        summary="Raises the teacher's response and lowers the student's, each by itself; bounded between 0 and 2.",
         formula="zero: 1 - σ(r(yₜ)) + σ(r(yₛ));  down: σ(r(yₜ)) + 1 - σ(r(yₜ) - r(yₛ));  r(y) = β·log(q(y)/p(y))",
         sources=(
-            at(APO, "Eq. 7 (zero) and Eq. 8 (down)"),
+            at(APO, "Eq. 7 (zero) and Eq. 8 (down), as numbered in TRL's code"),
             at(TRL_PREFERENCE, "DPOTrainer, loss_type apo_zero and apo_down"),
             at(DPKD, "Eq. 29: r with the teacher as reference"),
         ),
-        use_when="Under dpkd the likelihood of the teacher's response falls: form zero raises it at every pair.",
-        avoid_when="yₜ is far less likely to the student than to the teacher (β·log q/p below about -5, soon so for "
-        "long responses): its part of the gradient dies with σ'. Lower β, or take aggregation=mean. form=down for "
-        "distillation: it makes the teacher's response less likely, which is right only where the student writes "
-        "better than the writer of yₜ.",
-        notes="APO's anchor is the model before training, so that every reward starts at 0, where σ' is largest; with "
-        "the teacher as anchor r(yₜ) starts below 0 and r(yₛ) above. Bounded, with a gradient of at most β/4 per "
-        "response. Costs what dpkd costs: two responses per prompt through student and teacher, about twice kd, and "
+        use_when="With dpkd the likelihood of the teacher's response falls: form zero raises it for every pair.",
+        avoid_when="yₜ is much less likely under the student than under the teacher (β·log q/p below about -5, which "
+        "long responses reach quickly): the gradient of its part vanishes with σ'. Lower β, or set aggregation=mean. "
+        "Avoid form=down for distillation: it makes the teacher's response less likely, which is right only where the "
+        "student writes better than the author of yₜ.",
+        notes="APO's anchor is the model before training, so every reward starts at 0, where σ' is largest; with the "
+        "teacher as anchor r(yₜ) starts below 0 and r(yₛ) above. Bounded, with a gradient of at most β/4 per "
+        "response. Costs the same as dpkd: two responses per prompt through student and teacher, about twice kd, plus "
         "sampling.",
+        latex=r"\text{zero: } 1-\sigma(r(y_t))+\sigma(r(y_s)), \qquad \text{down: } "
+        r"\sigma(r(y_t))+1-\sigma(r(y_t)-r(y_s)), \qquad r(y)=\beta\log\frac{q(y)}{p(y)}",
     ),
-    reads=frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.LENGTHS}),
-    suggests={
-        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
-        "terms": {"lm": {"weight": 1.0}},
-    },
+    reads=pairs.STUDENT_AND_TEACHER,
+    suggests=pairs.WITH_LM_TERM,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

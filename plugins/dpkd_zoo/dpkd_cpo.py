@@ -5,31 +5,24 @@ The paper prints `β log q(y_t)/q(y_t)`, which is 0 for every model; the denomin
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, Trait, hookimpl, setting
+from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Trait, hookimpl, setting
 from dpkd.functional import aggregate, preference
-from dpkd_zoo.papers import CPO, DPKD, at
+from dpkd_zoo import pairs
+from dpkd_zoo.papers import CPO, DPKD, TRL_PREFERENCE, at
 
 
 class DPKDCPOConfig(LossConfig):
     """Preference, and the likelihood term."""
 
-    beta: float = setting(0.1, description="β of the preference", source="TRL's CPO trainer (DPKD: none)", gt=0)
-    aggregation: Literal["sum", "mean"] = setting(
-        "sum",
-        description="log-probs in the preference: of whole responses, or per token",
-        source="DPKD Table 2 caption",
-    )
+    beta: float = setting(0.1, description="β of the preference", source="CPO §4.2, by TRL (DPKD: none)", gt=0)
+    aggregation: pairs.Aggregation = pairs.aggregation("sum", "DPKD Table 2 caption", "log-probs in the preference")
     nll_weight: float = setting(
         1.0, description="weight of -log q(y_t)", source="DPKD Table 2 caption; TRL's cpo_alpha", ge=0
     )
-    nll_aggregation: Literal["sum", "mean"] = setting(
-        "sum",
-        description="log-prob in the likelihood term: of the whole response, or per token",
-        source="DPKD Table 2 caption (TRL: mean over tokens)",
+    nll_aggregation: pairs.Aggregation = pairs.aggregation(
+        "sum", "DPKD Table 2 caption (TRL: a mean over all tokens of the batch)", "log-prob in the likelihood term"
     )
 
 
@@ -38,10 +31,8 @@ class DPKDCPOLoss(PairLoss[DPKDCPOConfig]):
 
     def forward(self, x: PairInputs) -> Tensor:
         c = self.config
-        logp_t = aggregate(x.student.chosen, x.lengths.chosen, c.aggregation)
-        logp_s = aggregate(x.student.rejected, x.lengths.rejected, c.aggregation)
         likelihood = aggregate(x.student.chosen, x.lengths.chosen, c.nll_aggregation)
-        chosen = x.part("preference", preference(c.beta * (logp_t - logp_s)))
+        chosen = x.part("preference", preference(c.beta * pairs.margin(x, None, c.aggregation)))
         return chosen - c.nll_weight * x.part("log_likelihood", likelihood)
 
 
@@ -53,14 +44,21 @@ SPEC = LossSpec(
         title="DPKD, CPO form",
         summary="Preference by the student's own log-probs, plus likelihood of the teacher's response.",
         formula="-log σ(β·log q(yₜ) - β·log q(yₛ)) - log q(yₜ)",
-        sources=(at(DPKD, "Table 2"), at(CPO, "§3: preference plus likelihood")),
-        use_when="Teacher log-probs are not to be had (text only), or cost too much.",
+        sources=(
+            at(DPKD, "Table 2"),
+            at(CPO, "§3 and Eq. 3, as numbered in TRL's code"),
+            at(TRL_PREFERENCE, "CPOTrainer, loss_type sigmoid"),
+        ),
+        use_when="Teacher log-probs are not available (text only), or cost too much.",
         avoid_when="The teacher can score: the reference keeps the student near it.",
-        notes="The paper's formula has q(yₜ) in the denominator, a slip of the pen for q(yₛ). The likelihood of the "
-        "teacher's response is inside, so that no LM term is needed. TRL averages the likelihood over tokens.",
+        notes="The paper's formula has q(yₜ) in the denominator, a typo for q(yₛ). The likelihood of the teacher's "
+        "response is part of the loss, so no LM term is needed. nll_aggregation=mean averages within each response, "
+        "so all pairs weigh the same; TRL takes one mean over all tokens of the batch, where long responses weigh "
+        "more. The LM term has TRL's denominator, on data-set responses: nll_weight=0 terms.lm.weight=1.",
+        latex=r"-\log\sigma\big(\beta\log q(y_t)-\beta\log q(y_s)\big)-\log q(y_t)",
     ),
-    reads=frozenset({Signal.STUDENT_LOGPS, Signal.LENGTHS}),
-    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"}},
+    reads=pairs.STUDENT,
+    suggests=pairs.TEACHER_OVER_STUDENT,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

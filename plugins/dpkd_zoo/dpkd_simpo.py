@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, Trait, hookimpl, setting
-from dpkd.functional import aggregate, preference
+from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Trait, hookimpl, setting
+from dpkd.functional import preference
+from dpkd_zoo import pairs
 from dpkd_zoo.papers import DPKD, SIMPO, at
 
 
@@ -27,9 +28,7 @@ class DPKDSimPOLoss(PairLoss[DPKDSimPOConfig]):
     """`-log σ(β/|y_t| log q(y_t) - β/|y_s| log q(y_s) - γ)`."""
 
     def forward(self, x: PairInputs) -> Tensor:
-        reward_t = aggregate(x.student.chosen, x.lengths.chosen, "mean")
-        reward_s = aggregate(x.student.rejected, x.lengths.rejected, "mean")
-        return preference(self.config.beta * (reward_t - reward_s) - self.config.gamma)
+        return preference(self.config.beta * pairs.margin(x, None, "mean") - self.config.gamma)
 
 
 SPEC = LossSpec(
@@ -41,16 +40,14 @@ SPEC = LossSpec(
         summary="The student's own log-prob per token as the reward, with a margin; no reference.",
         formula="-log σ(β/|yₜ|·log q(yₜ) - β/|yₛ|·log q(yₛ) - γ)",
         sources=(at(DPKD, "Table 2"), at(SIMPO, "Eq. 6")),
-        use_when="Teacher log-probs are not to be had, and the length of responses must not count.",
-        avoid_when="Without an LM term: nothing but it keeps the likelihood of the teacher's response up.",
-        notes="DPKD gives neither β nor γ. Small β (TRL's 0.1) leaves σ in its linear part. The LM term on data-set "
+        use_when="Teacher log-probs are not available, and the length of responses must not matter.",
+        avoid_when="Without an LM term: nothing else keeps the likelihood of the teacher's response up.",
+        notes="DPKD gives neither β nor γ. A small β (TRL's 0.1) leaves σ in its linear part. The LM term on data-set "
         "responses is on by default (weight 1).",
+        latex=r"-\log\sigma\Big(\frac{\beta}{|y_t|}\log q(y_t)-\frac{\beta}{|y_s|}\log q(y_s)-\gamma\Big)",
     ),
-    reads=frozenset({Signal.STUDENT_LOGPS, Signal.LENGTHS}),
-    suggests={
-        "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"},
-        "terms": {"lm": {"weight": 1.0}},
-    },
+    reads=pairs.STUDENT,
+    suggests=pairs.WITH_LM_TERM,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

@@ -72,13 +72,16 @@ SPEC = LossSpec(
         summary="At each position of given text: prefer the teacher's likeliest token to the student's.",
         formula="-log σ(β·h),  h = [log q(a) - log q(b)] - [log p(a) - log p(b)],  a = argmax p,  b = argmax q",
         sources=(at(DPKD_CODE, "main.py:193-258"), at(DPKD, "§3 describes another objective: dpkd")),
-        use_when="You want what the authors' script trains; a light nudge towards the teacher's greedy choice.",
-        avoid_when="A strong signal is wanted: at β = 0.1 the cross-entropy beside it weighs about ten times as much.",
-        notes="Zero gradient where the argmaxes agree, so that the loss has a floor of log 2 = 0.693. The script adds "
-        "0.5 · cross-entropy (terms.lm, on by default here) and 0.5 · (0.5 LM + 0.5 KD) on a corpus: "
-        "terms.pretrain.weight=0.5 terms.pretrain.kd_ratio=0.5 with a corpus. It works in bfloat16; here in float32. "
-        "Its DPOP penalty stands outside σ; in Smaug (2402.13228) it is inside, times β. Infinite where the teacher "
-        "excludes the student's choice (a logit of -inf).",
+        use_when="You want to reproduce what the authors' script trains; a light nudge towards the teacher's greedy "
+        "choice.",
+        avoid_when="You want a strong signal: at β = 0.1 the cross-entropy beside it weighs about ten times as much.",
+        notes="Zero gradient where the argmaxes agree, so the loss has a floor of log 2 = 0.693. The script adds 0.5 "
+        "· cross-entropy (terms.lm, on by default here) and 0.5 · (0.5 LM + 0.5 KD) on a corpus: "
+        "terms.pretrain.weight=0.5 terms.pretrain.kd_ratio=0.5 with a corpus. It computes in bfloat16; here in "
+        "float32. Its DPOP penalty is outside σ; in Smaug (2402.13228) it is inside, times β. Infinite where the "
+        "teacher excludes the student's choice (a logit of -inf).",
+        latex=r"-\log\sigma(\beta h), \qquad h=\log\frac{q(a)}{q(b)}-\log\frac{p(a)}{p(b)}, \qquad a=\mathrm{argmax}"
+        r"\,p,\; b=\mathrm{argmax}\,q",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     suggests={"terms": {"main": 0.5, "lm": {"weight": 0.5}}},

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl
+from dpkd.functional import KLSum, kl
 from dpkd_zoo.papers import AKL, HINTON, at
 
 
@@ -31,6 +31,11 @@ class FKLLoss(TokenLoss[FKLConfig]):
         value_N = kl(x.teacher_log_probs(c.temperature), x.student_log_probs(c.temperature))
         return value_N * c.temperature**2 if c.scale_by_t2 else value_N
 
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        c = self.config
+        return KLSum(forward=c.temperature**2 if c.scale_by_t2 else 1.0, temperature=c.temperature)
+
 
 SPEC = LossSpec(
     name="fkl",
@@ -38,14 +43,15 @@ SPEC = LossSpec(
     config=FKLConfig,
     card=Card(
         title="Forward KL",
-        summary="Full-vocabulary KL(p‖q) alone: the student covers all that the teacher finds likely.",
+        summary="Full-vocabulary KL(p‖q) alone: the student covers everything that the teacher finds likely.",
         formula="Σᵥ p(v)·log(p(v)/q(v))",
         sources=(at(HINTON, "§2"), at(AKL, "§3")),
-        use_when="The pure divergence is wanted, as a baseline or beside other terms; kd adds cross-entropy.",
+        use_when="You want the pure divergence, as a baseline or beside other terms; kd adds cross-entropy.",
         avoid_when="The student is far too small to cover the teacher: it spreads its mass; try rkl, skl or jsd.",
         notes="The same as kd with kd_ratio=1, at the same cost. Other toolkits log the soft cross-entropy -Σ p log "
-        "q: equal gradients, but a value with the teacher's entropy in it. Infinite where the student excludes "
-        "a token (a logit of -inf) that the teacher does not.",
+        "q: equal gradients, but the value includes the teacher's entropy. Infinite where the student excludes a "
+        "token (a logit of -inf) that the teacher does not.",
+        latex=r"\sum_v p(v)\log\frac{p(v)}{q(v)}",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER}),

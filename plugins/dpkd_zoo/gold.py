@@ -73,29 +73,32 @@ SPEC = LossSpec(
     card=Card(
         title="General online logit distillation",
         summary="JSD on the tokens that both vocabularies have, ULD on the others, at aligned spans of text.",
-        formula="w·(β·Σ_{v∈C} p̃ log(p̃/m) + (1-β)·Σ_{v∈C} q̃ log(q̃/m)) + (1-w)·Σᵢ |p̃₍ᵢ₎ - q̃₍ᵢ₎| over v∉C,  "
-        "m = β·p̃ + (1-β)·q̃,  p̃(v) = p(v)·p(rest of the span),  C = tokens of both,  w = |C|/|V_teacher|",
+        formula="w·(β·Σ_{v∈C} p̃ log(p̃/m) + (1-β)·Σ_{v∈C} q̃ log(q̃/m)) + (1-w)·Σᵢ |p̃₍ᵢ₎ - q̃₍ᵢ₎| over v∉C,  m = "
+        "β·p̃ + (1-β)·q̃,  p̃(v) = p(v)·p(rest of the span),  C = tokens of both,  w = |C|/|V_teacher|",
         sources=(
             at(GOLD, "sequence and vocabulary alignment"),
             at(TRL_GOLD, "ULDLoss with uld_use_hybrid_loss"),
             at(ULD, "§3"),
         ),
-        use_when="The teacher has another tokenizer, above all where the two vocabularies have many tokens in common, "
-        "on given text or on the student's own.",
-        avoid_when="The vocabularies have little in common: most of the mass is then compared by rank alone. Or the "
-        "student does not write such text yet, and no LM term is beside it: spans are unlikely, and the gradient is "
-        "small. With one tokenizer it is jsd, which says so.",
-        notes="p̃ and q̃ are not renormalised, and need not be: with one mixture m on both sides the masses cancel, so "
-        "that the JSD of 0 < β < 1 stays non-negative, and 0 only where p̃ = q̃ (which is why β = 0 and 1 are not "
-        "offered). The value of a span falls with its probability under both models: long spans weigh little. "
-        "What differs from TRL: here the distribution that predicts a span's first token is merged with the rest "
-        "(TRL's `observed` takes the logits one place later; its `bayesian` has the right place but merges the last "
+        use_when="The teacher has another tokenizer, above all where the two vocabularies share many tokens, on given "
+        "text or on the student's own.",
+        avoid_when="The vocabularies share little: most of the mass is then compared by rank alone. Or the student "
+        "cannot write such text yet and there is no LM term: spans are unlikely, and the gradient is small. With one "
+        "tokenizer use jsd, which is the same.",
+        notes="p̃ and q̃ are not renormalised, and need not be: with one mixture m on both sides the masses cancel, "
+        "so the JSD of 0 < β < 1 stays non-negative, and is 0 only where p̃ = q̃ (which is why β = 0 and 1 are not "
+        "offered). The value of a span falls with its probability under both models: long spans weigh little. What "
+        "differs from TRL: here the distribution that predicts a span's first token is merged with the rest (TRL's "
+        "`observed` takes the logits one position later; its `bayesian` has the right position but merges the last "
         "token's distribution); tokens are the same if they spell the same bytes, `Ġthe` and `▁the` (TRL: the same "
         "string); the end of a response is a span (TRL skips it); the mean is over spans of the step (TRL: per "
         "response); tokens that only one model has always cost their mass; log-probs are not clamped. TRL adds no "
         "cross-entropy by default; terms.lm.weight does here. TRL samples half of the batches from the student (at "
-        "temperature 0.9, top-p 0.95, 128 tokens) and its learning rate is 1e-7; text.source=dataset trains on given "
-        "text. Cost: as for uld, and a JSD over the union of both vocabularies.",
+        "temperature 0.9, top-p 0.95, 128 tokens) with a learning rate of 1e-7; text.source=dataset trains on given "
+        "text. Cost: as for uld, plus a JSD over the union of both vocabularies.",
+        latex=r"w\Big(\beta\sum_{v\in C}\tilde p\log\frac{\tilde p}{m}+(1-\beta)\sum_{v\in C}\tilde q\log\frac{\tilde "
+        r"q}{m}\Big)+(1-w)\sum_i\big|\tilde p_{(i)}-\tilde q_{(i)}\big|_{v\notin C}, \qquad m=\beta\tilde "
+        r"p+(1-\beta)\tilde q",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.STUDENT_REST, Signal.TEACHER_REST}),
     suggests={"text": {"source": "mixed", "mix": {"dataset": 0.5, "student": 0.5}}},

@@ -32,11 +32,12 @@ SPEC = LossSpec(
         summary="Half the squared distance of √p and √q: symmetric, smooth, and never above 1.",
         formula="½·Σᵥ (√p(v) - √q(v))² = 1 - Σᵥ √(p(v)·q(v))",
         sources=(at(ABKD, "the α-β divergence at α = β = ½"),),
-        use_when="A bounded, symmetric divergence is wanted that, unlike tvd, is smooth where the models agree.",
+        use_when="You want a bounded, symmetric divergence that, unlike tvd, is smooth where the models agree.",
         avoid_when="The student is far from the teacher: the gradient fades with √q where it has no mass.",
-        notes="No paper of language-model distillation proposes it alone; ABKD has it as one point of its family: its "
-        "value at (½, ½) is 4 times this. The square of the distance, as usual for training: the root has no "
+        notes="No paper on language-model distillation proposes it alone; ABKD has it as one point of its family: its "
+        "value at (½, ½) is 4 times this. It is the square of the distance, as usual for training: the root has no "
         "gradient where the models agree. The loss itself takes about 0.9 times kd's time.",
+        latex=r"\tfrac12\sum_v\big(\sqrt{p(v)}-\sqrt{q(v)}\big)^2=1-\sum_v\sqrt{p(v)\,q(v)}",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

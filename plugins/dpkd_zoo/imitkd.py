@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, nll
+from dpkd.functional import KLSum, kl, nll
 from dpkd_zoo.papers import GKD, IMITKD, at
 
 
@@ -21,7 +21,7 @@ class ImitKDConfig(LossConfig):
     target: Literal["choice", "distribution"] = setting(
         "choice",
         description="the teacher's likeliest token as a label, or its distribution (forward KL)",
-        source="the paper's ImitKD is the choice, ImitKD + Full the distribution (from memory)",
+        source="the paper's ImitKD is the choice (released code: the teacher's argmax), ImitKD + Full the distribution",
     )
 
 
@@ -34,6 +34,10 @@ class ImitKDLoss(TokenLoss[ImitKDConfig]):
             return kl(x.teacher_log_probs(), log_q_NV)
         return nll(log_q_NV, x.teacher_logits.argmax(-1))
 
+    def kl_sum(self) -> KLSum | None:
+        """The same, for fused kernels."""
+        return KLSum(forward=1.0) if self.config.target == "distribution" else None
+
 
 SPEC = LossSpec(
     name="imitkd",
@@ -43,14 +47,20 @@ SPEC = LossSpec(
         title="Imitation learning KD",
         summary="The teacher's next token, or its distribution, along text that the student partly writes.",
         formula="-log q(v*),  v* = argmax p   (target=distribution: Σᵥ p(v)·log(p(v)/q(v)))",
-        sources=(at(IMITKD, "§3, Algorithm 1 (numbers from memory)"), at(GKD, "§3, as a baseline")),
-        use_when="Hard labels are wanted on the student's own prefixes: greedy decoding of translations or summaries.",
-        avoid_when="The student is to be sampled from: labels make it over-confident; target=distribution or gkd.",
-        notes="In the paper the share of data-set text falls exponentially over the run, and responses are decoded "
-        "greedily or with beams (from memory); here it is fixed at one half (text.mix) and responses are "
-        "sampled: text.sampling.temperature=0 is greedy. GKD calls forward KL at λ = 0.5 ImitKD: "
-        "target=distribution. The loss itself takes about 0.4 times kd's time, and more goes into the sampling "
-        "of every student step. Infinite where the student excludes the teacher's choice (a logit of -inf).",
+        sources=(
+            at(IMITKD, "Algorithm 1; released generation/distillation.py: labels and schedules"),
+            at(GKD, "§3, as a baseline"),
+        ),
+        use_when="You want hard labels on the student's own prefixes: greedy decoding of translations or summaries.",
+        avoid_when="The student will be sampled from: labels make it over-confident; use target=distribution or gkd.",
+        notes="Not a preset of another loss: no other takes the teacher's argmax as the label. What differs from the "
+        "released code: its share of data-set text falls over the run (linearly or exponentially, 200^(-t/N)), and "
+        "text is decoded by a translator with beams; here the share is fixed at one half (text.mix) and responses are "
+        "sampled: text.sampling.temperature=0 is greedy. On the data set's own responses its labels are their tokens; "
+        "here they are the teacher's at every position. GKD calls forward KL at λ = 0.5 ImitKD: target=distribution. "
+        "The loss itself takes about 0.4 times kd's time; sampling in the student's steps takes more. Infinite where "
+        "the student excludes the teacher's choice (a logit of -inf).",
+        latex=r"-\log q(v^*), \qquad v^*=\mathrm{argmax}_v\,p(v)",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     suggests={"text": {"source": "mixed", "mix": {"dataset": 0.5, "student": 0.5}}},

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, nll
+from dpkd.functional import KLSum, kl, nll
 from dpkd_zoo.papers import HINTON, LMOPS, at
 
 
@@ -37,6 +37,8 @@ class KDLoss(TokenLoss[KDConfig]):
 
     def forward(self, x: TokenInputs) -> Tensor:
         c = self.config
+        if c.kd_ratio == 0:  # refused for `kd`, where a teacher would be loaded for nothing; `seqkd` has it
+            return nll(x.student_log_probs(), x.targets)
         divergence_N = x.part("kl", kl(x.teacher_log_probs(c.temperature), x.student_log_probs(c.temperature)))
         if c.scale_by_t2:
             divergence_N = divergence_N * c.temperature**2
@@ -45,10 +47,21 @@ class KDLoss(TokenLoss[KDConfig]):
         likelihood_N = x.part("nll", nll(x.student_log_probs(), x.targets))
         return (1 - c.kd_ratio) * likelihood_N + c.kd_ratio * divergence_N
 
+    def kl_sum(self) -> KLSum | None:
+        """The same, for fused kernels."""
+        c = self.config
+        if c.kd_ratio < 1 and c.temperature != 1:
+            return None  # two temperatures
+        scale = c.temperature**2 if c.scale_by_t2 else 1.0
+        return KLSum(
+            forward=scale * c.kd_ratio, likelihood=1 - c.kd_ratio, temperature=c.temperature, parts=("kl", None, "nll")
+        )
+
 
 def _reads(config: KDConfig) -> frozenset[Signal]:
-    both = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS})
-    return both if config.kd_ratio == 1 else both | {Signal.TARGETS}
+    teacher = {Signal.TEACHER_LOGITS} if config.kd_ratio > 0 else set()
+    targets = {Signal.TARGETS} if config.kd_ratio < 1 else set()
+    return frozenset({Signal.STUDENT_LOGITS, *teacher, *targets})
 
 
 SPEC = LossSpec(
@@ -61,10 +74,11 @@ SPEC = LossSpec(
         formula="(1-α)·(-log q(yᵢ)) + α·Σᵥ p(v)·log(p(v)/q(v))",
         sources=(at(HINTON, "§2"), at(LMOPS, "finetune.py, scripts/gpt2/kd")),
         use_when="The first thing to try: fast, stable, works off-policy on any data set.",
-        avoid_when="The student is far too small to cover the teacher: forward KL then spreads its mass over "
-        "tokens that it cannot tell apart; try rkl, akl or a text written by the student.",
-        notes="The value is a true KL, 0 where the models agree. Released code computes the soft cross-entropy "
-        "-Σ p log q, which has the same gradient and differs by the teacher's entropy.",
+        avoid_when="The student is far too small to cover the teacher: forward KL then spreads its mass over tokens "
+        "that it cannot tell apart; try rkl, akl, or text written by the student.",
+        notes="The value is a true KL, 0 where the models agree. Released code computes the soft cross-entropy -Σ p "
+        "log q, which has the same gradient and differs by the teacher's entropy.",
+        latex=r"(1-\alpha)\,\big(-\log q(y_i)\big)+\alpha\sum_v p(v)\log\frac{p(v)}{q(v)}",
     ),
     reads=_reads,
     traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER}),

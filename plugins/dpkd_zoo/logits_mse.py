@@ -37,21 +37,22 @@ SPEC = LossSpec(
     loss=LogitsMSELoss,
     config=LogitsMSEConfig,
     card=Card(
-        title="Squared difference of centred logits",
-        summary="Half the mean squared difference of the models' centred logits: every token counts alike.",
+        title="Squared difference of centered logits",
+        summary="Half the mean squared difference of the models' centered logits: every token counts the same.",
         formula="1/(2V)·Σᵥ (z̃_q(v) - z̃_p(v))²,  z̃ = z - mean of z over the vocabulary",
         sources=(
-            at(BA_CARUANA, "§2.2, L2 on logits, not centred (place from memory)"),
+            at(BA_CARUANA, "the L2 loss on logits, not centered (section not confirmed)"),
             at(HINTON, "§2.1, Eq. 4: the limit of high temperature"),
             at(KIM_MSE, "MSE against KL"),
         ),
         use_when="The vocabulary is small, or the student is large enough to copy the teacher's logits altogether.",
-        avoid_when="The vocabulary is large: tens of thousands of tokens that nobody will ever say outweigh the likely "
+        avoid_when="The vocabulary is large: tens of thousands of tokens that are never generated outweigh the likely "
         "ones.",
         notes="The value is in squared logits, not in nats: weigh it accordingly beside other terms. Other toolkits "
-        "do not centre, and then fit a constant that no probability depends on. The factor ½ makes it the limit "
-        "of fkl with scale_by_t2=true as the temperature grows. The loss itself takes about 1.4 times kd's "
-        "time. Tokens that both models exclude are left out; infinite where one model alone excludes a token.",
+        "do not center, and then fit a constant that no probability depends on. The factor ½ makes it the limit of "
+        "fkl with scale_by_t2=true as the temperature grows. The loss itself takes about 1.4 times kd's time. Tokens "
+        "that both models exclude are left out; infinite where only one of the models excludes a token.",
+        latex=r"\frac{1}{2V}\sum_v\big(\tilde z_q(v)-\tilde z_p(v)\big)^2, \qquad \tilde z=z-\frac1V\sum_v z(v)",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

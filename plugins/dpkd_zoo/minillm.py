@@ -7,7 +7,11 @@ p̃ = α p + (1-α) q (Eq. 4). Returns are divided by the number of tokens that 
 
 from __future__ import annotations
 
+import warnings
+from typing import Any, Literal
+
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from dpkd.api import (
@@ -23,7 +27,7 @@ from dpkd.api import (
     hookimpl,
     setting,
 )
-from dpkd.functional import kl, returns_to_go
+from dpkd.functional import kl, returns_to_go, segment_sum
 from dpkd_zoo.papers import LMOPS, MINILLM, at
 
 
@@ -43,8 +47,11 @@ class MiniLLMConfig(LossConfig):
     reward_clip: float | None = setting(
         None, description="largest absolute reward", source="not in the paper (released: 100)", gt=0
     )
-    whiten: bool = setting(
-        False, description="returns to mean 0 and variance 1", source="not in the paper (released: true)"
+    whiten: Literal["none", "rows", "released"] = setting(
+        "none",
+        description="returns to mean 0 and variance 1: over the sampled tokens (rows), or as in the released code "
+        "(zeros of padding count, unbiased variance)",
+        source="not in the paper (released code: released)",
     )
     clip_epsilon: float | None = setting(
         0.2, description="ε of the PPO clipping of q/p̃; none: off", source="Algorithm 1; --cliprange", gt=0, lt=1
@@ -53,6 +60,15 @@ class MiniLLMConfig(LossConfig):
     weigh_single_step: bool = setting(
         True, description="multiply the single-step part by w_t too", source="Eq. 7 (released: false)"
     )
+
+    @field_validator("whiten", mode="before")
+    @classmethod
+    def _once_a_switch(cls, value: Any) -> Any:
+        if not isinstance(value, bool):
+            return value
+        now = "rows" if value else "none"
+        warnings.warn(f"loss.whiten={str(value).lower()} is now loss.whiten={now}", FutureWarning, stacklevel=2)
+        return now
 
 
 def _from_next(values_N: Tensor, sequence_N: Tensor) -> Tensor:
@@ -64,8 +80,18 @@ def _from_next(values_N: Tensor, sequence_N: Tensor) -> Tensor:
 
 def _whitened(values_N: Tensor) -> Tensor:
     """Values of mean 0 and variance 1; the small number keeps constant values at 0."""
-    centred_N = values_N - values_N.mean()
-    return centred_N * (centred_N.square().mean() + 1e-8).rsqrt()
+    centered_N = values_N - values_N.mean()
+    return centered_N * (centered_N.square().mean() + 1e-8).rsqrt()
+
+
+def _whitened_as_released(values_N: Tensor, sequence_N: Tensor) -> Tensor:
+    """As released (losses.py, utils.whiten): statistics over responses padded with zeros to the longest."""
+    lengths_B = segment_sum(torch.ones_like(values_N), sequence_N, int(sequence_N.max()) + 1)
+    count = len(lengths_B) * lengths_B.max()
+    mean = values_N.sum() / count
+    padding = count - len(values_N)
+    variance = ((values_N - mean).square().sum() + padding * mean.square()) / (count - 1).clamp(min=1)
+    return (values_N - mean) * (variance + 1e-8).rsqrt()
 
 
 class MiniLLMLoss(RolloutLoss[MiniLLMConfig]):
@@ -82,7 +108,9 @@ class MiniLLMLoss(RolloutLoss[MiniLLMConfig]):
             returns_N, counts_N = (_from_next(v, rollout.sequence) for v in (returns_N, counts_N))
         if c.length_normalise:
             returns_N = returns_N / counts_N.clamp(min=1)
-        return _whitened(returns_N) if c.whiten else returns_N
+        if c.whiten == "none" or not len(returns_N):
+            return returns_N
+        return _whitened(returns_N) if c.whiten == "rows" else _whitened_as_released(returns_N, rollout.sequence)
 
     def forward(self, x: RolloutInputs) -> Tensor:
         c = self.config
@@ -119,17 +147,21 @@ SPEC = LossSpec(
     config=MiniLLMConfig,
     card=Card(
         title="MiniLLM",
-        summary="Policy gradient of the sequence-level reverse KL, on text drawn from teacher and student mixed.",
+        summary="Policy gradient of the sequence-level reverse KL, on text sampled from teacher and student mixed.",
         formula="∇ = -E_{y~p̃} Σₜ wₜ·[∇ Σᵥ q(v)·log(p(v)/q(v)) + Rₜ₊₁·∇ log q(yₜ)],  wₜ = q/p̃,  p̃ = αp + (1-α)q",
         sources=(at(MINILLM, "Eq. 2-7, Algorithm 1"), at(LMOPS, "losses.py, sampler.py")),
         use_when="On-policy training is affordable, and whole responses should be likely under the teacher.",
         avoid_when="Sampling is the bottleneck, or the student cannot write a sensible sentence yet: start from SFT.",
-        notes="Released code: discount=0.95 include_current=true reward_scale=0.5 reward_clip=100 whiten=true "
-        "weigh_single_step=false; it divides returns by length whatever --length-norm says. Eq. 6 prints 1/(T-t-1) for "
-        "a sum of T-t rewards; here it is their number. Rewards and w are taken from the student that drew the text, "
-        "and the return of a whole collection is whitened at once. Paper and code add a pre-training term of weight 1 "
-        "(terms.pretrain; released: kd_ratio 0.5), which needs a corpus and so is off here. Paper: mini-batch 64, 256 "
-        "responses per collection, 5,000 steps from an SFT student chosen by validation loss; warm-up as released.",
+        notes="Released code: discount=0.95 include_current=true reward_scale=0.5 reward_clip=100 whiten=released "
+        "weigh_single_step=false; it divides returns by length whatever --length-norm says. Its whitening works on a "
+        "rectangle of responses, padded with zeros to the longest, with the unbiased variance: whiten=released. It "
+        "does so for each mini-batch; here a whole collection is whitened at once. Eq. 6 prints 1/(T-t-1) for a sum "
+        "of T-t rewards; here it is their number. Rewards and w are taken from the student that sampled the text. "
+        "Paper and code add a pre-training term of weight 1 (terms.pretrain; released: kd_ratio 0.5), which needs a "
+        "corpus and so is off here. Paper: mini-batch 64, 256 responses per collection, 5,000 steps from an SFT "
+        "student chosen by validation loss; warm-up as released.",
+        latex=r"\nabla=-\mathbb{E}_{y\sim\tilde p}\sum_t w_t\Big[\nabla\sum_v q(v)\log\frac{p(v)}{q(v)}+R_{t+1}"
+        r"\nabla\log q(y_t)\Big], \qquad w_t=\frac{q}{\tilde p},\quad \tilde p=\alpha p+(1-\alpha)q",
     ),
     reads=_reads,
     accepts=frozenset({Text.STUDENT}),

@@ -134,7 +134,7 @@ SPEC = LossSpec(
     config=OPDConfig,
     card=Card(
         title="On-policy distillation",
-        summary="Policy gradient on the student's own text: each token is worth log p - log q under the teacher.",
+        summary="Policy gradient on the student's own text: the reward of a token is log p - log q under the teacher.",
         formula="-Aₜ·q(yₜ)/q_drawn(yₜ),  Aₜ = Σₖ γᵏ·(log p(yₜ₊ₖ) - log q_old(yₜ₊ₖ));  k2: ℓ²/2,  k3: p/q - 1 + ℓ,  ℓ "
         "= log q - log p",
         sources=(
@@ -142,23 +142,25 @@ SPEC = LossSpec(
             at(KL_APPROXIMATION, "k1, k2, k3 as estimators of the value"),
             at(KL_PITFALLS, "what their gradients are"),
         ),
-        use_when="The teacher can give log-probs of given tokens only (a server), and the student already writes well "
+        use_when="The teacher can only give log-probs of given tokens (a server), and the student already writes well "
         "enough to learn from its own text.",
-        avoid_when="The teacher's logits are at hand: rkl on student text (text.source=student) has the gradient of "
-        "discount 0 exactly, where this samples it. estimator=k3 for the reverse KL: its gradient is the forward "
-        "KL's.",
+        avoid_when="The teacher's logits are available: rkl on student text (text.source=student) has the gradient of "
+        "discount 0 exactly, where this samples it. Avoid estimator=k3 for the reverse KL: its gradient is the "
+        "forward KL's.",
         notes="Which gradient, in expectation over fresh text. k1, discount 0 (default): the reverse KL at every "
-        "prefix that the student writes, what a token does to later ones left out. k1, discount 1: the reverse KL of "
-        "whole responses, exactly, with more variance. k2: as k1 with discount 0, but with the log-ratio of now, not "
-        "of when the text was drawn. k3: the forward KL(p‖q) at the student's prefixes, whatever its good name as an "
+        "prefix that the student writes, ignoring what a token does to later ones. k1, discount 1: the reverse KL of "
+        "whole responses, exactly, with more variance. k2: as k1 with discount 0, but with the current log-ratio, not "
+        "the one at sampling time. k3: the forward KL(p‖q) at the student's prefixes, despite its reputation as an "
         "estimator of the reverse KL's value; GRPO's KL term is of this kind. k1 as a plain loss has gradient 0 and "
-        "is not offered. With importance=true the same holds, at the prefixes really drawn, for text of another "
-        "policy (teacher_mix; later passes, where k1 keeps the reward of when the text was drawn). tinker-cookbook "
-        "multiplies rewards by kl_penalty_coef = 1 (here terms.main) and sums over tokens where dpkd takes the mean; "
-        "its learning rate is 1e-4 with LoRA, 5e-5 without. Unlike minillm: no single-step part, no length "
-        "normalisation, no clipping. A token that the teacher excludes is worth -∞: set reward_clip where its "
-        "log-probs are cut off. Costs one log-prob per token of the teacher instead of a distribution; the student's "
-        "sampling decides the time of a step, many times kd's.",
+        "is not offered. With importance=true the same holds, at the prefixes actually sampled, for text of another "
+        "policy (teacher_mix; later passes, where k1 keeps the reward from sampling time). tinker-cookbook multiplies "
+        "rewards by kl_penalty_coef = 1 (here terms.main) and sums over tokens where dpkd takes the mean; its "
+        "learning rate is 1e-4 with LoRA, 5e-5 without. Unlike minillm: no single-step part, no length normalization, "
+        "no clipping. A token that the teacher excludes has reward -∞: set reward_clip where its log-probs are "
+        "truncated. Costs one log-prob per token of the teacher instead of a distribution; the student's sampling "
+        "dominates the time of a step, many times kd's.",
+        latex=r"-A_t\,\frac{q(y_t)}{q_\mathrm{drawn}(y_t)}, \qquad A_t=\sum_k\gamma^k\big(\log p(y_{t+k})-\log "
+        r"q_\mathrm{old}(y_{t+k})\big)",
     ),
     reads=_reads,
     accepts=frozenset({Text.STUDENT}),

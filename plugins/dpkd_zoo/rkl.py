@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl
+from dpkd.functional import KLSum, kl
 from dpkd_zoo.papers import AKL, MINILLM, at
 
 
@@ -26,6 +26,10 @@ class RKLLoss(TokenLoss[RKLConfig]):
         temperature = self.config.temperature
         return kl(x.student_log_probs(temperature), x.teacher_log_probs(temperature))
 
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        return KLSum(reverse=1.0, temperature=self.config.temperature)
+
 
 SPEC = LossSpec(
     name="rkl",
@@ -37,9 +41,10 @@ SPEC = LossSpec(
         formula="Σᵥ q(v)·log(q(v)/p(v))",
         sources=(at(MINILLM, "§2.1"), at(AKL, "§3")),
         use_when="The student is much smaller than the teacher, or writes the text itself (text.source=student).",
-        avoid_when="Variety matters: mode seeking narrows the student.",
-        notes="Gradient through the probabilities of the vocabulary only, not through sampling. Infinite where the "
-        "teacher excludes a token that the student does not (logits of -inf).",
+        avoid_when="Diversity matters: mode seeking narrows the student.",
+        notes="The gradient flows through the probabilities of the vocabulary only, not through sampling. Infinite "
+        "where the teacher excludes a token that the student does not (logits of -inf).",
+        latex=r"\sum_v q(v)\log\frac{q(v)}{p(v)}",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

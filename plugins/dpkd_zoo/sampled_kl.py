@@ -80,17 +80,20 @@ SPEC = LossSpec(
     config=SampledKLConfig,
     card=Card(
         title="Random sampling KD",
-        summary="Forward KL from tokens drawn from the teacher: unbiased, where its top k would not be.",
+        summary="Forward KL from tokens sampled from the teacher: unbiased, where its top k would not be.",
         formula="1/S·Σₛ w(vₛ)·log(p(vₛ)/q(vₛ)),  vₛ ~ r ∝ p^τ,  w = p/r",
-        sources=(at(SAMPLED_KD, "§4, random sampling KD (section from memory)"),),
-        use_when="To see what a store of sampled teacher tokens would give before building one: no bias, little noise.",
-        avoid_when="The teacher is at hand: fkl is exact. The sampling saves storage, not time, while logits are read.",
+        sources=(at(SAMPLED_KD, "random sampling KD (section not confirmed)"),),
+        use_when="You want to see what a store of sampled teacher tokens would give before building one: no bias, "
+        "little noise.",
+        avoid_when="The teacher is available: fkl is exact. Sampling saves storage, not time, as long as logits are "
+        "read.",
         notes="Single values may be negative; only their expectation is the KL. At a student equal to the teacher the "
-        "value is 0 but the gradient is not, except on average. Same seed, same draws at positions with the "
-        "same four likeliest tokens, over all epochs: the paper's store does the same. The paper weighs by "
-        "counts, c/S, which is τ = 1; for τ ≠ 1 weights here are p/r exactly, not normalized over the draw, "
-        "which would bias. The loss itself takes about 0.6 times kd's time. Infinite where the student excludes "
-        "a drawn token (a logit of -inf).",
+        "value is 0 but the gradient is not, except on average. The same seed gives the same draws at positions with "
+        "the same four likeliest tokens, in all epochs: the paper's store does the same. The paper weighs by counts, "
+        "c/S, which is τ = 1; for τ ≠ 1 weights here are p/r exactly, not normalized over the draws, which would "
+        "bias. The loss itself takes about 0.6 times kd's time. Infinite where the student excludes a sampled token "
+        "(a logit of -inf).",
+        latex=r"\frac1S\sum_s w(v_s)\log\frac{p(v_s)}{q(v_s)}, \qquad v_s\sim r\propto p^\tau,\quad w=\frac pr",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.SHIFT_INVARIANT}),

@@ -1,51 +1,30 @@
-"""Sequence-level knowledge distillation: maximum likelihood on responses that the teacher wrote.
+"""Sequence-level knowledge distillation: `kd` without its KL term, on responses that the teacher wrote.
 
 Kim & Rush (2016) train on the teacher's beam-search mode; MiniLLM's and DPKD's baselines on one sample per prompt.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from dpkd.api import Card, LossConfig, LossSpec, Signal, Text, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, nll
+from dpkd.api import Card, LossSpec, Text, hookimpl, preset, setting
+from dpkd_zoo import kd
 from dpkd_zoo.papers import LMOPS, SEQKD, at
 
 
-class SeqKDConfig(LossConfig):
-    """Pure likelihood, or the released mixture."""
+class SeqKDConfig(kd.KDConfig):
+    """`kd`'s settings, with a share of the KL term that may be 0."""
 
     kd_ratio: float = setting(
         0.0,
-        description="share of word-level forward KL mixed in, as the released scripts do at 0.5",
+        description="share of word-level forward KL; the rest is cross-entropy on the response",
         source="Kim & Rush: 0 (LMOps' seqkd_base.sh passes --kd-ratio 0.5)",
         ge=0,
         le=1,
     )
 
 
-class SeqKDLoss(TokenLoss[SeqKDConfig]):
-    """`(1-r) · -log q(y_i) + r · KL(p‖q)` on teacher text; r = 0 is the paper's."""
-
-    def forward(self, x: TokenInputs) -> Tensor:
-        ratio = self.config.kd_ratio
-        if ratio == 0:
-            return nll(x.student_log_probs(), x.targets)
-        divergence_N = x.part("kl", kl(x.teacher_log_probs(), x.student_log_probs()))
-        if ratio == 1:
-            return divergence_N
-        return (1 - ratio) * x.part("nll", nll(x.student_log_probs(), x.targets)) + ratio * divergence_N
-
-
-def _reads(config: SeqKDConfig) -> frozenset[Signal]:
-    teacher = {Signal.TEACHER_LOGITS} if config.kd_ratio > 0 else set()
-    targets = {Signal.TARGETS} if config.kd_ratio < 1 else set()
-    return frozenset({Signal.STUDENT_LOGITS, *teacher, *targets})
-
-
-SPEC = LossSpec(
+SPEC = preset(
+    kd.SPEC,
     name="seqkd",
-    loss=SeqKDLoss,
     config=SeqKDConfig,
     card=Card(
         title="Sequence-level knowledge distillation",
@@ -53,14 +32,14 @@ SPEC = LossSpec(
         formula="-log q(yᵢ | y₍<ᵢ₎, x),  y ~ p(·|x)",
         sources=(at(SEQKD, "§3.2"), at(LMOPS, "scripts/gpt2/seqkd, scripts/gpt2/tools/generate_data_seqkd.sh")),
         use_when="The teacher can be sampled but not scored (another tokenizer, an API), or must run only once.",
-        avoid_when="Its logits are at hand: word-level losses learn more from the same text.",
-        notes="The teacher's text is sampled at T = 1, top-p 1, once per prompt, and kept in a store. The released "
-        "`seqkd` scripts still pass --kd-ratio 0.5: kd_ratio=0.5 reproduces them.",
+        avoid_when="Its logits are available: word-level losses learn more from the same text.",
+        notes="The teacher's text is sampled at T = 1, top-p 1, once per prompt, and stored. If the teacher's "
+        "responses are already in your data (a closed model's, say), no teacher is needed: text.source=dataset. The "
+        "released `seqkd` scripts still pass --kd-ratio 0.5: kd_ratio=0.5 reproduces them.",
+        latex=r"-\log q(y_i \mid y_{<i}, x), \qquad y \sim p(\cdot \mid x)",
     ),
-    reads=_reads,
     accepts=frozenset({Text.TEACHER, Text.DATASET}),
     suggests={"text": {"source": "teacher"}},
-    traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
 )
 
 

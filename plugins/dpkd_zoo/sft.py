@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, Text, TokenInputs, TokenLoss, Trait, hookimpl
-from dpkd.functional import nll
+from dpkd.functional import KLSum, nll
 from dpkd_zoo.papers import LMOPS, at
 
 
@@ -22,6 +22,10 @@ class SFTLoss(TokenLoss[SFTConfig]):
     def forward(self, x: TokenInputs) -> Tensor:
         return nll(x.student_log_probs(), x.targets)
 
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        return KLSum(likelihood=1.0)
+
 
 SPEC = LossSpec(
     name="sft",
@@ -32,10 +36,11 @@ SPEC = LossSpec(
         summary="Cross-entropy on the response; no teacher.",
         formula="-log q(yᵢ | y₍<ᵢ₎, x)",
         sources=(at(LMOPS, "finetune.py; scripts/gpt2/sft"),),
-        use_when="You have good responses and no teacher, or need the start of a student or teacher.",
-        avoid_when="A teacher is at hand: its distributions say more per token than one label does.",
+        use_when="You have good responses and no teacher, or need a starting point for a student or teacher.",
+        avoid_when="A teacher is available: its distributions say more per token than one label does.",
         notes="EOS is part of the response and is trained. Released defaults for GPT-2 base: lr 5e-4, 20 epochs, "
         "batch 32, cosine to 1e-7. On teacher text (text.source=teacher) this is sequence-level KD.",
+        latex=r"-\log q(y_i\mid y_{<i},x)",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS}),
     accepts=frozenset({Text.DATASET, Text.TEACHER}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, log_mix
+from dpkd.functional import KLSum, kl, log_mix
 from dpkd_zoo.papers import DISTILLM, at
 
 
@@ -31,6 +31,10 @@ class SKLLoss(TokenLoss[SKLConfig]):
         log_p_NV = x.teacher_log_probs()
         return kl(log_p_NV, log_mix(log_p_NV, x.student_log_probs(), self.config.skew))
 
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        return KLSum(forward=1.0, forward_share=self.config.skew)
+
 
 SPEC = LossSpec(
     name="skl",
@@ -38,15 +42,15 @@ SPEC = LossSpec(
     config=SKLConfig,
     card=Card(
         title="Skew KL",
-        summary="Forward KL to a mix of teacher and student: bounded, with a smoother gradient.",
+        summary="Forward KL to a mixture of teacher and student: bounded, with a smoother gradient.",
         formula="Σᵥ p(v)·log(p(v)/m(v)),  m = α·p + (1-α)·q",
-        sources=(at(DISTILLM, "§3.1; losses.py, skewed_forward_kl"),),
-        use_when="Forward KL is wanted, but its gradient is noisy: q is all but 0 at tokens that the teacher likes.",
-        avoid_when="The student excludes nothing and is close already: forward KL is then the same and cheaper.",
-        notes="Between 0 and -log α (2.3 nats at 0.1). The released code drops the teacher's entropy, so that its "
-        "values differ from these by it; gradients are the same. DistiLLM adds a language-model term of weight "
-        "1 on plain text (terms.pretrain) and its own choice of text: see distillm. The loss itself takes about "
-        "1.6 times kd's time.",
+        sources=(at(DISTILLM, "§3, skew KL; losses.py, skewed_forward_kl"),),
+        use_when="You want forward KL, but its gradient is noisy: q is almost 0 at tokens that the teacher likes.",
+        avoid_when="The student excludes nothing and is already close: forward KL is then the same and cheaper.",
+        notes="Between 0 and -log α (2.3 nats at 0.1). The released code drops the teacher's entropy, so its values "
+        "differ by it; gradients are the same. DistiLLM adds a language-model term of weight 1 on plain text "
+        "(terms.pretrain) and its own choice of text: see distillm. The loss itself takes about 1.6 times kd's time.",
+        latex=r"\sum_v p(v)\log\frac{p(v)}{m(v)}, \qquad m=\alpha p+(1-\alpha)q",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

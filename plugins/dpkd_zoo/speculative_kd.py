@@ -1,65 +1,63 @@
 """Speculative knowledge distillation (Xu et al., 2410.11325): a divergence on text that both models write together.
 
-The student proposes each token; where the proposal is not among the teacher's K likeliest, the teacher draws one in its
-place. Early on most tokens are the teacher's, later the student's own. The objective is a plain divergence; what makes
-it SKD is the text (`text.teacher_veto`).
+The student proposes each token; a proposal outside the teacher's K likeliest tokens is replaced by a draw from the
+teacher. At first most tokens are the teacher's, later the student's own. The objective is that of `jsd`; what makes it
+SKD is the text (`text.teacher_veto`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import warnings
+from typing import Any
 
-from torch import Tensor
+from pydantic import model_validator
 
-from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import jensen_shannon, kl
+from dpkd.api import Card, LossSpec, hookimpl, preset
+from dpkd_zoo import jsd
 from dpkd_zoo.papers import SPECULATIVE_KD, at
 
-
-class SpeculativeKDConfig(LossConfig):
-    """The divergence; K is `text.teacher_veto`."""
-
-    divergence: Literal["fkl", "rkl", "jsd"] = setting(
-        "fkl",
-        description="forward KL, reverse KL, or the Jensen-Shannon divergence with equal halves",
-        source="SKD Algorithm 1 leaves D open and writes D(p‖q)",
-    )
+DIVERGENCES = {"fkl": 0.0, "jsd": 0.5, "rkl": 1.0}  # the values of β that `divergence` was, before 0.2
 
 
-class SpeculativeKDLoss(TokenLoss[SpeculativeKDConfig]):
-    """`KL(p‖q)`, `KL(q‖p)` or `JSD(p, q)`."""
+class SpeculativeKDConfig(jsd.JSDConfig):
+    """The divergence, by its β; K is `text.teacher_veto`."""
 
-    def forward(self, x: TokenInputs) -> Tensor:
-        log_p_NV, log_q_NV = x.teacher_log_probs(), x.student_log_probs()
-        if self.config.divergence == "fkl":
-            return kl(log_p_NV, log_q_NV)
-        if self.config.divergence == "rkl":
-            return kl(log_q_NV, log_p_NV)
-        return jensen_shannon(log_p_NV, log_q_NV, 0.5)
+    @model_validator(mode="before")
+    @classmethod
+    def _divergence_is_beta(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("divergence") not in DIVERGENCES:
+            return values
+        beta = DIVERGENCES[values["divergence"]]
+        warnings.warn(f"loss.divergence={values['divergence']} is now loss.beta={beta:g}", FutureWarning, stacklevel=2)
+        return {"beta": beta, **{key: value for key, value in values.items() if key != "divergence"}}
 
 
-SPEC = LossSpec(
+SPEC = preset(
+    jsd.SPEC,
     name="speculative-kd",
-    loss=SpeculativeKDLoss,
     config=SpeculativeKDConfig,
+    defaults={"beta": (0.0, "forward KL: `kl` in the released kd_train.yaml (Algorithm 1 leaves D open)")},
     card=Card(
         title="Speculative knowledge distillation",
-        summary="A divergence on text that the student proposes, and the teacher corrects token by token.",
+        summary="A divergence on text that the student proposes and the teacher corrects token by token.",
         formula="E_{y~π}[D(p‖q)],  π(v) = q(v)·[v ∈ top-K of p] + p(v)·Σ_{u ∉ top-K of p} q(u)",
-        sources=(at(SPECULATIVE_KD, "Algorithm 1"),),
-        use_when="The student is too weak for its own text, which the teacher would judge badly, and still shall learn "
-        "from its own mistakes: gkd or rkl on student text go wrong at first.",
-        avoid_when="There is no time to sample with both models at every step; or the student already writes as the "
-        "teacher does, where the text is the student's own anyway.",
-        notes="K is text.teacher_veto: 25 in the paper (from memory); 0 is on-policy distillation, 1 nearly the "
-        "teacher's greedy text. The paper draws a few tokens ahead and has the teacher check them at once, which "
-        "gives the same distribution; here both models write token by token, and π is drawn from in closed form. "
-        "text.sampling filters both models, the teacher's K is of the unfiltered distribution. The loss is fkl, rkl "
-        "or jsd on that text; the sampling runs the teacher for every token.",
+        sources=(at(SPECULATIVE_KD, "Algorithm 1; google-research/speculative_kd, config/kd_train.yaml: K = 25"),),
+        use_when="The student is too weak for its own text, which the teacher would score as noise, but should still "
+        "learn from its own mistakes: gkd, or rkl on student text, start badly there.",
+        avoid_when="Sampling with both models at every step is too slow; or the student already writes like the "
+        "teacher, in which case the text is the student's own anyway.",
+        notes="β = 0 is forward KL, 1 reverse KL, 0.5 the Jensen-Shannon divergence, as in jsd. K is "
+        "text.teacher_veto: 0 is on-policy distillation, 1 nearly the teacher's greedy text. The paper drafts a few "
+        "tokens and has the teacher check them at once, which gives the same distribution; here both models write "
+        "token by token, and π is sampled in closed form. What differs from the released code: its two samplers have "
+        "settings of their own (student: temperature 0.5, top-p 0.5; teacher: temperature 0.2, top-p 0.5), while "
+        "text.sampling filters both models here (temperature 1 by default); and its `jsd` is ½·[KL(m‖p) + KL(m‖q)], "
+        "the KLs from the mixture, where the Jensen-Shannon divergence has the KLs to it. The teacher runs for every "
+        "sampled token.",
+        latex=r"\mathbb{E}_{y\sim\pi}\,[D_\beta(p\,\|\,q)], \qquad \pi(v) = q(v)\,[v\in\mathrm{top}_K(p)] + "
+        r"p(v)\sum_{u\notin\mathrm{top}_K(p)} q(u)",
     ),
-    reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     suggests={"text": {"source": "student", "teacher_veto": 25}},
-    traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, log_mix
+from dpkd.functional import KLSum, kl, log_mix
 from dpkd_zoo.papers import DISTILLM, at
 
 
@@ -31,6 +31,10 @@ class SRKLLoss(TokenLoss[SRKLConfig]):
         log_q_NV = x.student_log_probs()
         return kl(log_q_NV, log_mix(log_q_NV, x.teacher_log_probs(), self.config.skew))
 
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        return KLSum(reverse=1.0, reverse_share=1.0 - self.config.skew)
+
 
 SPEC = LossSpec(
     name="srkl",
@@ -38,13 +42,14 @@ SPEC = LossSpec(
     config=SRKLConfig,
     card=Card(
         title="Skew reverse KL",
-        summary="Reverse KL to a mix of teacher and student: mode seeking, but bounded.",
+        summary="Reverse KL to a mixture of teacher and student: mode seeking, but bounded.",
         formula="Σᵥ q(v)·log(q(v)/m(v)),  m = (1-α)·p + α·q",
-        sources=(at(DISTILLM, "§3.1; losses.py, skewed_reverse_kl"),),
-        use_when="Reverse KL is wanted, on any text: tokens that the teacher excludes do not blow it up.",
-        avoid_when="Variety matters: it is still mode seeking.",
+        sources=(at(DISTILLM, "§3, skew KL; losses.py, skewed_reverse_kl"),),
+        use_when="You want reverse KL, on any text: tokens that the teacher excludes cannot blow it up.",
+        avoid_when="Diversity matters: it is still mode seeking.",
         notes="Between 0 and -log α (2.3 nats at 0.1). The gradient flows through the q in the mixture too, as in the "
         "paper's formula; DistiLLM-2's code detaches it there. The loss itself takes about 1.9 times kd's time.",
+        latex=r"\sum_v q(v)\log\frac{q(v)}{m(v)}, \qquad m=(1-\alpha)p+\alpha q",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

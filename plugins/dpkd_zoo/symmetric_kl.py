@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl
+from dpkd.functional import KLSum, kl
 from dpkd_zoo.papers import ABKD, AKL, JEFFREYS, at
 
 
@@ -36,6 +36,12 @@ class SymmetricKLLoss(TokenLoss[SymmetricKLConfig]):
             return reverse_N
         return (1 - weight) * x.part("forward", kl(log_p_NV, log_q_NV)) + weight * reverse_N
 
+    def kl_sum(self) -> KLSum:
+        """The same, for fused kernels."""
+        weight, temperature = self.config.reverse_weight, self.config.temperature
+        parts = ("forward", "reverse", None)
+        return KLSum(forward=1 - weight, reverse=weight, temperature=temperature, parts=parts)
+
 
 SPEC = LossSpec(
     name="symmetric-kl",
@@ -43,17 +49,18 @@ SPEC = LossSpec(
     config=SymmetricKLConfig,
     card=Card(
         title="Forward and reverse KL, weighted",
-        summary="A fixed mix of covering and mode seeking.",
+        summary="A fixed mix of mode covering and mode seeking.",
         formula="(1-λ)·KL(p‖q) + λ·KL(q‖p)",
         sources=(
-            at(JEFFREYS, "§2: the sum of both directions (place from memory)"),
+            at(JEFFREYS, "the sum of both directions (section not confirmed)"),
             at(AKL, "Table 1, FKL+RKL"),
             at(ABKD, "released code, WSD"),
         ),
         use_when="As the baseline of every adaptive mix (akl, todi), or with λ on a schedule from 0 to 1.",
         avoid_when="Either model excludes tokens: one direction is then infinite; jsd is bounded.",
         notes="Half of Jeffreys' divergence at λ = ½. ABKD calls it WSD. The loss itself takes about 1.7 times kd's "
-        "time. Infinite where one model alone excludes a token (a logit of -inf).",
+        "time. Infinite where only one of the models excludes a token (a logit of -inf).",
+        latex=r"(1-\lambda)\,\mathrm{KL}(p\|q)+\lambda\,\mathrm{KL}(q\|p)",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

@@ -47,15 +47,17 @@ SPEC = LossSpec(
     config=ToDiConfig,
     card=Card(
         title="Token-wise distillation",
-        summary="Forward or reverse KL, weighed for each token of the vocabulary by its log-ratio.",
+        summary="Forward or reverse KL, weighted for each token of the vocabulary by its log-ratio.",
         formula="Σᵥ [s·p·log(p/q) + (1-s)·q·log(q/p)],  s(v) = σ(β·log(p(v)/q(v))), no gradient through s",
-        sources=(at(TODI, "the ToDi objective (equation numbers not verified)"),),
-        use_when="Off-policy distillation where neither direction alone fits: under-estimated tokens are lifted, "
-        "over-estimated ones suppressed.",
-        avoid_when="Either model excludes tokens (infinite), or a plain baseline is wanted: symmetric-kl is β = 0.",
-        notes="The summands of a divergence are mixed token by token, so that it is no mix of two divergences; still "
-        "each summand is at least 0. akl weighs whole positions instead. The loss itself takes about 1.9 times "
-        "kd's time. Infinite where one model alone excludes a token (a logit of -inf).",
+        sources=(at(TODI, "the ToDi objective (equation numbers not confirmed)"),),
+        use_when="Off-policy distillation where neither direction alone fits: underestimated tokens are lifted, "
+        "overestimated ones suppressed.",
+        avoid_when="Either model excludes tokens (infinite), or you want a plain baseline: symmetric-kl is β = 0.",
+        notes="The summands of the divergence are mixed token by token, so it is not a mix of two divergences; still "
+        "each summand is at least 0. akl weighs whole positions instead. The loss itself takes about 1.9 times kd's "
+        "time. Infinite where only one of the models excludes a token (a logit of -inf).",
+        latex=r"\sum_v\Big[s\,p\log\frac pq+(1-s)\,q\log\frac qp\Big], \qquad "
+        r"s(v)=\sigma\Big(\beta\log\frac{p(v)}{q(v)}\Big)\text{ without gradient}",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.DETACHED_WEIGHTS}),

@@ -67,13 +67,16 @@ SPEC = LossSpec(
         summary="KL(p‖q) over the teacher's k likeliest tokens and one bucket for the rest.",
         formula="Σ_{v∈K} p(v)·log(p(v)/q(v)) + p(K̄)·log(p(K̄)/q(K̄)),  K = the k likeliest under p",
         sources=(at(SAMPLED_KD, "its top-k baselines; the bucket is folklore"),),
-        use_when="The teacher is a store of its top-k log-probs, or its tail is noise to be left alone.",
-        avoid_when="Speed is the aim: with a live teacher all logits are there, and choosing costs more than it saves.",
-        notes="At most the full KL, and equal to it for k ≥ V (the bucket merges tokens). Other toolkits leave the "
-        "rest out without renormalising, which is no divergence and biased: the student grows over-confident; "
-        "or renormalise (tail=renormalise), where mass outside the k tokens costs nothing. sampled-kl has no "
-        "bias. The loss itself takes about 1.6 times kd's time. Infinite where the student excludes one of the "
-        "k tokens (a logit of -inf).",
+        use_when="The teacher is a store of its top-k log-probs, or its tail is noise to be ignored.",
+        avoid_when="Speed is the goal: with a live teacher all logits are there, and choosing costs more than it "
+        "saves.",
+        notes="At most the full KL, and equal to it for k ≥ V (the bucket merges tokens). Other toolkits drop the "
+        "rest without renormalizing, which is no divergence and biased: the student becomes over-confident; or "
+        "renormalize (tail=renormalise), where mass outside the k tokens costs nothing. sampled-kl has no bias. The "
+        "loss itself takes about 1.6 times kd's time. Infinite where the student excludes one of the k tokens (a "
+        "logit of -inf).",
+        latex=r"\sum_{v\in K}p(v)\log\frac{p(v)}{q(v)}+p(\bar K)\log\frac{p(\bar K)}{q(\bar K)}, \qquad K=\text{the "
+        r"}k\text{ likeliest under }p",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     top_k=_tokens,

@@ -30,13 +30,14 @@ SPEC = LossSpec(
         title="Total variation distance",
         summary="Half the summed gap |p - q|: symmetric, and never above 1.",
         formula="½·Σᵥ |p(v) - q(v)|",
-        sources=(at(FDISTILL, "§3, TVD distillation (section from memory)"), at(DISTILLM, "losses.py, tv_distance")),
+        sources=(at(FDISTILL, "TVD distillation (section not confirmed)"), at(DISTILLM, "losses.py, tv_distance")),
         use_when="The data or the teacher is noisy: no token can cost more than its own mass. It bounds how often two "
-        "samplers differ, which speculative decoding pays for.",
-        avoid_when="Student and teacher are far apart: the gradient is all but 0 where q has no mass. Start from SFT.",
-        notes="A bound on f-distill's sequence-level TVD, not equal to it; the paper takes it on text by teacher and "
-        "student both (text.source=mixed). Not differentiable where p = q; there the gradient is taken to be 0. "
-        "The loss itself takes about 0.7 times kd's time.",
+        "samplers differ, which decides the speed of speculative decoding.",
+        avoid_when="Student and teacher are far apart: the gradient is almost 0 where q has no mass. Start from SFT.",
+        notes="A bound on f-distill's sequence-level TVD, not equal to it; the paper uses it on text by teacher and "
+        "student both (text.source=mixed). Not differentiable where p = q; there the gradient is taken to be 0. The "
+        "loss itself takes about 0.7 times kd's time.",
+        latex=r"\tfrac12\sum_v|p(v)-q(v)|",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dpkd.api import Text
 from dpkd.cli.main import app
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 
 LossSource = Callable[[str], str]
 
@@ -30,7 +30,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("width", [80, 140])
 def test_every_loss_has_a_line_of_the_table(call: Callable[..., Any], width: int) -> None:
-    names = list(load_host().losses)
+    names = list(load_registry().losses)
     assert names
     lines = call("list-losses", width=width).stdout.splitlines()
     assert [line.split()[0] for line in lines if line[:1] == " " and line[1:2].isalnum()][1:] == names
@@ -39,7 +39,7 @@ def test_every_loss_has_a_line_of_the_table(call: Callable[..., Any], width: int
 
 def test_json_says_what_the_specs_say(call: Callable[..., Any]) -> None:
     rows = {row["name"]: row for row in json.loads(call("list-losses", "--json").stdout)}
-    losses = load_host().losses
+    losses = load_registry().losses
     assert rows.keys() == losses.keys()
     for name, row in rows.items():
         spec = losses[name].spec
@@ -102,9 +102,9 @@ def test_two_losses_of_one_name_are_an_error_that_hides_no_other(
     assert "two losses are called 'curved'" in call("list-losses", "--broken").stdout
 
 
-@pytest.mark.parametrize("name", list(load_host({}).losses))
+@pytest.mark.parametrize("name", list(load_registry({}).losses))
 def test_a_card_is_told_whole(name: str, call: Callable[..., Any]) -> None:
-    spec = load_host({}).losses[name].spec
+    spec = load_registry({}).losses[name].spec
     printed = call("describe-loss", name, width=80).stdout
     words = " ".join(printed.split())
     assert all(cell_len(line) <= 80 for line in printed.splitlines())
@@ -120,7 +120,8 @@ def test_a_card_is_told_whole(name: str, call: Callable[..., Any]) -> None:
 def test_defaults_are_shown_as_they_are(call: Callable[..., Any]) -> None:
     lines = call("describe-loss", "kd", width=140).stdout.splitlines()
     rows = [line.split() for line in lines]
-    shown = {row[0]: row[1] for row in rows if row[0:1] and row[0] in load_host().losses["kd"].spec.config.model_fields}
+    fields = load_registry().losses["kd"].spec.config.model_fields
+    shown = {row[0]: row[1] for row in rows if row[0:1] and row[0] in fields}
     assert (shown["kd_ratio"], shown["temperature"], shown["scale_by_t2"]) == ("0.5", "1.0", "false")
 
 

@@ -89,7 +89,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dpkd.plugins.load_host", interrupt)
+    monkeypatch.setattr("dpkd.plugins.load_registry", interrupt)
     assert call(monkeypatch, "list-losses") == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from dpkd.api import LossSpec
 from dpkd.cli.main import app
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 
 
 def call(*arguments: str) -> Any:
@@ -28,7 +29,7 @@ def rows(first: str, second: str) -> dict[str, dict[str, Any]]:
 def test_every_setting_and_default_of_both_is_there(first, second):
     found = rows(first, second)
     for side, name in (("first", first), ("second", second)):
-        fields = load_host().get(name).spec.config.model_fields
+        fields = load_registry().get(LossSpec, name).spec.config.model_fields
         told = {what: row[side] for what, row in found.items() if what.startswith("loss.") and row[side] != "—"}
         assert told.keys() == {f"loss.{field}" for field in fields}
         for field, info in fields.items():

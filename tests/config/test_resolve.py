@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dpkd.config.layers import Layer, file_layer, set_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import annotated_yaml, schema, write_config
 from dpkd.errors import SettingsError
-from dpkd.plugins import Host, RegisteredLoss, load_host
+from dpkd.plugins import RegisteredLoss, Registry, load_registry
 
 
 class Inner(LossConfig):
@@ -53,7 +54,16 @@ SPECS = [
         suggests={"text": {"source": "student", "teacher_mix": 0.2}},
     ),
 ]
-HOST = Host({spec.name: RegisteredLoss(spec, "fakes", "1.0", spec.name, "fakes.py") for spec in SPECS})
+
+
+def registry_of(*specs: LossSpec) -> Registry:
+    registry = Registry([point for point in entry_points(group="dpkd") if point.name.startswith("sampler.")])
+    for spec in specs:
+        registry.add(RegisteredLoss(spec, "fakes", "1.0", spec.name, "fakes.py"))
+    return registry
+
+
+REGISTRY = registry_of(*SPECS)
 
 
 def base(loss: str, **more: Any) -> Layer:
@@ -61,7 +71,7 @@ def base(loss: str, **more: Any) -> Layer:
 
 
 def run(*layers: Layer, sets: tuple[str, ...] = ()) -> Resolved:
-    return resolve([*layers, *set_layer(sets)], HOST)
+    return resolve([*layers, *set_layer(sets)], REGISTRY)
 
 
 def problems(*layers: Layer, sets: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -120,7 +130,7 @@ WRONG = {
     "infinite": (["train.lr=.inf"], "train.lr: should be a finite number (got inf, from --set)"),
     "loss is a number": (
         ["loss=5"],
-        "loss: no loss is named (got 5, from --set); choose one with --loss: soft, hard, moving, choice, policy",
+        "loss: no loss is named (got 5, from --set); choose one with --loss: choice, hard, moving, policy, soft",
     ),
     "unknown loss": (["loss=sofd"], "loss: no loss is called 'sofd'; did you mean soft? (from --set)"),
     "pair loss with a source": (
@@ -175,7 +185,7 @@ def test_all_mistakes_of_all_layers_are_reported_at_once() -> None:
 
 def test_nothing_at_all_says_what_is_needed() -> None:
     assert problems() == (
-        "loss: no loss is named; choose one with --loss: soft, hard, moving, choice, policy",
+        "loss: no loss is named; choose one with --loss: choice, hard, moving, policy, soft",
         "student.model: is missing. Name one with --student, or make it from the teacher: "
         "--set student.init=layers --set student.layers=12",
     )
@@ -227,29 +237,29 @@ def test_supervised_training_needs_no_teacher() -> None:
 
 
 def test_the_default_text_is_named_as_such() -> None:
-    host = Host({"policy": HOST.losses["policy"]})
+    registry = registry_of(REGISTRY.losses["policy"].spec)
     layers = [base("policy"), *set_layer(["text.source=dataset", "text.teacher_mix=0"])]
     with pytest.raises(SettingsError, match="takes text by student, not by dataset"):
-        resolve(layers, host)
+        resolve(layers, registry)
 
 
 @pytest.mark.parametrize("loss", [spec.name for spec in SPECS])
 def test_a_resolved_file_resolves_to_the_same(loss: str, tmp_path: Path) -> None:
     resolved = run(base(loss, output="a: #b\n'c'"), sets=("train.trackers=[wandb]", "student.lora.r=4"))
     write_config(resolved, tmp_path)
-    again = resolve([file_layer(tmp_path / "config.resolved.yaml")], HOST)
+    again = resolve([file_layer(tmp_path / "config.resolved.yaml")], REGISTRY)
     assert again.as_dict() == resolved.as_dict()
     assert (again.settings, again.loss_config) == (resolved.settings, resolved.loss_config)
     assert yaml.safe_load(annotated_yaml(resolved)) == resolved.as_dict(), "any YAML reader gives the same"
 
 
 def test_installed_losses_resolve_with_their_suggestions(tmp_path: Path) -> None:
-    host = load_host({})
-    assert host.losses
-    for name in host.losses:
-        resolved = resolve([base(name)], host)
+    registry = load_registry({})
+    assert registry.losses
+    for name in registry.losses:
+        resolved = resolve([base(name)], registry)
         write_config(resolved, tmp_path)
-        again = resolve([file_layer(tmp_path / "config.resolved.yaml")], host)
+        again = resolve([file_layer(tmp_path / "config.resolved.yaml")], registry)
         assert again.settings == resolved.settings, name
 
 
@@ -269,7 +279,7 @@ def test_a_resolved_file_leaves_out_what_the_run_does_not_use() -> None:
 
 
 def test_schema_holds_the_settings_of_the_loss() -> None:
-    found = schema(HOST.losses["soft"])
+    found = schema(REGISTRY.losses["soft"])
     loss = next(option for option in found["properties"]["loss"]["anyOf"] if "properties" in option)
     assert loss["properties"]["beta"]["exclusiveMaximum"] == 1
     assert loss["properties"]["name"] == {"const": "soft", "type": "string"}

@@ -8,7 +8,7 @@ import pytest
 
 from dpkd.config.layers import file_layer
 from dpkd.config.resolve import resolve
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.train.sweep import read_sweep
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -23,7 +23,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
 def test_a_sweep_is_valid_and_explained(path):
-    plan = read_sweep(path, load_host())
+    plan = read_sweep(path, load_registry())
     assert len(plan.runs) > 10
     head = path.read_text(encoding="utf-8").split("\noutput:")[0]
     assert f"# Run: dpkd sweep configs/sweeps/{path.name}" in head
@@ -31,7 +31,7 @@ def test_a_sweep_is_valid_and_explained(path):
 
 
 def test_the_small_sweep_has_the_settings_of_the_small_recipes():
-    plan = read_sweep(FOLDER / "sweeps" / "small.yaml", load_host())
+    plan = read_sweep(FOLDER / "sweeps" / "small.yaml", load_registry())
     small = {path.stem: dict(_leaves(file_layer(path).values)) for path in (FOLDER / "small").glob("*.yaml")}
     assert len(plan.runs) == len(small)
     for run in plan.runs:
@@ -53,7 +53,7 @@ def _leaves(values, path=""):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_is_valid_and_explained(path):
-    resolve([file_layer(path)], load_host())
+    resolve([file_layer(path)], load_registry())
     head = path.read_text(encoding="utf-8").split("\nloss:")[0]
     assert head.startswith("# ")
     assert f"# Run: dpkd train --config configs/{path.relative_to(FOLDER)}" in head

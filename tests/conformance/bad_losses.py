@@ -15,7 +15,7 @@ from good_losses import BOTH, DPO_SPEC, PAIRS, Settings, forward_kl_reference, l
 from torch import Tensor, nn
 
 from dpkd.api import LossConfig, LossSpec, PairLoss, Signal, TokenLoss, Trait
-from dpkd.functional import cross_entropy, gather_logps, kl
+from dpkd.functional import KLSum, cross_entropy, gather_logps, kl
 
 HARD = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS})
 
@@ -230,6 +230,11 @@ def _with_scale(self: Any, config: LossConfig) -> None:
 @bad("weights_train", members={"__init__": _with_scale})
 def weight_without_gradient(self: Any, x: Any) -> Tensor:
     return kl(x.teacher_log_probs(), (x.student_logits * self.scale.detach()).log_softmax(-1))
+
+
+@bad("kl_sum_says_the_same", members={"kl_sum": lambda self: KLSum(reverse=1.0)})
+def direction_mistaken(self: Any, x: Any) -> Tensor:
+    return kl(x.teacher_log_probs(), x.student_log_probs())
 
 
 # --- traits

@@ -28,7 +28,7 @@ from dpkd.api import (
     Trait,
     setting,
 )
-from dpkd.functional import kl, preference, returns_to_go
+from dpkd.functional import KLSum, kl, preference, returns_to_go
 
 CARD = Card("A title", "One line.", "p", (Source("A paper", "https://example.org/paper", "Eq. 1"),), "often", "never")
 BOTH = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS})
@@ -58,6 +58,9 @@ class ForwardKL(TokenLoss[Settings]):
 
     def forward(self, x: TokenInputs) -> Tensor:
         return kl(x.teacher_log_probs(), x.student_log_probs())
+
+    def kl_sum(self) -> KLSum:
+        return KLSum(forward=1.0)
 
 
 def _np_log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -213,7 +213,8 @@ def test_random_numbers_outside_the_kit_are_left_alone() -> None:
 def test_the_kit_runs_without_pytest() -> None:
     code = (
         "import sys; sys.modules['pytest'] = None\n"
-        "from dpkd.testing import check_installed\nfrom dpkd.plugins import load_host\n"
-        "assert check_installed(load_host().get('rkl').spec).ok"
+        "from dpkd.api import LossSpec\nfrom dpkd.testing import check_installed\n"
+        "from dpkd.plugins import load_registry\n"
+        "assert check_installed(load_registry().get(LossSpec, 'rkl').spec).ok"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

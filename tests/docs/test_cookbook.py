@@ -12,7 +12,7 @@ from typer.main import get_command
 from dpkd.cli.main import app
 from dpkd.config.layers import user_layers
 from dpkd.config.resolve import resolve
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCKS = "".join(
@@ -54,7 +54,7 @@ def test_it_parses_and_resolves(words):
     if command not in ("train", "config show") or given.get("resume"):
         return
     flags = {f"--{name}": (path, given[name]) for name, path in FLAGS.items()}
-    done = resolve(user_layers(given["config"] or [], flags, given["set_"] or []), load_host())
+    done = resolve(user_layers(given["config"] or [], flags, given["set_"] or []), load_registry())
     assert done.registered.spec.name == given["loss"]
 
 

@@ -14,9 +14,9 @@ from typer.main import get_command
 from dpkd.cli.main import app
 from dpkd.config.problems import all_paths
 from dpkd.config.settings import RunSettings
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 
-LOSSES = {name: loss.spec for name, loss in load_host({}).losses.items() if loss.distribution == "dpkd"}
+LOSSES = {name: loss.spec for name, loss in load_registry({}).losses.items() if loss.distribution == "dpkd"}
 PAGES = reference.pages()
 ZOO = (generate.ROOT / "docs/zoo.md").read_text(encoding="utf-8")
 
@@ -35,7 +35,9 @@ def test_a_stale_file_is_noticed(monkeypatch):
 def test_a_card_says_what_the_spec_says(name):
     spec, page = LOSSES[name], cards.pages()[name]
     assert page.startswith(f"# {name}: {spec.card.title}\n")
-    assert f"    {spec.card.formula}\n".replace("\n", "\n    ").rstrip() in page
+    assert f"```math\n{spec.card.latex}\n```" in page
+    assert spec.card.unconfirmed == "" or f"**Not confirmed:** {cards.escaped(spec.card.unconfirmed)}" in page
+    assert spec.preset_of == "" or f"| preset of | [`{spec.preset_of}`]({spec.preset_of}.md) |" in page
     for field, info in spec.config.model_fields.items():
         meaning = re.escape(cards.escaped(info.description).replace("|", "\\|"))
         assert re.search(rf"^\| `{field}` \| `.+` \| .+ \| {meaning} \|", page, flags=re.M)

@@ -13,7 +13,7 @@ from typer.main import get_command
 from dpkd.cli.main import app
 from dpkd.config.problems import all_paths
 from dpkd.config.settings import RunSettings
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -79,7 +79,7 @@ def test_every_metric_is_documented():
 
 
 def test_every_loss_and_its_settings_exist():
-    losses = {name: loss for name, loss in load_host({}).losses.items() if loss.distribution == "dpkd"}
+    losses = {name: loss for name, loss in load_registry({}).losses.items() if loss.distribution == "dpkd"}
     named = {code for code in CODE if re.fullmatch(r"dpkd(-[a-z]+)?|kd|minillm|seqkd|sft", code)} - {"dpkd-hello"}
     assert len(named) > 4
     assert named <= set(losses)

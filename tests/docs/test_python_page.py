@@ -1,4 +1,4 @@
-"""The Python of docs/python.md and of the README runs, on toy models under the names that it uses."""
+"""The Python of docs/python.md, docs/library.md and the README runs, on toy models under the names that they use."""
 
 from __future__ import annotations
 
@@ -63,6 +63,17 @@ def test_the_page_runs_from_top_to_bottom(place, capsys):
         exec(compile(code, "docs/python.md", "exec"), names)
     assert "runs/objects is finished: its model is runs/objects/model" in capsys.readouterr().out
     assert (place / "runs/kd/model").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # the trainers pin memory where there is no GPU, too
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # SFTConfig of TRL 1.16 sets it
+def test_the_library_page_runs_from_top_to_bottom(place):
+    names: dict[str, object] = {}
+    found = blocks("docs/library.md")
+    assert len(found) == 10
+    for code in found:
+        exec(compile(code, "docs/library.md", "exec"), names)
+    assert names["loss"].item() > 0
 
 
 def test_the_block_of_the_readme_runs(place):

@@ -16,13 +16,13 @@ from dpkd.data.batches import TokenSequence
 from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
-from dpkd.evaluation import evaluator as module
 from dpkd.evaluation.answer_cache import AnswerCache
 from dpkd.evaluation.divergences import measure
 from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, metric_specs
 from dpkd.evaluation.results import score
 from dpkd.evaluation.sets import find_set
 from dpkd.models.settings import ModelSettings, TeacherSettings
+from dpkd.plugins import load_registry
 from dpkd.rollout.settings import SamplingSettings
 from dpkd.teachers.local import LocalTeacher
 
@@ -273,7 +273,7 @@ ANSWERS = Answers(["the cat", "a b c d a b c d", ""], [["the cat"], ["x"], ["y",
 
 
 def test_the_built_in_metrics_by_hand():
-    metrics, _, rows = score({1: ANSWERS}, metric_specs(), cuts=())
+    metrics, _, rows = score({1: ANSWERS}, metric_specs(load_registry({})), cuts=())
     assert {name: metric.mean for name, metric in metrics.items()} == pytest.approx(
         {
             "rouge_l": 100 / 3,
@@ -332,11 +332,8 @@ def test_of_a_folder_the_held_out_split_is_read(tmp_path, files, split):
     assert example.references == (next(f for f in files if f.startswith(split or "rows")),)
 
 
-def test_plugins_that_break_are_said(folder, monkeypatch):
-    from dpkd.plugins import BrokenPlugin
-
-    specs = metric_specs()
-    monkeypatch.setattr(module, "load_metrics", lambda: (specs, [BrokenPlugin("odd", "strangers", "ImportError: no")]))
+def test_plugins_that_break_are_said(install_plugin):
+    install_plugin("strangers", {"odd": "raise ImportError('no')"})
     said: list[str] = []
-    metric_specs(said.append)
-    assert said == ["the metrics of odd (strangers) could not be loaded: ImportError: no"]
+    metric_specs(load_registry({"DPKD_PLUGINS": "strangers"}), said.append)
+    assert said == ["the plugin odd (strangers) could not be loaded: ImportError: no"]

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from dpkd.api import Answers
+from dpkd.api import Answers, MetricSpec
 from dpkd.errors import DpkdError
+from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.results import score
-from dpkd.plugins import load_host, load_metrics
+from dpkd.plugins import load_registry
 
 METRIC = """
 from dpkd.api import MetricSpec, hookimpl
@@ -24,20 +25,19 @@ STRANGER = {"DPKD_PLUGINS": "stranger"}
 
 def test_the_built_in_metrics_need_no_permission():
     for environment in ({}, {"DPKD_PLUGINS": "nobody"}):
-        specs, broken = load_metrics(environment)
-        assert set(specs) == BUILT_IN
-        assert broken == []
+        registry = load_registry(environment)
+        assert set(registry.all(MetricSpec)) == BUILT_IN
+        assert registry.broken == []
 
 
 def test_a_stranger_brings_a_metric_alone_or_beside_a_loss(install_plugin, loss_source):
     install_plugin("stranger", {"alone": METRIC, "both": loss_source("curved") + METRIC.replace("letters", "signs")})
-    specs, broken = load_metrics(STRANGER)
+    registry = load_registry(STRANGER)
+    specs = metric_specs(registry)
     assert set(specs) - BUILT_IN == {"letters", "signs"}
-    assert broken == []
-    host = load_host(STRANGER)
-    assert list(host.losses) == ["curved"]
-    assert host.broken == []
-    assert set(load_metrics({"DPKD_PLUGINS": "nobody"})[0]) == BUILT_IN
+    assert list(registry.losses) == ["curved"]
+    assert registry.broken == []
+    assert set(metric_specs(load_registry({"DPKD_PLUGINS": "nobody"}))) == BUILT_IN
     answers = Answers(["abc", "d"], [["x"], ["y"]], [1, 1], [False, False])
     assert score({1: answers}, specs)[0]["letters"].mean == 2
 
@@ -46,28 +46,37 @@ def test_a_stranger_brings_a_metric_alone_or_beside_a_loss(install_plugin, loss_
     ("change", "reason"),
     [
         (("[MetricSpec(", "['x' or MetricSpec("), "must return MetricSpecs, but the list holds str"),
+        (('"letters", ""', '"letters", "high"'), "`better` of 'letters' should be higher, lower or empty, not 'high'"),
         (('"letters", "letters"', '"Let-ters", "x"'), "the name 'Let-ters' should be lower-case letters"),
         ((", per_row=lambda a: [len(p) for p in a.predictions]", ""), "needs one of `per_row` and `overall`"),
         (("return [", "return 3 and 4 or ["), "must return a list of MetricSpec, but returned int"),
         (("    return", "    raise OSError('no disk')\n    return"), "OSError: no disk"),
     ],
-    ids=["not-a-spec", "name", "nothing-to-compute", "not-a-list", "raises"],
+    ids=["not-a-spec", "direction", "name", "nothing-to-compute", "not-a-list", "raises"],
 )
 def test_a_broken_one_is_listed_with_its_reason(install_plugin, change, reason):
     install_plugin("stranger", {"x": METRIC.replace(*change)})
-    specs, broken = load_metrics(STRANGER)
-    assert set(specs) == BUILT_IN
-    assert reason in broken[0].reason
-    assert broken[0].distribution == "stranger"
+    registry = load_registry(STRANGER)
+    assert set(registry.all(MetricSpec)) == BUILT_IN
+    (broken,) = registry.broken
+    assert reason in broken.reason
+    assert broken.distribution == "stranger"
 
 
 def test_a_name_that_is_taken_is_an_error_that_names_both(install_plugin):
     install_plugin("stranger", {"x": METRIC.replace('"letters", "letters"', '"rouge_l", "x"')})
-    with pytest.raises(DpkdError, match=re.escape("two metrics are called 'rouge_l': dpkd.evaluation.metrics.rouge_l")):
-        load_metrics(STRANGER)
+    with pytest.raises(DpkdError, match=re.escape("two metrics are called 'rouge_l': dpkd 0.")):
+        metric_specs(load_registry(STRANGER))
 
 
 def test_a_broken_loss_is_not_told_twice(install_plugin):
     install_plugin("stranger", {"x": "1 / 0"})
-    assert load_metrics(STRANGER)[1] == []
-    assert [b.entry_point for b in load_host(STRANGER).broken] == ["x"]
+    registry = load_registry(STRANGER)
+    assert not registry.losses
+    assert set(registry.all(MetricSpec)) == BUILT_IN
+    assert [b.entry_point for b in registry.broken] == ["x"]
+
+
+def test_the_title_is_the_name_in_words_unless_it_says_otherwise():
+    assert MetricSpec("exact_match", "× 100", "higher", "").title == "exact match"
+    assert MetricSpec("exact_match", "× 100", "higher", "", title="EM").title == "EM"

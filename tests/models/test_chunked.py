@@ -169,6 +169,8 @@ def test_chunks_cover_all_rows_once(rows, size):
     assert all(s.stop - s.start <= size for s in chunks(rows, size))
 
 
-def test_chunk_rows_never_below_32():
+def test_chunk_rows_suit_the_device_and_are_never_too_few():
     assert chunk_rows(256_000, 1.0) == 32
-    assert chunk_rows(512, 32.0) == 16384
+    assert chunk_rows(512, 32.0) == chunk_rows(512) == 16384
+    assert chunk_rows(152_000, 32.0) == 55
+    assert chunk_rows(152_000) == 128  # the gradient of a large head weighs more than caches do

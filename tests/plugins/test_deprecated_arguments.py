@@ -10,8 +10,10 @@ import warnings
 
 import pytest
 
-from dpkd.hookspecs import DEPRECATED_ARGUMENTS, Deprecated, DpkdHooks, PluginDeprecation, hook
-from dpkd.plugins import load_host
+from dpkd.api import LossSpec
+from dpkd.errors import PluginDeprecation
+from dpkd.hookspecs import DEPRECATED_ARGUMENTS, Deprecated, DpkdHooks, hook
+from dpkd.plugins import load_registry
 
 TABLE = {"dpkd_losses": {"old": Deprecated("1.2", "2.0", "Take `new`.")}}
 
@@ -43,8 +45,9 @@ def line_of(file) -> int:
 def loaded(**how):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        host = load_host({"DPKD_PLUGINS": "stranger"}, **how)
-    return host, [w for w in caught if issubclass(w.category, PluginDeprecation)]
+        registry = load_registry({"DPKD_PLUGINS": "stranger"}, **how)
+        registry.all(LossSpec)
+    return registry, [w for w in caught if issubclass(w.category, PluginDeprecation)]
 
 
 def test_the_warning_stands_at_the_plugins_own_line(plugin):
@@ -64,8 +67,10 @@ def test_a_plugin_that_does_not_take_it_hears_nothing(plugin, arguments):
 
 def test_with_warnings_as_errors_it_is_the_reason_why_the_plugin_is_left_out(plugin):
     plugin("old")
-    broken = load_host({"DPKD_PLUGINS": "stranger"}, hooks=Hooks).broken  # errors, by pyproject.toml
-    assert ["PluginDeprecation: dpkd_losses: the argument `old`" in one.reason for one in broken] == [True]
+    registry = load_registry({"DPKD_PLUGINS": "stranger"}, hooks=Hooks)
+    assert not registry.losses
+    (broken,) = registry.broken  # warnings are errors here, by pyproject.toml
+    assert "PluginDeprecation: dpkd_losses: the argument `old`" in broken.reason
 
 
 def test_it_is_shown_without_any_setting_of_warnings(plugin, tmp_path):
@@ -73,7 +78,7 @@ def test_it_is_shown_without_any_setting_of_warnings(plugin, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent("""
-        from dpkd.plugins import load_host
+        from dpkd.plugins import load_registry
         from dpkd.hookspecs import Deprecated, hook
 
         class Hooks:
@@ -81,7 +86,7 @@ def test_it_is_shown_without_any_setting_of_warnings(plugin, tmp_path):
             def dpkd_losses(self, old):
                 "The losses."
 
-        load_host({"DPKD_PLUGINS": "stranger"}, hooks=Hooks)
+        load_registry({"DPKD_PLUGINS": "stranger"}, hooks=Hooks).losses
         """),
         encoding="utf-8",
     )

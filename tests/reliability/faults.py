@@ -7,6 +7,7 @@ reach the command through the functions of `os` alone: the product has no hook f
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import signal
 import sys
@@ -48,6 +49,26 @@ class Outcome:
         if "Traceback (most recent call last)" in self.text:
             return "traceback"
         return "ok" if self.code == 0 else "killed" if self.code == -signal.SIGKILL else "refused"
+
+
+USED = (
+    "accelerate",
+    "transformers.models.llama.modeling_llama",
+    "dpkd.cli.main",
+    "dpkd.evaluation.evaluator",
+    "dpkd.evaluation.target",
+    "dpkd.report.comparison",
+    "dpkd.report.page",
+    "dpkd.rollout.sample_file",
+    "dpkd.train.cache",
+    "dpkd.train.resume",
+)
+
+
+def preload() -> None:
+    """Import here what the commands import, so that a forked child need not."""
+    for name in USED:
+        importlib.import_module(name)
 
 
 def inject(fault: Fault, root: Path, count_file: int) -> None:
@@ -94,6 +115,7 @@ def inject(fault: Fault, root: Path, count_file: int) -> None:
 
 def dpkd(arguments: Sequence[str], folder: Path, fault: Fault = Fault(), limit: float = 120.0) -> Outcome:
     """Run `dpkd ARGUMENTS` in `folder`, in a forked child, under a fault."""
+    preload()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
     count = folder.with_name(f"{folder.name}.calls")

@@ -10,8 +10,9 @@ from report_folders import add_scores, make_run
 
 from dpkd.api import Answers, MetricSpec
 from dpkd.errors import DpkdError
-from dpkd.evaluation.evaluator import DIVERGENCE_UNITS
+from dpkd.evaluation.evaluator import DIVERGENCE_UNITS, metric_specs
 from dpkd.evaluation.results import Evaluation, score
+from dpkd.plugins import load_registry
 from dpkd.report.comparison import compare
 from dpkd.report.comparison_text import as_json, grids
 from dpkd.report.names import better_by_name
@@ -32,6 +33,9 @@ def paths(tmp_path: Path) -> list[Path]:
         found.append(path)
         change(path, lambda scores, typos=typos: scores["metrics"].update(typos={"mean": typos, "sd": None}))
     return found
+
+
+SPECS = metric_specs(load_registry({}))
 
 
 def change(path: Path, edit) -> None:
@@ -96,7 +100,7 @@ def test_the_page_marks_the_best_of_a_strangers_metric(paths):
 def test_names_and_scores_agree_on_the_divergences():
     for metric in DIVERGENCE_UNITS:
         if better_by_name(metric):
-            assert direction_of(metric) == -1
+            assert direction_of(metric, SPECS) == -1
         else:
             with pytest.raises(DpkdError, match="is neither better high nor low"):
-                direction_of(metric)
+                direction_of(metric, SPECS)

@@ -92,7 +92,7 @@ def test_log_probs_are_the_models_over_the_shared_vocabulary(fake) -> None:
         assert max(sampled.response_ids) < VOCABULARY
         want = log_q(model, PROMPTS[place // 3], sampled.response_ids, VOCABULARY)
         np.testing.assert_allclose(sampled.logps, want, atol=1e-5)
-        assert sampled.behaviour_logps == sampled.logps
+        assert sampled.behaviour_logps is sampled.logps
         assert sampled.truncated == (sampled.response_ids[-1] not in EOS)
     assert {s.truncated for s in drawn} == {True, False}
 

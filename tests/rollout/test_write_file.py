@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpkd.api import Sampled
 from dpkd.data.encode import tokenize
 from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
 from dpkd.models.settings import ModelSettings
+from dpkd.plugins import Registry
 from dpkd.rollout import sample_file as write_file
-from dpkd.rollout.continuous_batching import Sampled
 from dpkd.rollout.settings import SamplingSettings
 
 WORDS = ["once", "upon", "a", "time", "the", "cat", "sat", "down", "and", "slept"]
@@ -48,7 +49,7 @@ class Answers:
     """A sampler with one answer to everything."""
 
     def __init__(self, ids: list[int]) -> None:
-        self.answer = Sampled(tuple(ids), (), (), False)
+        self.answer = Sampled(tuple(ids), torch.empty(0), torch.empty(0), False)
 
     def refresh(self) -> None: ...
 
@@ -70,9 +71,11 @@ def written(tmp_path: Path, monkeypatch):
         output = tmp_path / "out.jsonl"
         monkeypatch.setattr(write_file, "load_tokenizer", lambda settings: tokenizer)
         monkeypatch.setattr(write_file, "load_model", lambda *a, **k: torch.nn.Identity())
-        monkeypatch.setattr(write_file, "open_sampler", lambda text, writer: Answers(ids))
+        monkeypatch.setattr(write_file, "open_sampler", lambda registry, text, writer: Answers(ids))
         settings = DataSettings(path=str(tmp_path / "prompts.jsonl"), **data)
-        report = write_file.sample_to_file(ModelSettings(model=str(folder)), settings, SAMPLING, output=output, seed=1)
+        report = write_file.sample_to_file(
+            ModelSettings(model=str(folder)), settings, SAMPLING, registry=Registry(), output=output, seed=1
+        )
         return output, report
 
     return make

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dpkd.api import Ability
+from dpkd.api import Ability, SamplerSpec
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.plugins import find_sampler, load_samplers
+from dpkd.plugins import load_registry
 from dpkd.train.rollouts import check_processes
 from dpkd.train.run import train
 
@@ -20,6 +20,7 @@ PAGE = (Path(__file__).parents[2] / "docs/hooks.md").read_text(encoding="utf-8")
 ECHO = "from dpkd.api import Ability, Sampled, SamplerSpec, hookimpl\n" + next(
     block for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL) if "class Echo" in block
 )
+STRANGER = {"DPKD_PLUGINS": "stranger"}
 STUDENT = {"text.source": "student"}
 
 
@@ -39,10 +40,10 @@ def lines(folder) -> list[dict[str, float]]:
 
 
 def test_built_in_ones_and_a_stranger_come_in_by_one_door(install_plugin):
-    assert list(load_samplers({})[0]) == ["hf", "vllm"]
+    assert list(load_registry({}).all(SamplerSpec)) == ["hf", "vllm"]
     install_plugin("stranger", {"echo": ECHO})
-    assert list(load_samplers({"DPKD_PLUGINS": "stranger"})[0]) == ["hf", "vllm", "echo"]
-    assert list(load_samplers({"DPKD_PLUGINS": "nobody"})[0]) == ["hf", "vllm"]
+    assert list(load_registry(STRANGER).all(SamplerSpec)) == ["echo", "hf", "vllm"]
+    assert list(load_registry({"DPKD_PLUGINS": "nobody"}).all(SamplerSpec)) == ["hf", "vllm"]
 
 
 @pytest.mark.parametrize(
@@ -55,17 +56,17 @@ def test_built_in_ones_and_a_stranger_come_in_by_one_door(install_plugin):
 )
 def test_a_broken_one_is_listed_with_its_reason(install_plugin, change, reason):
     install_plugin("stranger", {"echo": ECHO.replace(*change)})
-    samplers, (broken,) = load_samplers({"DPKD_PLUGINS": "stranger"})
-    assert list(samplers) == ["hf", "vllm"]
+    registry = load_registry(STRANGER)
+    assert list(registry.all(SamplerSpec)) == ["hf", "vllm"]
+    (broken,) = registry.broken
     assert reason in broken.reason
 
 
-def test_a_name_that_is_taken_is_an_error_that_names_both(install_plugin):
-    install_plugin("stranger", {"x": ECHO.replace('"echo"', '"hf"')})
-    with pytest.raises(
-        DpkdError, match=r"two samplers are called 'hf': dpkd\.rollout\.backends\.hf \(dpkd\) and strang"
-    ):
-        load_samplers({"DPKD_PLUGINS": "stranger"})
+@pytest.mark.parametrize("entry_point", ["hf", "sampler.x"])
+def test_a_name_that_is_taken_is_an_error_that_names_both(entry_point, install_plugin):
+    install_plugin("stranger", {entry_point: ECHO.replace('"echo"', '"hf"')})
+    with pytest.raises(DpkdError, match=r"two samplers are called 'hf': dpkd .*hf\.py\) and stranger 1\.0 \(.*\.py\)"):
+        load_registry(STRANGER).get(SamplerSpec, "hf")
 
 
 @pytest.mark.parametrize(
@@ -149,4 +150,4 @@ def test_the_command_checks_the_backend(tmp_path, toy):
     assert isinstance(result.exception, SettingsError)
     assert "--backend: vllm cannot be used here" in str(result.exception)
     assert CliRunner().invoke(app, [*arguments, "hf"]).exit_code == 0
-    assert find_sampler("hf").lacks == {}
+    assert load_registry({}).get(SamplerSpec, "hf").spec.lacks == {}

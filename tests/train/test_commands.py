@@ -14,6 +14,7 @@ import dpkd
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.settings import ModelSettings
+from dpkd.plugins import load_registry
 from dpkd.rollout.sample_file import sample_to_file
 from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_metrics import read_metrics
@@ -47,15 +48,15 @@ def test_a_teachers_file_is_continued_and_trained_on(settings_of, toy, quiet, tm
     data = DataSettings(path=str(toy / "data.jsonl"))
     model = ModelSettings(model=str(toy / "teacher"))
     sampling = SamplingSettings(max_new_tokens=6, batch_size=2)
-    first = sample_to_file(model, data, sampling, output=output, seed=3)
+    first = sample_to_file(model, data, sampling, registry=load_registry({}), output=output, seed=3)
     assert (first.written, first.found) == (24, 0)
     whole = output.read_text()
     output.write_text("".join(whole.splitlines(keepends=True)[:10]) + '{"torn')  # as an interrupt leaves it
-    again = sample_to_file(model, data, sampling, output=output, seed=3)
+    again = sample_to_file(model, data, sampling, registry=load_registry({}), output=output, seed=3)
     assert (again.written, again.found) == (14, 10)
     assert sorted(output.read_text().splitlines()) == sorted(whole.splitlines())
     with pytest.raises(DpkdError, match=r"written by another model, for other prompts or with other settings: seed \("):
-        sample_to_file(model, data, sampling, output=output, seed=4)
+        sample_to_file(model, data, sampling, registry=load_registry({}), output=output, seed=4)
     run.train(settings_of("sft", {"data.path": str(output), "data.on_bad_row": "skip"}), console=quiet)
 
 

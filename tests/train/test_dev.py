@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpkd.errors import DpkdError, Stopped
+from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.results import Metric
+from dpkd.plugins import load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.train import dev as module
 from dpkd.train import run
@@ -94,5 +96,6 @@ def test_mistakes_are_found_before_anything_is_loaded(settings_of, toy, quiet):
 
 
 def test_directions():
-    assert direction_of("rouge_l") == direction_of("exact_match") == 1
-    assert direction_of("reverse_kl") == direction_of("repetition") == -1
+    specs = metric_specs(load_registry({}))
+    assert direction_of("rouge_l", specs) == direction_of("exact_match", specs) == 1
+    assert direction_of("reverse_kl", specs) == direction_of("repetition", specs) == -1

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpkd.api import Family
 from dpkd.errors import DpkdError, Stopped
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
 from dpkd.train import checkpoint, run
@@ -25,7 +25,7 @@ PRETRAINED = {"student.init": "pretrained", "student.layers": None}
 METRICS = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
 # Documented with a word in capitals for what varies.
 PATTERNS = ("reward/", "weighted/", "part/", "length/", "schedule/")
-LOSSES = sorted(load_host().losses)
+LOSSES = sorted(load_registry().losses)
 
 
 def test_there_are_losses_to_sweep():

@@ -104,9 +104,9 @@ def test_top_k_from_a_store_is_that_of_the_model(settings_of, toy, quiet, tmp_pa
 
 def test_a_mean_over_draws_is_the_teacher(toy, tmp_path):
     """The empirical distribution of a store of samples goes to the teacher's: here 4,000 draws at each position."""
+    from dpkd.api.teachers import Wants
     from dpkd.models.loading import load_model
     from dpkd.models.settings import ModelSettings
-    from dpkd.teachers.base import Wants
     from dpkd.teachers.local import LocalTeacher
 
     teacher = LocalTeacher.of(
@@ -209,9 +209,9 @@ def test_a_store_keeps_its_kind(settings_of, toy, quiet, tmp_path):
 
 
 def test_the_linear_trait_is_the_one_of_kd():
-    from dpkd.plugins import load_host
+    from dpkd.plugins import load_registry
 
-    linear = {name for name, loss in load_host().losses.items() if Trait.LINEAR_IN_TEACHER in loss.spec.traits}
+    linear = {name for name, loss in load_registry().losses.items() if Trait.LINEAR_IN_TEACHER in loss.spec.traits}
     assert "kd" in linear
     assert "rkl" not in linear
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from zoo_inputs import randn, token_inputs
 
-from dpkd.api import Pair, PairInputs, Signal
-from dpkd.plugins import load_host
+from dpkd.api import LossSpec, Pair, PairInputs, Signal
+from dpkd.plugins import load_registry
 
 trl = pytest.importorskip("trl", reason="TRL is a development dependency")
 pytestmark = [
@@ -23,7 +23,7 @@ PAIRS, TOKENS = 6, 9
 
 
 def loss_of(name: str, **settings: Any) -> Any:
-    spec = load_host().get(name).spec
+    spec = load_registry().get(LossSpec, name).spec
     return spec.loss(spec.config(**settings))
 
 
@@ -122,7 +122,7 @@ def test_preferences_with_a_reference(
     drawn: SimpleNamespace, name: str, ours: dict[str, Any], loss_type: str, theirs: dict[str, float]
 ) -> None:
     """TRL: mean over pairs; log-probs summed over tokens, but for `ipo` and `sigmoid_norm`: means."""
-    fields = load_host().get(name).spec.config.model_fields
+    fields = load_registry().get(LossSpec, name).spec.config.model_fields
     if "aggregation" in fields and "aggregation" not in ours:
         ours = {**ours, "aggregation": "sum"}
     noise = next((field for field in ("label_smoothing", "flipped") if field in fields), None)

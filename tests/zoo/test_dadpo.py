@@ -77,7 +77,7 @@ def test_gradient_closed_form() -> None:
 def test_needs_both_anchors_and_says_what_it_is_not_sure_of() -> None:
     assert SPEC.needs() is TeacherAccess.TOKEN_LOGPS
     assert SPEC.signals() >= {Signal.TEACHER_LOGPS, Signal.REFERENCE_LOGPS}
-    assert "second hand" in SPEC.card.notes
+    assert "not the paper itself" in SPEC.card.unconfirmed
 
 
 @pytest.mark.parametrize("wrong", [{"beta_start": 0}, {"beta_teacher": 0}, {"aggregation": "total"}], ids=str)

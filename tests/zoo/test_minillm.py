@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dpkd_zoo.minillm import SPEC, MiniLLMConfig, MiniLLMLoss
@@ -120,15 +121,43 @@ def test_rewards_are_scaled_then_clipped() -> None:
 
 
 def test_whitening() -> None:
-    values = MiniLLMLoss(MiniLLMConfig(whiten=True)).advantages(one_sequence(OLD, TEACHER))
+    values = MiniLLMLoss(MiniLLMConfig(whiten="rows")).advantages(one_sequence(OLD, TEACHER))
     assert values.mean().item() == pytest.approx(0, abs=1e-9)
     assert values.pow(2).mean().item() == pytest.approx(1, abs=1e-6)
     order = MiniLLMLoss(MiniLLMConfig()).advantages(one_sequence(OLD, TEACHER))
     assert values.argsort().tolist() == order.argsort().tolist()
 
 
+def test_released_whitening_is_that_of_the_padded_rectangle() -> None:
+    """By NumPy, from its description: a row per response, zeros to the longest, `var` with ddof = 1."""
+    lengths = [3, 1, 5, 2]
+    teacher, old = randn(sum(lengths), seed=8), randn(sum(lengths), seed=9)
+    rollout = Rollout(old, old, teacher, torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)]))
+    plain = MiniLLMLoss(MiniLLMConfig()).advantages(rollout).numpy()
+    ends = np.cumsum(lengths)
+    rectangle = np.stack(
+        [np.pad(plain[end - n : end], (0, max(lengths) - n)) for n, end in zip(lengths, ends, strict=True)]
+    )
+    expected = (plain - rectangle.mean()) / np.sqrt(rectangle.var(ddof=1) + 1e-8)
+    values = MiniLLMLoss(MiniLLMConfig(whiten="released")).advantages(rollout)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-12)
+    # With padding it is another number than over the tokens alone.
+    rows = MiniLLMLoss(MiniLLMConfig(whiten="rows")).advantages(rollout).numpy()
+    assert np.abs(rows - expected).max() > 0.05
+
+
+def test_released_whitening_of_one_token_is_finite() -> None:
+    assert MiniLLMLoss(MiniLLMConfig(whiten="released")).advantages(one_sequence([-1.0], [-3.0])).tolist() == [0]
+
+
+@pytest.mark.parametrize(("old", "now"), [(True, "rows"), (False, "none")])
+def test_the_old_switch_is_translated_with_a_warning(old: bool, now: str) -> None:
+    with pytest.warns(FutureWarning, match=f"is now loss.whiten={now}"):
+        assert MiniLLMConfig(whiten=old).whiten == now
+
+
 def test_a_constant_return_whitens_to_zero() -> None:
-    values = MiniLLMLoss(MiniLLMConfig(whiten=True)).advantages(one_sequence([-1.0, -1.0], [-1.0, -1.0]))
+    values = MiniLLMLoss(MiniLLMConfig(whiten="rows")).advantages(one_sequence([-1.0, -1.0], [-1.0, -1.0]))
     assert values.tolist() == [0, 0]
 
 
@@ -141,7 +170,7 @@ def test_a_token_that_the_teacher_excludes_gives_no_nan() -> None:
 
 
 def test_empty_collection() -> None:
-    for whiten in (False, True):
+    for whiten in ("none", "rows", "released"):
         nothing = one_sequence([], [])
         assert MiniLLMLoss(MiniLLMConfig(whiten=whiten)).advantages(nothing).shape == (0,)
 

@@ -91,7 +91,7 @@ def test_expected_gradient_is_that_of_the_sequence_level_reverse_kl(seed: int) -
         {"length_normalise": True},
         {"reward_scale": 2.0},
         {"include_current": True},  # r_t ∇log q is the single-step part again, sampled: it counts twice
-        {"whiten": True},
+        {"whiten": "rows"},
         {"reward_clip": 0.1},
     ],
     ids=lambda wrong: next(iter(wrong)),

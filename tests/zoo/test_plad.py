@@ -62,7 +62,7 @@ def test_reads_the_teacher_only_for_its_margin() -> None:
 
 
 def test_says_what_it_is_not_sure_of() -> None:
-    assert "from memory" in SPEC.card.notes
+    assert "exact form" in SPEC.card.unconfirmed
 
 
 @pytest.mark.parametrize("wrong", [{"margin": 0}, {"form": "hinge"}], ids=str)

@@ -69,9 +69,11 @@ NAMES = {
 }
 POINTS = [p for p in entry_points(group="dpkd") if p.value.startswith("dpkd_zoo.")]
 SPECS: list[LossSpec] = [spec for point in POINTS for spec in point.load().dpkd_losses()]
+OWN = [spec for spec in SPECS if not spec.preset_of]
 # Losses on hidden states have inputs of another kind: they have the kit, and tests of their own.
 ON_NUMBERS = [spec for spec in SPECS if not HIDDEN & spec.signals()]
-FILES = sorted(p for p in Path(dpkd_zoo.__file__).parent.glob("*.py") if p.stem not in ("__init__", "papers"))
+SHARED = ("__init__", "papers", "pairs", "hidden")
+FILES = sorted(p for p in Path(dpkd_zoo.__file__).parent.glob("*.py") if p.stem not in SHARED)
 
 # Settings under which a loss takes another path.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -99,7 +101,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dkd": [{"alpha": 0.0}, {"target": "teacher"}],
     "taid": [{"t": 1.0}],
     "distillm": [{"divergence": "srkl"}],
-    "speculative-kd": [{"divergence": "rkl"}, {"divergence": "jsd"}],
+    "speculative-kd": [{"beta": 0.5}, {"beta": 1.0}],
     "distillm2": [{"skew_teacher": 0.0, "skew_student": 0.0, "beta": 0.75}],
     "imitkd": [{"target": "distribution"}],
     "bild": [{"k": 4, "temperature": 1.0}],
@@ -128,7 +130,6 @@ CASES = [
 ]
 OUTSIDE: dict[str, list[dict[str, Any]]] = {
     "kd": [{"kd_ratio": 0.0}, {"kd_ratio": 1.1}, {"temperature": 0.0}, {"scale_by_t2": "perhaps"}],
-    "seqkd": [{"kd_ratio": -0.1}, {"kd_ratio": 1.1}],
     "rkl": [{"temperature": 0.0}, {"temperature": -1.0}],
     "akl": [{"mu": 0.0}, {"mu": 1.0}, {"boundary": "code"}],
     "minillm": [
@@ -139,6 +140,7 @@ OUTSIDE: dict[str, list[dict[str, Any]]] = {
         {"clip_epsilon": 0.0},
         {"clip_epsilon": 1.0},
         {"single_step_weight": -1.0},
+        {"whiten": "batch"},
     ],
     "dpkd": [{"beta": 0.0}, {"aggregation": "total"}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5}],
     "dpkd-token": [
@@ -153,7 +155,6 @@ OUTSIDE: dict[str, list[dict[str, Any]]] = {
     "dpkd-simpo": [{"beta": 0.0}, {"gamma": -0.1}],
     "fkl": [{"temperature": 0.0}],
     "jsd": [{"beta": -0.1}, {"beta": 1.1}, {"temperature": 0.0}],
-    "gkd": [{"beta": -0.1}, {"beta": 1.1}],
     "skl": [{"skew": -0.1}, {"skew": 1.0}],
     "srkl": [{"skew": -0.1}, {"skew": 1.0}],
     "tvd": [{"temperature": 0.0}],
@@ -188,7 +189,6 @@ OUTSIDE: dict[str, list[dict[str, Any]]] = {
     "dpo": [{"beta": 0.0}, {"aggregation": "total"}, {"label_smoothing": -0.1}, {"label_smoothing": 0.5}],
     "dadpo": [{"beta_start": 0.0}, {"beta_teacher": 0.0}, {"aggregation": "total"}],
     "distillm2": [{"skew_teacher": 1.0}, {"skew_student": -0.1}, {"beta": 0.0}, {"beta": 1.0}],
-    "speculative-kd": [{"divergence": "kl"}],
     "hidden-mse": [{"layers": "first"}, {"pairs": 1}, {"projection": "linear"}],
     "hidden-cosine": [{"layers": "first"}, {"pairs": 1}, {"projection": "linear"}],
 }
@@ -226,8 +226,9 @@ def test_variants_name_losses_that_exist() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_loss_imports_what_a_strangers_could(path: Path) -> None:
-    """The standard library, torch, pydantic, the two public modules, and the shared list of papers."""
-    allowed = {"__future__", "math", "typing", "torch", "pydantic", "dpkd.api", "dpkd.functional", "dpkd_zoo.papers"}
+    """The standard library, torch, pydantic, the public modules, the papers, and losses it is a preset of."""
+    allowed = {"__future__", "math", "typing", "warnings", "torch", "pydantic", "dpkd.api", "dpkd.functional"}
+    allowed |= {"dpkd_zoo", "dpkd_zoo.papers"}
     tree = ast.parse(path.read_text(encoding="utf-8"))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -236,7 +237,7 @@ def test_a_loss_imports_what_a_strangers_could(path: Path) -> None:
 
 @each_spec
 def test_card_is_complete(spec: LossSpec) -> None:
-    optional = {"notes"} if spec.name == "sft" else set()
+    optional = {"unconfirmed"} | ({"notes"} if spec.name == "sft" else set())
     for field in fields(Card):
         if field.name not in optional:
             assert getattr(spec.card, field.name), f"{spec.name}: the card has no {field.name}"
@@ -248,6 +249,17 @@ def test_card_is_complete(spec: LossSpec) -> None:
     assert module.__doc__
     assert spec.loss.__doc__
     assert "\n" not in spec.card.summary
+
+
+def test_presets_are_their_base_with_other_defaults() -> None:
+    by_name = {spec.name: spec for spec in SPECS}
+    presets = [spec for spec in SPECS if spec.preset_of]
+    assert {spec.name for spec in presets} == {"gkd", "seqkd", "speculative-kd"}
+    for spec in presets:
+        base = by_name[spec.preset_of]
+        assert (spec.loss, spec.family) == (base.loss, base.family)
+        assert issubclass(spec.config, base.config)
+        assert (spec.card, dict(spec.suggests)) != (base.card, dict(base.suggests))
 
 
 @each_spec
@@ -295,8 +307,8 @@ def test_a_value_outside_its_bounds_is_refused(spec: LossSpec, settings: dict[st
 
 
 def test_every_setting_has_a_value_that_is_refused() -> None:
-    names = {(spec.name, name) for spec in SPECS for name in spec.config.model_fields}
-    switches = {(s.name, n) for s in SPECS for n, f in s.config.model_fields.items() if f.annotation is bool}
+    names = {(spec.name, name) for spec in OWN for name in spec.config.model_fields}
+    switches = {(s.name, n) for s in OWN for n, f in s.config.model_fields.items() if f.annotation is bool}
     tried = {(loss, name) for loss, many in OUTSIDE.items() for settings in many for name in settings}
     assert tried <= names
     assert names - switches <= tried

@@ -13,7 +13,6 @@ worker stays in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`, which also mak
 from __future__ import annotations
 
 import gc
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -148,10 +147,10 @@ class VllmSampler:
         ids = tuple(completion.token_ids)
         truncated = not ids or ids[-1] not in self._generation_model.eos_ids
         if not task.logps:
-            return Sampled(ids, (), (), truncated)
+            return Sampled(ids, torch.empty(0), torch.empty(0), truncated)
         # Under plain sampling the policy that draws is the model at temperature 1: one number is both.
-        logps = tuple(float(step[token].logprob) for token, step in zip(ids, completion.logprobs, strict=True))
-        if any(math.isnan(value) for value in logps):
+        logps = torch.tensor([step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)])
+        if logps.isnan().any():
             raise DpkdError(
                 "vLLM gives log-probs that are not numbers: the model's weights are damaged, or training has diverged"
             )

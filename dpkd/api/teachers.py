@@ -1,24 +1,50 @@
-"""The interface of a teacher, whatever it is: a model in memory, a store, a server, several of them.
+"""Teachers: what answers for the teacher's distribution, and the specs of the kinds of teachers (`teacher.kind`).
 
 Shapes: N response positions of a micro-batch, n of one chunk, V shared vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dpkd.api import Signal, TeacherAccess
-from dpkd.cross_tokenizer.retokenize import AlignedBatch
-from dpkd.data.batches import Batch
+from dpkd.api.inputs import Signal
+from dpkd.api.losses import TeacherAccess
+from dpkd.errors import DpkdError
 from dpkd.functional import gather_logps, log_softmax
-from dpkd.models.chunked import chunks
-from dpkd.models.tokenizers import SharedVocabulary, shared_vocabulary
+from dpkd.settings import Block
+
+
+class SharedVocabulary(NamedTuple):
+    """How many ids student and teacher both predict, and what to say of it (or nothing)."""
+
+    size: int
+    note: str = ""
+
+
+class TeacherBatch(Protocol):
+    """What a teacher scores: prompts with their responses, and the rows of the response tokens, packed `[N]`.
+
+    sequences  prompt and response ids of each sequence; `lengths` `[B]` counts the rows of each
+    targets    the response token of each row, `sequence` `[N]` the number of its sequence
+    """
+
+    @property
+    def sequences(self) -> Sequence[tuple[Sequence[int], Sequence[int]]]: ...
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+    @property
+    def targets(self) -> Tensor: ...
+
+    @property
+    def sequence(self) -> Tensor: ...
 
 
 class Wants(NamedTuple):
@@ -54,13 +80,16 @@ class TeacherOutput:
         """Logits `[n, V]` of some rows, in float32, without gradient."""
         raise NotImplementedError(f"{type(self).__name__} makes no logits")
 
+    def raw(self, rows: slice) -> tuple[Tensor, float]:
+        """Logits `[n, V]` of some rows in the type that they come in, up to a factor, and that factor."""
+        return self.logits(rows), 1.0
+
     @torch.no_grad()
     def logps(self) -> Tensor:
         """Log-prob `[N]` in nats of each response token."""
-        parts = [
-            gather_logps(log_softmax(self.logits(rows)), self.targets[rows])
-            for rows in chunks(len(self.targets), self.chunk)
-        ]
+        edges = range(0, len(self.targets), self.chunk)
+        slices = [slice(start, min(start + self.chunk, len(self.targets))) for start in edges]
+        parts = [gather_logps(log_softmax(self.logits(rows)), self.targets[rows]) for rows in slices]
         return torch.cat(parts) if parts else torch.zeros(0, device=self.targets.device)
 
     def signals(self, student_logits_nV: Tensor, targets_n: Tensor, rows: slice) -> Mapping[Signal, Tensor]:
@@ -116,27 +145,34 @@ class Teacher:
         """Who it is: changes when its answers do. Goes into run.json, and into the keys of stores."""
         raise NotImplementedError(f"{type(self).__name__} needs a fingerprint")
 
-    def weight_bytes(self) -> float:
-        """Memory of its weights in this process."""
+    def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
+        """Memory of its weights in this process; `dtype` as in `load`."""
         return 0.0
 
     def check(self, tokenizer: Any) -> None:
         """Raises DpkdError when it cannot be the teacher of a student with this tokenizer; nothing is loaded yet."""
 
-    def load(self, device: torch.device) -> None:
-        """Bring what it needs to answer. `device` is the student's, where the losses are computed."""
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Bring what it needs to answer.
+
+        device  the student's, where the losses are computed
+        dtype   of its weights, where the settings leave it open; None: as stored
+        """
 
     def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
         """The ids that both predict: from here on it predicts no others.
 
         `student_rows` is the number of rows of the student's output head. Raises DpkdError when the two do not fit.
         """
-        shared = shared_vocabulary(tokenizer, self.tokenizer or tokenizer, student_rows, self.vocabulary)
-        self.vocabulary = shared.size
-        return shared
+        if self.vocabulary > student_rows:
+            raise DpkdError(
+                f"the teacher predicts ids up to {self.vocabulary - 1:,}, but the student's output head has only "
+                f"{student_rows:,} rows"
+            )
+        return SharedVocabulary(self.vocabulary)
 
-    def score(self, batch: Batch | AlignedBatch, wants: Wants) -> TeacherOutput:
-        """What it says of the response positions of a batch, without gradient."""
+    def score(self, batch: Any, wants: Wants) -> TeacherOutput:
+        """What it says of the response positions of a batch (a `TeacherBatch`), without gradient."""
         raise NotImplementedError(f"{type(self).__name__} scores nothing")
 
     def text(self) -> TeacherText | None:
@@ -145,3 +181,19 @@ class Teacher:
 
     def close(self) -> None:
         """Give back what lies outside this process's memory."""
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A kind of teacher, registered by the hook `dpkd_teachers`.
+
+    name     lower-case letters and digits with dashes between: `teacher.kind`
+    summary  one line
+    open     makes the teacher from its settings, before anything of it is loaded
+    config   its own settings, a closed and frozen block
+    """
+
+    name: str
+    summary: str
+    open: Callable[[Any], Teacher]
+    config: type[Block] = Block

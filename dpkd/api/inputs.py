@@ -1,0 +1,242 @@
+"""What a loss reads: signals by name, in the shapes of each family.
+
+Shapes: N response positions, V vocabulary, B pairs, K layers, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dpkd.errors import warn_renamed
+from dpkd.functional import at_least_float32, gather_logps, log_softmax
+
+
+class Signal(StrEnum):
+    """What a loss may read. It reads what its spec declares, and nothing else."""
+
+    TARGETS = "targets"  # the response's token at each position [N]
+    BY_STUDENT = "by_student"  # whether the student wrote the response that the position is in [N], bool
+    STUDENT_LOGITS = "student_logits"  # [N, V]
+    TEACHER_LOGITS = "teacher_logits"  # [N, V]
+    STUDENT_LOGPS = "student_logps"  # of whole responses, chosen and rejected [B]
+    TEACHER_LOGPS = "teacher_logps"  # of whole responses [B]; in a RolloutLoss of the drawn tokens [N]
+    REFERENCE_LOGPS = "reference_logps"  # of whole responses, under the student as it was at the start of the run [B]
+    LENGTHS = "lengths"  # tokens of each response, EOS included [B]
+    ADVANTAGES = "advantages"  # what RolloutLoss.advantages returned [N]
+    ROLLOUT_LOGPS = "rollout_logps"  # student log-prob of the token when it was sampled [N]
+    BEHAVIOUR_LOGPS = "behaviour_logps"  # log-prob under the policy that drew it (a teacher mix, say) [N]
+    STUDENT_REST = "student_rest"  # log-prob of a span's tokens after the first; 0 where tokenizers are the same [N]
+    TEACHER_REST = "teacher_rest"  # the same under the teacher, in its own tokens [N]
+    STUDENT_HIDDEN = "student_hidden"  # of the layers that TokenLoss.bind names [N, K, H]
+    TEACHER_HIDDEN = "teacher_hidden"  # of the layers that TokenLoss.bind names [N, K, H]
+
+
+# A loss that reads one of these gets whole micro-batches, and so no logits.
+HIDDEN = frozenset({Signal.STUDENT_HIDDEN, Signal.TEACHER_HIDDEN})
+
+
+class UndeclaredSignal(RuntimeError):
+    """A loss read a signal that its spec does not declare."""
+
+
+class Pair(NamedTuple):
+    """One value for the chosen (y_t) and one for the rejected response (y_s) of each prompt, `[B]`."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+    @property
+    def preferred(self) -> Tensor:
+        """Deprecated name of `chosen`."""
+        warn_renamed("Pair.preferred", "chosen")
+        return self.chosen
+
+    @property
+    def dispreferred(self) -> Tensor:
+        """Deprecated name of `rejected`."""
+        warn_renamed("Pair.dispreferred", "rejected")
+        return self.rejected
+
+
+class Stack(NamedTuple):
+    """What the hidden states of a model are like: state 0 is the embedding, state `layers` is what the head reads."""
+
+    layers: int
+    width: int
+
+
+class Layers(NamedTuple):
+    """The hidden states that a loss reads, in the order in which its signals have them."""
+
+    student: tuple[int, ...] = ()
+    teacher: tuple[int, ...] = ()
+
+
+class _Inputs:
+    """Signals by name; reading one that was not declared raises UndeclaredSignal."""
+
+    def __init__(self, signals: Mapping[Signal, Any], cache: dict[tuple[Signal, float], Tensor] | None = None) -> None:
+        self._signals = dict(signals)
+        self._cache: dict[tuple[Signal, float], Tensor] = {} if cache is None else cache
+        self.parts: dict[str, Tensor] = {}
+
+    def part(self, name: str, values: Tensor) -> Tensor:
+        """Name a part of the value, one number per position or pair, for the log; returns it unchanged.
+
+        The engine logs its mean as `part/NAME`.
+        """
+        self.parts[name] = values.detach()
+        return values
+
+    def __getitem__(self, signal: Signal) -> Any:
+        try:
+            return self._signals[signal]
+        except KeyError:
+            had = ", ".join(sorted(self._signals)) or "none"
+            raise UndeclaredSignal(
+                f"the loss reads {signal.value!r} but its spec declares only: {had}. Add it to LossSpec.reads."
+            ) from None
+
+    def __contains__(self, signal: object) -> bool:
+        return signal in self._signals
+
+    def _log_probs(self, signal: Signal, temperature: float) -> Tensor:
+        key = (signal, temperature)
+        if key not in self._cache:
+            self._cache[key] = log_softmax(self[signal], temperature)
+        else:
+            self[signal]
+        return self._cache[key]
+
+
+class TokenInputs(_Inputs):
+    """Response positions, packed: logits `[N, V]` of student and teacher over the shared vocabulary, targets `[N]`.
+
+    For a loss that works across tokenizers, in a run whose tokenizers differ, a row is an aligned span: logits are
+    those of its first token, over the union of both vocabularies, the target is the student's first token, and
+    `student_rest` and `teacher_rest` have the log-probs of the other tokens.
+    """
+
+    def only(self, reads: frozenset[Signal]) -> TokenInputs:
+        """The same positions, restricted to some signals; log-probabilities stay shared."""
+        kept = {signal: value for signal, value in self._signals.items() if signal in reads}
+        return type(self)(kept, self._cache)
+
+    @property
+    def student_logits(self) -> Tensor:
+        """`[N, V]`, at least float32."""
+        return at_least_float32(self[Signal.STUDENT_LOGITS])
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        """`[N, V]`, at least float32, without gradient."""
+        return at_least_float32(self[Signal.TEACHER_LOGITS])
+
+    @property
+    def targets(self) -> Tensor:
+        """The response's token id at each position, `[N]`."""
+        return self[Signal.TARGETS]  # type: ignore[no-any-return]
+
+    @property
+    def by_student(self) -> Tensor:
+        """Whether the student wrote the response, `[N]`, bool: else the teacher did, or it is the data set's."""
+        return self[Signal.BY_STUDENT]  # type: ignore[no-any-return]
+
+    @property
+    def student_hidden(self) -> Tensor:
+        """Hidden states `[N, K, H]` of the student's layers that `TokenLoss.bind` named, at least float32."""
+        return at_least_float32(self[Signal.STUDENT_HIDDEN])
+
+    @property
+    def teacher_hidden(self) -> Tensor:
+        """Hidden states `[N, K, H]` of the teacher's layers, at least float32, without gradient."""
+        return at_least_float32(self[Signal.TEACHER_HIDDEN])
+
+    @property
+    def student_rest(self) -> Tensor:
+        """Log-prob `[N]` under the student of what follows the span's first token in the span; 0: nothing does."""
+        return self[Signal.STUDENT_REST]  # type: ignore[no-any-return]
+
+    @property
+    def teacher_rest(self) -> Tensor:
+        """The same `[N]` under the teacher, which may cut the span into other tokens; without gradient."""
+        return self[Signal.TEACHER_REST]  # type: ignore[no-any-return]
+
+    def student_log_probs(self, temperature: float = 1.0) -> Tensor:
+        """log q `[N, V]` in nats, computed once for all terms of a run."""
+        return self._log_probs(Signal.STUDENT_LOGITS, temperature)
+
+    def teacher_log_probs(self, temperature: float = 1.0) -> Tensor:
+        """log p `[N, V]` in nats, computed once for all terms of a run."""
+        return self._log_probs(Signal.TEACHER_LOGITS, temperature)
+
+
+class RolloutInputs(TokenInputs):
+    """Positions of sampled responses: what TokenInputs has, and what was known when the token was drawn, all `[N]`."""
+
+    @property
+    def advantages(self) -> Tensor:
+        """What `RolloutLoss.advantages` returned for these tokens."""
+        return self[Signal.ADVANTAGES]  # type: ignore[no-any-return]
+
+    @property
+    def rollout_logps(self) -> Tensor:
+        """log q_old of the drawn token: the student at sampling time."""
+        return self[Signal.ROLLOUT_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def behaviour_logps(self) -> Tensor:
+        """log of the probability with which the token was really drawn (p̃ under teacher-mixed sampling)."""
+        return self[Signal.BEHAVIOUR_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def teacher_logps(self) -> Tensor:
+        """log p of the drawn token under the teacher."""
+        return self[Signal.TEACHER_LOGPS]  # type: ignore[no-any-return]
+
+    def student_logps(self) -> Tensor:
+        """log q of the drawn token under the student of now, with gradient."""
+        return gather_logps(self.student_log_probs(), self.targets)
+
+
+class PairInputs(_Inputs):
+    """A chosen and a rejected response per prompt: summed log-probs in nats, lengths in tokens, `[B]`."""
+
+    @property
+    def student(self) -> Pair:
+        """log q(y_t|x) and log q(y_s|x), summed over tokens, EOS included."""
+        return self[Signal.STUDENT_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def teacher(self) -> Pair:
+        """log p(y_t|x) and log p(y_s|x), summed over tokens, without gradient."""
+        return self[Signal.TEACHER_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def reference(self) -> Pair:
+        """log-probs of y_t and y_s under the student as it was at the start, summed over tokens, without gradient."""
+        return self[Signal.REFERENCE_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def lengths(self) -> Pair:
+        """Tokens of y_t and y_s as floats, EOS included, at least 1."""
+        return self[Signal.LENGTHS]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One collection of sampled responses, before training on it: rows of a sequence stand together, in order.
+
+    `rollout_logps`, `behaviour_logps` and `teacher_logps` are `[N]`, in nats, of the drawn tokens;
+    `sequence` `[N]` numbers the responses from 0.
+    """
+
+    rollout_logps: Tensor
+    behaviour_logps: Tensor
+    teacher_logps: Tensor
+    sequence: Tensor

@@ -1,0 +1,67 @@
+"""The policy's log-probs of drawn tokens, computed as a training step computes them.
+
+What decodes rounds differently from what trains: other kernels, other batches, often a smaller type. A policy gradient
+that takes the decoder's log-probs for the policy's is biased: rewards `log p - log q` and ratios `q / q_old` are off
+by the rounding, token by token. So the policy's are computed again here, and those of the decoder stay what they are:
+the log-probs of the policy that drew (`behaviour_logps`), for importance weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dpkd.api import Sampled
+from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
+from dpkd.models.chunked import chunk_rows, token_logps
+from dpkd.models.head import head_of, hidden_rows
+from dpkd.rollout.kv_cache import evaluating
+
+# Tokens of a forward, padding included.
+TOKENS = 16384
+
+
+def token_scores(
+    score: Callable[[Batch], Tensor],
+    sequences: Sequence[TokenSequence],
+    *,
+    pad_id: int,
+    device: torch.device,
+    tokens: int = TOKENS,
+) -> list[Tensor]:
+    """What `score` gives each response token of a batch, `[N]`: one tensor on the host for each sequence."""
+    lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
+    found: list[Tensor] = [torch.empty(0)] * len(sequences)
+    for group in micro_batches(lengths, len(lengths), tokens):
+        batch = collate([sequences[i] for i in group], pad_id=pad_id).to(device)
+        parts = score(batch).cpu().split([len(sequences[i].response_ids) for i in group])
+        for i, part in zip(group, parts, strict=True):
+            found[i] = part
+    return found
+
+
+@dataclass(frozen=True)
+class PolicyScorer:
+    """Gives responses the log-probs of the policy that is trained: in the precision of `autocast`, without dropout."""
+
+    vocabulary: int
+    pad_id: int
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]]
+
+    @torch.no_grad()
+    def __call__(self, policy: nn.Module, prompts: Sequence[Sequence[int]], drawn: Sequence[Sampled]) -> list[Sampled]:
+        """The responses, one to each prompt, with `logps` under the policy; their behaviour log-probs stay."""
+
+        def score(batch: Batch) -> Tensor:
+            head = head_of(policy, self.vocabulary)
+            return token_logps(hidden_rows(policy, batch), head, batch.targets, chunk_rows(self.vocabulary, 32.0))
+
+        sequences = [TokenSequence(tuple(p), one.response_ids) for p, one in zip(prompts, drawn, strict=True)]
+        with evaluating(policy), self.autocast():
+            logps = token_scores(score, sequences, pad_id=self.pad_id, device=self.device)
+        return [replace(one, logps=part) for one, part in zip(drawn, logps, strict=True)]
