@@ -35,7 +35,7 @@ SAMPLE = [
 ]
 CACHE = [
     *("cache", "--loss", "kd", "--teacher", "../toy/model", "--data", "../toy/data.jsonl", "--output", "store"),
-    *("--set", "student.init=layers", "--set", "student.layers=1", "--kind", "topk", "--k", "8", *LIMITS),
+    *("--set", "student.init=layers", "--set", "student.layers=1", "--kind", "sampled", "--k", "8", *LIMITS),
 ]
 RESUME = ["train", "--resume", "run"]
 EXTEND = [*RESUME, "--set", "train.steps=6"]
