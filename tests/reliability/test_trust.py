@@ -24,12 +24,20 @@ class Config(LlamaConfig):
 """
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Toy models, data and a finished run."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_toy(folder / "toy")
+    assert dpkd([*TRAIN, "--set", "train.steps=1"], folder / "here").kind == "ok"
+    return folder
+
+
 @pytest.fixture
-def foreign(tmp_path):
+def foreign(trained, tmp_path):
     """A finished run from somebody else, whose settings name a teacher with a script and trust it."""
-    write_toy(tmp_path / "toy")
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     run = tmp_path / "here/run"
-    assert dpkd([*TRAIN, "--set", "train.steps=1"], tmp_path / "here").kind == "ok"
     teacher = run / "teacher"
     shutil.copytree(tmp_path / "toy/model", teacher)
     (teacher / "evil.py").write_text(EVIL.format(target=str(tmp_path / "ran")))
