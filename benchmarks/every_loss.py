@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 
 import dpkd
+from dpkd.api import SamplingSettings
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
 from dpkd.models.smollm2 import bundled_teacher
 from dpkd.plugins import load_registry
 from dpkd.rollout.response_store import default_folder
 from dpkd.rollout.sampling import sample
-from dpkd.rollout.settings import SamplingSettings
 
 SHARED = Path(os.environ.get("DPKD_SHARED", Path(__file__).parents[2] / "shared"))
 STORIES = SHARED / "models" / "stories260K"

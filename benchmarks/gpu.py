@@ -1,140 +1,393 @@
-"""One step on a GPU, in bf16: dpkd against TRL's Triton kernels, Liger, plain code and the floor.
+"""What a GPU makes of dpkd, in bf16: steps, whole runs, decoding, and how busy it is, beside peers and floors.
 
-GPT-2 shapes (student 24 x 1024, teacher 48 x 1600: medium and XL) and Qwen-like ones (24 x 896 and 28 x 1536,
-vocabulary 151,936), from configurations with random weights; 8 rows of up to 512 tokens, half of them prompt. Weights
-are float32 and every variant runs under autocast. Time is a median over repeats, peak memory the allocator's above the
-models; tokens are those of responses.
+    python benchmarks/gpu.py --out FOLDER [--part step runs decode mfu] [--limit SECONDS] [--tiny]
 
-    python benchmarks/gpu.py [--repeats 10] [--shapes gpt2 qwen] [--tiny]     # --tiny runs anywhere, in seconds
+Models come from configurations with random weights: no hub, no shared folder; TRL and Liger are measured where they are
+installed. Each part stops after --limit seconds (150). What is measured goes to FOLDER/gpu.jsonl line by line; a second
+call goes on with what is missing. The tables, the ratios and the verdict on the targets are printed at the end of every
+call from all lines there. `--tiny` runs every part on a CPU, to see that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peers
 import torch
+from gpu_runs import part_runs
+from gpu_tools import CUDA, DEVICE, Book, Numbers, clean, configs, models, peak_mib, wait
 from harness import machine, markdown
 from ours import engine_step
 from shapes import sequences
 
-__all__ = ["table"]
-
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 COMPILER = "inductor" if CUDA else "eager"  # a CPU may have no C++ compiler; eager still traces
+PEAK = 989e12  # bf16 operations a second of an H100 or H200, from its data sheet
 
 
-def configs(shapes: str) -> tuple[Any, Any]:
-    """Of student and teacher."""
-    from transformers import GPT2Config, Qwen2Config
-
-    if shapes == "gpt2":
-        sizes = ((24, 1024, 16), (48, 1600, 25))
-        off = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-        student, teacher = (GPT2Config(n_layer=n, n_embd=width, n_head=heads, **off) for n, width, heads in sizes)
-        return student, teacher
-    large = shapes == "qwen"
-    sizes = ((24, 896, 14, 4864), (28, 1536, 12, 8960)) if large else ((1, 32, 2, 64), (2, 48, 2, 96))
-    student, teacher = (
-        Qwen2Config(
-            vocab_size=151936 if large else 512,
-            hidden_size=width,
-            intermediate_size=inner,
-            num_hidden_layers=n,
-            num_attention_heads=heads,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )
-        for n, width, heads, inner in sizes
-    )
-    return student, teacher
+# --- the step
 
 
-def variants(shapes: str) -> dict[str, Callable[[], peers.Step]]:
+def step_variants(pair: tuple[Any, Any], rows: int, tiny: bool) -> dict[str, Callable[[], peers.Step]]:
     """Name → what makes the step; all share the models, and each drops the gradients of the one before."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    student, teacher = (AutoModelForCausalLM.from_config(config).to(DEVICE) for config in configs(shapes))
-    models = student.train(), teacher.eval().requires_grad_(False)
-    vocabulary, tiny = student.config.vocab_size, shapes == "tiny"
-    rows = sequences(2, (4, 8), (4, 8), vocabulary) if tiny else sequences(8, (192, 256), (64, 256), vocabulary)
-    pairs = [row._replace(prompt_ids=rows[i - i % 2].prompt_ids) for i, row in enumerate(rows)]
+    vocabulary = pair[0].config.vocab_size
+    many = sequences(2, (4, 8), (4, 8), vocabulary) if tiny else sequences(rows, (192, 256), (64, 256), vocabulary)
+    pairs = [row._replace(prompt_ids=many[i - i % 2].prompt_ids) for i, row in enumerate(many)]
     pad = vocabulary - 1
-    batch = peers.Padded(*(part.to(DEVICE) for part in peers.padded(rows, 16 if tiny else 512, pad)))
+    batch = peers.Padded(*(part.to(DEVICE) for part in peers.padded(many, 16 if tiny else 512, pad)))
 
-    def ours(name: str, compiled: str | None = None) -> Callable[[], peers.Step]:
-        chosen = pairs if name == "dpkd" else rows
-        return lambda: engine_step(name, models, chosen, bf16=True, compiled=compiled)
+    def ours(name: str, **how: Any) -> Callable[[], peers.Step]:
+        return lambda: engine_step(name, pair, pairs if name == "dpkd" else many, bf16=True, **how)
 
+    first = {
+        "backbones alone": lambda: peers.backbones(pair, many, pad),
+        "dpkd fkl": ours("fkl"),
+        "dpkd jsd": ours("jsd"),
+        "TRL chunked, JSD": lambda: peers.trl_chunked(pair, batch, 0.5),
+        "TRL chunked, forward KL": lambda: peers.trl_chunked(pair, batch, 0.0),
+        "response only, dense, JSD": lambda: peers.dense("jsd", pair, many, pad),
+        "dpkd akl": ours("akl"),
+        "dpkd pairs": ours("dpkd"),
+    }
+    if rows > 8:
+        return first
     return {
-        "released shape, KL": lambda: peers.released("kl", models, batch),
-        "TRL generalized_jsd_loss, JSD": lambda: peers.trl(models, batch, 0.5),
-        "TRL chunked divergence (Triton on a GPU), JSD": lambda: peers.trl_chunked(models, batch, 0.5),
-        "TRL chunked divergence (Triton on a GPU), forward KL": lambda: peers.trl_chunked(models, batch, 0.0),
-        "Liger chunked JSD": lambda: peers.liger(models, rows, pad),
-        "response only, dense, JSD": lambda: peers.dense("jsd", models, rows, pad),
-        "backbones alone (floor)": lambda: peers.backbones(models, rows, pad),
-        "dpkd: fkl": ours("fkl"),
-        "dpkd: fkl, compiled chunks": ours("fkl", COMPILER),
-        "dpkd: jsd": ours("jsd"),
-        "dpkd: jsd, compiled chunks": ours("jsd", COMPILER),
-        "dpkd: dpkd-token": ours("dpkd-token"),
-        "dpkd: dpkd pairs": ours("dpkd"),
+        **first,
+        "dpkd jsd, without kernels": ours("jsd", kernels=False),
+        "dpkd jsd, chunk of 32 MiB": ours("jsd", chunk_mib=32.0, kernels=False),
+        "dpkd jsd, loss compiled": ours("jsd", compiled=COMPILER, kernels=False),
+        "Liger chunked JSD": lambda: peers.liger(pair, many, pad),
+        "released shape, KL": lambda: peers.released("kl", pair, batch),
+        "TRL generalized_jsd_loss": lambda: peers.trl(pair, batch, 0.5),
+        "dpkd dpkd-token": ours("dpkd-token"),
+        # Blocks stay compiled from here on.
+        "backbones alone, blocks compiled": lambda: _compiled(pair, peers.backbones(pair, many, pad)),
+        "dpkd fkl, blocks compiled": ours("fkl"),
+        "dpkd jsd, blocks compiled": ours("jsd"),
     }
 
 
-def measure(step: peers.Step, repeats: int) -> tuple[float, float]:
-    """Median seconds, and MiB of the allocator's peak over what was there before."""
+def _compiled(pair: tuple[Any, Any], step: peers.Step) -> peers.Step:
+    from dpkd.models.compile import compile_blocks
+
+    for model in pair:
+        compile_blocks(model, backend=COMPILER)
+    return step
+
+
+def measure_step(make: Callable[[], peers.Step], repeats: int) -> Numbers:
+    """Median milliseconds, and MiB of the allocator's peak over what was there before."""
+    step = make()
 
     def once() -> float:
+        wait()
         began = time.perf_counter()
         with torch.autocast(DEVICE.type, torch.bfloat16):
             step()
-        if CUDA:
-            torch.cuda.synchronize()
+        wait()
         return time.perf_counter() - began
 
-    once(), once()  # compilers and caches
-    before = 0
+    for _ in range(3 if CUDA else 1):  # compilers and caches
+        once()
+    base = 0
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        base = torch.cuda.memory_allocated()
     taken = [once() for _ in range(repeats)]
-    peak = torch.cuda.max_memory_allocated() - before if CUDA else 0
-    return statistics.median(taken), peak / 2**20
+    return {"ms": 1000 * statistics.median(taken), "fastest": 1000 * min(taken), "mib": peak_mib(base)}
 
 
-def table(shapes: str, repeats: int) -> str:
-    rows, base = [], 0.0
-    for name, make in variants(shapes).items():
-        try:
-            seconds, mib = measure(make(), repeats)
-        except (ImportError, torch.OutOfMemoryError) as error:
-            rows.append([name, f"not measured: {str(error).splitlines()[0]}", "–", "–"])
+def part_step(book: Book, tiny: bool) -> None:
+    for shapes, rows in [("tiny", 8)] if tiny else [("gpt2", 8), ("qwen", 8), ("qwen", 32), ("gpt2", 32)]:
+        part = f"step {shapes} {rows}"
+        pair = models(shapes)
+        for name, make in step_variants(pair, rows, tiny).items():
+            book.take(part, name, lambda make=make: measure_step(make, 1 if tiny else 8))
+            pair[0].zero_grad(set_to_none=True)
+        del pair
+        clean()
+
+
+# --- decoding
+
+
+def part_decode(book: Book, tiny: bool) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    with DEVICE:
+        model = AutoModelForCausalLM.from_config(configs("tiny" if tiny else "runs")[0])
+    model = model.to(torch.bfloat16 if CUDA else torch.float32).eval()
+    vocabulary, new = model.config.vocab_size, 4 if tiny else 128
+    for rows in [2] if tiny else [32, 256]:
+        part = f"decode {rows}"
+        prompts = [list(s.prompt_ids) for s in sequences(rows, (4, 8) if tiny else (32, 128), (2, 2), vocabulary)]
+        # The floor first: others are measured against it.
+        ways: dict[str, Callable[[], float]] = {
+            "CUDA graph of one step (floor)": partial(graph_floor, model, prompts, new),
+            "dpkd": partial(decode_ours, model, prompts, new, "auto"),
+            "dpkd, eager": partial(decode_ours, model, prompts, new, "eager"),
+            "generate": partial(decode_generate, model, prompts, new, None),
+            "generate, static cache": partial(decode_generate, model, prompts, new, "static"),
+        }
+        for name, way in ways.items():
+            book.take(part, name, lambda way=way, rows=rows: _rate(way(), rows, new))
+
+
+def _rate(seconds: float, rows: int, new: int) -> Numbers:
+    return {"ms": 1000 * seconds / new, "tokens": rows * new / seconds}
+
+
+def _best(once: Callable[[], Any], warm: int = 1, repeats: int = 2) -> float:
+    """The fastest of some calls, in seconds, after others."""
+    for _ in range(warm if CUDA else 0):
+        once()
+    taken = []
+    for _ in range(repeats if CUDA else 1):
+        wait()
+        began = time.perf_counter()
+        once()
+        wait()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def decode_ours(model: Any, prompts: list[list[int]], new: int, decoding: Any) -> float:
+    from dpkd.api import SamplingSettings
+    from dpkd.rollout.sampling import Decoder
+
+    eos = model.config.vocab_size - 1
+    decoder = Decoder(model, eos_ids=frozenset({eos}), pad_id=eos, vocabulary=None, decoding=decoding)
+    settings = SamplingSettings(max_new_tokens=new, batch_size=len(prompts))
+    return _best(lambda: decoder.draw(prompts, settings, seeds=list(range(len(prompts)))))
+
+
+@torch.no_grad()
+def decode_generate(model: Any, prompts: list[list[int]], new: int, cache: str | None) -> float:
+    eos, width = model.config.vocab_size - 1, max(map(len, prompts))
+    ids = torch.tensor([[eos] * (width - len(one)) + one for one in prompts], device=DEVICE)
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=DEVICE)
+    how = {} if cache is None else {"cache_implementation": cache}
+    return _best(
+        lambda: model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            **how,
+        ),
+        warm=2 if cache else 1,
+    )
+
+
+@torch.no_grad()
+def graph_floor(model: Any, prompts: list[list[int]], new: int) -> float:
+    """`new` replays of one decoding step over a static cache, the draw included: the floor of eager kernels."""
+    from transformers import StaticCache
+
+    if not CUDA:
+        raise RuntimeError("no GPU")
+    width, rows = max(map(len, prompts)), len(prompts)
+    cache = StaticCache(config=model.config, max_cache_len=width + new)
+    token = torch.zeros(rows, 1, dtype=torch.long, device=DEVICE)
+    model(token.expand(rows, width).contiguous(), past_key_values=cache, use_cache=True)
+    mask = torch.ones(rows, 1, 1, width + new, dtype=torch.bool, device=DEVICE)
+    position = torch.full((rows, 1), width, dtype=torch.long, device=DEVICE)
+
+    def one() -> None:
+        output = model(
+            token, past_key_values=cache, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1
+        )
+        logits = output.logits[:, -1].float()
+        noise = torch.rand_like(logits).log_().neg_()
+        token.copy_((logits.softmax(-1) / noise).argmax(-1, keepdim=True))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            one()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one()
+    return _best(lambda: [graph.replay() for _ in range(new)])
+
+
+# --- how busy the GPU is
+
+
+def part_mfu(book: Book, tiny: bool) -> None:
+    """The share of the data sheet's arithmetic in a whole off-policy step with its update, and a profile of it."""
+    for shapes in ["tiny"] if tiny else ["runs", "qwen"]:
+        pair = models(shapes)
+        book.take("mfu", shapes, lambda pair=pair, shapes=shapes: mfu(pair, book.profile_path(shapes), tiny))
+        del pair
+        clean()
+
+
+def mfu(pair: tuple[Any, Any], profile: Path, tiny: bool) -> Numbers:
+    vocabulary = pair[0].config.vocab_size
+    many = sequences(2, (4, 8), (4, 8), vocabulary) if tiny else sequences(32, (192, 256), (64, 256), vocabulary)
+    step = engine_step("jsd", pair, many, bf16=True)
+    optimizer = torch.optim.AdamW(pair[0].parameters(), lr=1e-6, fused=True)
+
+    def whole() -> None:
+        step()
+        optimizer.step()
+
+    for _ in range(1 if tiny else 4):
+        whole()
+    count = 1 if tiny else 8
+    wait()
+    began = time.perf_counter()
+    for _ in range(count):
+        whole()
+    wait()
+    seconds = (time.perf_counter() - began) / count
+    tokens = sum(len(s.prompt_ids) + len(s.response_ids) for s in many)
+    rows = sum(len(s.response_ids) for s in many)
+    operations = 0.0
+    for model, passes in ((pair[0], 6), (pair[1], 2)):
+        head = model.get_output_embeddings().weight.numel()
+        body = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n and "wt" not in n)
+        body -= 0 if model.config.tie_word_embeddings else head
+        operations += passes * (body * tokens + head * rows)
+    return {
+        "ms": 1000 * seconds,
+        "tokens": rows / seconds,
+        "mfu": operations / seconds / PEAK,
+        "mib": peak_mib(),
+        "busy": _profiled(whole, profile, 1 if tiny else 3),
+    }
+
+
+def _profiled(step: Callable[[], None], path: Path, count: int) -> float:
+    """The share of time in which the GPU computes; the dearest operators go to a file."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
+    wait()
+    began = time.perf_counter()
+    with profile(activities=kinds) as seen:
+        for _ in range(count):
+            step()
+        wait()
+    seconds = time.perf_counter() - began
+    key = "self_device_time_total" if CUDA else "self_cpu_time_total"
+    averages = seen.key_averages()
+    path.write_text(averages.table(sort_by=key, row_limit=10, max_name_column_width=80), encoding="utf-8")
+    if not CUDA:
+        return math.nan
+    kernels = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.self_device_time_total for e in kernels) / 1e6 / seconds
+
+
+# --- what it says
+
+
+def report(book: Book) -> str:
+    parts = list(dict.fromkeys(part for part, _ in book.found))
+    text = []
+    for part in parts:
+        results = book.of(part)
+        keys = list(dict.fromkeys(k for r in results.values() for k in r if k not in ("part", "name", "took", "why")))
+        rows = []
+        for name, result in results.items():
+            if "why" in result:
+                rows.append([name, f"not measured: {result['why']}", *["–"] * (len(keys) - 1)])
+            else:
+                rows.append([name, *(_shown(key, result.get(key)) for key in keys)])
+        text.append(f"### {part}\n\n{markdown(['variant', *keys], rows)}")
+    return "\n\n".join([*text, "### verdict\n\n" + verdict(book)])
+
+
+def _shown(key: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    digits = 3 if key in ("mfu", "busy", "seconds") else 1 if key in ("ms", "fastest") else 0
+    return f"{value:,.{digits}f}"
+
+
+def verdict(book: Book) -> str:
+    """The targets, what was found, and whether they are met."""
+
+    def ratio(part: str, one: str, other: str, key: str) -> float:
+        return book.number(part, one, key) / (book.number(part, other, key) or math.nan)
+
+    lines: list[tuple[str, float, str, float]] = []  # what, found, at most or at least, target
+    for part in (p for p in dict.fromkeys(p for p, _ in book.found) if p.startswith("step")):
+        for loss, peer in (("dpkd fkl", "TRL chunked, forward KL"), ("dpkd jsd", "TRL chunked, JSD")):
+            lines.append(
+                (f"{part}: {loss}, time of backbones alone", ratio(part, loss, "backbones alone", "ms"), "≤", 1.1)
+            )
+            lines.append((f"{part}: {loss}, time of {peer}", ratio(part, loss, peer, "ms"), "≤", 0.8))
+            lines.append((f"{part}: {loss}, memory of {peer}", ratio(part, loss, peer, "mib"), "≤", 1.0))
+    off = ("dpkd jsd, off-policy", "TRL GKD, off-policy")
+    lines.append(("off-policy, tokens/s of TRL GKD", ratio("runs", *off, "tokens"), "≥", 3.0))
+    lines.append(("off-policy, memory of TRL GKD", ratio("runs", *off, "mib"), "≤", 1 / 3))
+    lines.append(
+        ("pairs, tokens/s of TRL DPOTrainer", ratio("runs", "dpkd pairs", "TRL DPOTrainer", "tokens"), "≥", 3.0)
+    )
+    for peer in ("TRL DistillationTrainer, on-policy", "TRL GKD, on-policy"):
+        lines.append((f"tokens/s of {peer}", ratio("runs", "dpkd jsd, on-policy", peer, "tokens"), "≥", 5.0))
+    floor = "CUDA graph of one step (floor)"
+    lines.append(("decoding 32 rows, time of the graph", ratio("decode 32", "dpkd", floor, "ms"), "≤", 1.5))
+    lines.append(("decoding 32 rows, tokens/s of generate", ratio("decode 32", "dpkd", "generate", "tokens"), "≥", 8.0))
+    lines.append(("MFU of an off-policy step", book.number("mfu", "runs", "mfu"), "≥", 0.35))
+    rows = []
+    for what, found, way, target in lines:
+        if math.isnan(found):
             continue
-        base = base or seconds
-        rows.append([name, f"{1000 * seconds:,.1f}", f"{seconds / base:.2f}", f"{mib:,.0f}"])
-    return markdown(["variant", "ms", "of the first", "peak over the models, MiB"], rows)
+        met = found <= target if way == "≤" else found >= target
+        rows.append([what, f"{found:.2f}", f"{way} {target:.2f}", "met" if met else "missed"])
+    return markdown(["what", "found", "target", ""], rows)
 
 
-def main() -> None:
+PARTS: dict[str, Callable[[Book, bool], None]] = {
+    "step": part_step,
+    "runs": part_runs,
+    "decode": part_decode,
+    "mfu": part_mfu,
+}
+
+
+def main(words: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--shapes", nargs="+", choices=["gpt2", "qwen"], default=["gpt2", "qwen"])
+    parser.add_argument("--part", nargs="+", choices=[*PARTS, "all"], default=["all"])
+    parser.add_argument("--out", type=Path, default=Path("gpu-benchmark"), help="folder of the results")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds for each part")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU too: to see that it runs")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if not (CUDA or arguments.tiny):
         raise SystemExit("no GPU: use --tiny to see that the script runs")
-    print(torch.cuda.get_device_name() if CUDA else "no GPU", machine(), sep=", ")
-    for shapes in ["tiny"] if arguments.tiny else arguments.shapes:
-        print(f"\n### {shapes}\n\n{table(shapes, 1 if arguments.tiny else arguments.repeats)}")
+    if CUDA:
+        torch.set_float32_matmul_precision("high")
+    book = Book(arguments.out, arguments.limit)
+    for name in PARTS if "all" in arguments.part else arguments.part:
+        book.begin_part()
+        try:
+            PARTS[name](book, arguments.tiny)
+        except Exception as error:  # of what the part prepares: the others are measured all the same
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    head = f"{torch.cuda.get_device_name() if CUDA else 'no GPU'}, {machine()}"
+    text = f"{head}\n\n{report(book)}\n"
+    (arguments.out / "gpu.md").write_text(text, encoding="utf-8")
+    return text
 
 
 if __name__ == "__main__":
-    main()
+    print(main())

@@ -97,7 +97,7 @@ def ours(folder: Path, size: Any, *, loss: str, on_policy: bool = False, pairs: 
     if on_policy:
         settings["text.source"] = "student"
     if pairs:  # both responses are there before the loop, as DPOTrainer wants them
-        settings |= {"text.pairs.chosen": "dataset", "text.pairs.rejected": "teacher", "text.refresh": "once"}
+        settings |= {"text.chosen": "dataset", "text.rejected": "teacher", "text.refresh": "once"}
     words = ["train", "--loss", loss, "--output", str(output), "--data", str(folder / "rows.jsonl")]
     words += ["--student", str(folder / "student"), "--teacher", str(folder / "teacher")]
     words += [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]

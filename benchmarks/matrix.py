@@ -41,6 +41,9 @@ from dpkd.teachers.local import LocalTeacher
 RATES = {"full": 3e-3, "lora": 5e-3}
 
 
+TENTH_STEP = {"text.every": 10, "text.refresh": "every_n_steps"}
+
+
 def texts(spec: LossSpec) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every text that a loss takes: its name, and the settings for it."""
     takes = [writer for writer in (Text.DATASET, Text.TEACHER, Text.STUDENT) if writer in spec.accepts]
@@ -48,14 +51,15 @@ def texts(spec: LossSpec) -> Iterator[tuple[str, dict[str, Any]]]:
         for chosen in (Text.TEACHER, Text.DATASET):
             for other in (Text.STUDENT, Text.TEACHER, Text.DATASET):
                 if chosen is not other and {chosen, other} <= set(takes):
-                    pairs = {"text.pairs.chosen": chosen.value, "text.pairs.rejected": other.value}
-                    yield f"{chosen.value} > {other.value}", pairs
+                    pairs = {"text.chosen": chosen.value, "text.rejected": other.value}
+                    yield f"{chosen.value} > {other.value}", pairs | TENTH_STEP
         return
     for writer in takes:
-        yield writer.value, {"text.source": writer.value, "text.mix": "{}"}
+        yield writer.value, {"text.source": writer.value, **(TENTH_STEP if writer is Text.STUDENT else {})}
     if len(takes) > 1:
         share = "{" + ", ".join(f"{writer.value}: {1 / len(takes)}" for writer in takes) + "}"
-        yield "mixed", {"text.source": "mixed", "text.mix": share.replace("0.3333333333333333}", "0.3333333333333334}")}
+        share = share.replace("0.3333333333333333}", "0.3333333333333334}")
+        yield "mixed", {"text.source": "mixed", "text.mix": share, **TENTH_STEP}
 
 
 def train(loss: str, data: Path, output: Path, settings: dict[str, Any]) -> None:
@@ -84,9 +88,7 @@ class Judge:
         found = measure(
             student, self.sequences, teacher=self.teacher, vocabulary=vocabulary, pad_id=self.tokenizer.pad_token_id
         )
-        assert found.forward_kl is not None
-        assert found.reverse_kl is not None
-        return found.forward_kl, found.reverse_kl
+        return float(found.forward_kl_N.mean()), float(found.reverse_kl_N.mean())
 
 
 def main() -> None:
@@ -141,8 +143,6 @@ def _left(
         "train.log_every": steps,
         "text.sampling.max_new_tokens": 32,
         "text.teacher_sampling.max_new_tokens": 32,
-        "text.every": 10,
-        "text.refresh": "every_n_steps",
         **text,
     }
     if weights == "lora":

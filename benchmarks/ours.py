@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from dpkd.api import Family, LossSpec, Rollout, TeacherAccess, Text
-from dpkd.api.teachers import Wants
+from dpkd.api import Family, LossSpec, Response, Rollout, TeacherAccess, Text
+from dpkd.api.teachers import Teacher, TeacherOutput, Wants
 from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.models.chunked import token_logps
 from dpkd.models.head import head_of, hidden_rows
 from dpkd.plugins import load_registry
-from dpkd.rollout.response import Response
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.loss_module import LossModule
@@ -27,6 +26,8 @@ __all__ = ["engine_step"]
 class _NoUpdate:
     """Stands in for the optimizer: the same for every variant, so it is left out."""
 
+    _step_supports_amp_scaling = True  # as the fused one: nobody waits to learn whether a step was finite
+
     def __init__(self, module: torch.nn.Module) -> None:
         self._module, self.param_groups = module, []
 
@@ -37,18 +38,21 @@ class _NoUpdate:
         pass
 
 
-class _Known:
+class _Known(Teacher):
     """A teacher whose log-probs of the responses are in a store: read once, the same at every step."""
+
+    offers, measurable = TeacherAccess.TOKEN_LOGPS, False
 
     def __init__(self, teacher: LocalTeacher) -> None:
         self._teacher, self._kept = teacher, {}
 
-    offers, measurable, model, widest = TeacherAccess.TOKEN_LOGPS, False, None, None
-
     def score(self, batch, wants):
         key = (len(batch.targets), int(batch.targets.sum()))
         if key not in self._kept:
-            self._kept[key] = self._teacher.score(batch, wants)
+            output = TeacherOutput(batch.targets, wants.chunk)
+            known = self._teacher.score(batch, wants).logps()
+            output.logps = lambda: known
+            self._kept[key] = output
         return self._kept[key]
 
 
@@ -94,13 +98,14 @@ def engine_step(
     chunk_mib: float | str = "auto",
     bf16: bool = False,
     compiled: str | None = None,
+    kernels: bool = True,
     shared: bool = True,
 ) -> Callable[[], Any]:
     """A step of the loss of a name on these sequences; for pairs, (y_t, y_s) are neighbours and follow one prompt.
 
     `shared`: they stand behind one copy of it. With `stored` the teacher's log-probs of the responses are known;
     `corpus` adds the pre-training term with KD. `compiled` names the backend by which torch compiles the loss of a
-    chunk. The models decide the device.
+    chunk, `kernels` whether fused ones are used where they can be. The models decide the device.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -114,6 +119,8 @@ def engine_step(
     if compiled is not None:
         loss.compile(backend=compiled)
     loss_module = LossModule(student, losses, vocabulary=vocabulary, chunk_mib=chunk_mib)
+    if not kernels:
+        loss_module._fused = lambda *_: None  # type: ignore[method-assign]
     live = LocalTeacher.of(teacher, vocabulary, device)
     pairs = spec.family is Family.PAIR
     groups = _units(sequences, pairs)
@@ -130,6 +137,12 @@ def engine_step(
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
     micro_batcher = MicroBatcher(len(sequences), vocabulary - 1, layout=Layout(shared=shared), device=device)
     train_step = TrainStep(
-        accelerator, loss_module, _NoUpdate(loss_module), _Known(live) if stored else live, None, micro_batcher, 1.0
+        accelerator=accelerator,
+        loss_module=loss_module,
+        optimizer=_NoUpdate(loss_module),
+        teacher=_Known(live) if stored else live,
+        reference=None,
+        micro_batcher=micro_batcher,
+        clip=1.0,
     )
     return lambda: train_step(step_batches, lr=0.0, measure=False)

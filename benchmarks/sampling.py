@@ -21,8 +21,8 @@ from harness import markdown
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.utils import logging
 
+from dpkd.api import SamplingSettings
 from dpkd.rollout.sampling import sample
-from dpkd.rollout.settings import SamplingSettings
 
 PROMPTS, BATCH, NEW, REPEATS = 48, 16, 64, 2
 EOS_SHARE = 1 / 32  # of the vocabulary, where responses end early

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from collections.abc import Iterable
+
+__all__ = ["DpkdError", "PluginDeprecation", "SettingsError", "Stopped"]
+_BIDI = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 class DpkdError(Exception):
@@ -28,6 +32,19 @@ class Stopped(DpkdError):
     def __init__(self, text: str, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
         super().__init__(text)
+
+
+def printable(text: str) -> str:
+    r"""A text from outside as a terminal may print it: control characters and bidirectional marks in words.
+
+    >>> printable("a\x1b[31mb\u202ec") == r"a\x1b[31mb\u202ec"
+    True
+    """
+    return "".join(c if c in "\n\t" or not _acts(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _acts(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in _BIDI
 
 
 class PluginDeprecation(FutureWarning):

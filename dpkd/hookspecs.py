@@ -18,6 +18,7 @@ from dpkd.api import (
     RolloutLoss,
     SamplerConfig,
     SamplerSpec,
+    SourceConfig,
     SourceSpec,
     TeacherSpec,
     TokenLoss,
@@ -119,7 +120,7 @@ class DpkdHooks:
 
             @hookimpl
             def dpkd_response_sources():
-                return [SourceSpec("best-of-n", "The likeliest of n.", open=BestOfN, config=BestOfNSettings)]
+                return [SourceSpec("best-of-n", "The likeliest of n.", open=BestOfN, config=BestOfNConfig)]
         """
 
 
@@ -148,8 +149,8 @@ def _check_metric(spec: MetricSpec) -> None:
         raise PluginError(f"the name {spec.name!r} should be lower-case letters and digits with underscores between")
     if spec.better not in ("higher", "lower", ""):
         raise PluginError(f"`better` of {spec.name!r} should be higher, lower or empty, not {spec.better!r}")
-    if (spec.per_row is None) == (spec.overall is None):
-        raise PluginError(f"the metric {spec.name!r} needs one of `per_row` and `overall`")
+    if sum(function is not None for function in (spec.per_row, spec.overall, spec.of_tokens)) != 1:
+        raise PluginError(f"the metric {spec.name!r} needs exactly one of `per_row`, `overall` and `of_tokens`")
 
 
 def _check_sampler(spec: SamplerSpec) -> None:
@@ -159,7 +160,7 @@ def _check_sampler(spec: SamplerSpec) -> None:
 
 def _check_opened(spec: TeacherSpec | SourceSpec) -> None:
     _check_dashed(spec.name)
-    _check_config(spec, Block)
+    _check_config(spec, SourceConfig if isinstance(spec, SourceSpec) else Block)
     if not callable(spec.open):
         raise PluginError(f"`open` of {spec.name!r} must be callable, but is {type(spec.open).__name__}")
 

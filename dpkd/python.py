@@ -112,12 +112,12 @@ def evaluate(
 
     Raises SettingsError for mistakes in the settings, DpkdError when a row cannot be scored.
     """
+    from dpkd.api import SamplingSettings
     from dpkd.config.problems import checked
     from dpkd.data.settings import DataSettings
     from dpkd.evaluation.evaluator import PAPER_SEEDS, EvaluationSettings, Evaluator
     from dpkd.evaluation.sets import find_set
     from dpkd.evaluation.target import find_target
-    from dpkd.rollout.settings import SamplingSettings
 
     names, given = _names({"model": getattr(model, "path", model), "teacher": teacher}, data, tokenizer)
     one, target = find_set(str(names["data"])), find_target(str(names["model"]), names["teacher"])

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dpkd.errors import warn_renamed
 from dpkd.settings import Block
 
+Decoding = Literal["auto", "graph", "eager"]
+
 
 class Ability(StrEnum):
     """What a run may ask of a sampler beyond text drawn from one model."""
@@ -106,7 +108,7 @@ class GenerationModel:
     eos_ids: frozenset[int]
     pad_id: int
     context: int | None = None
-    decoding: Literal["auto", "graph", "eager"] = "auto"
+    decoding: Decoding = "auto"
 
 
 class SamplerConfig(Block):

@@ -138,6 +138,7 @@ class LossSpec:
     top_k     how many of the teacher's likeliest tokens, beside the mass of the rest, decide the value; None: all
     suggests  run settings that the paper used, as a nested mapping; any layer of the user overrides them
     traits    promises that the conformance kit verifies
+    linear_when  under which settings LINEAR_IN_TEACHER holds; None: under all
     preset_of the loss that this one is, with other defaults or another text; empty for a loss of its own
     """
 
@@ -150,12 +151,17 @@ class LossSpec:
     suggests: Mapping[str, Any] = field(default_factory=dict)
     traits: frozenset[Trait] = frozenset()
     top_k: Callable[[Any], int] | None = None
+    linear_when: Callable[[Any], bool] | None = None
     preset_of: str = ""
 
     @property
     def family(self) -> Family:
         """Which base class the loss has."""
         return self.loss.family
+
+    def is_linear(self, config: LossConfig) -> bool:
+        """Whether, under these settings, samples of the teacher's distribution may stand for it."""
+        return Trait.LINEAR_IN_TEACHER in self.traits and (self.linear_when is None or self.linear_when(config))
 
     def signals(self, config: LossConfig | None = None) -> frozenset[Signal]:
         """What the loss reads under a config (the defaults when None)."""

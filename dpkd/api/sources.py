@@ -1,25 +1,463 @@
-"""Response sources: who writes the responses that a loss is computed on, for `text.source`."""
+"""Response sources: who writes the responses that a loss is computed on, for `text.source`.
+
+A source is a settings block (`SourceConfig`), a class (`ResponseSource`; `SourceBase` has all that sources share) and
+one `SourceSpec`, registered by the hook `dpkd_response_sources`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+from pydantic import Field, model_validator
+
+from dpkd.api.generators import Decoding
+from dpkd.api.losses import Text
 from dpkd.settings import Block
+
+
+@dataclass(frozen=True)
+class Response:
+    """Token ids of a response (EOS included) and, if it was sampled for a policy gradient, what was known then.
+
+    The tuples of log-probs (nats) and advantages have one entry per token.
+    """
+
+    ids: tuple[int, ...]
+    writer: Text
+    truncated: bool = False
+    rollout_logps: tuple[float, ...] | None = None
+    behaviour_logps: tuple[float, ...] | None = None
+    teacher_logps: tuple[float, ...] | None = None
+    advantages: tuple[float, ...] | None = None
+
+    def is_empty(self, eos_ids: frozenset[int]) -> bool:
+        """Whether the response is nothing but EOS."""
+        return all(token in eos_ids for token in self.ids)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; fields that are None are left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Response:
+        """The inverse of `as_dict`."""
+        as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**{**as_tuples, "writer": Text(values["writer"])})
+
+
+# The responses to each of some examples, by the number of the example. For a pair the chosen one comes first.
+Written = list[tuple[int, tuple[Response, ...]]]
+
+
+class StepResponses(NamedTuple):
+    """The responses of one optimizer step, and what was counted or left out (logged as `text/NAME`)."""
+
+    responses: Written
+    counts: dict[str, float]
+
+
+class SamplingSettings(Block):
+    """How responses are drawn."""
+
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus: the smallest set of tokens with this mass")
+    top_k: int = Field(0, ge=0, description="the k likeliest tokens; 0: all")
+    max_new_tokens: int = Field(256, ge=1, description="a response without EOS ends here and is counted as truncated")
+    batch_size: int = Field(32, ge=1, description="prompts sampled together")
+
+
+Refresh = Literal["every_step", "every_n_steps", "per_epoch", "once"]
+
+
+class StudentSampling(NamedTuple):
+    """How the student writes for a source. A source lets the user set those that its settings have as fields."""
+
+    num_generations: int = 1
+    teacher_mix: float = 0.0
+    teacher_veto: int = 0
+    refresh: Refresh = "every_step"
+    every: int = 1
+    num_iterations: int = 1
+
+
+class SourceConfig(Block):
+    """Base of a source's settings: its name, how text is drawn, and what must be known before anything is loaded.
+
+    `source` is narrowed to `Literal[NAME]`, with that default. A subclass with fields of the names of
+    `StudentSampling` (see `Refreshed` and `TeacherGuided`) lets the user set these.
+    """
+
+    pairs: ClassVar[bool] = False  # a chosen and a rejected response to each prompt, for pair losses
+    preferences: ClassVar[bool] = False  # the rows of the data set hold both of them
+    follows_dev: ClassVar[bool] = False  # `ResponseSource.observe` needs the loss on held-out rows
+
+    source: str = Field(description="who writes the responses: an installed response source")
+    sampling: SamplingSettings = Field(SamplingSettings(), description="how the student's responses are drawn")
+    teacher_sampling: SamplingSettings = Field(
+        SamplingSettings(), description="how the teacher's responses are drawn (once, into the store)"
+    )
+    backend: str = Field("hf", description="what draws responses: an installed sampler (hf: this process)")
+    backend_settings: dict[str, Any] = Field({}, description="the sampler's own settings")
+    decoding: Decoding = Field(
+        "auto",
+        description="graph: static shapes, captured in graphs on CUDA; eager: growing caches; auto: graph on CUDA if "
+        "its log-probs agree with a plain forward's (backend hf)",
+    )
+    store: str | None = Field(
+        None, description="folder of the store of teacher responses; None: the user's cache folder"
+    )
+
+    @property
+    def writers(self) -> Mapping[Text, str]:
+        """Everybody who writes, with the setting that says so."""
+        raise NotImplementedError
+
+    def teacher_uses(self) -> dict[str, str]:
+        """What else the teacher's model is needed for: the setting, and what the teacher does there (a verb first)."""
+        return {}
+
+    @property
+    def draws(self) -> bool:
+        """Whether any model writes."""
+        return bool({Text.STUDENT, Text.TEACHER} & self.writers.keys())
+
+    @property
+    def student_sampling(self) -> StudentSampling:
+        """How the student writes: the user's settings, where this source has them."""
+        names = [name for name in StudentSampling._fields if name in type(self).model_fields]
+        return StudentSampling(**{name: getattr(self, name) for name in names})
+
+    @property
+    def backend_key(self) -> dict[str, Any] | None:
+        """What draws, for the key of a store; None where that is dpkd's own sampler."""
+        return None if self.backend == "hf" else {"name": self.backend, **self.backend_settings}
+
+    @model_validator(mode="after")
+    def _student_writes(self) -> SourceConfig:
+        own, default = self.student_sampling, StudentSampling()
+        for name in ("teacher_mix", "teacher_veto", "num_generations"):
+            if Text.STUDENT not in self.writers and getattr(own, name) != getattr(default, name):
+                raise ValueError(f"`{name}` is used only where the student writes, and it does not here")
+        return self
+
+
+class TeacherGuided(Block):
+    """Settings of a source where the teacher may take part in the student's sampling."""
+
+    teacher_mix: float = Field(
+        0.0, ge=0, lt=1, description="α: the student's tokens are drawn from α p + (1-α) q (MiniLLM: 0.2)"
+    )
+    teacher_veto: int = Field(
+        0,
+        ge=0,
+        description="K: a student token that is not among the teacher's K likeliest is drawn again, by the teacher "
+        "(Speculative KD: 25); 0: off",
+    )
+
+    def teacher_uses(self) -> dict[str, str]:
+        """See `SourceConfig.teacher_uses`."""
+        uses = {
+            "teacher_mix": "mixes the teacher's tokens into the student's sampling",
+            "teacher_veto": "lets the teacher's tokens replace the student's",
+        }
+        return {name: why for name, why in uses.items() if getattr(self, name) > 0}
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> TeacherGuided:
+        if self.teacher_mix > 0 and self.teacher_veto > 0:
+            raise ValueError("`teacher_mix` and `teacher_veto` exclude each other: leave one out")
+        return self
+
+
+class Refreshed(Block):
+    """Settings of a source where the student writes new responses now and then."""
+
+    refresh: Refresh = Field("every_step", description="when the student writes new responses")
+    every: int = Field(
+        1, ge=1, description="with refresh `every_n_steps`: the n; prompts of n steps are sampled together"
+    )
+    num_iterations: int = Field(
+        1, ge=1, description="how often the optimizer goes over the responses of one refresh (MiniLLM: 4)"
+    )
+
+    @model_validator(mode="after")
+    def _periods(self) -> Refreshed:
+        if self.every > 1 and self.refresh != "every_n_steps":
+            raise ValueError(f"`every` is used only with refresh `every_n_steps`, not with {self.refresh!r}")
+        if self.num_iterations > 1 and self.refresh not in ("every_step", "every_n_steps"):
+            raise ValueError("`num_iterations` is used only with refresh `every_step` or `every_n_steps`")
+        return self
+
+
+class PromptTokens(Protocol):
+    """A prompt and the data set's response, in tokens; of a pair the chosen one, and the rejected one."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt_ids(self) -> tuple[int, ...]: ...
+    @property
+    def response_ids(self) -> tuple[int, ...]: ...
+    @property
+    def rejected_ids(self) -> tuple[int, ...]: ...
+
+
+class Batches(Protocol):
+    """Which examples each optimizer step uses, and when the student writes new responses."""
+
+    steps: int
+
+    def window(self, step: int) -> list[int]: ...
+    def period(self, step: int) -> int: ...
+    def starts_period(self, step: int) -> bool: ...
+
+
+def _not_open(*asked: Any) -> Any:
+    raise AssertionError("the source asks for text by somebody who is not among the `writers` of its settings")
+
+
+@dataclass(frozen=True)
+class SourceContext:
+    """What a source is opened with. In a dry run nobody writes: all but the three functions is there.
+
+    prompts     the examples, by number
+    batches     which examples each step uses
+    seed        the run's; every draw of a source is seeded by it and the step or example
+    eos_ids     tokens that end a response
+    max_length  the longest sequence that the models read; None: no limit
+    student     writes responses to these examples for a refresh period: `num_generations` to each
+    teacher     gives the teacher's response to each of these examples
+    score       the same responses, each with the teacher's log-prob of every token
+    """
+
+    prompts: Sequence[PromptTokens]
+    batches: Batches
+    seed: int
+    eos_ids: frozenset[int]
+    max_length: int | None = None
+    student: Callable[[Sequence[int], int], list[tuple[Response, ...]]] = _not_open
+    teacher: Callable[[Sequence[int]], list[Response]] = _not_open
+    score: Callable[[Sequence[int], Sequence[Response]], list[Response]] = _not_open
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """What a source will do, known before any weight is loaded.
+
+    rows     lines for the dry run: a heading and what it says
+    longest  writer and greatest number of tokens of each response to an example
+    """
+
+    rows: list[tuple[str, str]]
+    longest: Callable[[int], tuple[tuple[Text, int], ...]]
+
+
+class ResponseSource(Protocol):
+    """Gives each optimizer step its responses."""
+
+    config: Any
+    context: SourceContext
+
+    def prepare(self) -> None:
+        """Before the first step: have written whatever can be, the teacher's responses above all."""
+
+    def next(self, step: int) -> StepResponses:
+        """The responses of a step (0-based). Steps come in order, each once."""
+
+    def fixed(self, indices: Sequence[int]) -> Written:
+        """The responses to these examples that no step changes: those of all writers but the student."""
+
+    def observe(self, loss: float) -> None:
+        """The mean loss (nats per token) on held-out rows, whenever it was measured."""
+
+    def describe(self) -> SourcePlan:
+        """What will be written, by whom, and how long it may get."""
+
+    def state(self) -> dict[str, Any]:
+        """What decides later steps, as JSON has it: a resumed run must go on exactly."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+
+
+class SourceBase:
+    """What sources share. A subclass says who writes (`authors`), or changes what they have written (`draw`).
+
+    The data set's responses are there from the start, the teacher's are written once, the student's anew in each
+    refresh period, and kept for resume.
+    """
+
+    def __init__(self, config: Any, context: SourceContext) -> None:
+        self.config, self.context = config, context
+        self._student: dict[int, tuple[Response, ...]] = {}
+        self._teacher: dict[int, Response] = {}
+
+    def authors(self, step: int) -> tuple[Text, ...]:
+        """Who writes to each prompt of a step, in this order."""
+        return tuple(self.config.writers)
+
+    def choices(self) -> list[tuple[Text, ...]]:
+        """All that `authors` may return."""
+        return [self.authors(0)]
+
+    def draw(self, indices: Sequence[int], period: int) -> list[tuple[Response, ...]]:
+        """New responses by the student to each of these examples."""
+        return self.context.student(indices, period)
+
+    def from_data(self, index: int) -> tuple[tuple[int, ...], ...]:
+        """The data set's responses to an example, in tokens."""
+        return (self.context.prompts[index].response_ids,)
+
+    def prepare(self) -> None:
+        """Have the teacher write to all prompts that the run will use."""
+        batches = self.context.batches
+        steps = [step for step in range(batches.steps) if Text.TEACHER in self.authors(step)]
+        self._ask_teacher([i for step in steps for i in batches.window(step)])
+
+    def next(self, step: int) -> StepResponses:
+        """See `ResponseSource.next`."""
+        if self.context.batches.starts_period(step):
+            self._student.clear()
+        authors, window = self.authors(step), self.context.batches.window(step)
+        if Text.STUDENT in authors and not self._student.keys() >= set(window):
+            self._renew(step)
+        return self._step(self._by(authors, window))
+
+    def fixed(self, indices: Sequence[int]) -> Written:
+        """See `ResponseSource.fixed`."""
+        authors = [writer for writer in self.config.writers if writer is not Text.STUDENT]
+        if Text.TEACHER in authors:
+            self._ask_teacher(indices)
+        return self._by(authors, indices)
+
+    def observe(self, loss: float) -> None:
+        """Nothing follows from it."""
+
+    def state(self) -> dict[str, Any]:
+        """The student's responses of this period."""
+        rows = [[index, [r.as_dict() for r in responses]] for index, responses in self._student.items()]
+        return {"responses": rows}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        self._student = {index: tuple(map(Response.from_dict, rows)) for index, rows in state["responses"]}
+
+    def describe(self) -> SourcePlan:
+        """See `ResponseSource.describe`."""
+        return SourcePlan([("responses by", self._who()), *self._student_rows(), *self._teacher_rows()], self._longest)
+
+    def _who(self) -> str:
+        return ", ".join(self.config.writers)
+
+    def _by(self, authors: Sequence[Text], indices: Sequence[int]) -> Written:
+        return [(i, tuple(r for author in authors for r in self._responses(i, author))) for i in indices]
+
+    def _responses(self, index: int, writer: Text) -> tuple[Response, ...]:
+        if writer is Text.STUDENT:
+            return self._student[index]
+        if writer is Text.TEACHER:
+            return (self._teacher[index],)
+        own = self.from_data(index)
+        return tuple(Response(ids, writer, truncated=ids[-1] not in self.context.eos_ids) for ids in own)
+
+    def _ask_teacher(self, indices: Sequence[int]) -> None:
+        todo = [i for i in dict.fromkeys(indices) if i not in self._teacher]
+        if todo:
+            self._teacher.update(zip(todo, self.context.teacher(todo), strict=True))
+
+    def _renew(self, step: int) -> None:
+        """Have the student write to all prompts of the rest of the period."""
+        batches, period = self.context.batches, self.context.batches.period(step)
+        wanted: dict[int, None] = {}
+        while step < batches.steps and batches.period(step) == period:
+            if Text.STUDENT in self.authors(step):
+                wanted.update(dict.fromkeys(batches.window(step)))
+            step += 1
+        todo = [i for i in wanted if i not in self._student]
+        self._student.update(zip(todo, self.draw(todo, period), strict=True))
+
+    def _step(self, written: Written) -> StepResponses:
+        return useful(written, self.context.eos_ids, pairs=self.config.pairs)
+
+    def _longest(self, index: int) -> tuple[tuple[Text, int], ...]:
+        found = [tuple(one for writer in choice for one in self._bounds(index, writer)) for choice in self.choices()]
+        return max(found, key=lambda responses: sum(length for _, length in responses))
+
+    def _bounds(self, index: int, writer: Text) -> tuple[tuple[Text, int], ...]:
+        """The greatest lengths of a writer's responses to an example."""
+        config, context = self.config, self.context
+        if writer is Text.DATASET:
+            return tuple((writer, len(ids)) for ids in self.from_data(index))
+        sampling = config.teacher_sampling if writer is Text.TEACHER else config.sampling
+        limit = sampling.max_new_tokens
+        if context.max_length is not None:
+            limit = max(1, min(limit, context.max_length - len(context.prompts[index].prompt_ids)))
+        return ((writer, limit),) * (config.student_sampling.num_generations if writer is Text.STUDENT else 1)
+
+    def _student_rows(self) -> list[tuple[str, str]]:
+        if Text.STUDENT not in self.config.writers:
+            return []
+        batches, how, limit = self.context.batches, self.config.student_sampling, self.config.sampling.max_new_tokens
+        periods: dict[int, set[int]] = {}
+        for step in range(batches.steps):
+            periods.setdefault(batches.period(step), set()).update(batches.window(step))
+        drawn = how.num_generations * sum(map(len, periods.values()))
+        what = f"{how.refresh}: {drawn:,} responses in {len(periods):,} collections, up to {limit} tokens each"
+        rows = [("student writes", what)]
+        if how.teacher_veto:
+            rows.append(("replaced", f"tokens not among the teacher's {how.teacher_veto} likeliest, by its own draw"))
+        if how.teacher_mix:
+            rows.append(("drawn from", f"{how.teacher_mix:g} · teacher + {1 - how.teacher_mix:g} · student"))
+        return rows
+
+    def _teacher_rows(self) -> list[tuple[str, str]]:
+        config, batches = self.config, self.context.batches
+        rows = []
+        if config.backend != "hf" and config.draws:
+            rows.append(("drawn by", config.backend))
+        if Text.TEACHER in config.writers:
+            used = len({i for step in range(batches.steps) for i in batches.window(step)})
+            limit = config.teacher_sampling.max_new_tokens
+            rows.append(("teacher writes", f"{used:,} responses of at most {limit} tokens, less those in the store"))
+        return rows
+
+
+def useful(written: Written, eos_ids: frozenset[int], *, pairs: bool) -> StepResponses:
+    """The responses of a step without those that teach nothing, and counts.
+
+    Pairs of equal responses prefer nothing; empty teacher responses teach nothing.
+    """
+    counts: dict[str, float] = {"empty_responses": 0, "equal_pairs": 0, "truncated_responses": 0, "responses": 0}
+    kept: Written = []
+    for index, responses in written:
+        counts["responses"] += len(responses)
+        counts["truncated_responses"] += sum(r.truncated for r in responses)
+        empty = [r for r in responses if r.is_empty(eos_ids)]
+        counts["empty_responses"] += len(empty)
+        own = tuple(r for r in responses if r not in empty or r.writer is not Text.TEACHER)
+        if pairs and len(own) < 2:
+            continue
+        if pairs and responses[0].ids == responses[1].ids:
+            counts["equal_pairs"] += 1
+            continue
+        if own:
+            kept.append((index, own))
+    return StepResponses(kept, counts)
 
 
 @dataclass(frozen=True)
 class SourceSpec:
     """A response source, registered by the hook `dpkd_response_sources`.
 
-    name     lower-case letters and digits with dashes between
+    name     what `text.source` says: lower-case letters and digits with dashes between
     summary  one line
-    open     makes the source; heavy packages are imported here, and no earlier
-    config   its own settings, a closed and frozen block
+    open     makes the source: usually its class
+    config   its settings, a subclass of `SourceConfig`
     """
 
     name: str
     summary: str
-    open: Callable[..., Any]
-    config: type[Block] = Block
+    open: Callable[[Any, SourceContext], ResponseSource]
+    config: type[SourceConfig]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.api.inputs import Signal
-from dpkd.api.losses import TeacherAccess
+from dpkd.api.losses import TeacherAccess, Text
 from dpkd.errors import DpkdError
 from dpkd.functional import gather_logps, log_softmax
 from dpkd.settings import Block
@@ -99,6 +99,32 @@ class TeacherOutput:
     def is_finite(self) -> bool:
         """Whether its numbers are; asked when a loss is not."""
         return bool(torch.isfinite(self.logits(slice(0, 64))).all())
+
+
+def _no_more(what: TeacherAccess | Text, k: int | None = None) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class TeacherOffer:
+    """What a teacher can give, known before anything of it is loaded: compared with what the losses of a run need.
+
+    access      the most that it gives
+    k           of TOP_K and SAMPLED: how many tokens; `vocabulary` ids or more are the whole distribution
+    writers     on whose responses; None: on anybody's
+    writes      whether it writes responses of its own
+    what, has   for messages: `the store` has `the 64 likeliest tokens and the mass of the rest`
+    more        how to get more of it: an access level (and its k), or a writer, to a few words; empty: not at all
+    """
+
+    access: TeacherAccess
+    k: int = 0
+    vocabulary: int = 0
+    writers: frozenset[Text] | None = None
+    writes: bool = True
+    what: str = "the teacher"
+    has: str = ""
+    more: Callable[..., str] = _no_more
 
 
 @dataclass(frozen=True)
@@ -189,11 +215,13 @@ class TeacherSpec:
 
     name     lower-case letters and digits with dashes between: `teacher.kind`
     summary  one line
-    open     makes the teacher from its settings, before anything of it is loaded
-    config   its own settings, a closed and frozen block
+    open     makes the teacher from its own settings, before anything of it is loaded
+    offer    what a teacher with these settings gives; quick, and without loading anything
+    config   its own settings (`teacher.settings`), a closed and frozen block
     """
 
     name: str
     summary: str
     open: Callable[[Any], Teacher]
+    offer: Callable[[Any], TeacherOffer]
     config: type[Block] = Block

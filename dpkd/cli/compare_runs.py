@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from dpkd.report.comparison import Comparison
+    from dpkd.report.comparison_text import Grid
     from dpkd.report.reading import Run
 
 
@@ -24,13 +25,17 @@ class Format(StrEnum):
 
 
 def compare_runs(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or folders of evaluations")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="run folders, folders of evaluations, or a sweep's folder")
+    ],
     baseline: Annotated[
         Path | None,
-        typer.Option(help="the run that the others are tested against [default: the first]", show_default=False),
+        typer.Option(
+            help="the run that the others are tested against [default: the first with scores]", show_default=False
+        ),
     ] = None,
     metrics: Annotated[
-        str, typer.Option(help="names with commas between, or `all`")
+        str, typer.Option(help="comma-separated names, or `all`")
     ] = "rouge_l,exact_match,nll,forward_kl,reverse_kl",
     form: Annotated[Format, typer.Option("--format", help="how to write it")] = Format.TABLE,
     output: Annotated[
@@ -59,15 +64,14 @@ def compare_runs(
 
 def _read(paths: list[Path], baseline: Path | None) -> tuple[list[Run], str]:
     """The runs, with the baseline first where it is not among them, and its name."""
-    from dpkd.report.reading import read_runs
+    from dpkd.report.reading import read_runs, run_folders
 
     if baseline is None:
         read = read_runs(paths)
-        return read, read[0].name
-    real = [path.resolve() for path in paths]
-    place = real.index(baseline.resolve()) if baseline.resolve() in real else None
-    read = read_runs(paths if place is not None else [baseline, *paths])
-    return read, read[place or 0].name
+        return read, next((run for run in read if run.evaluations), read[0]).name
+    paths = run_folders(paths)
+    read = read_runs(paths if baseline.resolve() in [path.resolve() for path in paths] else [baseline, *paths])
+    return read, next(run.name for run in read if run.path.resolve() == baseline.resolve())
 
 
 def _written(found: Comparison, form: Format) -> str:
@@ -85,26 +89,40 @@ def _written(found: Comparison, form: Format) -> str:
 
 
 def _table(found: Comparison) -> str:
-    """Tables as text of the terminal's width, or wide enough for a file."""
+    """Tables as text that fits the terminal: metrics that do not fit side by side go into tables beneath."""
     import io
+    import shutil
 
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from dpkd.report.comparison_text import footnotes, grids
+    from dpkd.report.escapes import line
 
-    out = io.StringIO()
-    # As wide as the tables need: a line that is cut off says less than one that wraps.
-    console = Console(file=out, width=1000, highlight=False, markup=False)
+    out, width = io.StringIO(), shutil.get_terminal_size().columns
+    console = Console(file=out, width=width, highlight=False, markup=False, color_system=None)
     for grid in grids(found):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, head in enumerate(grid.heads):
-            table.add_column(head, justify="right" if index else "left", no_wrap=True)
-        for row in grid.rows:
-            table.add_row(*row)
-        console.print(grid.title)
-        console.print(table)
+        console.print(line(grid.title))
+        for columns in _fitting(grid, width):
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+            for index in columns:
+                table.add_column(line(grid.heads[index]), justify="right" if index else "left", overflow="fold")
+            for row in grid.rows:
+                table.add_row(*(line(row[index]) for index in columns))
+            console.print(table)
     for note in footnotes(found):
-        console.print(note, soft_wrap=True)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+        console.print(line(note))
+    return "\n".join(text.rstrip() for text in out.getvalue().splitlines()) + "\n"
+
+
+def _fitting(grid: Grid, width: int) -> list[list[int]]:
+    """The columns of a grid in groups that fit the width, each with the first column."""
+    widths = [max(map(len, column)) + 3 for column in zip(grid.heads, *grid.rows, strict=True)]
+    first = min(widths[0], width // 3)
+    groups: list[list[int]] = [[0]]
+    for index in range(1, len(widths)):
+        if len(groups[-1]) > 1 and first + sum(widths[i] for i in groups[-1][1:]) + widths[index] > width:
+            groups.append([0])
+        groups[-1].append(index)
+    return groups

@@ -43,5 +43,6 @@ def schema(loss: LossName = None) -> None:
     from dpkd.config.write import schema as make_schema
     from dpkd.plugins import load_registry
 
-    registered = load_registry().get(LossSpec, loss) if loss else None
-    typer.echo(json.dumps(make_schema(registered), indent=2))
+    registry = load_registry()
+    registered = registry.get(LossSpec, loss) if loss else None
+    typer.echo(json.dumps(make_schema(registry, registered), indent=2))

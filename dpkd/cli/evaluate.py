@@ -106,7 +106,7 @@ def _all_scored(
     from rich.console import Console
 
     from dpkd.cli.scores_table import print_scores
-    from dpkd.report.rescore import rescore
+    from dpkd.report.card import rescore
 
     console, notes = Console(), Console(stderr=True)
     results = []
@@ -157,10 +157,10 @@ def _print_together(results: list[tuple[str, Evaluation]], as_json: bool) -> Non
 def _settings(
     seeds: str, sampling: dict[str, Any], rewards: bool, cuts: str, unit: Unit, long_prompts: flags.OnRow
 ) -> EvaluationSettings:
+    from dpkd.api import SamplingSettings
     from dpkd.config.problems import checked
     from dpkd.evaluation.evaluator import EvaluationSettings
     from dpkd.evaluation.lengths import WORDS, parse_cuts
-    from dpkd.rollout.settings import SamplingSettings
 
     parts = [part.strip() for part in seeds.split(",") if part.strip()]
     if not parts or not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):

@@ -21,7 +21,7 @@ from dpkd.cli.sample import sample
 from dpkd.cli.score import score
 from dpkd.cli.sweep import sweep
 from dpkd.cli.train import train
-from dpkd.errors import DpkdError, Stopped
+from dpkd.errors import DpkdError, Stopped, printable
 
 app = typer.Typer(
     name="dpkd",
@@ -74,7 +74,7 @@ def main() -> None:
         if os.environ.get("DPKD_DEBUG"):
             raise
         if isinstance(error, Stopped):
-            typer.echo(str(error), err=True)
+            typer.echo(printable(str(error)), err=True)
         else:
             _complain(str(error))
         sys.exit(error.exit_code)
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def _complain(text: str) -> None:
-    for line in text.splitlines():
+    for line in printable(text).splitlines():
         typer.secho(line, fg=typer.colors.RED, err=True)
 
 

@@ -11,10 +11,12 @@ from dpkd.cli.options import TrustRemoteCode
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or folders of evaluations")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="run folders, folders of evaluations, or a sweep's folder")
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(help="HTML file [default: RUN/report.html; of several runs: report.html]", show_default=False),
+        typer.Option(help="HTML file [default: report.html in the folder named; of several: here]", show_default=False),
     ] = None,
     figures: Annotated[bool, typer.Option(help="also PNG files of the figures, beside the page")] = True,
     token_rewards: Annotated[
@@ -29,7 +31,7 @@ def report(
 
     Several runs are overlaid. The page needs no network, and no model unless --token-rewards asks for it.
     """
-    from dpkd.report.figures import write_figures
+    from dpkd.report.drawing import write_figures
     from dpkd.report.page import write_page
     from dpkd.report.reading import read_runs
 
@@ -45,8 +47,4 @@ def report(
     typer.echo(f"report   {target}")
     if figures:
         folder = target.with_name(f"{target.stem}-figures")
-        written = write_figures(read, folder)
-        if written is None:
-            typer.echo("figures  no PNG files: matplotlib is not installed (pip install 'dpkd[report]')", err=True)
-        else:
-            typer.echo(f"figures  {folder} ({len(written)} PNG files)")
+        typer.echo(f"figures  {folder} ({len(write_figures(read, folder))} PNG files)")

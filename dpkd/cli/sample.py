@@ -29,7 +29,7 @@ def sample(
     """Write a model's responses to a file: the data of sequence-level distillation."""
     from rich.console import Console
 
-    from dpkd.api import SamplerSpec
+    from dpkd.api import SamplerSpec, SamplingSettings
     from dpkd.cli.progress import shown
     from dpkd.config.problems import checked
     from dpkd.errors import SettingsError
@@ -37,7 +37,6 @@ def sample(
     from dpkd.plugins import load_registry
     from dpkd.rollout.generator import refusals
     from dpkd.rollout.sample_file import sample_to_file
-    from dpkd.rollout.settings import SamplingSettings
 
     prompts = data_settings({"path": data, "limit": limit}, set_)
     sampling = checked(

@@ -21,15 +21,8 @@ NAMED = {"loss"}
 # Mappings that are one value: probabilities that sum to 1 make no sense merged.
 WHOLE = {"text.mix"}
 # Settings that mean something only beside some values of another one. A layer that gives the other one a
-# different value drops them from the layers below: `text.source=student` leaves a mix that the loss suggests.
+# different value drops them from the layers below. (`dpkd.config.text` does it for the settings of a source.)
 DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "text.source": {
-        "text.mix": ("mixed",),
-        "text.each": ("each",),
-        **dict.fromkeys(("text.teacher_mix", "text.teacher_veto"), ("student", "mixed", "each", "adaptive")),
-        **dict.fromkeys(("text.refresh", "text.every", "text.num_iterations"), ("student", "mixed", "each")),
-        "text.adaptive": ("adaptive",),
-    },
     "text.refresh": {"text.every": ("every_n_steps",), "text.num_iterations": ("every_step", "every_n_steps")},
     "student.init": {"student.layers": ("layers", "random")},
 }

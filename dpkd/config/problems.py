@@ -36,7 +36,7 @@ def sentences(error: ValidationError, merged: Merged, known: Iterable[str], pref
     """One sentence per setting that is wrong, in the order of the settings."""
     by_path: dict[str, list[Mapping[str, Any]]] = {}
     for problem in error.errors():
-        by_path.setdefault(prefix + _path(problem["loc"], error, merged, prefix), []).append(problem)
+        by_path.setdefault((prefix + _path(problem["loc"], error, merged, prefix)).rstrip("."), []).append(problem)
     return [_sentence(path, problems, merged, list(known)) for path, problems in by_path.items()]
 
 
@@ -137,6 +137,7 @@ _ALIASES = {
     "save_steps": "train.save_every",
     "max_length": "data.max_tokens",
     "max_prompt_length": "data.max_prompt_tokens",
+    "samples_per_prompt": "text.num_generations",
     "max_completion_length": "text.sampling.max_new_tokens",
     "max_new_tokens": "text.sampling.max_new_tokens",
     "temperature": "text.sampling.temperature",

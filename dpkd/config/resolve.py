@@ -9,26 +9,28 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dpkd.api import Family, LossConfig, LossSpec, TeacherAccess, Text
-from dpkd.config.backend import backend_problems
-from dpkd.config.layers import Layer, Merged, drop, get_path, merge, suggestion_layer
+from dpkd.api import Family, LossConfig, LossSpec, SourceConfig, SourceSpec, TeacherAccess, TeacherOffer, Text
+from dpkd.config.aliases import renamed
+from dpkd.config.extras import extra_objective
+from dpkd.config.layers import Layer, Merged, drop, merge, suggestion_layer
 from dpkd.config.memory import memory_problems
-from dpkd.config.objective import (
-    Objective,
-    extra_objective,
-    main_objective,
-    samples_problem,
-    schedule_problems,
-    text_writers,
-)
+from dpkd.config.objective import Objective, schedule_problems
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
-from dpkd.config.text_checks import adaptive_problems, sampling_reasons
+from dpkd.config.teacher import offer_of
+from dpkd.config.text import (
+    dev_problems,
+    drop_outdated,
+    loss_problems,
+    own_settings,
+    sampler_problems,
+    source_of,
+    teacher_reasons,
+)
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.in_memory import InMemory
 from dpkd.plugins import RegisteredLoss, Registry
-from dpkd.teachers.store_check import why_not
-from dpkd.teachers.store_manifest import read_manifest
+from dpkd.teachers.offers import why_not
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -44,6 +46,7 @@ class Resolved:
     settings: RunSettings
     registered: RegisteredLoss
     loss_config: LossConfig
+    source: SourceSpec
     provenance: dict[str, str]
     registry: Registry
     extras: tuple[Objective, ...] = ()
@@ -52,7 +55,7 @@ class Resolved:
     @property
     def main(self) -> Objective:
         """The main loss, as one of the losses of the run."""
-        return main_objective(self.settings, self.registered, self.loss_config)
+        return _main(self.settings, self.registered, self.loss_config, self.source)
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -71,8 +74,7 @@ class Resolved:
     def as_dict(self) -> dict[str, Any]:
         """All settings that the run uses, as a file of settings would have them."""
         loss = {"name": self.loss.name, **self.loss_config.model_dump(mode="json")}
-        unused = {"source", "mix"} if self.loss.family is Family.PAIR else {"pairs"}
-        return {"loss": loss, **self.settings.model_dump(mode="json", exclude={"text": unused})}
+        return {"loss": loss, **self.settings.model_dump(mode="json")}
 
 
 def resolve(layers: Sequence[Layer], registry: Registry, given: InMemory | None = None) -> Resolved:
@@ -80,45 +82,76 @@ def resolve(layers: Sequence[Layer], registry: Registry, given: InMemory | None 
 
     Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
     """
+    layers = [renamed(layer) for layer in layers]
     merged = merge(layers)
     problems: list[str] = []
     registered = _registered(merged, registry, problems)
     if registered is not None:
-        merged = merge([suggestion_layer(registered.spec.name, registered.spec.suggests), *layers])
+        layers = [renamed(suggestion_layer(registered.spec.name, registered.spec.suggests)), *layers]
+        merged = merge(layers)
         _leave_set_values_alone(merged, registered.spec.name)
     loss_values = merged.values.pop("loss", {})
     known = [*all_paths(RunSettings), "loss.name"]
     if registered is not None:
         known += all_paths(registered.spec.config, "loss.")
-    settings = _validated(RunSettings, merged.values, merged, known, problems)
-    sound = settings or _without_mistakes(merged.values)
-    damaged = _damaged(merged.values)
+    family = registered.spec.family if registered is not None else Family.TOKEN
+    source, text = _text(merged, family, registry, [layer.name for layer in layers], known, problems)
+    values = {**merged.values, **({} if text is None else {"text": text})}
+    if text is None:
+        values.pop("text", None)
+    settings = _validated(RunSettings, values, merged, known, problems)
+    sound = settings or _without_mistakes(values)
+    damaged = _damaged(values) | ({"text"} if text is None else set())
     merged.values["loss"] = (
         {k: v for k, v in loss_values.items() if k != "name"} if isinstance(loss_values, dict) else {}
     )
     config = None
     if registered is not None:
         config = _validated(registered.spec.config, merged.values["loss"], merged, known, problems, "loss.")
-    extras: list[Objective] = []
     if sound is not None:
-        spec = registered.spec if registered else None
-        terms = get_path(merged.values, "terms.extra") or {}
+        main = (source, text) if source is not None and text is not None else None
+        extras: list[Objective] = []
         for name, term in sound.terms.extra.items():
-            extra, found = extra_objective(name, term, terms.get(name), sound, spec, registry)
+            extra, found = extra_objective(name, term, main, registry)
             problems += found
             extras += [extra] if extra is not None else []
-        main = None
-        if registered is not None and config is not None:
+        objective = None
+        if registered is not None and source is not None and config is not None:
             problems += schedule_problems(registered.spec, config, sound.schedules, "schedules")
-            main = main_objective(sound, registered, config)
-        problems += _cross_checks(sound, spec, config, merged, damaged, main, extras, registry)
+        if registered is not None and source is not None:
+            objective = _main(sound, registered, config or registered.spec.config(), source)
+        problems += _cross_checks(sound, merged, damaged, objective, extras, registry)
         problems += memory_problems(sound, merged, given or InMemory())
     if problems:
         raise SettingsError(problems)
     assert settings is not None
     assert registered is not None
     assert config is not None
-    return Resolved(settings, registered, config, dict(merged.provenance), registry, tuple(extras), given or InMemory())
+    assert source is not None
+    provenance = dict(merged.provenance)
+    return Resolved(settings, registered, config, source, provenance, registry, tuple(extras), given or InMemory())
+
+
+def _main(settings: RunSettings, registered: RegisteredLoss, config: LossConfig, source: SourceSpec) -> Objective:
+    """The main loss, as one of the losses of a run."""
+    return Objective("main", registered, config, settings.terms.main, source, settings.text, settings.schedules)
+
+
+def _text(
+    merged: Merged, family: Family, registry: Registry, order: Sequence[str], known: list[str], problems: list[str]
+) -> tuple[SourceSpec | None, SourceConfig | None]:
+    """The source of the main loss, and its settings; None where these have mistakes."""
+    try:
+        source = source_of(merged.values.get("text"), family, registry)
+    except DpkdError as error:
+        problems.append(f"text.source: {error} (from {merged.layer_of('text.source')})")
+        return None, None
+    drop_outdated(merged, source, order)
+    known += all_paths(source.config, "text.")
+    own, foreign = own_settings(merged.values.get("text", {}), source, registry)
+    problems += [f"text.{key}: {why} (from {merged.layer_of(f'text.{key}')})" for key, why in foreign.items()]
+    config = _validated(source.config, own, merged, known, problems, "text.")
+    return source, None if foreign else config
 
 
 def _leave_set_values_alone(merged: Merged, loss: str) -> None:
@@ -197,8 +230,6 @@ def _damaged(values: Mapping[str, Any]) -> set[str]:
 
 def _cross_checks(
     settings: RunSettings,
-    spec: LossSpec | None,
-    config: LossConfig | None,
     merged: Merged,
     damaged: set[str],
     main: Objective | None,
@@ -207,34 +238,41 @@ def _cross_checks(
 ) -> list[str]:
     """What no block can see alone: does the loss fit the text, the teacher, the student?"""
     problems: list[str] = []
-    if spec is not None and "text" not in damaged:
-        problems += _writer_problems(settings, spec, merged)
-        problems += backend_problems(settings, spec, extras, registry)
-    if main is not None and settings.teacher.store is not None:
-        problems += _store_problems(settings, [main, *extras])
-    elif spec is not None and settings.teacher.model is None and "teacher" not in damaged:
-        reasons = _teacher_reasons(settings, spec, config)
+    texts = {f"terms.extra.{extra.name}.text": extra for extra in extras if not extra.shares_text}
+    if main is not None and "text" not in damaged:
+        texts = {"text": main, **texts}
+        problems += [
+            f"{setting}: {why} (from {merged.layer_of(setting) or 'the default'})"
+            for setting, why in loss_problems(main.text, main.spec, "text", registry)
+        ]
+        problems += sampler_problems(settings, texts, registry)
+    try:
+        offer = offer_of(settings.teacher, registry)
+    except SettingsError as error:
+        return [*problems, *error.problems]
+    except DpkdError as error:
+        return [*problems, str(error)]
+    if main is not None and offer is not None:
+        problems += _offer_problems(settings, [main, *extras], offer)
+    elif main is not None and "teacher" not in damaged:
+        reasons = [*_teacher_reasons(main, "text" in damaged), *_model_reasons(settings)]
         for extra in extras:
             reasons += _extra_reasons(extra)
         if reasons:
             problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. Name one with --teacher.")
-    if spec is not None and not damaged & {"text", "dev", "teacher"}:
-        problems += adaptive_problems(settings, spec, extras)
+    if main is not None and not damaged & {"text", "dev", "teacher"}:
+        problems += dev_problems(settings, texts)
     problems += _quantization_problems(settings)
     return problems if "student" in damaged else [*problems, *_student_problems(settings, merged)]
 
 
-def _store_problems(settings: RunSettings, objectives: Sequence[Objective]) -> list[str]:
-    """What a store in the teacher's place cannot do for this run."""
-    assert settings.teacher.store is not None
-    try:
-        manifest = read_manifest(settings.teacher.store)
-    except DpkdError as error:
-        return [str(error)]
-    reasons = _model_reasons(settings)
-    problems = [f"teacher.store: {'; '.join(reasons)}: that takes the teacher's model"] if reasons else []
-    found = [why_not(o.spec, o.config, o.reads, set(o.writers.values()), manifest) for o in objectives]
-    return [*problems, *(f"teacher.store: {reason}" for reason in found if reason is not None)]
+def _offer_problems(settings: RunSettings, objectives: Sequence[Objective], offer: TeacherOffer) -> list[str]:
+    """What the teacher of this run cannot do for it."""
+    place = "teacher.store" if settings.teacher.store is not None else "teacher"
+    reasons = [] if settings.teacher.model is not None else _model_reasons(settings)
+    problems = [f"{place}: {'; '.join(reasons)}: that takes the teacher's model"] if reasons else []
+    found = [why_not(o.spec, o.config, o.reads, set(o.writers), offer) for o in objectives]
+    return [*problems, *(f"{place}: {reason}" for reason in found if reason is not None)]
 
 
 def _student_problems(settings: RunSettings, merged: Merged) -> list[str]:
@@ -262,68 +300,31 @@ def _quantization_problems(settings: RunSettings) -> list[str]:
     ]
 
 
-def _writers(settings: RunSettings, spec: LossSpec) -> dict[str, Text]:
-    """Setting → writer, for all writers of the main loss's text."""
-    return {f"text.{name}": writer for name, writer in text_writers(settings.text, spec.family).items()}
-
-
-def _writer_problems(settings: RunSettings, spec: LossSpec, merged: Merged) -> list[str]:
-    problems = []
-    accepted = ", ".join(sorted(spec.accepts))
-    for path, writer in _writers(settings, spec).items():
-        if writer not in spec.accepts:
-            layer = merged.layer_of(path) or "the default"
-            problems.append(
-                f"{path}: the loss {spec.name} takes text by {accepted}, not by {writer.value} (from {layer})"
-            )
-    source_layer = merged.provenance.get("text.source")
-    if spec.family is Family.PAIR and source_layer is not None:
-        problems.append(
-            f"text.source: {spec.name} compares two responses per prompt; use text.pairs.chosen and "
-            f"text.pairs.rejected instead (from {source_layer})"
-        )
-    pairs_layer = merged.layer_of("text.pairs")
-    if spec.family is not Family.PAIR and pairs_layer is not None:
-        problems.append(
-            f"text.pairs: is used by pair losses only, and {spec.name} is a {spec.family} loss; "
-            f"use text.source instead (from {pairs_layer})"
-        )
-    problems += samples_problem(settings.text, spec.family, "text")
-    if Text.STUDENT not in _writers(settings, spec).values():
-        problems += [
-            f"text.{name}: is used only where the student writes (from {merged.layer_of(f'text.{name}')})"
-            for name in ("teacher_mix", "teacher_veto")
-            if getattr(settings.text, name) > 0
-        ]
-    return problems
-
-
 def _extra_reasons(extra: Objective) -> list[str]:
     """Why a loss beside the main one cannot do without a teacher."""
     reasons = []
     needs = extra.spec.needs(extra.config)
     if needs is not TeacherAccess.NONE:
         reasons.append(f"terms.extra.{extra.name} ({extra.spec.name}) needs its {needs.value}")
-    if not extra.shares_text and Text.TEACHER in extra.writers.values():
+    if not extra.shares_text and Text.TEACHER in extra.writers:
         reasons.append(f"it writes the responses of terms.extra.{extra.name}")
-    return reasons if extra.text is None else [*reasons, *sampling_reasons(extra.text, f"terms.extra.{extra.name}.")]
+    return [*reasons, *([] if extra.shares_text else teacher_reasons(extra.text, f"terms.extra.{extra.name}.text"))]
 
 
-def _teacher_reasons(settings: RunSettings, spec: LossSpec, config: LossConfig | None) -> list[str]:
-    """Why a run cannot do without a teacher."""
+def _teacher_reasons(main: Objective, damaged: bool) -> list[str]:
+    """Why the main loss cannot do without a teacher; of a text with mistakes nothing is known."""
     reasons = []
-    needs = spec.needs(config)
+    needs = main.spec.needs(main.config)
     if needs is not TeacherAccess.NONE:
-        reasons.append(f"the loss {spec.name} needs its {needs.value}")
-    writes = [path for path, writer in _writers(settings, spec).items() if writer is Text.TEACHER]
-    if writes:
-        reasons.append(f"it writes responses ({', '.join(writes)})")
-    return [*reasons, *_model_reasons(settings)]
+        reasons.append(f"the loss {main.spec.name} needs its {needs.value}")
+    if Text.TEACHER in main.writers and not damaged:
+        reasons.append(f"it writes responses (text.{main.text.writers[Text.TEACHER]})")
+    return reasons
 
 
 def _model_reasons(settings: RunSettings) -> list[str]:
     """Why a run needs the teacher's model, whatever its loss reads."""
-    reasons = sampling_reasons(settings.text)
+    reasons = teacher_reasons(settings.text)
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.kd_ratio > 0:
         reasons.append("terms.pretrain.kd_ratio distils from it on plain text")
     if settings.student.init == "layers" or (settings.student.init == "random" and settings.student.model is None):

@@ -1,7 +1,8 @@
 """The settings of a run: one closed model, composed of the blocks of its parts.
 
 The block `loss` is `{name: ..., and the loss's own settings}`; it is checked against the config class of the
-installed plugin, so it is held here as an already validated pair (see `dpkd.config.resolve`).
+installed plugin, and so is not here (see `dpkd.config.resolve`). The block `text` is checked against the config class
+of the source that it names, and is here as that.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from dpkd.api import SourceConfig
+from dpkd.config.problems import checked
 from dpkd.data.settings import CorpusSettings, DataSettings
+from dpkd.errors import SettingsError
+from dpkd.models.optimizers import OPTIMIZERS
+from dpkd.models.schedules import ScheduleName, schedule_problem
 from dpkd.models.settings import StudentSettings, TeacherSettings
-from dpkd.rollout.settings import TextSettings
+from dpkd.rollout.dataset import DatasetConfig
 from dpkd.settings import Block
 
 
@@ -60,8 +66,9 @@ class ExtraTerm(Block):
     loss: str = Field(description="name of an installed loss")
     weight: float = Field(1.0, gt=0, description="factor of this loss")
     settings: dict[str, Any] = Field({}, description="the loss's own settings")
-    text: TextSettings | None = Field(
-        None, description="who writes its responses; None: the main loss's text where it fits, else what it suggests"
+    text: dict[str, Any] | None = Field(
+        None,
+        description="who writes its responses, as `text`; None: the main loss's where it fits, else as it suggests",
     )
     schedules: dict[str, ScheduleSettings] = Field({}, description="its settings that follow the step, by name")
 
@@ -94,11 +101,14 @@ class TrainSettings(Block):
     micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass and process; never changes a result")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
     min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the cosine or linear schedule")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    schedule: ScheduleName = Field("cosine", description="shape after the warm-up; other names as in transformers")
+    schedule_settings: dict[str, Any] = Field({}, description="settings of a schedule of transformers")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
-    weight_decay: float = Field(1e-2, ge=0, description="AdamW; not on biases and norms")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
-    eps: float = Field(1e-8, gt=0, description="AdamW")
+    optimizer: str = Field("adamw", description=f"one of {', '.join(OPTIMIZERS)}")
+    optimizer_settings: dict[str, Any] = Field({}, description="its own settings, such as momentum of muon")
+    weight_decay: float = Field(1e-2, ge=0, description="not on biases and norms")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW, 8-bit or not")
+    eps: float = Field(1e-8, gt=0, description="of AdamW, 8-bit or not")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; None: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="autocast; log-probs are float32 in all; auto: bf16 on a GPU that has it, else fp32"
@@ -106,6 +116,11 @@ class TrainSettings(Block):
     chunk_mib: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
         description="MiB of one chunk of logits, rows per chunk follow from it; auto: 32 on a CPU, up to 512 on a GPU",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compile the models' layers and the losses (half a minute at the start); auto: on a GPU, for 1000 "
+        "steps and more on fixed text",
     )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
@@ -119,7 +134,31 @@ class TrainSettings(Block):
     def _consistent(self) -> TrainSettings:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) must not be above lr ({self.lr})")
+        if problem := schedule_problem(self.schedule, self.schedule_settings, self.lr):
+            raise ValueError(f"schedule_settings: {problem}")
         return self
+
+    @field_validator("optimizer")
+    @classmethod
+    def _can_be_used(cls, name: str) -> str:
+        if name not in OPTIMIZERS:
+            raise ValueError(f"should be one of {', '.join(OPTIMIZERS)}")
+        if missing := OPTIMIZERS[name].missing():
+            raise ValueError(f"{name} {missing}")
+        return name
+
+    @model_validator(mode="after")
+    def _optimizer_has_these_settings(self) -> TrainSettings:
+        try:
+            checked(OPTIMIZERS[self.optimizer].settings, self.optimizer_settings, "optimizer_settings")
+        except SettingsError as error:
+            raise ValueError("; ".join(error.problems)) from error
+        return self
+
+    @property
+    def own_optimizer_settings(self) -> Block:
+        """The checked settings of the optimizer, with its defaults."""
+        return OPTIMIZERS[self.optimizer].settings.model_validate(self.optimizer_settings)
 
 
 class BatchSettings(Block):
@@ -161,7 +200,7 @@ class RunSettings(Block):
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
     data: DataSettings = DataSettings()
-    text: TextSettings = TextSettings()
+    text: SerializeAsAny[SourceConfig] = DatasetConfig()
     terms: TermSettings = TermSettings()
     train: TrainSettings = TrainSettings()
     batch: BatchSettings = BatchSettings()

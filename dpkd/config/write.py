@@ -7,12 +7,13 @@ from typing import Any
 
 import yaml
 
+from dpkd.api import SourceSpec
 from dpkd.config.layers import SHORTHANDS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.config.yaml_text import dump_value
 from dpkd.io import write_text
-from dpkd.plugins import RegisteredLoss
+from dpkd.plugins import RegisteredLoss, Registry
 
 
 def annotated_yaml(resolved: Resolved) -> str:
@@ -70,9 +71,13 @@ def write_config(resolved: Resolved, folder: Path) -> None:
     write_text(folder / "config.resolved.yaml", annotated_yaml(resolved))
 
 
-def schema(registered: RegisteredLoss | None = None) -> dict[str, Any]:
+def schema(registry: Registry, registered: RegisteredLoss | None = None) -> dict[str, Any]:
     """JSON schema of all settings; with a loss also of its own."""
     result = RunSettings.model_json_schema()
+    texts = [source.spec.config.model_json_schema() for source in registry.all(SourceSpec).values()]
+    for own in texts:
+        result["$defs"] |= own.pop("$defs", {})
+    result["properties"]["text"] = {"anyOf": texts}
     if registered is not None:
         own = registered.spec.config.model_json_schema()
         result["$defs"] |= own.pop("$defs", {})  # references start at the root

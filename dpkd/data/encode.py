@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dpkd.data.encoding import encode, encode_continuations, prompt_prefix, require_eos
 from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
-from dpkd.data.templates import Form, Rendered, chat_lead, render
+from dpkd.data.templates import Form, Rendered, chat_lead, render, template_line
 from dpkd.errors import DpkdError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Prompt:
     """A prompt in tokens (BOS included, if the tokenizer adds one), the data's response, and all references.
 
     `response_ids` end with EOS unless the response was cut; empty when there is no response. `text` is the
-    prompt as it was written.
+    prompt as it was written. `rejected_ids` are those of the other response of a pair, where there is one.
     """
 
     id: str
@@ -30,11 +30,16 @@ class Prompt:
     response_ids: tuple[int, ...]
     references: tuple[str, ...]
     text: str
+    rejected_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the examples. Tokens include BOS and EOS; `longest` is prompt and response together."""
+    """What became of the examples. Tokens include BOS and EOS; `longest` is prompt and response together.
+
+    templates  which of them wrote how many prompts, in a sentence
+    glued      a warning: prompts that run into their response, with the text of one
+    """
 
     examples: int
     kept: int
@@ -44,14 +49,18 @@ class DataReport:
     response_tokens: int
     longest: int
     max_tokens: int
+    templates: str = ""
+    glued: str | None = None
 
     def lines(self) -> list[str]:
         """For printing: what was kept, dropped and cut, and the sizes."""
         sizes = f"{self.tokens:,} tokens, {self.response_tokens:,} in responses, the longest {self.longest:,}"
         return [
+            *([self.templates] if self.templates else []),
             f"{self.kept:,} of {self.examples:,} examples kept: {sizes}",
             *(f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()),
             *([f"cut {self.cut:,}: responses that end at {self.max_tokens:,} tokens, without EOS"] if self.cut else []),
+            *([self.glued] if self.glued else []),
         ]
 
     def sentence(self) -> str:
@@ -82,20 +91,45 @@ def tokenize(
     eos_id = require_eos(tokenizer)
     rendered = [render(example, settings.template, tokenizer) for example in examples]
     prompt_ids = _encode_prompts(rendered, tokenizer)
-    response_ids = _encode_responses(examples, rendered, tokenizer, eos_id, require_response)
+    if require_response and (bare := next((e for e in examples if not e.references), None)):
+        raise DpkdError(f"{bare.id}: this row has no response to train on.")
+    responses = [example.references[0] if example.references else None for example in examples]
+    response_ids = _encode_responses(responses, rendered, tokenizer, eos_id)
+    rejected_ids = _encode_responses([example.rejected for example in examples], rendered, tokenizer, eos_id)
     prompts: list[Prompt] = []
     dropped: Counter[str] = Counter()
     cut = 0
-    for example, text, prompt, response in zip(examples, rendered, prompt_ids, response_ids, strict=True):
+    rows = zip(examples, rendered, prompt_ids, response_ids, rejected_ids, strict=True)
+    for example, text, prompt, response, rejected in rows:
         if reason := _why_dropped(example, prompt, settings):
             dropped[reason] += 1
             continue
         room = settings.max_tokens - len(prompt)
-        cut += len(response) > room
-        prompts.append(Prompt(example.id, prompt, tuple(response[:room]), example.references, text.text))
+        cut += max(len(response), len(rejected)) > room
+        ids = (tuple(response[:room]), tuple(rejected[:room]))
+        prompts.append(Prompt(example.id, prompt, ids[0], example.references, text.text, ids[1]))
     if not prompts:
         raise _nothing_left(len(examples), dropped)
-    return EncodedData(prompts, _report(len(examples), prompts, dropped, cut, settings.max_tokens))
+    report = _report(len(examples), prompts, dropped, cut, settings.max_tokens)
+    templates = template_line((one.form for one in rendered), settings.template)
+    return EncodedData(prompts, replace(report, templates=templates, glued=_glued(rendered, responses)))
+
+
+def _glued(rendered: Sequence[Rendered], responses: Sequence[str | None]) -> str | None:
+    """A warning where ready prompts run into their responses: the model would see one word in place of two."""
+    found = [
+        (one.text, response)
+        for one, response in zip(rendered, responses, strict=True)
+        if one.form == "none" and response and one.text[-1:].isalnum() and response[:1].isalnum()
+    ]
+    if not found:
+        return None
+    prompt, response = found[0]
+    return (
+        f"warning: {len(found):,} of {len(rendered):,} prompts run into their response without a space or line break, "
+        f"as in {prompt[-40:] + '⟦' + response[:40] + '⟧'!r}. End prompts, or begin responses, with one, or choose a "
+        "template: --set data.template=alpaca"
+    )
 
 
 def _by_form(rendered: Sequence[Rendered]) -> dict[Form, list[int]]:
@@ -118,23 +152,16 @@ def _encode_prompts(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizer
 
 
 def _encode_responses(
-    examples: Sequence[Example],
-    rendered: Sequence[Rendered],
-    tokenizer: PreTrainedTokenizerBase,
-    eos_id: int,
-    require_response: bool,
+    texts: Sequence[str | None], rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, eos_id: int
 ) -> list[list[int]]:
     """Ids up to and with EOS, uncut; an empty list where there is no response."""
-    results: list[list[int]] = [[] for _ in examples]
+    results: list[list[int]] = [[] for _ in texts]
     for form, indices in _by_form(rendered).items():
         lead = chat_lead(tokenizer) if form == "chat" else ""
-        with_response = [i for i in indices if examples[i].references]
-        if require_response and len(with_response) < len(indices):
-            bare = next(i for i in indices if not examples[i].references)
-            raise DpkdError(f"{examples[bare].id}: this row has no response to train on.")
-        texts = [lead + examples[i].references[0].removesuffix(str(tokenizer.eos_token)) for i in with_response]
-        encoded = encode_continuations(tokenizer, texts, special=form == "none")
-        for i, ids in zip(with_response, encoded, strict=True):
+        given = [(i, text) for i in indices if (text := texts[i]) is not None]
+        whole = [lead + text.removesuffix(str(tokenizer.eos_token)) for _, text in given]
+        encoded = encode_continuations(tokenizer, whole, special=form == "none")
+        for (i, _), ids in zip(given, encoded, strict=True):
             end = ids.index(eos_id) if eos_id in ids else len(ids)  # a ready response may write its own EOS
             results[i] = [*ids[:end], eos_id]
     return results
@@ -159,5 +186,5 @@ def _nothing_left(count: int, dropped: Counter[str]) -> DpkdError:
 
 def _report(count: int, prompts: list[Prompt], dropped: Counter[str], cut: int, max_tokens: int) -> DataReport:
     response_tokens = sum(len(p.response_ids) for p in prompts)
-    lengths = [len(p.prompt_ids) + len(p.response_ids) for p in prompts]
+    lengths = [len(p.prompt_ids) + max(len(p.response_ids), len(p.rejected_ids)) for p in prompts]
     return DataReport(count, len(prompts), dict(dropped), cut, sum(lengths), response_tokens, max(lengths), max_tokens)

@@ -6,7 +6,7 @@ Prompt and response are encoded apart: the prompt of training is, token for toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpkd.errors import DpkdError
 
@@ -95,6 +95,17 @@ def continuation(
     start, whole = decode(before), decode([*before, *ids])
     # A character that is cut between the two has no text of its own yet: the plain text is the best there is.
     return whole[len(start) :] if whole.startswith(start) else decode(ids)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> frozenset[int]:
+    """All ids that end a response: the tokenizer's EOS, and those of a model's generation config.
+
+    `model` is the model or its generation config; None: the tokenizer alone. Chat models often end a turn with one
+    token and a text with another, and `generate` stops at both.
+    """
+    ids = getattr(getattr(model, "generation_config", model), "eos_token_id", None)
+    more = [ids] if isinstance(ids, int) else ids or ()
+    return frozenset({require_eos(tokenizer), *map(int, more)})
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
-from dpkd.data.formats import Example, RowFormat, find_shape, not_understood, to_example
+from dpkd.data.formats import Example, RowFormat, find_shape, not_understood, to_examples
 from dpkd.data.rows import BadRow, RawRow
-from dpkd.data.settings import DataSettings
+from dpkd.data.settings import DataSettings, MixPart
 from dpkd.data.sources import Place, memory_source, open_source
 from dpkd.errors import DpkdError
 
@@ -21,12 +21,16 @@ MOST_BAD_ROWS_SHOWN = 20
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples in the order of their file, the rows left out, a hash of the examples, and their origin."""
+    """Examples in the order of their file, the rows left out, a hash of the examples, and their origin.
+
+    `rows` is the number of rows that the examples are from, for a mixture that of the examples.
+    """
 
     examples: tuple[Example, ...]
     skipped: tuple[BadRow, ...]
     fingerprint: str
     source: str
+    rows: int
 
     def skipped_by_reason(self) -> dict[str, int]:
         """How many rows were left out, for each kind of mistake."""
@@ -36,20 +40,35 @@ class ExampleSet:
         """For printing: what was read, and every kind of bad row with the first place where it stands."""
         first = {bad.reason: bad.where for bad in reversed(self.skipped)}
         counts = self.skipped_by_reason().items()
+        turns = f"{self.rows:,} rows are {len(self.examples):,} examples: every assistant turn of a conversation is "
         return [
             f"{self.source}: {len(self.examples):,} examples",
+            *([f"{turns}trained on (data.train_on: all)"] if len(self.examples) > self.rows else []),
             *(f"skipped {count:,}: {reason} (first: {first[reason]})" for reason, count in counts),
         ]
 
 
 def read_examples(
-    settings: DataSettings, *, require_response: bool = True, rows: Iterable[Any] | None = None
+    settings: DataSettings,
+    *,
+    require_response: bool = True,
+    pairs: bool | None = None,
+    rows: Iterable[Any] | None = None,
+    seed: int = 0,
 ) -> ExampleSet:
-    """All examples of a data set, at most `limit` rows of it; `rows` are those of the data set, if in memory.
+    """All examples of a data set or a mixture, at most `limit` rows of each.
 
-    Without `require_response`, rows that hold a prompt alone are good too. Raises DpkdError for data that
-    cannot be found, columns that are not understood, bad rows (unless skipped), and when nothing is left.
+    Without `require_response`, rows that hold a prompt alone are good too. `pairs`: whether the rejected responses of
+    pairs are used; where they are not, rows that have them are refused (None: they do not matter). `rows` are those of
+    the data set, if in memory; `seed` decides the order of a mixture. Raises DpkdError for data that cannot be found,
+    columns that are not understood, bad rows (unless skipped), and when nothing is left.
     """
+    if settings.mix:
+        parts = [
+            read_examples(_part(settings, part), require_response=require_response, pairs=pairs)
+            for part in settings.mix
+        ]
+        return _mixed(settings, parts, seed)
     place = Place(settings.path, settings.split, "data.path", settings.subset, settings.streaming)
     source = open_source(place) if rows is None else memory_source(rows)
     reader = _Reader(settings, require_response)
@@ -57,17 +76,76 @@ def read_examples(
     examples, bad = tuple(reader.examples), tuple(reader.bad)
     if bad and settings.on_bad_row == "error":
         raise _bad_rows(source.description, bad)
-    found = ExampleSet(examples, bad, fingerprint(examples), source.description)
+    found = ExampleSet(examples, bad, fingerprint(examples), source.description, reader.rows)
     if not examples:
         raise DpkdError("\n".join([f"data.path: no row of {settings.path} can be used.", *found.lines()[1:]]))
+    _check_pairs(examples, settings, pairs)
     return found
+
+
+def _part(settings: DataSettings, part: MixPart) -> DataSettings:
+    """The settings of one data set of a mixture."""
+    own = {name: getattr(part, name) for name in type(part).model_fields if name != "weight"}
+    return settings.model_copy(update={"mix": (), **{name: value for name, value in own.items() if value is not None}})
+
+
+def _mixed(settings: DataSettings, parts: Sequence[ExampleSet], seed: int) -> ExampleSet:
+    """The parts as one set, in the order in which `datasets` interleaves them."""
+    import datasets
+
+    total = sum(part.weight for part in settings.mix)
+    order = datasets.interleave_datasets(
+        [
+            datasets.Dataset.from_dict({"part": [number] * len(part.examples), "row": list(range(len(part.examples)))})
+            for number, part in enumerate(parts)
+        ],
+        probabilities=[part.weight / total for part in settings.mix],
+        seed=seed,
+        stopping_strategy=settings.mix_until,
+    )
+    times: Counter[tuple[int, int]] = Counter()
+    examples = []
+    for one in order:
+        place = (one["part"], one["row"])
+        example = parts[place[0]].examples[place[1]]
+        # Ids tell examples apart: of the data set, and of a row that comes again.
+        again = f"+{times[place]}" if times[place] else ""
+        template = settings.mix[place[0]].template or example.template
+        examples.append(replace(example, id=f"{place[0] + 1}/{example.id}{again}", template=template))
+        times[place] += 1
+    shares = Counter(one["part"] for one in order)
+    source = " + ".join(f"{part.source} ({shares[number]:,})" for number, part in enumerate(parts))
+    skipped = tuple(bad for part in parts for bad in part.skipped)
+    found = tuple(examples)
+    return ExampleSet(found, skipped, fingerprint(found), source, len(found))
+
+
+def _check_pairs(examples: Sequence[Example], settings: DataSettings, pairs: bool | None) -> None:
+    """Raises DpkdError where rejected responses would lie unread, or are needed and not there."""
+    has = next((example for example in examples if example.rejected is not None), None)
+    if pairs is False and has is not None and not settings.drop_rejected:
+        raise DpkdError(
+            f"{has.id}: the rows are pairs of a chosen and a rejected response, and nothing would read the rejected "
+            "one. For a loss on pairs: --set text.source=preference. To train on the chosen responses alone: --set "
+            "data.drop_rejected=true"
+        )
+    lacks = next((example for example in examples if example.rejected is None), None)
+    if pairs and lacks is not None:
+        raise DpkdError(
+            f"{lacks.id}: has no rejected response, and text.source=preference needs one in every row (columns chosen "
+            "and rejected, or data.columns.output and data.columns.rejected)"
+        )
+
+
+_LATER_FIELDS = ("rejected", "more", "template")  # left out where they are None: the hashes of older data stay
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """A hash of ids and content in order: the same on every machine, and for no other data."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps(asdict(example), sort_keys=True).encode())
+        values = {k: v for k, v in asdict(example).items() if v is not None or k not in _LATER_FIELDS}
+        digest.update(json.dumps(values, sort_keys=True).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 
@@ -81,14 +159,16 @@ class _Reader:
         self._input_seen = settings.columns.input is None or settings.limit is not None
         self.examples: list[Example] = []
         self.bad: list[BadRow] = []
+        self.rows = 0
 
     def read(self, rows: Iterable[RawRow | BadRow]) -> None:
         stops = self._settings.on_bad_row == "error"
         unshaped: RawRow | None = None
         for row in rows:
-            result = self._example(row)
-            if isinstance(result, Example):
-                self.examples.append(result)
+            result = self._examples(row)
+            if isinstance(result, list):
+                self.examples += result
+                self.rows += 1
             else:
                 self.bad.append(result)
                 if self._shape is None and isinstance(row, RawRow):
@@ -101,7 +181,7 @@ class _Reader:
             name = self._settings.columns.input
             raise DpkdError(f"data.columns.input: no row of {self._settings.path} has a column {name!r}.")
 
-    def _example(self, row: RawRow | BadRow) -> Example | BadRow:
+    def _examples(self, row: RawRow | BadRow) -> list[Example] | BadRow:
         if isinstance(row, BadRow):
             return row
         columns, required = self._settings.columns, self._require_response
@@ -110,7 +190,8 @@ class _Reader:
             if self._shape is None:
                 return BadRow(row.id, "missing field", f"only {', '.join(map(str, row.value)) or 'nothing'} given")
         self._input_seen = self._input_seen or columns.input in row.value
-        return to_example(row, self._shape, require_response=required)
+        every = self._settings.train_on == "all"
+        return to_examples(row, self._shape, require_response=required, every_turn=every)
 
 
 def _bad_rows(source: str, bad: tuple[BadRow, ...]) -> DpkdError:

@@ -6,19 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from dpkd.data.conversations import (
+    BadValueError,
+    Message,
+    Turn,
+    is_conversation,
+    last_response,
+    read_messages,
+    require_text,
+    trained_turns,
+)
 from dpkd.data.rows import BadRow, RawRow
 from dpkd.data.settings import Columns
 from dpkd.errors import DpkdError
 
 INPUTS = ("input", "context")
-OUTPUTS = ("output", "response", "completion")
-
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+OUTPUTS = ("output", "response", "completion", "chosen")
+MESSAGES = ("messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,12 @@ class Example:
     """One prompt and its references; the response to train on is the first reference.
 
     The prompt is one of three: instruction (and input), a ready `prompt`, or `messages` up to the response.
-    `id` is `FILE:NUMBER` and never depends on order, limit or batch.
+    `id` is `FILE:NUMBER`, with `#TURN` where a conversation is trained on in several turns, and never depends on order,
+    limit or batch.
+
+    rejected  the other response of a pair, where the row has one
+    more      JSON of what messages hold beside role and content, and of the tools that are offered
+    template  how the prompt is written, where its data set says so itself
     """
 
     id: str
@@ -35,21 +44,19 @@ class Example:
     references: tuple[str, ...] = ()
     prompt: str | None = None
     messages: tuple[Message, ...] | None = None
+    rejected: str | None = None
+    more: str | None = None
+    template: str | None = None
 
 
 class RowFormat(NamedTuple):
-    """The kind of the rows, the column of their prompt, and where input and response may stand."""
+    """The kind of the rows, the column of their prompt, and where input, response and the rejected one may stand."""
 
     kind: Literal["instruction", "prompt", "messages"]
     main: str
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
-
-
-class _BadValueError(Exception):
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
+    rejected: str = "rejected"
 
 
 def find_shape(row: RawRow, columns: Columns, *, require_response: bool) -> RowFormat | None:
@@ -59,14 +66,20 @@ def find_shape(row: RawRow, columns: Columns, *, require_response: bool) -> RowF
     """
     outputs = (columns.output,) if columns.output else OUTPUTS
     inputs = (columns.input,) if columns.input else INPUTS
-    messages = [] if columns.input or columns.output else [RowFormat("messages", columns.messages or "messages")]
+    rejected = columns.rejected or "rejected"
+    names = (columns.messages,) if columns.messages else MESSAGES
+    messages = (
+        [] if columns.input or columns.output else [RowFormat("messages", name, (), (), rejected) for name in names]
+    )
     candidates = [
         *messages,
-        RowFormat("prompt", columns.prompt or "prompt", (), outputs),
-        RowFormat("instruction", columns.instruction or "instruction", inputs, outputs),
+        RowFormat("prompt", columns.prompt or "prompt", (), outputs, rejected),
+        RowFormat("instruction", columns.instruction or "instruction", inputs, outputs, rejected),
     ]
     named = [shape for shape in candidates if getattr(columns, shape.kind)]
     fitting = [s for s in named or candidates if _fits(s, row.value, require_response)]
+    if not named and is_conversation(row.value.get("chosen")) and not any(s.kind == "prompt" for s in fitting):
+        return RowFormat("messages", "chosen", (), (), rejected)  # TRL's pairs of whole conversations
     if len(fitting) > 1:
         raise DpkdError(_ambiguous(row, [f"`{shape.main}`" for shape in fitting], fitting[0]))
     if fitting and len(found := _given(row.value, fitting[0].outputs)) > 1:
@@ -89,28 +102,31 @@ def not_understood(row: RawRow, columns: Columns, *, require_response: bool) -> 
     """The error for rows in which prompt or response cannot be found."""
     named = [f"{key}={value}" for key, value in columns.model_dump().items() if value]
     by_settings = f" (data.columns says {', '.join(named)})" if named else ""
-    response = " with output, response or completion" if require_response else ""
+    response = " with output, response, completion or chosen" if require_response else ""
     return DpkdError(
         f"{row.id}: the columns are not understood: {', '.join(map(str, row.value)) or 'none'}{by_settings}. "
-        f"dpkd reads instruction (and input or context){response}; prompt{response}; or chat messages. Say "
-        "which column is which: --set data.columns.instruction=COLUMN --set data.columns.output=COLUMN "
-        "(or data.columns.prompt, data.columns.messages)."
+        f"dpkd reads instruction (and input or context){response}; prompt{response}; or chat messages (messages, "
+        "conversations). Say which column is which: --set data.columns.instruction=COLUMN --set "
+        "data.columns.output=COLUMN (or data.columns.prompt, data.columns.messages)."
     )
 
 
-def to_example(row: RawRow, shape: RowFormat, *, require_response: bool) -> Example | BadRow:
-    """The example of a row, or what is wrong with the row."""
+def to_examples(
+    row: RawRow, shape: RowFormat, *, require_response: bool, every_turn: bool = False
+) -> list[Example] | BadRow:
+    """The example of a row, or one for each turn that is trained on; or what is wrong with the row."""
     try:
-        if shape.kind == "messages":
-            return _conversation(row, shape, require_response)
+        if shape.kind == "messages" or is_conversation(row.value.get(shape.main)):
+            return _conversation(row, shape, require_response, every_turn)
         main = _text(row.value, shape.main)
         if not main.strip():
-            raise _BadValueError(f"empty {shape.kind}", f"`{shape.main}` holds no text")
+            raise BadValueError(f"empty {shape.kind}", f"`{shape.main}` holds no text")
         references = _references(row.value, shape.outputs, require_response)
+        rejected = _rejected(row.value, shape)
         if shape.kind == "prompt":
-            return Example(row.id, references=references, prompt=main)
-        return Example(row.id, main, _input(row.value, shape.inputs), references)
-    except _BadValueError as bad:
+            return [Example(row.id, references=references, prompt=main, rejected=rejected)]
+        return [Example(row.id, main, _input(row.value, shape.inputs), references, rejected=rejected)]
+    except BadValueError as bad:
         return BadRow(row.id, bad.reason, bad.detail)
 
 
@@ -118,7 +134,7 @@ def check_text(row: RawRow, column: str) -> str | BadRow:
     """The text in a column of a row, or what is wrong with it."""
     try:
         return _text(row.value, column)
-    except _BadValueError as bad:
+    except BadValueError as bad:
         return BadRow(row.id, bad.reason, bad.detail)
 
 
@@ -126,35 +142,16 @@ def _given(row: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     return [name for name in names if row.get(name) is not None]
 
 
-def _require_text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise _BadValueError("wrong type", f"{what} is {_kind(value)}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        raise _BadValueError(
-            "not UTF-8", f"{what} holds U+{code:04X}, half of a character, at {error.start + 1}"
-        ) from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:37]}..."
-    return f"{names.get(type(value), type(value).__name__)} ({shown})"
-
-
 def _text(row: Mapping[str, Any], name: str) -> str:
     if row.get(name) is None:
-        raise _BadValueError("missing field", f"`{name}` is {'null' if name in row else 'not there'}")
-    return _require_text(row[name], f"`{name}`")
+        raise BadValueError("missing field", f"`{name}` is {'null' if name in row else 'not there'}")
+    return require_text(row[name], f"`{name}`")
 
 
 def _one_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     given = _given(row, names)
     if len(given) > 1:
-        raise _BadValueError("ambiguous", f"both `{given[0]}` and `{given[1]}` are given")
+        raise BadValueError("ambiguous", f"both `{given[0]}` and `{given[1]}` are given")
     return given[0] if given else None
 
 
@@ -167,43 +164,49 @@ def _references(row: Mapping[str, Any], names: tuple[str, ...], required: bool) 
     name = _one_of(row, names)
     if name is None:
         if required:
-            raise _BadValueError("missing field", f"no response in {' or '.join(f'`{n}`' for n in names)}")
+            raise BadValueError("missing field", f"no response in {' or '.join(f'`{n}`' for n in names)}")
         return ()
+    if is_conversation(row[name]):
+        return (last_response(row[name], name),)
     values = row[name] if isinstance(row[name], list) else [row[name]]
-    texts = tuple(_require_text(value, f"`{name}`") for value in values)
+    texts = tuple(require_text(value, f"`{name}`") for value in values)
     references = tuple(text for text in texts if text.strip())
     if required and not references:
-        raise _BadValueError("empty response", f"`{name}` holds no text")
+        raise BadValueError("empty response", f"`{name}` holds no text")
     return references
 
 
-def _message(value: Any, number: int) -> Message:
-    if not isinstance(value, dict):
-        raise _BadValueError("wrong type", f"message {number} is {_kind(value)}, expected an object")
-    if value.get("tool_calls"):
-        raise _BadValueError("tool call", f"message {number} calls a tool; only text can be trained")
-    for key in ("role", "content"):
-        if value.get(key) is None:
-            raise _BadValueError("missing field", f"message {number} has no `{key}`")
-    role, content = (_require_text(value[key], f"`{key}` of message {number}") for key in ("role", "content"))
-    return Message(role, content)
+def _rejected(row: Mapping[str, Any], shape: RowFormat) -> str | None:
+    """The rejected response, where the row has one: text, or the last message of a conversation."""
+    value = row.get(shape.rejected)
+    if value is None:
+        return None
+    return (
+        last_response(value, shape.rejected) if is_conversation(value) else require_text(value, f"`{shape.rejected}`")
+    )
 
 
-def _conversation(row: RawRow, shape: RowFormat, required: bool) -> Example:
-    """The last assistant message is the response, what stands before it the prompt; the rest is left out."""
-    values = row.value.get(shape.main)
-    if not isinstance(values, list):
-        found = "null or not there" if values is None else _kind(values)
-        raise _BadValueError("wrong type", f"`{shape.main}` is {found}, expected a list of messages")
-    messages = tuple(_message(value, number) for number, value in enumerate(values, 1))
-    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=None)
-    if last is None and required:
-        raise _BadValueError("missing field", f"`{shape.main}` has no assistant message")
-    if last is None or (not required and last < len(messages) - 1):
-        last = len(messages)
-    response = messages[last].content if last < len(messages) else ""
-    if required and not response.strip():
-        raise _BadValueError("empty response", "the last assistant message holds no text")
-    if last == 0:
-        raise _BadValueError("empty prompt", f"`{shape.main}` has nothing before the response")
-    return Example(row.id, references=(response,) if response.strip() else (), messages=messages[:last])
+def _conversation(row: RawRow, shape: RowFormat, required: bool, every: bool) -> list[Example]:
+    """Prompts from the messages before an assistant turn; TRL's form has prompt and completion apart."""
+    messages = row.value.get(shape.main)
+    first, name = 0, shape.main
+    if shape.kind == "prompt" and isinstance(messages, list):
+        first = len(messages)
+        name = _one_of(row.value, shape.outputs) or shape.main
+        if name != shape.main:
+            messages = [*messages, *_as_messages(row.value[name], name)]
+    turns = read_messages(messages, name)
+    found = trained_turns(turns, name, first=first, every=every, required=required, tools=row.value.get("tools"))
+    rejected = _rejected(row.value, shape)
+    if rejected is not None:
+        found = found[-1:]  # a pair is two ways to end a conversation
+    return [_example(row.id if len(found) == 1 else f"{row.id}#{n}", turn, rejected) for n, turn in enumerate(found, 1)]
+
+
+def _as_messages(value: Any, name: str) -> list[Any]:
+    return value if is_conversation(value) else [{"role": "assistant", "content": require_text(value, f"`{name}`")}]
+
+
+def _example(where: str, turn: Turn, rejected: str | None) -> Example:
+    references = (turn.response,) if turn.response.strip() else ()
+    return Example(where, references=references, messages=turn.before, rejected=rejected, more=turn.more)

@@ -102,12 +102,19 @@ def _json_rows(path: Path, name: str) -> Rows:
 
 
 def _csv_rows(path: Path, name: str) -> Rows:
-    """Cells stay text, whatever they look like; bytes that are not UTF-8 are found when a cell is used."""
+    """Cells stay text, whatever they look like; bytes that are not UTF-8 are found when a cell is used.
+
+    Raises ValueError for a header that names a column twice, and for a quote that is never closed or stands inside a
+    cell: which cells were meant is a guess.
+    """
     limit = csv.field_size_limit(LONGEST_CSV_CELL)
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
+            reader = csv.DictReader(file, strict=True)
+            header = reader.fieldnames or []
+            if twice := sorted({repr(column) for column in header if header.count(column) > 1}):
+                raise ValueError(f"the header names {', '.join(twice)} more than once")
+            for row in _closed(reader):
                 cells = [str(cell) for cell in row.values()]
                 where = f"{name}:{reader.line_num - sum(cell.count(LINE_FEED) for cell in cells)}"
                 if None in row:
@@ -116,6 +123,20 @@ def _csv_rows(path: Path, name: str) -> Rows:
                     yield RawRow(where, row)
     finally:
         csv.field_size_limit(limit)
+
+
+def _closed(reader: csv.DictReader[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a strict reader, its errors with the line on which the broken row begins."""
+    while True:
+        begin = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            what = "a quoted cell is never closed" if "unexpected end" in str(error) else f"broken quotes ({error})"
+            raise ValueError(f"{what}, in the row that begins on line {begin}") from error
+        if row is None:
+            return
+        yield row
 
 
 def _parquet_rows(path: Path, name: str) -> Rows:

@@ -16,9 +16,10 @@ class Columns(Block):
 
     instruction: str | None = Field(None, description="column of the instruction")
     input: str | None = Field(None, description="column of the optional input (Dolly: context)")
-    output: str | None = Field(None, description="column of the response, or of a list of references")
-    prompt: str | None = Field(None, description="column of a ready prompt, used without a template")
-    messages: str | None = Field(None, description="column of chat messages; the last one is the response")
+    output: str | None = Field(None, description="column of the response, of a list of references, or of messages")
+    prompt: str | None = Field(None, description="column of a ready prompt, or of messages up to the response")
+    messages: str | None = Field(None, description="column of chat messages (role and content, or from and value)")
+    rejected: str | None = Field(None, description="column of the rejected response of a pair")
 
     @model_validator(mode="after")
     def _one_kind_of_prompt(self) -> Columns:
@@ -32,17 +33,46 @@ class Columns(Block):
         return self
 
 
+Template = Literal["auto", "alpaca", "chat", "none"]
+
+
+class MixPart(Block):
+    """One data set of a mixture; what is left out is as in the block `data`."""
+
+    path: str = Field(description="as data.path")
+    weight: float = Field(1.0, gt=0, description="how often a row is taken from this data set, relative to the others")
+    subset: str | None = Field(None, description="as data.subset")
+    split: str | None = Field(None, description="as data.split")
+    columns: Columns | None = Field(None, description="as data.columns")
+    template: Template | None = Field(None, description="as data.template")
+    limit: int | None = Field(None, ge=1, description="as data.limit")
+
+
 class DataSettings(Block):
     """Instruction data: where it is, how a row is read, what is kept."""
 
     path: str = Field(DEFAULT_DATA, description="hub id, or a JSONL, JSON, CSV or parquet file, or a folder of them")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
+    mix: tuple[MixPart, ...] = Field((), description="several data sets, in place of `path`: a list of blocks")
+    mix_until: Literal["first_exhausted", "all_exhausted"] = Field(
+        "first_exhausted",
+        description="a mixture ends with the first data set that ends, or goes on, with rows again, to the last",
+    )
     columns: Columns = Field(Columns(), description="column names, where detection does not fit")
-    template: Literal["auto", "alpaca", "chat", "none"] = Field(
+    template: Template = Field(
         "auto",
         description="how a prompt is written: the papers' Alpaca form, the tokenizer's chat template, or as it is; "
-        "auto: chat for `messages`, none for ready prompts, alpaca for the rest",
+        "auto: chat where the tokenizer has a chat template, else alpaca for instructions and none for ready prompts",
+    )
+    chat_template: str | None = Field(
+        None, description="file of a chat template (Jinja) that replaces the tokenizer's, and is saved with the model"
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="which assistant turns of a conversation are trained on: each is an example of its own"
+    )
+    drop_rejected: bool = Field(
+        False, description="train on the chosen responses of preference data alone and leave the rejected ones out"
     )
     max_prompt_tokens: int = Field(256, ge=1, description="rows with a longer prompt are dropped and counted")
     max_tokens: int = Field(512, ge=2, description="prompt and response together; longer responses are cut")
@@ -54,6 +84,12 @@ class DataSettings(Block):
     )
     limit: int | None = Field(None, ge=1, description="read at most this many rows")
     streaming: bool = Field(False, description="read rows one by one up to `limit`, without the whole download")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if self.mix and self.path != DEFAULT_DATA:
+            raise ValueError(f"`mix` names the data sets, so leave `path` ({self.path}) out")
+        return self
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> DataSettings:

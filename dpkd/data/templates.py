@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections import Counter
+from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, cast
 
-from dpkd.data.formats import Example, Message
+from dpkd.data.conversations import Message, as_dicts
+from dpkd.data.formats import Example
+from dpkd.data.settings import Template
 from dpkd.errors import DpkdError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Form = Literal["alpaca", "chat", "none"]
-Template = Literal["auto", "alpaca", "chat", "none"]
 
 # The wording of Stanford Alpaca, used by MiniLLM, DPKD, DistiLLM and others.
 ALPACA = (
@@ -41,9 +46,11 @@ class Rendered(NamedTuple):
 def render(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Write the prompt of an example. Raises DpkdError when the template cannot write it.
 
-    `auto` is chat for messages, none for ready prompts, alpaca for the rest.
+    What an example says itself comes before `template`. `auto` is chat where the tokenizer has a chat template; else
+    alpaca for instructions, as the papers do, and none for ready prompts.
     """
-    form = _form(example) if template == "auto" else template
+    asked = cast("Template", example.template or template)
+    form = _form(example, tokenizer) if asked == "auto" else asked
     if form == "chat":
         return Rendered(_chat(example, tokenizer), form)
     if form == "none":
@@ -53,8 +60,8 @@ def render(example: Example, template: Template, tokenizer: PreTrainedTokenizerB
     return Rendered(ALPACA.format(instruction=_plain(example, form)), form)
 
 
-def _form(example: Example) -> Form:
-    if example.messages is not None:
+def _form(example: Example, tokenizer: PreTrainedTokenizerBase) -> Form:
+    if example.messages is not None or tokenizer.chat_template:
         return "chat"
     return "none" if example.prompt is not None else "alpaca"
 
@@ -81,32 +88,36 @@ def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         advice = (
             "Use an instruction-tuned model, or --set data.template=alpaca"
             if len(turns) <= 1
-            else f"Nothing else can write {len(turns)} messages as one prompt: use an instruction-tuned model"
+            else f"Nothing else can write {len(turns)} messages as one prompt: use an instruction-tuned model, or "
+            "bring a template: --set data.chat_template=FILE"
         )
         raise DpkdError(
             f"{example.id}: data.template is chat (auto picks it for `messages`), but the tokenizer{where} "
             f"has no chat template. {advice}"
         )
-    return _apply(messages, tokenizer, example.id, add_generation_prompt=True)
+    return _apply(messages, tokenizer, example.id, add_generation_prompt=True, more=example.more)
 
 
 def _apply(
-    messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, where: str, *, add_generation_prompt: bool
+    messages: tuple[Message, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    *,
+    add_generation_prompt: bool,
+    more: str | None = None,
 ) -> str:
     from jinja2 import TemplateError
 
+    values, tools = as_dicts(messages, more)
     try:
         text = tokenizer.apply_chat_template(
-            [message._asdict() for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            date_string=FIXED_DATE,
+            values, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=FIXED_DATE
         )
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
         raise DpkdError(
             f"{where}: the tokenizer's chat template refuses the messages ({roles}): {error}. "
-            "Mend the row, or use another --set data.template"
+            "Fix the row, or use another --set data.template"
         ) from error
     return str(text)
 
@@ -121,6 +132,49 @@ def chat_lead(tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
     lead = whole.removeprefix(prompt).partition(answer.content)[0] if whole.startswith(prompt) else ""
     return lead if lead.isspace() else ""
+
+
+TokenizerT = TypeVar("TokenizerT")
+
+
+def with_chat_template(tokenizer: TokenizerT, file: str | None) -> TokenizerT:
+    """The tokenizer, a copy with the chat template of a file where one is named. Raises DpkdError for a bad one."""
+    if file is None:
+        return tokenizer
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8")
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise DpkdError(f"data.chat_template: {file} cannot be read: {error}") from error
+    except TemplateError as error:
+        raise DpkdError(f"data.chat_template: {file} is no Jinja template: {error}") from error
+    changed = deepcopy(tokenizer)
+    changed.chat_template = text  # type: ignore[attr-defined]
+    return changed
+
+
+_SENTENCES: dict[Form, str] = {
+    "chat": "with the tokenizer's chat template",
+    "alpaca": "in the Alpaca form",
+    "none": "as they are",
+}
+
+
+def template_line(forms: Iterable[Form], template: Template) -> str:
+    """Which templates wrote how many prompts, for the start of a run."""
+    counts = Counter(forms)
+    how = " and ".join(
+        f"{_SENTENCES[form]}" + (f" ({count:,})" if len(counts) > 1 else "") for form, count in counts.most_common()
+    )
+    chosen = ", chosen by auto" if template == "auto" else ""
+    return (
+        f"prompts are written {how} (data.template: {' and '.join(form for form, _ in counts.most_common())}{chosen})"
+    )
 
 
 def template_fingerprint(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:

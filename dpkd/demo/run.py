@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dpkd.api import LossSpec
+from dpkd.api import LossSpec, SamplingSettings
 from dpkd.config.layers import Layer, flag_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.data.settings import DataSettings
@@ -34,7 +34,6 @@ from dpkd.models.smollm2 import bundled_teacher
 from dpkd.models.student_init import make_student
 from dpkd.plugins import load_registry
 from dpkd.rollout.kv_cache import longest_sequence
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.run import train
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from dpkd.api import Answers, Sampled
+from dpkd.api import Answers, Sampled, SamplingSettings
 from dpkd.data.encode import Prompt
+from dpkd.data.encoding import end_ids
 from dpkd.errors import DpkdError
 from dpkd.evaluation.predictions import Prediction, read_predictions, write_predictions
 from dpkd.io import JsonLog, read_json, write_json
+from dpkd.rollout.generator import response_seed
 from dpkd.rollout.sampling import sample
-from dpkd.rollout.settings import SamplingSettings
-from dpkd.rollout.sources import response_seed
 
 
 class AnswerCache:
@@ -107,7 +107,7 @@ def answer(
             model,
             [p.prompt_ids for p in todo],
             sampling,
-            eos_ids={tokenizer.eos_token_id},
+            eos_ids=end_ids(tokenizer, model),
             pad_id=tokenizer.pad_token_id,
             seeds=[response_seed(seed, 0, p.id) for p in todo],
             vocabulary=vocabulary,

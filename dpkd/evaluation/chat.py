@@ -1,23 +1,29 @@
-"""A chat endpoint of the OpenAI kind: one request, tried again with growing pauses while that may help."""
+"""A chat endpoint of the OpenAI kind over httpx: one question, asked again by tenacity while that may help.
+
+Nothing that a server says is shown or kept before the key is removed from it, whole or in part.
+"""
 
 from __future__ import annotations
 
-import http.client
+import asyncio
+import base64
 import json
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import quote
 
-from dpkd.errors import DpkdError
+import httpx
+import tenacity
+
+from dpkd.errors import DpkdError, printable
 
 LONGEST_PAUSE = 60.0
-LARGEST_ANSWER = 2**24  # bytes
+LARGEST_ANSWER = 2**20  # bytes
 TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+PIECE = 6  # characters of a key that are hidden wherever they stand together
 Accept = Callable[[str], bool]
+Sleep = Callable[[float], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,14 @@ class Endpoint:
     """Where to ask, and how patiently.
 
     url       base URL (`https://api.openai.com/v1`), or that of `chat/completions` itself
-    key       sent as a bearer token; never printed or written
+    key       sent as a bearer token; never printed or written, and neither are passwords and queries of the URL
     extra     more fields of the request; None takes a field away
-    timeout   seconds without an answer
+    timeout   seconds for a request as a whole, however slowly it is answered
     attempts  requests at most
     pause     seconds before the second request; doubled each time, up to a minute
     """
 
-    url: str
+    url: str = field(repr=False)
     model: str
     key: str | None = field(default=None, repr=False)
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -47,16 +53,64 @@ class Endpoint:
     @property
     def address(self) -> str:
         """Where requests go. Raises DpkdError unless it is HTTP."""
-        parts = urlparse(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise DpkdError(f"--endpoint {self.url}: expected a URL such as https://api.openai.com/v1")
-        base = self.url.rstrip("/")
-        return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+        try:
+            url = httpx.URL(self.url)
+        except (httpx.InvalidURL, ValueError):
+            url = httpx.URL("")
+        if url.scheme not in ("http", "https") or not url.host:
+            shown = self.redacted(self.url.split("?")[0])
+            raise DpkdError(f"--endpoint {shown}: expected a URL such as https://api.openai.com/v1")
+        path = url.path.rstrip("/")
+        return str(url.copy_with(path=path if path.endswith("/chat/completions") else f"{path}/chat/completions"))
+
+    @property
+    def place(self) -> str:
+        """The address as it may be shown: without user, password and query."""
+        return str(httpx.URL(self.address).copy_with(userinfo=b"", query=None, fragment=None))
 
     def body(self, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """The request."""
         fields = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": 512, **self.extra}
         return {name: value for name, value in fields.items() if value is not None}
+
+    def redacted(self, text: str) -> str:
+        """A text without the endpoint's secrets, and without what a terminal would act on."""
+        try:
+            url = httpx.URL(self.url)
+            secrets = [self.key or "", url.password, *url.params.values()]
+        except (httpx.InvalidURL, ValueError):
+            secrets = [self.key or ""]
+        return printable(redacted(text, [secret for secret in secrets if secret]))
+
+
+def redacted(text: str, secrets: Sequence[str]) -> str:
+    """A text in which each piece of a secret of `PIECE` characters or more is `…`.
+
+    Found in any case, with white space between, backwards, percent-encoded, as hexadecimal digits and in base64.
+
+    >>> redacted("wrong key sk-ver…, or 's k - v e r y-secret'", ["sk-very-secret"])
+    "wrong key …, or '…'"
+    """
+    forms = [form.lower() for secret in secrets for form in _forms(secret)]
+    sizes = {min(PIECE, len(form)) for form in forms}
+    pieces = {form[i : i + size] for form in forms for size in sizes for i in range(len(form) - size + 1)}
+    places = [i for i, character in enumerate(text) if not character.isspace()]
+    squeezed = "".join(text[i].lower()[:1] for i in places)
+    hidden: set[int] = set()
+    for size in sizes:
+        for i in range(len(squeezed) - size + 1):
+            if squeezed[i : i + size] in pieces:
+                hidden.update(range(places[i], places[i + size - 1] + 1))
+    shown = ["…" if i in hidden else character for i, character in enumerate(text)]
+    return "".join(c for i, c in enumerate(shown) if c != "…" or i == 0 or shown[i - 1] != "…")
+
+
+def _forms(secret: str) -> list[str]:
+    raw = secret.encode()
+    # Base64 depends on what stands before: three alignments, without the characters that mix in a neighbor.
+    shifted = [base64.b64encode(b"\0" * shift + raw).decode().rstrip("=")[(0, 2, 3)[shift] :] for shift in range(3)]
+    encoded = [part[:-1] if len(part) > PIECE else part for part in shifted]
+    return [secret, secret[::-1], quote(secret, safe=""), raw.hex(), *encoded]
 
 
 @dataclass(frozen=True)
@@ -78,88 +132,102 @@ class _Failed(Exception):
         self.wait = wait
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Another host must not get the key, nor a GET the question."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
+def client() -> httpx.AsyncClient:
+    """A pool of connections. Redirects are not followed: another host must not get the key."""
+    return httpx.AsyncClient(follow_redirects=False, timeout=None)
 
 
-def chat(
+async def chat(
+    http: httpx.AsyncClient,
     endpoint: Endpoint,
     messages: Sequence[Mapping[str, str]],
     accept: Accept,
     *,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Sleep = asyncio.sleep,
 ) -> Reply:
     """Ask until an answer is acceptable, at most `endpoint.attempts` times.
 
     An answer that never is comes back with `accepted=False`. Raises DpkdError when the server refuses the request, and
     when it gave no answer at all.
     """
-    text, asked, answered, failure = None, 0, 0, ""
-    for attempt in range(1, endpoint.attempts + 1):
-        wait = None
-        try:
-            text, tokens = _ask(endpoint, messages)
-            asked, answered = asked + tokens[0], answered + tokens[1]
-            if accept(text):
-                return Reply(text, True, asked, answered, attempt)
-        except _Failed as error:
-            failure, wait = str(error), error.wait
-        if attempt < endpoint.attempts:
-            sleep(min(LONGEST_PAUSE, wait if wait is not None else endpoint.pause * 2 ** (attempt - 1)))
-    if text is None:
+    asked = answered = 0
+    last: Reply | None = None
+
+    async def once() -> Reply:
+        nonlocal asked, answered, last
+        text, tokens = await _ask(http, endpoint, messages)
+        asked, answered = asked + tokens[0], answered + tokens[1]
+        last = Reply(text, accept(text), asked, answered)
+        return last
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome is not None else None
+        asked_for = error.wait if isinstance(error, _Failed) else None
+        return min(LONGEST_PAUSE, endpoint.pause * 2 ** (state.attempt_number - 1) if asked_for is None else asked_for)
+
+    retrying = tenacity.AsyncRetrying(
+        stop=tenacity.stop_after_attempt(endpoint.attempts),
+        wait=pause,
+        retry=tenacity.retry_if_exception_type(_Failed) | tenacity.retry_if_result(lambda reply: not reply.accepted),
+        sleep=sleep,
+    )
+    try:
+        reply: Reply = await retrying(once)
+    except tenacity.RetryError as error:
+        if last is not None:
+            return replace(last, attempts=endpoint.attempts)
         raise DpkdError(
-            f"{endpoint.address} gave no answer in {endpoint.attempts} attempts; the last failed: {failure}. "
-            "What was judged is kept: call again later."
-        )
-    return Reply(text, False, asked, answered, endpoint.attempts)
+            f"{endpoint.place} gave no answer in {endpoint.attempts} attempts; the last failed: "
+            f"{error.last_attempt.exception()}. Completed judgements are saved; rerun to resume."
+        ) from None
+    return replace(reply, attempts=retrying.statistics["attempt_number"])
 
 
-def _ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]]) -> tuple[str, tuple[int, int]]:
-    """One request: the text, and tokens of question and answer."""
-    headers = {"Content-Type": "application/json"}
-    if endpoint.key:
-        headers["Authorization"] = f"Bearer {endpoint.key}"
-    data = json.dumps(endpoint.body(messages)).encode()
-    request = urllib.request.Request(endpoint.address, data, headers, method="POST")
+async def _ask(
+    http: httpx.AsyncClient, endpoint: Endpoint, messages: Sequence[Mapping[str, str]]
+) -> tuple[str, tuple[int, int]]:
+    """One request: the text without secrets, and the tokens of question and answer."""
+    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=endpoint.timeout) as response:
-            return _understood(response.read(LARGEST_ANSWER))
-    except urllib.error.HTTPError as error:
-        raise _refused(endpoint, error) from error
-    except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, half an answer
-        reason = getattr(error, "reason", None) or error
-        raise _Failed(f"{type(reason).__name__}: {reason}" if str(reason) else type(reason).__name__) from error
+        async with (
+            asyncio.timeout(endpoint.timeout),
+            http.stream("POST", endpoint.address, json=endpoint.body(messages), headers=headers) as response,
+        ):
+            raw = bytearray()
+            async for part in response.aiter_bytes():
+                raw += part
+                if len(raw) > LARGEST_ANSWER:
+                    raise _Failed(f"an answer of more than {LARGEST_ANSWER:,} bytes")
+    except TimeoutError as error:
+        raise _Failed(f"no whole answer in {endpoint.timeout:g} s") from error
+    except (httpx.HTTPError, OSError) as error:  # no connection, half an answer
+        reason = endpoint.redacted(f"{type(error).__name__}: {error}".rstrip(": "))
+        raise _Failed(reason) from error
+    said = endpoint.redacted(bytes(raw).decode("utf-8", "replace"))
+    if response.status_code != 200:
+        raise _refused(endpoint, response, " ".join(said.split())[:300])
+    return _understood(bytes(raw), said, endpoint)
 
 
-def _refused(endpoint: Endpoint, error: urllib.error.HTTPError) -> Exception:
+def _refused(endpoint: Endpoint, response: httpx.Response, said: str) -> Exception:
     """An attempt to repeat, or an error to show: a wrong key or model stays wrong."""
-    try:
-        said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
-    except (OSError, http.client.HTTPException):
-        said = ""
-    if endpoint.key:
-        said = said.replace(endpoint.key, "…")
-    what = f"HTTP {error.code} {error.reason}{f': {said}' if said else ''}"
-    if error.code in TRY_AGAIN:
-        asked = error.headers.get("Retry-After", "")
-        return _Failed(what, float(asked) if asked.isascii() and asked.isdigit() else None)
-    advice = " Set the key in DPKD_JUDGE_KEY." if error.code in (401, 403) else ""
-    return DpkdError(f"{endpoint.address} refuses the request: {what}.{advice}")
+    what = f"HTTP {response.status_code} {endpoint.redacted(response.reason_phrase)}{f': {said}' if said else ''}"
+    if response.status_code in TRY_AGAIN:
+        asked = response.headers.get("Retry-After", "")
+        return _Failed(what, float(asked[:9]) if asked.isascii() and asked.isdigit() else None)
+    advice = " Set the key in DPKD_JUDGE_KEY." if response.status_code in (401, 403) else ""
+    return DpkdError(f"{endpoint.place} refuses the request: {what}.{advice}")
 
 
-def _understood(raw: bytes) -> tuple[str, tuple[int, int]]:
+def _understood(raw: bytes, said: str, endpoint: Endpoint) -> tuple[str, tuple[int, int]]:
     """The text and the tokens of a response. Raises _Failed for what is no such response."""
     try:
         response = json.loads(raw)
         text = response["choices"][0]["message"]["content"]
         usage = response.get("usage") or {}
         tokens = (int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        shown = " ".join(raw[:200].decode("utf-8", "replace").split())
-        raise _Failed(f"no chat completion: {shown or 'an empty response'}") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise _Failed(f"no chat completion: {' '.join(said.split())[:200] or 'an empty response'}") from error
     if not isinstance(text, str):
         raise _Failed("a chat completion without text")
-    return text, tokens
+    return endpoint.redacted(text), tokens

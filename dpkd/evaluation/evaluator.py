@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpkd.api import MetricSpec
+from dpkd.api import MetricSpec, SamplingSettings, TokenScores
 from dpkd.api.teachers import Teacher
 from dpkd.data.batches import TokenSequence
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
 from dpkd.evaluation.answer_cache import AnswerCache, answer, as_answers
-from dpkd.evaluation.divergences import Divergences, measure
+from dpkd.evaluation.divergences import measure
 from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
 from dpkd.evaluation.predictions import Prediction
-from dpkd.evaluation.results import Evaluation, Metric, score, write_scores
+from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, score_tokens, write_scores
 from dpkd.io import lock
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
@@ -30,36 +30,11 @@ from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry, load_registry
 from dpkd.rollout.kv_cache import longest_sequence
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
 Progress = Callable[[str, int, int], None]  # what, done, of
-
-DIVERGENCE_UNITS = {
-    "nll": "nats per response token",
-    "perplexity": "per response token",
-    "bits_per_byte": "bits per byte",
-    "teacher_nll": "nats per response token",
-    "forward_kl": "nats per response token",
-    "reverse_kl": "nats per response token",
-    "first_token_forward_kl": "nats at the first token",
-    "first_token_reverse_kl": "nats at the first token",
-    "reward_sum": "nats per response",
-    "reward_mean": "nats per token of a response",
-}
-# Of the others, the teacher's own likelihood and the rewards, neither high nor low is better.
-LOWER_IS_BETTER = frozenset(
-    {
-        "nll",
-        "perplexity",
-        "bits_per_byte",
-        "forward_kl",
-        "reverse_kl",
-        "first_token_forward_kl",
-        "first_token_reverse_kl",
-    }
-)
+REWARDS = ("reward_sum", "reward_mean")  # measured on answers too, with `rewards`
 
 
 @dataclass(frozen=True)
@@ -301,20 +276,12 @@ def evaluate_model(
     lengths = settings.lengths or tokens_by(tokenizer)
     metrics, buckets, rows = score(answers, specs, cuts=settings.cuts, measure=lengths)
     meter = _DivergenceMeter(model, teacher, tokenizer, vocabulary, tell)
-    metrics |= _as_metrics(meter(inputs.sequences, "divergences"))
+    metrics |= score_tokens(meter(inputs.sequences, "divergences"), specs)
     if settings.rewards and teacher is not None:
-        metrics |= _rewards(meter, inputs, predictions[settings.drawn_seeds[0]], settings, teacher_answer_cache)
+        metrics |= _rewards(meter, inputs, predictions[settings.drawn_seeds[0]], specs, settings, teacher_answer_cache)
+    check_finite(metrics)
     evaluation = Evaluation(len(inputs.prompts), settings.drawn_seeds, metrics, buckets, lengths.unit)
     return evaluation, predictions, rows
-
-
-def _as_metrics(found: Divergences) -> dict[str, Metric]:
-    values = found.as_dict()
-    return {
-        name: Metric((values[name],), unit, "lower" if name in LOWER_IS_BETTER else "")
-        for name, unit in DIVERGENCE_UNITS.items()
-        if name in values
-    }
 
 
 @dataclass
@@ -327,7 +294,7 @@ class _DivergenceMeter:
     vocabulary: int
     tell: Progress
 
-    def __call__(self, sequences: Sequence[TokenSequence], what: str) -> Divergences:
+    def __call__(self, sequences: Sequence[TokenSequence], what: str) -> TokenScores:
         done = 0
 
         def advance(count: int) -> None:
@@ -351,6 +318,7 @@ def _rewards(
     meter: _DivergenceMeter,
     inputs: Inputs,
     own: Sequence[Prediction],
+    specs: Mapping[str, MetricSpec],
     settings: EvaluationSettings,
     answer_cache: AnswerCache | None,
 ) -> dict[str, Metric]:
@@ -373,8 +341,8 @@ def _rewards(
             TokenSequence(prompt.prompt_ids, tuple(p.extra["ids"]))
             for prompt, p in zip(inputs.prompts, answers, strict=True)
         ]
-        found = meter(sequences, f"rewards of the {who}'s answers")
-        for name, value in (("sum", found.reward_sum), ("mean", found.reward_mean)):
-            assert value is not None
-            metrics[f"{who}_answer_reward_{name}"] = Metric((value,), DIVERGENCE_UNITS[f"reward_{name}"])
+        found = score_tokens(meter(sequences, f"rewards of the {who}'s answers"), specs)
+        for name in REWARDS:
+            title = f"{found[name].title} (answers of the {who})"
+            metrics[f"{who}_answer_{name}"] = replace(found[name], title=title)
     return metrics

@@ -65,7 +65,8 @@ def read_inputs(
     by nothing else. Raises DpkdError when a prompt is longer than `data.max_prompt_tokens`, or leaves no room for an
     answer, and when no row is left.
     """
-    found = read_examples(data, rows=rows)
+    # A conversation has one answer to score, its last.
+    found = read_examples(data.model_copy(update={"mix": (), "train_on": "last"}), rows=rows)
     skipped = Counter(found.skipped_by_reason())
     read = _encoded(found.examples, tokenizer, data, skipped)
     longest = min(data.max_prompt_tokens, context - 1 if context is not None else UNLIMITED)

@@ -6,19 +6,18 @@ compare within one judge and one prompt only.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Lock
 from typing import Any
 
 from dpkd.errors import DpkdError
-from dpkd.evaluation.chat import Endpoint, Reply, chat
+from dpkd.evaluation.chat import Endpoint, Reply, Sleep, chat, client
 from dpkd.evaluation.predictions import Prediction
 from dpkd.io import JsonLog, write_json
 
@@ -142,13 +141,18 @@ class _Verdicts:
     """The file of verdicts, by the hash of the question: an interrupted call goes on, a changed answer is new."""
 
     def __init__(self, path: Path) -> None:
-        self._lines, self._lock = JsonLog(path, question=str), Lock()
-        self.known = {row["question"]: row for row in self._lines.rows()}
+        self._log = JsonLog(path, question=str)
+        self.known = {row["question"]: row for row in self._log.rows() if _is_verdict(row)}
 
     def add(self, verdict: dict[str, Any]) -> None:
-        with self._lock:
-            self.known[verdict["question"]] = verdict
-            self._lines.append(verdict)
+        self.known[verdict["question"]] = verdict
+        self._log.append(verdict)
+
+
+def _is_verdict(row: Mapping[str, Any]) -> bool:
+    """Whether a line holds what is counted; the row of another one is judged again."""
+    counts, score = (row.get("prompt_tokens"), row.get("completion_tokens")), row.get("score")
+    return all(type(count) is int for count in counts) and isinstance(score, int | float) and 1 <= score <= 10
 
 
 def judge(
@@ -161,7 +165,7 @@ def judge(
     prices: Prices = Prices(),
     parallel: int = 4,
     progress: Callable[[int, int], None] | None = None,
-    sleep: Callable[[float], None] | None = None,
+    sleep: Sleep = asyncio.sleep,
 ) -> JudgeReport:
     """Have every row rated against its first reference; what `verdicts` holds already is not asked again.
 
@@ -173,14 +177,28 @@ def judge(
     book = _Verdicts(verdicts)
     todo = {key: i for i, key in enumerate(keys) if key not in book.known}
     tell = progress or (lambda done, of: None)
+    slots = asyncio.Semaphore(parallel)
+    replies: list[Reply] = []
 
-    def ask(key: str, pause: Callable[[float], None]) -> Reply:
-        reply = chat(endpoint, questions[todo[key]], lambda text: parse_score(text) is not None, sleep=pause)
+    async def ask_all() -> None:
+        async with client() as http, asyncio.TaskGroup() as group:
+            for key, place in todo.items():
+                group.create_task(ask(http, key, place))
+
+    async def ask(http: Any, key: str, place: int) -> None:
+        async with slots:
+            reply = await chat(
+                http, endpoint, questions[place], lambda text: parse_score(text) is not None, sleep=sleep
+            )
         if reply.accepted:
-            book.add(_verdict(key, rows[todo[key]], reply))
-        return reply
+            book.add(_verdict(key, rows[place], reply))
+        replies.append(reply)
+        tell(len(keys) - len(todo) + len(replies), len(keys))
 
-    replies = _all(ask, list(todo), parallel, sleep, lambda done: tell(len(keys) - len(todo) + done, len(keys)))
+    try:
+        asyncio.run(ask_all())
+    except ExceptionGroup as failures:  # the first failure ends the others
+        raise failures.exceptions[0] from None
     new = sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies)
     report = _report(endpoint.model, [book.known.get(key) for key in keys], len(todo), new, prices)
     if summary is not None:
@@ -199,45 +217,6 @@ def _verdict(key: str, row: Prediction, reply: Reply) -> dict[str, Any]:
         "completion_tokens": reply.completion_tokens,
         "attempts": reply.attempts,
     }
-
-
-class _Abandoned(Exception):
-    """A request that is not tried again, because another one failed for good."""
-
-
-def _all(
-    ask: Callable[[str, Callable[[float], None]], Reply],
-    keys: Sequence[str],
-    parallel: int,
-    sleep: Callable[[float], None] | None,
-    tell: Callable[[int], None],
-) -> list[Reply]:
-    """Ask all, several at a time; the first failure ends the others' pauses, and is raised."""
-    over = Event()
-
-    def pause(seconds: float) -> None:
-        if over.wait(seconds) if sleep is None else (sleep(seconds) or over.is_set()):
-            raise _Abandoned
-
-    def one(key: str) -> Reply | None:
-        try:
-            return None if over.is_set() else ask(key, pause)
-        except _Abandoned:
-            return None
-        except BaseException:
-            over.set()
-            raise
-
-    replies: list[Reply] = []
-    with ThreadPoolExecutor(parallel) as pool:
-        try:
-            for future in as_completed([pool.submit(one, key) for key in keys]):
-                replies += [reply] if (reply := future.result()) is not None else []
-                tell(len(replies))
-        finally:
-            over.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-    return replies
 
 
 def _report(

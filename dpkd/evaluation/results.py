@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpkd.api import Answers, MetricSpec
+from dpkd.api import Answers, MetricSpec, TokenScores
 from dpkd.errors import DpkdError
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, bucket_labels, bucket_of
 from dpkd.io import write_json
@@ -18,11 +19,18 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Metric:
-    """One value per seed (a single one where seeds play no part); `better` is `higher`, `lower`, or empty."""
+    """One value per seed (a single one where seeds play no part), with the labels of its MetricSpec."""
 
     values: tuple[float, ...]
     unit: str = ""
     better: str = ""
+    title: str = ""
+    summary: str = ""
+
+    @classmethod
+    def of(cls, spec: MetricSpec, values: Sequence[float]) -> Metric:
+        """Values of the metric of a spec."""
+        return cls(tuple(values), spec.unit, spec.better, spec.title, spec.summary)
 
     @property
     def mean(self) -> float:
@@ -70,6 +78,7 @@ class Evaluation:
             "metrics": {name: metric.as_dict() for name, metric in self.metrics.items()},
             "units": {name: metric.unit for name, metric in self.metrics.items()},
             "better": {name: metric.better for name, metric in self.metrics.items()},
+            "titles": {name: metric.title for name, metric in self.metrics.items()},
             "lengths": {
                 "unit": self.length_unit,
                 "buckets": [
@@ -88,12 +97,12 @@ def score(
     cuts: Sequence[int] = DEFAULT_CUTS,
     measure: LengthMeasure = WORDS,
 ) -> tuple[dict[str, Metric], tuple[Bucket, ...], dict[int, list[dict[str, float]]]]:
-    """All metrics over seeds, the row metrics again by length of the first reference, and the rows' own values.
+    """Metrics of answers over seeds, those of rows again by length of the first reference, and the rows' own values.
 
     Raises DpkdError when a metric does not give one value per row.
     """
     first = [name for name in ("rouge_l", "exact_match") if name in specs]  # what the papers report
-    specs = {name: specs[name] for name in [*first, *specs]}
+    specs = {name: specs[name] for name in [*first, *specs] if specs[name].of_tokens is None}
     rows: dict[int, list[dict[str, float]]] = {seed: [{} for _ in own.predictions] for seed, own in answers.items()}
     values: dict[str, list[float]] = {}
     for name, spec in specs.items():
@@ -101,8 +110,21 @@ def score(
             found = _overall(spec, own) if spec.overall is not None else _of_rows(spec, own, rows[seed])
             if found is not None:
                 values.setdefault(name, []).append(found)
-    metrics = {name: Metric(tuple(found), specs[name].unit, specs[name].better) for name, found in values.items()}
+    metrics = {name: Metric.of(specs[name], found) for name, found in values.items()}
     return metrics, _buckets(answers, rows, specs, cuts, measure), rows
+
+
+def score_tokens(scores: TokenScores, specs: Mapping[str, MetricSpec]) -> dict[str, Metric]:
+    """The metrics of given responses: likelihood, divergences, rewards; without those that need an absent teacher."""
+    found = {name: spec.of_tokens(scores) for name, spec in specs.items() if spec.of_tokens is not None}
+    return {name: Metric.of(specs[name], [value]) for name, value in found.items() if value is not None}
+
+
+def check_finite(metrics: Mapping[str, Metric]) -> None:
+    """Raises DpkdError when a metric is NaN or infinite: scores.json holds numbers only."""
+    bad = [name for name, metric in metrics.items() if not all(map(math.isfinite, metric.values))]
+    if bad:
+        raise DpkdError(f"not finite: {', '.join(bad)}; no scores are written. Check the weights of model and teacher")
 
 
 def _overall(spec: MetricSpec, answers: Answers) -> float | None:
@@ -141,7 +163,7 @@ def _buckets(
         for name, spec in specs.items():
             means = [_mean([own[i][name] for i in inside if name in own[i]]) for own in rows.values()]
             if spec.per_row is not None and all(mean is not None for mean in means):
-                metrics[name] = Metric(tuple(mean for mean in means if mean is not None), spec.unit, spec.better)
+                metrics[name] = Metric.of(spec, [mean for mean in means if mean is not None])
         buckets.append(Bucket(label, len(inside), metrics))
     if sum(bucket.rows for bucket in buckets) != len(references):
         raise DpkdError(f"{len(references)} rows were scored, but {sum(b.rows for b in buckets)} lie in a bucket")

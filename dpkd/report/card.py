@@ -1,4 +1,8 @@
-"""The model card of a run: what the student is, how it came to be, and how to load it."""
+"""The model card of a run: what the student is, how it came to be, how it scores, and how to load it.
+
+The head is that of `huggingface_hub`, with the scores as `model-index`, so that a hub shows and compares them. After an
+evaluation only the scores are written again: what people wrote into the card stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,34 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpkd.api import Card
 from dpkd.io import write_text
+from dpkd.report import escapes
+from dpkd.report.names import finite, ordered
+from dpkd.report.reading import Scored, read_evaluations, title_of
+from dpkd.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard
+
+CARD_METRICS = ("rouge_l", "exact_match", "nll", "perplexity", "forward_kl", "reverse_kl")
+_HEADING = "## Scores"
+_AFTER = "## How to load it"  # where a card without scores gets them: before this
 
 
 @dataclass(frozen=True)
 class ScoreLine:
-    """One row of the table of scores."""
+    """One row of the table of scores: `metric` is its key, `title` its name for people."""
 
     data: str
     metric: str
+    title: str
     value: float
     spread: float | None = None  # standard deviation over seeds
     rows: int | None = None
@@ -56,127 +75,173 @@ class CardFacts:
 
 def write_model_card(folder: Path, facts: CardFacts) -> None:
     """Write `README.md` into a run folder, in place of an older one."""
-    write_text(folder / "README.md", model_card(facts))
+    _write(folder / "README.md", model_card(facts))
 
 
-def model_card(facts: CardFacts) -> str:
-    """The card as Markdown with a YAML head that model hubs read."""
-    sections = [
-        _head(facts),
-        f"# {_line(facts.name)}",
-        _summary(facts),
-        _loss(facts),
-        _training(facts),
-        scores_section(facts.scores),
-        _loading(facts),
-        _versions(facts),
-        _sources(facts),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+def model_card(facts: CardFacts) -> ModelCard:
+    """The card, with a YAML head that model hubs read."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    head = ModelCardData(
+        library_name="peft" if facts.adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["knowledge-distillation", "dpkd", facts.loss],
+        base_model=facts.base_model,
+        datasets=list(facts.datasets) or None,
+        model_name=facts.name if facts.scores else None,
+        eval_results=_eval_results(facts.scores) or None,
+    )
+    return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{_body(facts)}")
 
 
-def _head(facts: CardFacts) -> str:
-    head: dict[str, object] = {
-        "library_name": "peft" if facts.adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["knowledge-distillation", "dpkd", facts.loss],
+def _body(facts: CardFacts) -> str:
+    environment = Environment(
+        loader=PackageLoader("dpkd.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # it is Markdown: every value goes through one of these
+    )
+    environment.filters |= {
+        "text": lambda value: escapes.markdown_text(str(value)),
+        "prose": escapes.prose,
+        "code": escapes.markdown_code,
+        "fence": escapes.markdown_fence,
+        "url": lambda url: quote(escapes.line(url), safe="%/:?#&=+,;@~.-_!$*'"),
     }
-    if facts.base_model is not None:
-        head["base_model"] = facts.base_model
-    if facts.datasets:
-        head["datasets"] = list(facts.datasets)
-    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+    training = {
+        "teacher": facts.teacher,
+        "student": facts.student,
+        "data": facts.data,
+        "examples": facts.examples,
+        "optimizer steps": facts.steps,
+    }
+    return environment.get_template("card.md").render(
+        name=facts.name,
+        loss=facts.loss,
+        card=facts.card,
+        teacher=facts.teacher,
+        student=facts.student,
+        training=[(what, value) for what, value in training.items() if value is not None],
+        settings=sorted(facts.settings.items()),
+        scores=scores_section(facts.scores),
+        loading=_loading(facts),
+        versions=sorted(facts.versions.items()),
+        bibtex="\n\n".join(source.bibtex.strip() for source in facts.card.sources if source.bibtex.strip()),
+    )
 
 
-def _summary(facts: CardFacts) -> str:
-    taught = "trained" if facts.teacher is None else f"distilled from {_code(facts.teacher)}"
-    return f"{_code(facts.student)}, {taught} with the loss {_code(facts.loss)} of dpkd."
+def _loading(facts: CardFacts) -> str:
+    """Code that loads model and tokenizer."""
+    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    loader = "AutoModelForCausalLM"
+    if facts.adapter:
+        loader = "AutoPeftModelForCausalLM"
+        imports = [f"from peft import {loader}", "from transformers import AutoTokenizer"]
+    place = json.dumps(facts.model_folder)
+    lines = [f"model = {loader}.from_pretrained({place})", f"tokenizer = AutoTokenizer.from_pretrained({place})"]
+    return "\n".join([*imports, "", *lines])
 
 
-def _loss(facts: CardFacts) -> str:
-    card = facts.card
-    parts = [f"## Loss: {_line(card.title)}", _line(card.summary), _fenced(card.formula, "text"), _line(card.notes)]
-    return "\n\n".join(part for part in parts if part)
+def _eval_results(scores: Sequence[ScoreLine]) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
 
-
-def _training(facts: CardFacts) -> str:
-    rows = [("teacher", facts.teacher), ("student", facts.student), ("data", facts.data)]
-    rows += [("examples", facts.examples), ("optimizer steps", facts.steps)]  # type: ignore[list-item]
-    table = _table(("what", "which"), [(what, _code(value)) for what, value in rows if value is not None])
-    if not facts.settings:
-        return f"## Training\n\n{table}\n\nAll settings are the defaults of dpkd and of the loss."
-    settings = [(_code(path), _code(value)) for path, value in sorted(facts.settings.items())]
-    differing = _table(("setting", "value"), settings)
-    return f"## Training\n\n{table}\n\nSettings that differ from the defaults:\n\n{differing}"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=line.data,
+            dataset_name=line.data,
+            metric_type=line.metric,
+            metric_name=line.title,
+            metric_value=round(line.value, 4),
+        )
+        for line in scores
+    ]
 
 
 def scores_section(scores: Sequence[ScoreLine]) -> str:
     """The table of scores under its heading; empty without scores."""
     if not scores:
         return ""
-    rows = [
-        (line.data, line.metric, _value(line), *("" if n is None else str(n) for n in (line.rows, line.seeds)))
-        for line in scores
-    ]
-    return "## Scores\n\n" + _table(("data", "metric", "value", "rows", "seeds"), rows)
+    lines = [f"{_HEADING}\n", "| data | metric | value | rows | seeds |", "| --- | --- | --- | --- | --- |"]
+    for one in scores:
+        value = f"{one.value:.2f}" if one.spread is None else f"{one.value:.2f} ± {one.spread:.2f}"
+        counts = ["" if count is None else str(count) for count in (one.rows, one.seeds)]
+        names = map(escapes.markdown_text, (one.data, one.title))
+        lines.append(f"| {' | '.join([*names, value, *counts])} |")
+    return "\n".join(lines)
 
 
-def _value(line: ScoreLine) -> str:
-    return f"{line.value:.2f}" if line.spread is None else f"{line.value:.2f} ± {line.spread:.2f}"
+def rescore(folder: Path, metrics: Sequence[str] = CARD_METRICS) -> bool:
+    """Write the scores of all evaluations in `RUN/eval` into `RUN/README.md`, into its head and its section of scores.
+
+    False, and nothing is written, where there is no card that can be read, or no scores. Raises DpkdError for a damaged
+    scores.json.
+    """
+    from huggingface_hub import ModelCard
+
+    path = RunFolder(folder).card
+    lines = score_lines(list(read_evaluations(folder / "eval").values()), metrics)
+    if not path.is_file() or not lines:
+        return False
+    try:
+        text = path.read_text(encoding="utf-8")
+        card = ModelCard(text, ignore_metadata_errors=True) if text.startswith("---") else None
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+        return False
+    if card is None:
+        _write(path, with_scores(text, lines))
+        return True
+    data: Any = card.data  # a ModelCardData, which the stubs call CardData
+    data.model_name = data.model_name or folder.resolve().name
+    data.eval_results = _eval_results(lines)
+    card.text = with_scores(card.text, lines)
+    _write(path, card)
+    return True
 
 
-def _loading(facts: CardFacts) -> str:
-    loader, package = (
-        ("AutoPeftModelForCausalLM", "peft") if facts.adapter else ("AutoModelForCausalLM", "transformers")
-    )
-    imports = {package: [loader]}
-    imports.setdefault("transformers", []).append("AutoTokenizer")
-    code = [f"from {name} import {', '.join(sorted(names))}" for name, names in sorted(imports.items())]
-    place = json.dumps(facts.model_folder)
-    code += ["", f"model = {loader}.from_pretrained({place})"]
-    code += [f"tokenizer = AutoTokenizer.from_pretrained({place})"]
-    return "## How to load it\n\nFrom the folder of this file:\n\n" + _fenced("\n".join(code), "python")
+def score_lines(evaluations: Sequence[Scored], metrics: Sequence[str] = CARD_METRICS) -> list[ScoreLine]:
+    """Rows of the card's table: sets in their order, metrics as the papers report them."""
+    lines = []
+    for one in evaluations:
+        for metric in ordered(name for name in metrics if name in one.metrics):
+            found = one.metrics[metric]
+            if (mean := finite(found.get("mean"))) is not None:
+                count = len(one.scores.get("seeds", []))
+                # What does not depend on the answers was measured once, whatever the seeds.
+                seeds = count if len(found.get("values", [])) == count else None
+                sd, title = finite(found.get("sd")), title_of(metric, [one])
+                lines.append(ScoreLine(one.name, metric, title, mean, sd, one.scores.get("rows"), seeds))
+    return lines
 
 
-def _versions(facts: CardFacts) -> str:
-    return "## Versions\n\n" + _table(("package", "version"), sorted(facts.versions.items())) if facts.versions else ""
+def with_scores(text: str, lines: Sequence[ScoreLine]) -> str:
+    """A card's text with these scores in place of its section of scores; without one, before the loading code."""
+    sections = _sections(text)
+    new = scores_section(lines)
+    heads = [section.partition("\n")[0].strip() for section in sections]
+    if _HEADING in heads:
+        sections[heads.index(_HEADING)] = new + "\n\n"
+    elif _AFTER in heads:
+        sections.insert(heads.index(_AFTER), new + "\n\n")
+    else:
+        sections = [text.rstrip() + "\n\n", new]
+    return "".join(sections).rstrip() + "\n"
 
 
-def _sources(facts: CardFacts) -> str:
-    sources = facts.card.sources
-    if not sources:
-        return ""
-    lines = [f"- [{_line(s.title)}]({s.url})" + (f", {_line(s.where)}" if s.where else "") for s in sources]
-    bibtex = "\n\n".join(s.bibtex.strip() for s in sources if s.bibtex.strip())
-    return "## Sources\n\n" + "\n".join(lines) + (f"\n\n{_fenced(bibtex, 'bibtex')}" if bibtex else "")
+def _sections(text: str) -> list[str]:
+    """A card's text cut before each heading of the second level; what stands in a code fence is no heading."""
+    sections = [""]
+    fence = ""
+    for line in text.splitlines(keepends=True):
+        ticks = line[: len(line) - len(line.lstrip("`"))]
+        if len(ticks) >= 3 and (not fence or (len(ticks) >= len(fence) and not line.strip("`\r\n "))):
+            fence = "" if fence else ticks
+        if not fence and line.startswith("## "):
+            sections.append("")
+        sections[-1] += line
+    return sections
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *([_line(cell).replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _code(value: object) -> str:
-    """As inline code, whatever backticks are inside."""
-    text = _line(str(value))
-    ticks = "`" * (_longest_run(text) + 1)
-    space = " " if text.startswith("`") or text.endswith("`") or not text else ""
-    return f"{ticks}{space}{text}{space}{ticks}"
-
-
-def _fenced(text: str, language: str) -> str:
-    fence = "`" * max(3, _longest_run(text) + 1)
-    return f"{fence}{language}\n{text.strip()}\n{fence}"
-
-
-def _longest_run(text: str) -> int:
-    """Backticks in a row."""
-    longest = run = 0
-    for character in text:
-        run = run + 1 if character == "`" else 0
-        longest = max(longest, run)
-    return longest
+def _write(path: Path, card: ModelCard | str) -> None:
+    write_text(path, f"{str(card).rstrip()}\n")

@@ -1,204 +1,387 @@
-"""Panels as SVG. Colours, strokes and type come from the page's style sheet, so that light and dark are one drawing."""
+"""The numbers of runs, sorted into charts.
+
+With one run a chart overlays metrics (forward and reverse KL); with several, every metric has a chart of its own and
+the runs are overlaid, so that a color means one thing throughout a page.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from itertools import groupby
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
-from dpkd.report.markup import Markup, element, joined
-from dpkd.report.names import number
-from dpkd.report.panels import Bar, BarPanel, Curve, LinePanel, Panel, ScatterPanel, Trail
-from dpkd.report.scales import Scale, label, ticks, value_range
+from dpkd.report.names import finite, title
+from dpkd.report.reading import Run, title_of
 
-PALETTE = 8  # colours; more lines than that are dashed
-WIDTH, HEIGHT = 400, 236
-LEFT, RIGHT, TOP, BOTTOM = 44, 390, 10, 202
-FEW_BARS = 9  # up to here each bar bears its value
+LIMIT = 240  # points of a curve
 
 
-def chart(panel: Panel) -> Markup:
-    """The drawing of a panel."""
-    if isinstance(panel, LinePanel):
-        return _lines(panel)
-    return _bars(panel) if isinstance(panel, BarPanel) else _scatter(panel)
+@dataclass(frozen=True)
+class Curve:
+    """A line: values over steps, None where there is no finite number; `color` counts from 0."""
+
+    label: str
+    color: int
+    steps: tuple[float, ...]
+    values: tuple[float | None, ...]
+    dots: bool = False
+
+    @property
+    def last(self) -> float | None:
+        """The last value that is a number."""
+        return next((value for value in reversed(self.values) if value is not None), None)
 
 
-def legend(panel: Panel) -> Markup | None:
-    """Names and last values of the curves, names of the bars, or the scale of the colours."""
-    if isinstance(panel, LinePanel):
-        if len(panel.curves) == 1 and not panel.by_run:
-            return element("div", element("span", "last ", element("b", number(panel.curves[0].last))), class_="legend")
-        return _keys([(c.label, c.colour, number(c.last)) for c in panel.curves])
-    if isinstance(panel, BarPanel):
-        names = {bar.label: bar.colour for _, _, bars in panel.groups for bar in bars}
-        return _keys([(name, colour, "") for name, colour in names.items()]) if len(names) > 1 else None
-    values = [point.value for trail in panel.trails for point in trail.points]
-    scale = element(
-        "span",
-        f"{panel.value_label} {label(round(min(values), 2))} ",
-        element("i", class_="ramp"),
-        f" {label(round(max(values), 2))}",
-    )
-    keys = _keys([(trail.label, trail.colour, "") for trail in panel.trails]) if len(panel.trails) > 1 else None
-    return joined(element("div", scale, class_="legend"), keys)
+@dataclass(frozen=True)
+class LinePanel:
+    """Curves over optimizer steps; `key` names its file, `limits` are the ends of the axis (None: what fits).
+
+    `by_run`: the curves are runs, and their names say which.
+    """
+
+    key: str
+    title: str
+    curves: tuple[Curve, ...]
+    note: str = ""
+    limits: tuple[float, float] | None = None
+    by_run: bool = False
 
 
-def _keys(entries: Sequence[tuple[str, int, str]]) -> Markup:
-    return element(
-        "div",
-        *(element("span", element("i", class_=_colour(c)), name, " ", element("b", last)) for name, c, last in entries),
-        class_="legend",
-    )
+@dataclass(frozen=True)
+class Bar:
+    """A mean with its standard deviation (None: not known)."""
+
+    label: str
+    color: int
+    mean: float
+    sd: float | None
 
 
-def _colour(index: int) -> str:
-    return f"c{index % PALETTE}" + (" dashed" if index >= PALETTE else "")
+@dataclass(frozen=True)
+class BarPanel:
+    """Bars in named groups, each with a second line of text beneath its name."""
+
+    key: str
+    title: str
+    groups: tuple[tuple[str, str, tuple[Bar, ...]], ...]
+    note: str = ""
 
 
-def _svg(panel: Panel, *parts: str, **data: object) -> Markup:
-    about = f"{panel.title}. {panel.note}" if panel.note else panel.title
-    return element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=about, class_="chart", **data)
+@dataclass(frozen=True)
+class Trail:
+    """The evaluated steps of one run in order: (x, y, value), where the value is shown as color."""
+
+    label: str
+    color: int
+    points: tuple[tuple[float, float, float], ...]
 
 
-def _text(x: float, y: float, content: str, class_: str) -> Markup:
-    return element("text", content, x=_place(x), y=_place(y), class_=class_)
+@dataclass(frozen=True)
+class ScatterPanel:
+    """One trail per run."""
+
+    key: str
+    title: str
+    x_label: str
+    y_label: str
+    value_label: str
+    trails: tuple[Trail, ...]
+    note: str = ""
 
 
-def _place(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
+Panel = LinePanel | BarPanel | ScatterPanel
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
-    return element("line", x1=_place(x1), y1=_place(y1), x2=_place(x2), y2=_place(y2), class_=class_)
+@dataclass(frozen=True)
+class Chapter:
+    """Panels that answer one question."""
+
+    key: str
+    title: str
+    about: str
+    panels: tuple[Panel, ...]
 
 
-def _y_axis(scale: Scale) -> list[Markup]:
-    parts = []
-    for tick in ticks(scale.low, scale.high, 4):
-        y = scale(tick)
-        parts.append(_rule(LEFT, y, RIGHT, y, "zero" if tick == 0 else "grid"))
-        parts.append(_text(LEFT - 6, y + 3.5, label(tick), "tick end"))
-    return parts
+@dataclass(frozen=True)
+class _Chart:
+    """What a chart shows: metrics by pattern (`but` some), of metrics.jsonl or of dev.jsonl."""
+
+    key: str
+    title: str
+    metrics: tuple[str, ...]
+    note: str = ""
+    dev: bool = False
+    but: tuple[str, ...] = ()
+    share: bool = False  # between 0 and 1
 
 
-def _x_axis(scale: Scale, name: str, whole: bool = False) -> list[Markup]:
-    places = [tick for tick in ticks(scale.low, scale.high, 5) if not whole or tick == int(tick)]
-    parts = [_rule(LEFT, BOTTOM, RIGHT, BOTTOM, "axis")]
-    for tick in places:
-        parts.append(_rule(scale(tick), BOTTOM, scale(tick), BOTTOM + 4, "axis"))
-        parts.append(_text(scale(tick), BOTTOM + 15, label(tick), "tick middle"))
-    return [*parts, _text((LEFT + RIGHT) / 2, HEIGHT - 5, name, "tick middle")]
+_LOSS = (
+    _Chart(
+        "loss-unweighted",
+        "Loss terms, unweighted",
+        ("loss/main", "loss/lm", "loss/*"),
+        "nats per token, or per pair",
+        but=("loss/total",),
+    ),
+    _Chart(
+        "loss-weighted",
+        "Loss terms, weighted",
+        ("weighted/main", "weighted/lm", "weighted/*", "loss/total"),
+        "their total is minimized",
+    ),
+    _Chart("loss-parts", "Parts that the loss names", ("part/*",), "before their weights"),
+)
+_DIVERGENCE = (
+    _Chart("kl", "KL on the text trained on", ("kl/forward", "kl/reverse"), "nats per token, full vocabulary"),
+    _Chart("dev-kl", "KL on the dev slice", ("forward_kl", "reverse_kl"), "nats per token of the references", dev=True),
+    _Chart("nll", "NLL of the text trained on", ("nll/student", "nll/teacher"), "nats per token"),
+    _Chart("dev-nll", "NLL of the dev references", ("nll", "teacher_nll"), "nats per token", dev=True),
+    _Chart("agreement", "Same likeliest token", ("agreement/top1",), "share of positions", share=True),
+)
+_REWARD = (
+    _Chart(
+        "reward",
+        "Implicit reward",
+        ("reward/chosen", "reward/rejected", "reward/student", "reward/teacher", "reward/dataset"),
+        "β log q(y|x) / p(y|x), nats per response",
+    ),
+    _Chart(
+        "dev-reward",
+        "Implicit reward on the dev slice",
+        ("reward_mean",),
+        "log q/p of the references, nats per token",
+        dev=True,
+    ),
+    _Chart("margin", "Reward margin", ("reward/margin",), "chosen minus rejected, nats"),
+    _Chart(
+        "accuracy", "Preference accuracy", ("reward/accuracy",), "share of pairs with the chosen one above", share=True
+    ),
+    _Chart(
+        "logp", "Log-probability of the pairs", ("logp/chosen", "logp/rejected"), "under the student, nats per response"
+    ),
+)
+_SCORES = (
+    _Chart("dev-rouge", "Rouge-L on the dev slice", ("rouge_l",), "× 100, of generated answers", dev=True),
+    _Chart("dev-exact", "Exact match on the dev slice", ("exact_match",), "%", dev=True),
+)
+_TEXT = (
+    _Chart(
+        "length",
+        "Length of the responses",
+        ("length/chosen", "length/rejected", "length/student", "length/teacher", "length/*"),
+        "tokens, EOS included",
+    ),
+    _Chart("dev-length", "Length of the dev answers", ("tokens",), "tokens, EOS included", dev=True),
+    _Chart("dev-shape", "Shape of the dev answers", ("eos_rate", "repetition"), "%", dev=True),
+    _Chart("truncated", "Responses cut off", ("text/truncated_share",), "share without EOS", share=True),
+)
+_PACE = (
+    _Chart("lr", "Learning rate", ("lr",)),
+    _Chart("gradient-norm", "Gradient norm", ("gradient_norm",), "before clipping"),
+    _Chart("schedules", "Scheduled settings", ("schedule/*",)),
+    _Chart("speed", "Speed", ("tokens_per_second",), "response tokens trained per second"),
+)
+
+_LABELS = {
+    "kl/forward": "forward KL",
+    "kl/reverse": "reverse KL",
+    "nll/student": "student",
+    "nll/teacher": "teacher",
+    "reward/margin": "margin",
+    "reward/accuracy": "preference accuracy",
+    "agreement/top1": "agreement",
+    "text/truncated_share": "share",
+    "lr": "learning rate",
+    "gradient_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+}
 
 
-def _lines(panel: LinePanel) -> Markup:
-    steps = [step for curve in panel.curves for step in curve.steps]
-    values = [value for curve in panel.curves for value in curve.values if value is not None]
-    low, high = min(steps), max(steps)
-    x = Scale(low, high if high > low else low + 1, LEFT, RIGHT)
-    y = Scale(*(panel.limits or value_range(values)), BOTTOM, TOP)
-    drawn = [part for curve in panel.curves for part in _curve(curve, x, y)]
-    series = [
-        {
-            "label": c.label,
-            "colour": _colour(c.colour),
-            "steps": [round(s, 2) for s in c.steps],
-            "values": [None if v is None else float(f"{v:.4g}") for v in c.values],
-        }
-        for c in panel.curves
+def chapters(runs: Sequence[Run]) -> list[Chapter]:
+    """All charts over steps that these runs have numbers for."""
+    found = [
+        Chapter(
+            "scores-over-steps",
+            "Scores while training",
+            "Answers to rows that were held out of training.",
+            (*_drawn(_SCORES, runs), *_trails(runs)),
+        ),
+        Chapter(
+            "divergence",
+            "Divergence from the teacher",
+            "Forward KL(teacher‖student) asks the student to cover the teacher; reverse KL(student‖teacher) asks "
+            "it to stay where the teacher is.",
+            _drawn(_DIVERGENCE, runs),
+        ),
+        Chapter(
+            "reward",
+            "Implicit reward",
+            "What the student has come to prefer over its teacher: r̂ = β log q(y|x) / p(y|x) of whole responses.",
+            _drawn(_REWARD, runs),
+        ),
+        Chapter("loss", "Loss", "What was minimized, and its parts.", _drawn(_LOSS, runs)),
+        Chapter("text", "Text trained on", "Lengths of the responses, by who wrote them.", _drawn(_TEXT, runs)),
+        Chapter("pace", "Optimization", "Schedule, gradients and speed.", _drawn(_PACE, runs)),
     ]
-    hover = {"x": [x.low, x.high, x.start, x.end], "y": [y.low, y.high, y.start, y.end], "series": series}
-    return _svg(
-        panel,
-        *_y_axis(y),
-        *_x_axis(x, "step", whole=True),
-        *drawn,
-        data_hover=json.dumps(hover, separators=(",", ":"), ensure_ascii=False),
-    )
+    return [chapter for chapter in found if chapter.panels]
 
 
-def _curve(curve: Curve, x: Callable[[float], float], y: Callable[[float], float]) -> list[Markup]:
-    """A path for each stretch of finite values, and dots where they are asked for or a stretch is one point."""
-    pairs = zip(curve.steps, curve.values, strict=True)
-    parts = []
-    for known, stretch in groupby(pairs, key=lambda pair: pair[1] is not None):
-        if not known:
-            continue
-        places = [(x(step), y(value)) for step, value in stretch if value is not None]
-        if len(places) > 1:
-            path = "M" + "L".join(f"{_place(a)} {_place(b)}" for a, b in places)
-            parts.append(element("path", d=path, class_=f"curve {_colour(curve.colour)}"))
-        if curve.dots or len(places) == 1:
-            parts += [_dot(a, b, 3, f"dot {_colour(curve.colour)}") for a, b in places]
-    return parts
+def _drawn(charts: Sequence[_Chart], runs: Sequence[Run]) -> tuple[LinePanel, ...]:
+    return tuple(panel for chart in charts for panel in _panels(chart, runs))
 
 
-def _dot(x: float, y: float, radius: float, class_: str, *children: str, **more: object) -> Markup:
-    return element("circle", *children, cx=_place(x), cy=_place(y), r=radius, class_=class_, **more)
-
-
-def _bars(panel: BarPanel) -> Markup:
-    tops = [bar.mean + (bar.sd or 0.0) for _, _, bars in panel.groups for bar in bars]
-    y = Scale(*value_range([min(0.0, *tops), *tops], zero=True), BOTTOM - 12, TOP + 8)
-    slot = (RIGHT - LEFT) / len(panel.groups)
-    most = max(len(bars) for _, _, bars in panel.groups)
-    width = min(46.0, 0.78 * slot / max(1, most))
-    parts = _y_axis(y)
-    for index, (name, about, bars) in enumerate(panel.groups):
-        middle = LEFT + (index + 0.5) * slot
-        parts += [
-            _text(middle, BOTTOM + 4, name, "tick strong middle"),
-            _text(middle, BOTTOM + 18, about, "tick middle"),
+def _panels(chart: _Chart, runs: Sequence[Run]) -> list[LinePanel]:
+    rows = [run.dev if chart.dev else run.metrics for run in runs]
+    names = [name for name in _matching(chart.metrics, rows) if name not in chart.but]
+    if len(runs) == 1:
+        curves = [_curve(rows[0], name, metric_label(name), i, chart.dev) for i, name in enumerate(names)]
+        kept = tuple(curve for curve in curves if curve.last is not None)
+        return [LinePanel(chart.key, chart.title, kept, chart.note, _limits(chart))] if kept else []
+    panels = []
+    for name in names if chart.key != "loss-weighted" else _reweighted(names, rows):
+        curves = [
+            _curve(own, name, run.name, i, chart.dev) for i, (run, own) in enumerate(zip(runs, rows, strict=True))
         ]
-        for place, bar in enumerate(bars):
-            left = middle + (place - len(bars) / 2) * width
-            parts += _bar(bar, left, width, y, labelled=len(tops) <= FEW_BARS)
-    return _svg(panel, *parts)
+        kept = tuple(curve for curve in curves if curve.last is not None)
+        if kept:
+            what = (
+                chart.title if len(chart.metrics) == 1 and len(names) == 1 else f"{chart.title}: {metric_label(name)}"
+            )
+            panels.append(LinePanel(f"{chart.key}-{_slug(name)}", what, kept, chart.note, _limits(chart), by_run=True))
+    return panels
 
 
-def _bar(bar: Bar, left: float, width: float, y: Scale, *, labelled: bool) -> list[Markup]:
-    top, base, middle = y(bar.mean), y(0.0), left + width / 2
-    told = f"{bar.label}: {number(bar.mean)}" + ("" if bar.sd is None else f" ± {number(bar.sd)}")
-    parts = [
-        element(
-            "rect",
-            element("title", told),
-            x=_place(left + 1),
-            y=_place(min(top, base)),
-            width=_place(width - 2),
-            height=_place(abs(base - top)),
-            rx=2,
-            class_=f"bar {_colour(bar.colour)}",
-        )
-    ]
-    peak = top
-    if bar.sd is not None:
-        peak = y(bar.mean + bar.sd)
-        parts.append(_rule(middle, y(max(0.0, bar.mean - bar.sd)), middle, peak, "whisker"))
-    if labelled:
-        parts.append(_text(middle, peak - 4, f"{bar.mean:.1f}", "tick middle"))
-    return parts
+def _reweighted(names: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Without the weighted terms that are, in all runs, what they are unweighted: their charts would be the same."""
+
+    def same(name: str) -> bool:
+        plain = name.replace("weighted/", "loss/")
+        return plain != name and all(row.get(name) == row.get(plain) for own in rows for row in own)
+
+    return [name for name in names if not same(name)]
 
 
-def _scatter(panel: ScatterPanel) -> Markup:
-    points = [point for trail in panel.trails for point in trail.points]
-    x = Scale(*value_range([point.x for point in points]), LEFT, RIGHT)
-    y = Scale(*value_range([point.y for point in points]), BOTTOM - 12, TOP + 12)
-    low, high = min(p.value for p in points), max(p.value for p in points)
-    parts = [*_y_axis(y), _text(LEFT - 38, TOP, panel.y_label, "tick start")]
-    axis = _x_axis(x, panel.x_label)
-    for trail in panel.trails:
-        parts += _trail(trail, x, y, low, high)
-    return _svg(panel, *axis, *parts)
+def _limits(chart: _Chart) -> tuple[float, float] | None:
+    return (0.0, 1.0) if chart.share else None
 
 
-def _trail(trail: Trail, x: Scale, y: Scale, low: float, high: float) -> list[Markup]:
-    path = "M" + "L".join(f"{_place(x(p.x))} {_place(y(p.y))}" for p in trail.points)
-    parts = [element("path", d=path, class_=f"curve faint {_colour(trail.colour)}")]
-    for point in trail.points:
-        share = (point.value - low) / (high - low) if high > low else 0.5
-        told = f"{trail.label}, step {point.step}: Rouge-L {number(point.value)}, reward {number(point.y)}"
-        parts.append(
-            _dot(x(point.x), y(point.y), 5.5, "value", element("title", told), style=f"--t:{100 * share:.0f}%")
-        )
-    return parts
+def _matching(patterns: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Names of metrics in the order of the patterns, then as found."""
+    known = list(dict.fromkeys(name for own in rows for row in own for name in row))
+    found = [name for pattern in patterns for name in known if fnmatchcase(name, pattern)]
+    return list(dict.fromkeys(found))
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], name: str, label: str, color: int, dots: bool) -> Curve:
+    own = [row for row in rows if name in row and finite(row["step"]) is not None]
+    steps, values = thin([row["step"] for row in own], [finite(row[name]) for row in own])
+    return Curve(label, color, steps, values, dots or len(steps) < 3)
+
+
+def thin(
+    steps: Sequence[float], values: Sequence[float | None], limit: int = LIMIT
+) -> tuple[tuple[float, ...], tuple[float | None, ...]]:
+    """At most `limit` points, by averaging neighbors, so that the page of a long run is readable and small.
+
+    >>> thin([1, 2, 3, 4], [1.0, 3.0, None, None], limit=2)
+    ((1.5, 3.5), (2.0, None))
+    """
+    if len(steps) <= limit:
+        return tuple(steps), tuple(values)
+    size = math.ceil(len(steps) / limit)
+    places, means = [], []
+    for start in range(0, len(steps), size):
+        known = [value for value in values[start : start + size] if value is not None]
+        group = steps[start : start + size]
+        places.append(sum(group) / len(group))
+        means.append(sum(known) / len(known) if known else None)
+    return tuple(places), tuple(means)
+
+
+def metric_label(name: str) -> str:
+    """A metric's name in a legend.
+
+    >>> metric_label("loss/lm"), metric_label("part/pretrain/kl"), metric_label("rouge_l")
+    ('lm', 'pretrain kl', 'Rouge-L')
+    """
+    if name in _LABELS:
+        return _LABELS[name]
+    return name.partition("/")[2].replace("/", " ").replace("_", " ") if "/" in name else title(name)
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def _trails(runs: Sequence[Run]) -> tuple[ScatterPanel, ...]:
+    """Reward against reverse KL, with Rouge-L as color, of the evaluated steps (DPKD, Figures 3 and 4)."""
+    trails = tuple(Trail(run.name, i, _points(run)) for i, run in enumerate(runs))
+    if not any(trail.points for trail in trails):
+        return ()
+    return (
+        ScatterPanel(
+            "reward-against-kl",
+            "Reward against reverse KL",
+            "reverse KL, nats per token",
+            "implicit reward",
+            "Rouge-L",
+            tuple(trail for trail in trails if trail.points),
+            "on the dev slice; the line follows training",
+        ),
+    )
+
+
+def _points(run: Run) -> tuple[tuple[float, float, float], ...]:
+    points = []
+    for row in run.dev:
+        x, y, value = finite(row.get("reverse_kl")), _reward(run, row), finite(row.get("rouge_l"))
+        if x is not None and y is not None and value is not None:
+            points.append((x, y, value))
+    return tuple(points)
+
+
+def _reward(run: Run, row: Mapping[str, Any]) -> float | None:
+    """The reward of an evaluated step: as measured on the dev slice, else that of the nearest logged step."""
+    for name in ("reward_mean", "reward_sum", "reward"):
+        if (value := finite(row.get(name))) is not None:
+            return value
+    for name in ("reward/chosen", "reward/dataset", "reward/teacher", "reward/student"):
+        logged = [(line["step"], value) for line in run.metrics if (value := finite(line.get(name))) is not None]
+        if logged:
+            return min(logged, key=lambda pair: abs(pair[0] - row["step"]))[1]
+    return None
+
+
+def length_panels(runs: Sequence[Run]) -> list[BarPanel]:
+    """Rouge-L and exact match by length of the reference: one chart per set and metric."""
+    panels = []
+    for name in dict.fromkeys(name for run in runs for name in run.evaluations):
+        for metric in ("rouge_l", "exact_match"):
+            panel = _length_panel(runs, name, metric)
+            if panel is not None:
+                panels.append(panel)
+    return panels
+
+
+def _length_panel(runs: Sequence[Run], name: str, metric: str) -> BarPanel | None:
+    groups: dict[str, tuple[int, list[Bar]]] = {}
+    units = set()
+    for color, run in enumerate(runs):
+        lengths = run.evaluations[name].scores.get("lengths", {}) if name in run.evaluations else {}
+        for bucket in lengths.get("buckets", []):
+            _, bars = groups.setdefault(bucket["label"], (bucket["rows"], []))
+            found = bucket["metrics"].get(metric, {})
+            if (mean := finite(found.get("mean"))) is not None:
+                units.add(lengths.get("unit", "words"))
+                bars.append(Bar(run.name, color, mean, finite(found.get("sd"))))
+    if not any(bar.mean for _, bars in groups.values() for bar in bars):
+        return None  # an exact match of 0 everywhere is a chart of nothing
+    shown = tuple((label, f"{rows:,} rows", tuple(bars)) for label, (rows, bars) in groups.items())
+    note = f"by {' and '.join(sorted(units))} of the reference; whiskers: sd over seeds"
+    return BarPanel(f"length-{_slug(name)}-{_slug(metric)}", f"{_title(metric, runs)} on {name}", shown, note)
+
+
+def _title(metric: str, runs: Sequence[Run]) -> str:
+    return title_of(metric, [one for run in runs for one in run.evaluations.values()])

@@ -9,11 +9,8 @@ from typing import Any
 
 from dpkd.errors import SettingsError
 from dpkd.report.bootstrap import RESAMPLES, SEED, Difference, paired_bootstrap
-from dpkd.report.names import ordered
-from dpkd.report.reading import Cost, Run, Scored, better_of
-from dpkd.report.scales import finite
-
-METRICS = ("rouge_l", "exact_match", "nll", "forward_kl", "reverse_kl")  # shown where nothing else is asked for
+from dpkd.report.names import FIRST, finite, ordered
+from dpkd.report.reading import Cost, Run, Scored, better_of, title_of
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,14 @@ class Cell:
 class SetTable:
     """One set: cells by run and metric (absent: not evaluated), and how many rows and seeds each run has.
 
-    `better` is `higher`, `lower` or empty, by metric.
+    `better` is `higher`, `lower` or empty, by metric; `titles` are the metrics' names for people.
     """
 
     name: str
     metrics: tuple[str, ...]
     units: Mapping[str, str]
     better: Mapping[str, str]
+    titles: Mapping[str, str]
     cells: Mapping[str, Mapping[str, Cell]]
     counts: Mapping[str, tuple[int, int]]
 
@@ -54,12 +52,7 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[Run],
-    baseline: str,
-    *,
-    metrics: Sequence[str] = METRICS,
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
+    runs: Sequence[Run], baseline: str, *, metrics: Sequence[str] = FIRST, resamples: int = RESAMPLES, seed: int = SEED
 ) -> Comparison:
     """Compare runs, the baseline among them, on every set that any of them was evaluated on.
 
@@ -71,7 +64,7 @@ def compare(
         raise SettingsError([f"{told}: no scores yet; evaluate first: dpkd eval --model RUN --data FILE"])
     known = ordered(metric for run in runs for one in run.evaluations.values() for metric in one.metrics)
     wanted = known if tuple(metrics) == ("all",) else [metric for metric in metrics if metric in known]
-    unknown = [metric for metric in metrics if metric not in known and metric not in (*METRICS, "all")]
+    unknown = [metric for metric in metrics if metric not in known and metric not in (*FIRST, "all")]
     if unknown or not wanted:
         missing = ", ".join(unknown or metrics)
         raise SettingsError([f"--metrics {missing}: not among the scores of these runs ({', '.join(known)})"])
@@ -107,7 +100,8 @@ def _table(
     units = {metric: unit for one in scored.values() for metric, unit in one.scores.get("units", {}).items()}
     counts = {run: (int(one.scores.get("rows", 0)), len(one.scores.get("seeds", []))) for run, one in scored.items()}
     better = {metric: better_of(metric, scored.values()) for metric in shown}
-    return SetTable(name, shown, units, better, cells, counts)
+    titles = {metric: title_of(metric, scored.values()) for metric in shown}
+    return SetTable(name, shown, units, better, titles, cells, counts)
 
 
 def _check_alike(name: str, scored: Mapping[str, Scored], notes: list[str]) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from dpkd.report.comparison import Cell, Comparison, SetTable
-from dpkd.report.names import spread, title
-from dpkd.report.overview import duration, memory, tokens
+from dpkd.report.escapes import csv_cell, latex_text, line, markdown_text
+from dpkd.report.names import duration, memory, spread, tokens
 from dpkd.report.reading import Cost
 
 SIGNIFICANT = 0.05
@@ -37,7 +37,7 @@ def grids(comparison: Comparison) -> list[Grid]:
 
 
 def _grid(table: SetTable, comparison: Comparison) -> Grid:
-    heads = ["run", "rows", "seeds", *(f"{title(m)}{_ARROWS.get(table.better[m], '')}" for m in table.metrics)]
+    heads = ["run", "rows", "seeds", *(f"{table.titles[m]}{_ARROWS.get(table.better[m], '')}" for m in table.metrics)]
     rows = []
     for run in comparison.runs:
         if run in table.cells:
@@ -78,46 +78,12 @@ def as_markdown(comparison: Comparison) -> str:
     parts = []
     for grid in grids(comparison):
         align = ["---", *["---:"] * (len(grid.heads) - 1)]
-        lines = [
-            f"| {' | '.join(cell.replace('|', chr(92) + '|').replace('*', chr(92) + '*') for cell in row)} |"
-            for row in (grid.heads, *grid.rows)
-        ]
-        parts.append("\n".join([f"**{grid.title}**", "", lines[0], f"| {' | '.join(align)} |", *lines[1:]]))
-    notes = "\n".join(f"- {note.replace('*', chr(92) + '*')}" for note in footnotes(comparison))
+        lines = [f"| {' | '.join(map(markdown_text, row))} |" for row in (grid.heads, *grid.rows)]
+        parts.append(
+            "\n".join([f"**{markdown_text(grid.title)}**", "", lines[0], f"| {' | '.join(align)} |", *lines[1:]])
+        )
+    notes = "\n".join(f"- {markdown_text(note)}" for note in footnotes(comparison))
     return "\n\n".join([*parts, notes]) + "\n"
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "−": "$-$",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "∞": r"$\infty$",
-    "‖": r"$\|$",
-    "–": "--",
-}
-
-
-def latex_text(text: str) -> str:
-    """Text that LaTeX prints as it is.
-
-    >>> print(latex_text("a_b 50% ± 2"))
-    a\\_b 50\\% $\\pm$ 2
-    """
-    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def as_latex(comparison: Comparison) -> str:
@@ -141,7 +107,7 @@ def as_latex(comparison: Comparison) -> str:
                 ]
             )
         )
-    notes = [f"% {note}" for note in footnotes(comparison)]
+    notes = [f"% {line(note)}" for note in footnotes(comparison)]
     return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
 
 
@@ -160,14 +126,14 @@ def as_csv(comparison: Comparison) -> str:
                     ("", "", "", "", "") if d is None else (d.mean, d.low, d.high, d.p, comparison.baseline)
                 )
                 row = [run, table.name, metric, cell.mean, "" if cell.sd is None else cell.sd, *table.counts[run]]
-                writer.writerow([*row, table.units.get(metric, ""), *tested])
+                writer.writerow(map(csv_cell, [*row, table.units.get(metric, ""), *tested]))
     for run in comparison.runs:
         for name, value in asdict(comparison.costs[run]).items():
             if value is not None:
-                writer.writerow([run, "(training)", name, value, *[""] * 9])
+                writer.writerow(map(csv_cell, [run, "(training)", name, value, *[""] * 9]))
     return text.getvalue()
 
 
 def as_json(comparison: Comparison) -> str:
     """Everything, with full precision."""
-    return json.dumps(asdict(comparison), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(asdict(comparison), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,68 +1,68 @@
-"""What metrics are called in reports and tables, and which direction is better."""
+"""Metrics and numbers as reports and tables show them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
-_TITLES = {
-    "rouge_l": "Rouge-L",
-    "exact_match": "exact match",
-    "nll": "NLL",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
-    "forward_kl": "forward KL",
-    "reverse_kl": "reverse KL",
-    "first_token_forward_kl": "first-token forward KL",
-    "first_token_reverse_kl": "first-token reverse KL",
-    "teacher_nll": "NLL of the teacher",
-    "reward_sum": "implicit reward of references, sum",
-    "reward_mean": "implicit reward of references, per token",
-    "student_answer_reward_sum": "implicit reward of own answers, sum",
-    "student_answer_reward_mean": "implicit reward of own answers, per token",
-    "teacher_answer_reward_sum": "implicit reward of the teacher's answers, sum",
-    "teacher_answer_reward_mean": "implicit reward of the teacher's answers, per token",
-    "eos_rate": "answers that end",
-    "tokens": "tokens of an answer",
-    "words": "words of an answer",
-    "repetition": "repeated 4-grams",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-}
-_LOWER = (
+from dpkd.api import MetricSpec
+from dpkd.evaluation import metrics
+
+LARGEST = 1e100  # beyond it, a value counts as infinite: no axis is as long
+FIRST = (
+    "rouge_l",
+    "exact_match",
     "nll",
-    "perplexity",
-    "bits_per_byte",
     "forward_kl",
     "reverse_kl",
-    "first_token_forward_kl",
-    "first_token_reverse_kl",
-)
-_HIGHER = ("rouge_l", "exact_match")
+)  # what the papers report, in tables before all else
+
+
+@cache
+def _built_in() -> dict[str, MetricSpec]:
+    """The metrics of this package; a stranger's are labelled by the scores.json that has them."""
+    modules = [import_module(f"{metrics.__name__}.{module.name}") for module in iter_modules(metrics.__path__)]
+    return {spec.name: spec for module in modules for spec in module.dpkd_metrics()}
 
 
 def title(metric: str) -> str:
     """A metric's name for people.
 
-    >>> title("rouge_l"), title("my_metric")
-    ('Rouge-L', 'my metric')
+    >>> title("rouge_l"), title("nll"), title("my_metric")
+    ('Rouge-L', 'NLL', 'my metric')
     """
-    return _TITLES.get(metric, metric.replace("_", " "))
+    for who in ("student", "teacher"):
+        if metric.startswith(f"{who}_answer_"):
+            return f"{title(metric.removeprefix(f'{who}_answer_'))} (answers of the {who})"
+    return _built_in()[metric].title if metric in _built_in() else metric.replace("_", " ")
 
 
 def better_by_name(metric: str) -> str:
-    """`higher`, `lower`, or empty where neither is better in itself: for scores that do not say it."""
-    return "higher" if metric in _HIGHER else "lower" if metric in _LOWER else ""
+    """`higher`, `lower`, or empty where neither is better: for scores that do not say it themselves."""
+    return _built_in()[metric].better if metric in _built_in() else ""
 
 
-def ordered(metrics: Iterable[str]) -> list[str]:
+def ordered(names: Iterable[str]) -> list[str]:
     """What the papers report first, then the rest as found; each once.
 
     >>> ordered(["nll", "mine", "rouge_l", "nll"])
     ['rouge_l', 'nll', 'mine']
     """
-    found = list(dict.fromkeys(metrics))
-    return [name for name in _TITLES if name in found] + [name for name in found if name not in _TITLES]
+    found = list(dict.fromkeys(names))
+    return [name for name in FIRST if name in found] + [name for name in found if name not in FIRST]
+
+
+def finite(value: object) -> float | None:
+    """A value as a number; None where it is not one that can be shown."""
+    try:
+        shown = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # an integer beyond float64
+        return None
+    return shown if abs(shown) < LARGEST else None
 
 
 def number(value: float | None) -> str:
@@ -74,7 +74,7 @@ def number(value: float | None) -> str:
     if value is None or value != value:
         return "–"
     size = abs(value)
-    if 0 < size < 0.001:
+    if 0 < size < 0.001 or size >= 1e12:
         text = f"{value:.1e}"
     else:
         text = f"{value:,.0f}" if size >= 1000 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
@@ -93,14 +93,66 @@ def spread(mean: float | None, sd: float | None) -> str:
     return f"{number(mean)} ± {sd:,.{digits}f}"
 
 
-def public(value: object) -> str:
-    """A value as text; an absolute path by its last part: a page travels further than the machine that it is from.
+def compact(value: float) -> str:
+    """A number in few characters.
 
-    >>> public("/home/me/models/gpt2"), public("gpt2"), public(None)
-    ('gpt2', 'gpt2', 'none')
+    >>> compact(0.25), compact(1500.0), compact(2e-05), compact(-3.0), compact(0.0)
+    ('0.25', '1.5k', '2e-5', '−3', '0')
     """
-    if value is None:
-        return "none"
+    size = abs(value)
+    if size >= 1e9 or 0 < size < 1e-3:
+        text = f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+    elif size >= 1e6:
+        text = f"{value / 1e6:.4g}M"
+    else:
+        text = f"{value / 1e3:.4g}k" if size >= 1e3 else f"{value:.4g}"
+    return text.replace("-", "−", 1) if value < 0 else text
+
+
+def duration(seconds: float | None) -> str:
+    """A time for people.
+
+    >>> duration(4.21), duration(184), duration(7384), duration(None)
+    ('4.2 s', '3 min 4 s', '2 h 3 min', '–')
+    """
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def memory(mib: float | None) -> str:
+    """Memory for people.
+
+    >>> memory(544.2), memory(9216.0), memory(None)
+    ('544 MiB', '9.0 GiB', '–')
+    """
+    if mib is None:
+        return "–"
+    return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
+
+
+def tokens(count: float | None) -> str:
+    """A number of tokens, in three digits.
+
+    >>> tokens(163840.0), tokens(None)
+    ('164k', '–')
+    """
+    return "–" if count is None else compact(float(f"{count:.3g}"))
+
+
+def public(value: object) -> str:
+    """A value as text; an absolute path by its last part, since a page is read on other machines too.
+
+    >>> public("/home/me/models/gpt2"), public("gpt2"), public(None), public(True)
+    ('gpt2', 'gpt2', 'none', 'true')
+    """
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(public, value)) or "[]"
     text = str(value)
     path = Path(text)
     return path.name if path.is_absolute() and path.name else text

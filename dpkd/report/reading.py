@@ -1,4 +1,4 @@
-"""What a report knows of a run: everything that its folder says, read once. No model is loaded.
+"""What a report knows of a run: everything in its folder, read and checked once. No model is loaded.
 
 A folder of evaluations alone (`runs/eval/MODEL`, written for a model that is no run) is a run without training.
 """
@@ -6,19 +6,131 @@ A folder of evaluations alone (`runs/eval/MODEL`, written for a model that is no
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from dpkd.config.write import read_sources
+from dpkd.config.yaml_text import parse
 from dpkd.errors import DpkdError
 from dpkd.io import JsonLog
-from dpkd.report.names import better_by_name
+from dpkd.report.names import better_by_name, finite, title
 from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
+
+# Names of before the field's own: an old run folder is read as if it had the new ones.
+_OLD_NAMES = {"/preferred": "/chosen", "/dispreferred": "/rejected"}
+_LONGEST_CONFIG = 1_000_000  # characters
+T = TypeVar("T")
+
+
+# The parts of the files that reports rely on; other keys pass unchecked.
+
+
+@with_config(ConfigDict(extra="allow"))
+class MetricValues(TypedDict, total=False):
+    """A metric in scores.json."""
+
+    mean: float
+    sd: float | None
+    values: list[float]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Bucket(TypedDict):
+    """Rows whose reference has a length in `label`."""
+
+    label: str
+    rows: int
+    metrics: dict[str, MetricValues]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Lengths(TypedDict, total=False):
+    """Scores by length of the reference."""
+
+    unit: str
+    buckets: list[Bucket]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Scores(TypedDict, total=False):
+    """scores.json."""
+
+    set: str
+    rows: int
+    seeds: list[int]
+    greedy: bool
+    metrics: dict[str, MetricValues]
+    units: dict[str, str]
+    better: dict[str, str]
+    titles: dict[str, str]
+    lengths: Lengths
+    data: dict[str, Any]
+    generation: dict[str, Any]
+
+
+@with_config(ConfigDict(extra="allow"))
+class PredictionRow(TypedDict, total=False):
+    """A line of predictions-SEED.jsonl."""
+
+    references: list[str]
+    scores: dict[str, Any]
+    ids: list[int]
+
+
+@with_config(ConfigDict(extra="allow"))
+class SampleRow(TypedDict, total=False):
+    """A line of samples.jsonl."""
+
+    step: int
+    responses: list[dict[str, Any]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class TokenRewards(TypedDict, total=False):
+    """An answer in token_rewards.json."""
+
+    tokens: list[dict[str, Any]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class DataFacts(TypedDict, total=False):
+    """What run.json says of the data."""
+
+    path: str
+    kept: int
+    examples: int
+    skipped: dict[str, int]
+    dropped: dict[str, int]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Facts(TypedDict, total=False):
+    """run.json."""
+
+    steps: int
+    command: list[str]
+    versions: dict[str, Any]
+    parameters: dict[str, Any]
+    machine: dict[str, Any]
+    data: DataFacts
+
+
+@with_config(ConfigDict(extra="allow"))
+class Config(TypedDict, total=False):
+    """config.resolved.yaml."""
+
+    loss: dict[str, Any]
+    teacher: dict[str, Any] | None
+    student: dict[str, Any]
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,33 +147,37 @@ class Scored:
     """One evaluation: a `scores.json` and the folder with the answers."""
 
     folder: Path
-    scores: Mapping[str, Any]
+    scores: Scores
 
     @property
     def name(self) -> str:
         """The set's name."""
-        return str(self.scores.get("set", self.folder.name))
+        return self.scores.get("set", self.folder.name)
 
     @property
-    def metrics(self) -> Mapping[str, Mapping[str, Any]]:
+    def metrics(self) -> Mapping[str, MetricValues]:
         """By name: `mean`, `sd` (None for one seed) and `values`."""
-        return self.scores.get("metrics", {})  # type: ignore[no-any-return]
+        return self.scores.get("metrics", {})
 
     def better(self, metric: str) -> str:
         """`higher`, `lower`, or empty: as its scores say, or by its name where they are older and do not."""
-        told: Mapping[str, str] = self.scores.get("better", {})
-        return told.get(metric, better_by_name(metric))
+        return self.scores.get("better", {}).get(metric, better_by_name(metric))
 
-    def predictions(self) -> dict[int, list[dict[str, Any]]]:
+    def predictions(self) -> dict[int, list[PredictionRow]]:
         """The rows of each seed, in the order of the data; empty where the files are not there."""
         found = {seed: self.folder / f"predictions-{seed}.jsonl" for seed in self.scores.get("seeds", [])}
-        return {seed: JsonLog(path).rows() for seed, path in found.items() if path.is_file()}
+        return {seed: _json_lines(path, PredictionRow) for seed, path in found.items() if path.is_file()}
 
 
 def better_of(metric: str, scored: Iterable[Scored]) -> str:
     """Which direction is better, by all that have the metric; empty where they do not agree."""
     told = {one.better(metric) for one in scored if metric in one.metrics}
     return told.pop() if len(told) == 1 else ""
+
+
+def title_of(metric: str, scored: Iterable[Scored]) -> str:
+    """A metric's name for people: as the scores say, else by its name."""
+    return next((name for one in scored if (name := one.scores.get("titles", {}).get(metric))), title(metric))
 
 
 @dataclass(frozen=True)
@@ -78,36 +194,56 @@ class Run:
 
     name: str
     path: Path
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=Config)
     sources: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
     metrics: Sequence[Mapping[str, Any]] = ()
     dev: Sequence[Mapping[str, Any]] = ()
-    samples: Sequence[Mapping[str, Any]] = ()
+    samples: Sequence[SampleRow] = ()
     evaluations: Mapping[str, Scored] = field(default_factory=dict)
-    rewards: Sequence[Mapping[str, Any]] = ()
+    rewards: Sequence[TokenRewards] = ()
 
     @property
     def loss(self) -> str | None:
         """Name of the loss; None for a model that is no run."""
-        return self.config.get("loss", {}).get("name")  # type: ignore[no-any-return]
+        name = self.config.get("loss", {}).get("name")
+        return None if name is None else str(name)
 
     @property
     def cost(self) -> Cost:
         """Summed over the logged windows, which follow one another without a gap."""
-        timed = [row for row in self.metrics if isinstance(row.get("seconds"), int | float)]
+        timed = [(row, seconds) for row in self.metrics if (seconds := finite(row.get("seconds"))) is not None]
         if not timed:
             return Cost()
-        peaks = [row["peak_memory_mib"] for row in timed if "peak_memory_mib" in row]
-        tokens = sum(row.get("tokens_per_second", 0.0) * row["seconds"] for row in timed)
-        return Cost(sum(row["seconds"] for row in timed), tokens, max(peaks, default=None))
+        peaks = [peak for row, _ in timed if (peak := finite(row.get("peak_memory_mib"))) is not None]
+        trained = sum((finite(row.get("tokens_per_second")) or 0.0) * seconds for row, seconds in timed)
+        return Cost(math.fsum(seconds for _, seconds in timed), trained, max(peaks, default=None))
+
+
+def run_folders(paths: Sequence[Path]) -> list[Path]:
+    """The folders with each sweep's folder in place of which are its runs, in the order of their names."""
+    found = []
+    for path in paths:
+        inside = [] if _is_run(path) else [own for own in _entries(path) if (own / "config.resolved.yaml").is_file()]
+        found += inside or [path]
+    return found
+
+
+def _is_run(path: Path) -> bool:
+    return RunFolder(path).config.is_file() or any(path.glob("*/scores.json"))
+
+
+def _entries(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Several runs, each with a name of its own: the folder's, or the path where two folders have one name.
 
-    Raises DpkdError for what is no run, and when a run is named twice.
+    A folder of runs, such as a sweep's, stands for all of them. Raises DpkdError for what is no run, and when a run is
+    named twice.
     """
+    paths = run_folders(paths)
     resolved = [path.resolve() for path in paths]
     twice = {str(path) for path, real in zip(paths, resolved, strict=True) if resolved.count(real) > 1}
     if twice:
@@ -130,32 +266,81 @@ def read_run(path: Path, name: str | None = None) -> Run:
                 "(SET/scores.json). Name what `dpkd train --output` or `dpkd eval` wrote, such as runs/kd-1."
             )
         return Run(name, path, evaluations=alone)
-    text = folder.config.read_text(encoding="utf-8")
+    text = _text(folder.config)
     dev = path / "dev.jsonl"
     return Run(
         name,
         path,
-        config=yaml.safe_load(text) or {},
+        config=_config(folder.config, text),
         sources=read_sources(text),
-        facts=_json(folder.facts, {}),
-        metrics=read_metrics(folder.metrics) if folder.metrics.is_file() else [],
-        dev=read_metrics(dev) if dev.is_file() else [],
-        samples=JsonLog(folder.samples).rows(),
+        facts=_json(folder.facts, Facts) or {},
+        metrics=_metrics(folder.metrics),
+        dev=_metrics(dev),
+        samples=_json_lines(folder.samples, SampleRow),
         evaluations=read_evaluations(path / "eval"),
-        rewards=_json(path / "token_rewards.json", []),
+        rewards=_json(path / "token_rewards.json", list[TokenRewards]) or [],
     )
 
 
 def read_evaluations(folder: Path) -> dict[str, Scored]:
     """The evaluations in a folder, by name of the set, in the order of their names."""
-    found = [Scored(path.parent, _json(path, {})) for path in sorted(folder.glob("*/scores.json"))]
+    found = [Scored(path.parent, _json(path, Scores) or {}) for path in sorted(folder.glob("*/scores.json"))]
     return {one.name: one for one in found}
 
 
-def _json(path: Path, default: Any) -> Any:
-    if not path.is_file():
-        return default
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of metrics, with the present names of metrics."""
+    rows = read_metrics(path) if path.is_file() else []
+    return [{_renamed(name): value for name, value in row.items()} for row in rows]
+
+
+def _renamed(name: str) -> str:
+    return next((name.removesuffix(old) + new for old, new in _OLD_NAMES.items() if name.endswith(old)), name)
+
+
+def _text(path: Path) -> str:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DpkdError(f"{path}: cannot be read ({error})") from error
+
+
+def _checked(path: Path, kind: type[T], value: Any, line: str = "") -> T:
+    """A value of a file once its parts are what they should be. Raises DpkdError with the first that is not."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        found = " ".join(repr(first["input"])[:60].split())
+        what = f"{place}: {first['msg']}" if place else first["msg"]
+        raise DpkdError(f"{path}{line}: damaged: {what}, found {found}; write it anew, or remove it") from None
+    except RecursionError:
+        raise DpkdError(f"{path}{line}: damaged: nested too deeply; write it anew, or remove it") from None
+
+
+def _json(path: Path, kind: type[T]) -> T | None:
+    """A JSON file; None where it is not there."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
         raise DpkdError(f"{path}: expected JSON ({error}); write it anew, or remove it to go on without it") from error
+    return _checked(path, kind, value)
+
+
+def _json_lines(path: Path, kind: type[T]) -> list[T]:
+    """A file of one JSON object a line; a torn last line, of a run that was killed, is left out."""
+    rows = JsonLog(path).rows() if path.is_file() else []
+    return [_checked(path, kind, row, f":{number}") for number, row in enumerate(rows, start=1)]
+
+
+def _config(path: Path, text: str) -> Config:
+    try:
+        if len(text) > _LONGEST_CONFIG or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise DpkdError(f"{path}: damaged: longer than any settings, or with YAML aliases, which dpkd never writes")
+        value = parse(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DpkdError(f"{path}: damaged: expected YAML ({' '.join(str(error).split())[:200]})") from error
+    return _checked(path, Config, value)

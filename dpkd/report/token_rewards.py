@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dpkd.errors import DpkdError
 from dpkd.io import write_json
 from dpkd.report.reading import Run, Scored
+from dpkd.report.texts import teacher_of
 
 if TYPE_CHECKING:
     from dpkd.api.teachers import Teacher
@@ -65,7 +66,7 @@ def answers_of(run: Run, count: int) -> list[Answer]:
 
 def _evaluated(scored: Scored, count: int) -> list[Answer]:
     own = next(iter(scored.predictions().values()), [])[:count]
-    teachers = next(iter(Scored(scored.folder / "teacher", scored.scores).predictions().values()), [])
+    teachers = next(iter(teacher_of(scored).predictions().values()), [])
     by_id = {row.get("id"): row for row in teachers}
     answers = []
     for row in own:

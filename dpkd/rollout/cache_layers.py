@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 # Columns that a buffer has beyond those in use when it is allocated.
 ROOM = 64
+# Up to so many numbers, concatenating them is as quick as writing into a view.
+SMALL = 2**15
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -29,6 +31,8 @@ class PreallocatedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `[B, H, T, D]`; returns all keys and values."""
+        if self.keys.numel() < SMALL:
+            return super().update(key_states, value_states, *args, **kwargs)
         used, new = self.keys.shape[2], key_states.shape[2]
         if self._buffers is None or self._written is not self.keys or used + new > self._buffers[0].shape[2]:
             self._buffers = _with_room(self.keys, new), _with_room(self.values, new)

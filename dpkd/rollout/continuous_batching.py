@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpkd.api import Sampled
+from dpkd.api import Sampled, SamplingSettings
 from dpkd.errors import DpkdError
 from dpkd.rollout.kv_cache import KVCacheModel
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.rollout.token_sampling import draw, precise_dtype
 
 # Rows leave, and prompts enter, when this share of the batch has ended: both cost a copy of the cache.

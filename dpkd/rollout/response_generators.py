@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.api import Rollout, RolloutLoss, Sampled, Sampler, Text
+from dpkd.api import Response, Rollout, RolloutLoss, Sampled, Sampler, SamplingSettings, SourceConfig, Text
 from dpkd.api.teachers import Teacher, Wants
 from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.batches import TokenSequence, collate, micro_batches
 from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.models.chunked import chunk_rows
-from dpkd.rollout.generator import sampling_task
-from dpkd.rollout.response import Response
+from dpkd.rollout.generator import prompt_seed, sample_seeds, sampling_task
+from dpkd.rollout.policy_logps import PolicyScorer
 from dpkd.rollout.response_store import ResponseStore
-from dpkd.rollout.settings import SamplingSettings, TextSettings
-from dpkd.rollout.sources import prompt_seed, sample_seeds
 
 
 @dataclass(frozen=True)
@@ -41,24 +39,56 @@ class RankShards:
 
 
 @dataclass
+class TeacherScorer:
+    """Gives responses the teacher's log-prob of each token."""
+
+    teacher: Teacher
+    prompts: Sequence[Prompt]
+    pad_id: int
+    vocabulary: int
+    batch_size: int
+    device: torch.device
+    rank_shards: RankShards
+
+    def __call__(self, indices: Sequence[int], responses: Sequence[Response]) -> list[Response]:
+        """The responses to these examples, one by one, scored by all processes together."""
+        return self.rank_shards.share(
+            range(len(responses)), lambda mine: self.scored([indices[i] for i in mine], [responses[i] for i in mine])
+        )
+
+    def scored(self, indices: Sequence[int], responses: Sequence[Response]) -> list[Response]:
+        """The same by this process alone."""
+        sequences = [TokenSequence(self.prompts[i].prompt_ids, r.ids) for i, r in zip(indices, responses, strict=True)]
+        scored = list(responses)
+        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
+        wants = Wants(chunk_rows(self.vocabulary, device=self.device), logps=True)
+        for group in micro_batches(lengths, self.batch_size):
+            batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(self.device)
+            logps = self.teacher.score(batch, wants).logps().tolist()
+            for place, i in enumerate(group):
+                own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
+                scored[i] = replace(responses[i], teacher_logps=tuple(own))
+        return scored
+
+
+@dataclass
 class StudentGenerator:
-    """Has the student's responses drawn; for a policy gradient it also scores them with the teacher."""
+    """Has the student's responses drawn; for a policy gradient the teacher scores them too."""
 
     sampler: Sampler
     lend: Callable[[Callable[[nn.Module], Any]], Any]  # gives the student, whole, while the sampler draws from it
     prompts: Sequence[Prompt]
-    settings: TextSettings
-    pad_id: int
-    vocabulary: int
+    config: SourceConfig
     seed: int
     rank_shards: RankShards
-    device: torch.device
-    teacher: Teacher | None = None
+    teacher: nn.Module | None = None  # takes part in the sampling, where the settings say so
+    score: TeacherScorer | None = None
     loss: RolloutLoss[Any] | None = None
     progress: Callable[[int], None] | None = None
+    policy: PolicyScorer | None = None  # for a policy gradient; None: what draws computes as what trains
 
     def __call__(self, indices: Sequence[int], period: int) -> list[tuple[Response, ...]]:
-        count = self.settings.num_generations
+        count = self.config.student_sampling.num_generations
         shared = self.rank_shards.share(indices, lambda mine: _grouped(self._write(mine, period), count))
         if self.loss is None:
             return shared
@@ -66,47 +96,35 @@ class StudentGenerator:
 
     def _write(self, indices: list[int], period: int) -> list[Response]:
         """The responses to these examples, those to one example together."""
-        sampled = self.lend(lambda _student: self._drawn(indices, period))
+        sampled = self.lend(lambda student: self._drawn(student, indices, period))
         if self.loss is None:
             return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
+        assert self.score is not None  # the plan refuses a rollout loss without a teacher
         drawn = [
             Response(
                 s.response_ids, Text.STUDENT, s.truncated, tuple(s.logps.tolist()), tuple(s.behaviour_logps.tolist())
             )
             for s in sampled
         ]
-        return self._scored([i for i in indices for _ in range(self.settings.num_generations)], drawn)
+        return self.score.scored([i for i in indices for _ in range(len(drawn) // len(indices))], drawn)
 
-    def _drawn(self, indices: list[int], period: int) -> Sequence[Sampled]:
-        mix, veto, count = self.settings.teacher_mix, self.settings.teacher_veto, self.settings.num_generations
+    def _drawn(self, student: nn.Module, indices: list[int], period: int) -> Sequence[Sampled]:
+        how = self.config.student_sampling
         task = sampling_task(
-            self.settings.sampling,
+            self.config.sampling,
             [self.prompts[i].prompt_ids for i in indices],
-            [seed for i in indices for seed in sample_seeds(self.seed, period, self.prompts[i].id, count)],
-            num_generations=count,
+            [s for i in indices for s in sample_seeds(self.seed, period, self.prompts[i].id, how.num_generations)],
+            num_generations=how.num_generations,
             logps=self.loss is not None,
-            mix_with=self.teacher.model if (mix > 0 or veto > 0) and self.teacher is not None else None,
-            mix=mix,
-            veto=veto,
+            mix_with=self.teacher if how.teacher_mix > 0 or how.teacher_veto > 0 else None,
+            mix=how.teacher_mix,
+            veto=how.teacher_veto,
         )
         self.sampler.refresh()
-        return self.sampler.draw(task, lambda place, response: self.progress(1) if self.progress else None)
-
-    def _scored(self, indices: list[int], responses: list[Response]) -> list[Response]:
-        """The responses with the teacher's log-prob of each token."""
-        assert self.teacher is not None  # the plan refuses a rollout loss without a teacher
-        device = self.device
-        sequences = [TokenSequence(self.prompts[i].prompt_ids, r.ids) for i, r in zip(indices, responses, strict=True)]
-        scored = list(responses)
-        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-        for group in micro_batches(lengths, self.settings.sampling.batch_size):
-            batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(device)
-            wants = Wants(chunk_rows(self.vocabulary, device=device), logps=True)
-            logps = self.teacher.score(batch, wants).logps().tolist()
-            for place, i in enumerate(group):
-                own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
-                scored[i] = replace(responses[i], teacher_logps=tuple(own))
-        return scored
+        drawn = self.sampler.draw(task, lambda place, response: self.progress(1) if self.progress else None)
+        if self.loss is None or self.policy is None:
+            return drawn
+        return self.policy(student, [prompt for prompt in task.prompts for _ in range(how.num_generations)], drawn)
 
 
 def _grouped(responses: list[Response], count: int) -> list[tuple[Response, ...]]:

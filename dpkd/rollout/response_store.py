@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpkd.api import SamplingSettings
 from dpkd.errors import DpkdError
 from dpkd.io import append_to, cache_folder, cut_torn_line, digest, dumps, parsed, read_json, storage_errors, write_json
-from dpkd.rollout.settings import SamplingSettings
 
 try:
     import fcntl

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from dpkd.api import GenerationModel
+from dpkd.api import GenerationModel, SamplingSettings
 from dpkd.data.encode import Prompt, tokenize
-from dpkd.data.encoding import continuation
+from dpkd.data.encoding import continuation, end_ids
 from dpkd.data.examples import read_examples
 from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
@@ -23,9 +23,7 @@ from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
 from dpkd.plugins import Registry
-from dpkd.rollout.generator import open_sampler, sampling_task
-from dpkd.rollout.settings import SamplingSettings, TextSettings
-from dpkd.rollout.sources import response_seed
+from dpkd.rollout.generator import open_sampler, response_seed, sampling_task
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,6 @@ def _sample(
     progress: Callable[[int, int], None] | None,
 ) -> SampleReport:
     examples = read_examples(data, require_response=False)
-    drawn_by = TextSettings(backend=backend, backend_settings=backend_settings)
     facts = {
         "model": model.model,
         "weights": model_fingerprint(str(model.model), model.revision),
@@ -95,7 +92,7 @@ def _sample(
         "template": data.template,
         "data": examples.fingerprint,
         "num_generations": num_generations,
-        **({"backend": drawn_by.backend_key} if drawn_by.backend_key is not None else {}),
+        **({"backend": {"name": backend, **backend_settings}} if backend != "hf" else {}),
     }
     lines = JsonLog(output, id=str, sample=int)
     found = _found(lines, facts)
@@ -106,8 +103,8 @@ def _sample(
     lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
     lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
     counts = {"written": 0, "truncated": 0, "empty": 0}
-    writer = GenerationModel(lm, None, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
-    with closing(open_sampler(registry, drawn_by, writer)) as sampler:
+    writer = GenerationModel(lm, None, end_ids(tokenizer, lm), tokenizer.pad_token_id)
+    with closing(open_sampler(registry, backend, backend_settings, writer)) as sampler:
         sampler.refresh()
         for group in _groups(todo, 4 * sampling.batch_size):
             rows = []

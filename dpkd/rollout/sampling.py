@@ -15,11 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dpkd.api import Sampled
+from dpkd.api import Sampled, SamplingSettings
 from dpkd.errors import DpkdError
 from dpkd.rollout.continuous_batching import ContinuousBatcher, DrawingPolicy, Request
 from dpkd.rollout.kv_cache import KVCacheModel, evaluating, longest_sequence
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.rollout.static_decoding import CannotDecodeStatically, StaticBatcher
 
 Decoding = Literal["auto", "graph", "eager"]

@@ -69,27 +69,30 @@ def decode_step(
 class Replay:
     """Runs a step: on CUDA eagerly at first, then as a graph; elsewhere as it is."""
 
-    def __init__(self, step: Callable[[], None], device: torch.device, pool: Any) -> None:
-        self._step, self._device, self._pool = step, device, pool
+    def __init__(
+        self, step: Callable[[], None], device: torch.device, side: torch.cuda.Stream | None, pool: Any
+    ) -> None:
+        self._step, self._device, self._side, self._pool = step, device, side, pool
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
         """One step."""
-        if self._device.type != "cuda":
+        if self._side is None:
             self._step()
         elif self._calls < WARM_UP:
             self._calls += 1
-            side = torch.cuda.Stream(self._device)
-            side.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(side):
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._side):
                 self._step()
-            torch.cuda.current_stream(self._device).wait_stream(side)
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
         else:
             if self._graph is None:
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph, pool=self._pool):
+                graph = torch.cuda.CUDAGraph()
+                # Only this thread's calls matter: others may prepare batches meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
                     self._step()  # recorded, not run
+                self._graph = graph
             self._graph.replay()
 
 
@@ -115,7 +118,9 @@ class DecodingState:
         self.seen_R11C = torch.zeros(slots, 1, 1, columns, dtype=torch.bool, device=self.device)
         self.column = torch.zeros(1, dtype=torch.long, device=self.device)
         self._steps: dict[tuple[int, int], Replay] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        on_cuda = self.device.type == "cuda"
+        self._side = torch.cuda.Stream(self.device) if on_cuda else None
+        self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
 
     @property
     def bytes(self) -> int:
@@ -141,6 +146,7 @@ class DecodingState:
             self._steps[rows, columns] = Replay(
                 lambda: decode_step(self.models, caches, window, seen_B11C, self.column, self.policy),
                 self.device,
+                self._side,
                 self._pool,
             )
         return self._steps[rows, columns]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpkd.api import SamplingSettings
 from dpkd.functional import at_least_float32
-from dpkd.rollout.settings import SamplingSettings
 
 # Most nuclei lie among this many tokens; the whole vocabulary is sorted only where one does not.
 NUCLEUS_FIRST_LOOK = 1024
@@ -159,7 +159,9 @@ def _nucleus_cutoff(p_BV: Tensor, top_k: int, top_p: float, static: bool) -> Ten
     wanted_B1 = top_p * p_BV.sum(-1, keepdim=True, dtype=precise_dtype(p_BV.device))
     first_look = top_k or (vocabulary if static else NUCLEUS_FIRST_LOOK)
     for count in (min(first_look, vocabulary), vocabulary):
-        likeliest_BK = p_BV.topk(count, dim=-1).values
+        # A sort as such: for all tokens topk is one too, and not on every device one that a graph can hold.
+        whole = static and count == vocabulary
+        likeliest_BK = (p_BV.sort(-1, descending=True) if whole else p_BV.topk(count, dim=-1)).values
         mass_BK = likeliest_BK.cumsum(-1, dtype=precise_dtype(p_BV.device))
         if count == vocabulary or top_k or bool((mass_BK[:, -1:] >= wanted_B1).all()):
             break

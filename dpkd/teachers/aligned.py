@@ -40,10 +40,6 @@ class AlignedRows(TeacherOutput):
         hidden = self.rows.hidden[self.batch.teacher.first[rows]]
         return self.union.of_teacher(self.rows.head.logits(hidden))  # type: ignore[no-any-return]
 
-    def raw(self, rows: slice) -> tuple[Tensor, float]:
-        """The same logits, and the factor 1."""
-        return self.logits(rows), 1.0
-
     def logps(self) -> Tensor:
         """Log-prob in nats of each of the teacher's own response tokens."""
         return self.rows.logps()

@@ -40,7 +40,7 @@ class TeacherRows(TeacherOutput):
     def raw(self, rows: slice) -> tuple[Tensor, float]:
         """Logits `[n, V]` of some rows in the type of the head's product, up to a factor, and that factor."""
         if self.head.rule.softcap is not None:
-            return self.logits(rows), 1.0
+            return super().raw(rows)
         return self.head.raw(self.hidden[rows].to(self.head.weight.dtype)), self.head.rule.scale
 
     def is_finite(self) -> bool:

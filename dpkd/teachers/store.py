@@ -44,10 +44,6 @@ class StoredRows(TeacherOutput):
         dense_nV = each_n.unsqueeze(1).expand(-1, self.vocabulary).clone()
         return dense_nV.scatter_(1, ids_nK, logps_nK)
 
-    def raw(self, rows: slice) -> tuple[Tensor, float]:
-        """The same logits, and the factor 1."""
-        return self.logits(rows), 1.0
-
     def logps(self) -> Tensor:
         """Log-prob `[N]` in nats of each response token, as it was stored."""
         return self.given
@@ -62,18 +58,16 @@ class StoreTeacher(Teacher):
 
     measurable = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         """Raises DpkdError when the folder holds no store."""
         self.manifest: Manifest = read_manifest(folder)
-        self.folder = folder
+        self.folder = Path(folder)
         self.vocabulary = self.manifest.vocabulary
 
     @property
     def offers(self) -> TeacherAccess:  # type: ignore[override]
         """What kind of numbers it has."""
-        return {"tokens": TeacherAccess.TOKEN_LOGPS, "topk": TeacherAccess.TOP_K, "sampled": TeacherAccess.SAMPLED}[
-            self.manifest.kind
-        ]
+        return self.manifest.offer.access
 
     def describe(self) -> str:
         return f"none in memory; the store {self.folder} has {self.manifest.sentence()}"

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpkd.api import HIDDEN, Card, Family, LossConfig, Rollout, RolloutLoss, Signal, UndeclaredSignal
+from dpkd.errors import SettingsError
 from dpkd.testing.inputs import Inputs, rollout_of
 from dpkd.testing.results import CheckFailed
 from dpkd.testing.subject import Check, LossUnderTest, fail, require
@@ -82,7 +83,9 @@ def _setting_gaps(subject: LossUnderTest) -> Iterator[str]:
 
 
 def _suggestion_gaps(subject: LossUnderTest) -> Iterator[str]:
+    from dpkd.config.extras import own_text
     from dpkd.config.settings import RunSettings
+    from dpkd.plugins import load_registry
 
     suggests = dict(subject.spec.suggests)
     unknown = [key for key in suggests if key not in SUGGESTED]
@@ -90,7 +93,10 @@ def _suggestion_gaps(subject: LossUnderTest) -> Iterator[str]:
         yield f"suggests has {', '.join(map(repr, unknown))}; a loss may suggest only {', '.join(SUGGESTED)}"
         return
     try:
-        RunSettings.model_validate(suggests)
+        RunSettings.model_validate({name: block for name, block in suggests.items() if name != "text"})
+        own_text(subject.spec, {}, "text", load_registry())
+    except SettingsError as error:
+        yield from (f"suggests {problem}" for problem in error.problems)
     except ValidationError as error:
         for problem in error.errors():
             yield f"suggests {'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"

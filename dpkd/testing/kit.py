@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from dpkd.api import LossConfig, LossSpec
 from dpkd.errors import DpkdError
+from dpkd.models.compile import why_no_graph
 from dpkd.testing import (
     config_checks,
     gradient_checks,
@@ -74,6 +75,13 @@ def check_loss(
 def check_installed(spec: LossSpec) -> Report:
     """What `dpkd check-loss` shows: every check under the default settings, without raising for what fails."""
     return _run(spec, None, None, None, None)
+
+
+def compiles(spec: LossSpec) -> str:
+    """Whether a loss is one graph for torch.compile under the default settings, or why it is not."""
+    subject = _subject(spec, None, None, None)
+    reason = why_no_graph(subject.build(), subject.batch().inputs(subject.reads))
+    return "one graph" if reason is None else f"not as one graph ({reason})"
 
 
 def loss_checks(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from dpkd.api import Signal
+from dpkd.api import HIDDEN, Family, ResponseSource, Signal, Text
 from dpkd.api.teachers import Teacher
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import BatchSettings, RunSettings
@@ -20,21 +20,24 @@ from dpkd.data.encode import EncodedData
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.compile import WORTH_STEPS, compile_checked, compile_loss
 from dpkd.models.device import teacher_dtype
+from dpkd.models.fused import kl_sum_of
+from dpkd.models.fused import why_not as why_not_fused
 from dpkd.models.head import causal_lm, check_head
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
 from dpkd.models.student_init import make_student
-from dpkd.rollout.sources import Writers
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.hidden_states import bind, check_stack
 from dpkd.train.loss_module import LossModule
+from dpkd.train.memory_trace import sample_inputs
 from dpkd.train.microbatch import MicroBatcher
 from dpkd.train.optimizers import make_optimizer
 from dpkd.train.prepare import Prepared, prepare
 from dpkd.train.progress import Display
-from dpkd.train.rollouts import RolloutBuilder, check_processes, make_groups
+from dpkd.train.rollouts import Rollouts, check_processes, make_groups
 from dpkd.train.schedules import Schedules
 from dpkd.train.step_batches import LM_READS, Corpus, StepBatchBuilder
 from dpkd.train.train_step import TrainStep
@@ -57,17 +60,22 @@ class RunParts:
     dev: Inputs | None
     vocabulary: int
     context: int | None  # the longest sequence that both models read
-    rollouts: RolloutBuilder
+    rollouts: Rollouts
 
     @property
-    def writers(self) -> Writers:
-        """Of the main loss's text."""
-        return self.builder.groups[0].writers
+    def source(self) -> ResponseSource:
+        """Of the main loss's responses."""
+        return self.builder.groups[0].source
 
-    def prepare_teacher(self) -> None:
-        """Have the teacher write all that the run will use."""
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.source.context.batches.steps
+
+    def prepare_sources(self) -> None:
+        """Have written what can be before the first step: the teacher's responses."""
         for group in self.builder.groups:
-            group.writers.prepare_teacher()
+            group.source.prepare()
 
     def close(self) -> None:
         """Give back what lies outside the models."""
@@ -100,6 +108,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         layers=layers,
         widest=models.teacher.widest if models.teacher is not None else None,
     ).to(accelerator.device)
+    loss_module.compiled = _compile(resolved, models, losses, steps, display)
     optimizer = make_optimizer(loss_module, settings.train)
     loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
     inner = accelerator.unwrap_model(loss_module)
@@ -123,7 +132,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         micro_batcher=micro_batcher,
         clip=settings.train.clip,
     )
-    rollouts = RolloutBuilder(
+    rollouts = Rollouts(
         resolved, models.student, inner.lend, models.teacher, models.vocabulary, prepared, accelerator, display
     )
     builder = StepBatchBuilder(
@@ -237,6 +246,36 @@ class _Models:
         if shared.shared and any(why_not(model, shared) is not None for model in models.values()):
             return Layout(packed=packed)
         return shared
+
+
+def _compile(resolved: Resolved, models: _Models, losses: dict[str, Any], steps: int, display: Display) -> bool:
+    """Compile the layers of both models, and losses that no kernel computes, where that is asked for or pays."""
+    choice = resolved.settings.train.compile
+    device = next(models.student.parameters()).device
+    fixed = all(objective.writers <= {Text.DATASET} for objective in resolved.objectives)
+    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and steps >= WORTH_STEPS and fixed)):
+        return False
+    teacher = None if models.teacher is None else models.teacher.model
+    reasons = {
+        f"the {who}'s layers": compile_checked(model)
+        for who, model in (("student", models.student), ("teacher", teacher))
+        if model is not None
+    }
+    for objective in resolved.objectives:
+        loss = losses[objective.name]
+        by_kernel = kl_sum_of(loss) is not None and why_not_fused(device.type) is None
+        # A setting that follows the step would be compiled into the loss, and again at every step.
+        if objective.spec.family is Family.PAIR or HIDDEN & objective.reads or objective.schedules or by_kernel:
+            continue
+        _, x = sample_inputs(objective.reads, device, vocabulary=64)
+        reasons[f"the loss {objective.spec.name}"] = compile_loss(loss, x.only(objective.reads))
+    done = [what for what, reason in reasons.items() if reason is None]
+    if done:
+        display.say(f"compiled: {', '.join(done)} (train.compile)")
+    for what, reason in reasons.items():
+        if reason is not None:
+            display.say(f"not compiled: {what}, {reason}")
+    return bool(done)
 
 
 def _losses(resolved: Resolved) -> dict[str, Any]:

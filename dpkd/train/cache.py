@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from dpkd.api import GenerationModel, Signal, Text, Trait
+from dpkd.api import Signal, Trait
+from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batches import TokenSequence
 from dpkd.data.templates import template_fingerprint
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
-from dpkd.rollout.generator import open_sampler
-from dpkd.rollout.response_generators import RankShards, TeacherGenerator
-from dpkd.rollout.response_store import ResponseStore
+from dpkd.rollout.response_generators import RankShards
 from dpkd.teachers.local import LocalTeacher
-from dpkd.teachers.store_check import why_not
+from dpkd.teachers.offers import why_not
 from dpkd.teachers.store_manifest import Kind, Manifest
 from dpkd.teachers.store_writing import write_store
 from dpkd.train.prepare import Prepared, prepare
 from dpkd.train.progress import Display
+from dpkd.train.rollouts import open_source, teacher_generator
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     display = Display(console or Console())
     if run.teacher.model is None:
         raise DpkdError("a store is written by a teacher: name its model with --teacher")
-    writers = _writers(resolved)
+    objectives = _reading(resolved)
     kind, k = _kind(resolved, settings)
     prepared = prepare(resolved, display)
     if prepared.translator is not None:
@@ -59,22 +60,23 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         Path(run.teacher.model).name,
         tokenizer_fingerprint(prepared.tokenizer),
         vocabulary,
-        tuple(sorted(writers)),
+        tuple(sorted({writer for objective in objectives for writer in objective.writers})),
         prepared.data_facts["fingerprint"],
         template_fingerprint(run.data.template, prepared.tokenizer),
         settings.dtype,
         run.seed,
     )
     for objective in resolved.objectives:
-        own = set(objective.writers.values())
-        if problem := why_not(objective.spec, objective.config, objective.reads, own, manifest):
+        if problem := why_not(
+            objective.spec, objective.config, objective.reads, set(objective.writers), manifest.offer
+        ):
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = prepared.teacher
     assert isinstance(teacher, LocalTeacher)
     teacher.load(device)
     teacher.cut(vocabulary)
-    sequences = _sequences(resolved, prepared, teacher, manifest, settings.output, display)
+    sequences = _sequences(resolved, objectives, prepared, settings.output, display)
     _write(settings, teacher, sequences, manifest, prepared, display)
     display.say(
         f"train without the teacher: the same command with `--set teacher.store={settings.output}` for --teacher"
@@ -82,10 +84,10 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     return manifest
 
 
-def _writers(resolved: Resolved) -> set[Text]:
-    """Who writes the text that a loss reads the teacher on."""
+def _reading(resolved: Resolved) -> list[Objective]:
+    """The losses that read numbers of the teacher. Raises DpkdError where there is none."""
     reading = {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS, Signal.TEACHER_HIDDEN}
-    found = {w for o in resolved.objectives if o.reads & reading for w in o.writers.values()}
+    found = [objective for objective in resolved.objectives if objective.reads & reading]
     if not found:
         raise DpkdError(f"{resolved.loss.name} reads no number of the teacher: it needs no store")
     return found
@@ -107,48 +109,30 @@ def _kind(resolved: Resolved, settings: CacheSettings) -> tuple[Kind, int]:
 
 
 def _sequences(
-    resolved: Resolved, prepared: Prepared, teacher: LocalTeacher, manifest: Manifest, output: Path, display: Display
+    resolved: Resolved, objectives: Sequence[Objective], prepared: Prepared, output: Path, display: Display
 ) -> list[TokenSequence]:
-    """All fixed text of the run: the data set's responses, and the teacher's, which are written here if need be."""
+    """All fixed text of these losses: the data set's responses, and the teacher's, which are drawn here if need be."""
     prompts = prepared.data.prompts
-    sequences = []
-    if Text.DATASET in manifest.text:
-        sequences += [TokenSequence(p.prompt_ids, p.response_ids) for p in prompts]
-    if Text.TEACHER in manifest.text:
-        pen = _generator(resolved, prepared, teacher, manifest, output, display)
-        written = pen(range(len(prompts)))
-        sequences += [TokenSequence(p.prompt_ids, r.ids) for p, r in zip(prompts, written, strict=True)]
-    return sequences
-
-
-def _generator(
-    resolved: Resolved, prepared: Prepared, teacher: LocalTeacher, manifest: Manifest, output: Path, display: Display
-) -> TeacherGenerator:
-    run, tokenizer = resolved.settings, prepared.tokenizer
-    text = next(o.text for o in resolved.objectives if Text.TEACHER in o.writers.values())
-    store = ResponseStore.open(
-        output / "responses",
-        model_fingerprint=manifest.model,
-        tokenizer_fingerprint=f"{manifest.tokenizer}/{manifest.vocabulary}",
-        sampling=text.teacher_sampling,
-        seed=run.seed,
-        backend=text.backend_key,
-    )
-    assert teacher.model is not None
-    writer = GenerationModel(
-        teacher.model, manifest.vocabulary, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id
-    )
-    return TeacherGenerator(
-        lambda: open_sampler(resolved.registry, text, writer),
-        prepared.data.prompts,
-        text.teacher_sampling,
-        run.seed,
-        RankShards(),
-        prepared.context,
-        store,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        display.pulse,
-    )
+    assert prepared.teacher is not None
+    own = prepared.teacher.text()
+    assert own is not None
+    sequences: dict[TokenSequence, None] = {}
+    for objective in objectives:
+        generator = teacher_generator(
+            objective.text,
+            replace(own, folder=output / "responses"),
+            prompts,
+            registry=resolved.registry,
+            tokenizer=prepared.tokenizer,
+            context=prepared.context,
+            seed=resolved.settings.seed,
+            rank_shards=RankShards(),
+            progress=display.pulse,
+        )
+        source = open_source(objective, resolved, prepared, teacher=generator)
+        written = source.fixed(range(len(prompts)))
+        sequences |= {TokenSequence(prompts[i].prompt_ids, r.ids): None for i, many in written for r in many}
+    return list(sequences)
 
 
 def _write(

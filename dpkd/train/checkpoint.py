@@ -1,6 +1,6 @@
 """Checkpoints: everything that decides the next step, in safetensors and JSON, written whole or not at all.
 
-    step-00000008/weights.safetensors, optimizer.safetensors, random-RANK.safetensors, responses.jsonl
+    step-00000008/weights.safetensors, optimizer.safetensors, random-RANK.safetensors, sources.json
     step-00000008/state.json   step, processes, the loop's own state, and the SHA-256 of each of these files
 
 A checkpoint is never written over, and one whose checksums are wrong is never loaded.
@@ -8,9 +8,11 @@ A checkpoint is never written over, and one whose checksums are wrong is never l
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,11 +22,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpkd.errors import DpkdError
-from dpkd.io import JsonLog, digest, dumps, read_json, remove_folder, sha256, storage_errors, whole_folder, write_json
-from dpkd.rollout.response import Response
+from dpkd.io import (
+    JsonLog,
+    digest,
+    dumps,
+    read_json,
+    remove_folder,
+    sha256,
+    storage_errors,
+    whole_folder,
+    with_non_finite,
+    write_json,
+)
 from dpkd.train.nonfinite import ADVICE, NotFinite
 
-FORMAT = 3
+FORMAT = 4
+UNVERIFIED = (2, 3)  # formats without checksums
 SAVE_SECONDS = 600.0  # between checkpoints where `save_every` is auto
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -40,11 +53,11 @@ class Checkpoint:
 class Restored(NamedTuple):
     """What the loop needs beside the weights.
 
-    responses  the student's of the current period, by group of losses and example
-    loop       what was measured but not yet logged, and where schedules that follow the loss are
+    sources  the state of each response source, by group of losses
+    loop     what was measured but not yet logged, and where schedules that follow the loss are
     """
 
-    responses: dict[str, dict[int, tuple[Response, ...]]]
+    sources: dict[str, dict[str, Any]]
     loop: dict[str, Any]
 
 
@@ -72,7 +85,9 @@ def _optimiser_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
     tensors = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}|{key}"] = _full(torch.as_tensor(value))
+            whole = _full(torch.as_tensor(value))
+            # Tables of an 8-bit state belong to all parameters, and a file of safetensors has each tensor once.
+            tensors[f"{name}|{key}"] = whole if whole.shape == parameter.shape else whole.clone()
     return tensors
 
 
@@ -97,7 +112,7 @@ def save(
     *,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    responses: Mapping[str, Mapping[int, Sequence[Response]]],
+    sources: Mapping[str, Mapping[str, Any]],
     loop: Mapping[str, Any],
     random_states: list[dict[str, Tensor]],
     is_main: bool,
@@ -118,15 +133,10 @@ def save(
         save_file(optimiser_state, unfinished / "optimizer.safetensors")
         for rank, state in enumerate(random_states):
             save_file(state, unfinished / f"random-{rank}.safetensors")
-        lines = [
-            {"group": group, "example": index, **response.as_dict()}
-            for group, written in responses.items()
-            for index, own in written.items()
-            for response in own
-        ]
-        (unfinished / "responses.jsonl").write_text("".join(f"{dumps(line)}\n" for line in lines), encoding="utf-8")
+        write_json(unfinished / "sources.json", sources)
         hashes = {file.name: sha256(file) for file in sorted(unfinished.iterdir())}
         facts = {"format": FORMAT, "step": step, "processes": len(random_states), "loop": loop, "files": hashes}
+        facts = json.loads(dumps(facts))  # as it will be read: keys are texts, tuples are lists
         write_json(unfinished / "state.json", facts | {"check": digest(facts)})
     return Checkpoint(final, step)
 
@@ -183,7 +193,9 @@ def _problem(checkpoint: Checkpoint) -> str | None:
     """What is damaged in a checkpoint, in words. Raises DpkdError for one of another version."""
     try:
         facts = read_json(checkpoint.path / "state.json")
-        if facts.get("format") != FORMAT and facts.get("check") is None:
+        if "check" not in facts and facts.get("format") in UNVERIFIED:
+            return None
+        if facts.get("format") != FORMAT and "check" not in facts:
             raise ForeignFormat(
                 f"the checkpoint {checkpoint.path} has format {facts.get('format')}, expected {FORMAT}: another "
                 "version of dpkd wrote it. Continue with that version, or start a new run."
@@ -257,17 +269,33 @@ def load(
     for name, parameter in parameters.items():
         own = {key.rsplit("|", 1)[1]: value for key, value in optimiser_state.items() if key.rsplit("|", 1)[0] == name}
         if own:
-            optimizer.state[parameter] = {
-                key: value if value.ndim == 0 else _like(parameter, value) for key, value in own.items()
-            }
+            optimizer.state[parameter] = {key: _restored(parameter, value) for key, value in own.items()}
     if state["processes"] == processes:
         random = load_file(checkpoint.path / f"random-{rank}.safetensors")
         set_random_state(random, device)
-    responses: dict[str, dict[int, tuple[Response, ...]]] = {}
-    for row in JsonLog(checkpoint.path / "responses.jsonl").rows():
-        written, example = responses.setdefault(row.pop("group"), {}), row.pop("example")
-        written[example] = (*written.get(example, ()), Response.from_dict(row))
-    return Restored(responses, state["loop"])
+    return Restored(_sources(checkpoint.path, state), with_non_finite(state["loop"]))
+
+
+def _sources(folder: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The state of the sources; format 2 had it in two places."""
+    if state.get("format") != 2:
+        found: dict[str, dict[str, Any]] = with_non_finite(read_json(folder / "sources.json"))
+        return found
+    responses: defaultdict[str, dict[int, list[Any]]] = defaultdict(dict)
+    for row in JsonLog(folder / "responses.jsonl").rows():
+        responses[row.pop("group")].setdefault(row.pop("example"), []).append(row)
+    adaptive = state["loop"]["adaptive"]
+    return defaultdict(
+        lambda: {"responses": []},
+        {group: {"responses": [*map(list, written.items())]} for group, written in responses.items()} | adaptive,
+    )
+
+
+def _restored(parameter: Tensor, value: Tensor) -> Any:
+    """A value of an optimizer's state: a count, a tensor laid out like its parameter, or another of its own shape."""
+    if value.ndim == 0:
+        return value if value.is_floating_point() else int(value)
+    return _like(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:

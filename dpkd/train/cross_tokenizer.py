@@ -8,6 +8,7 @@ from typing import Any
 from dpkd.api import Family, Signal, Trait
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
+from dpkd.config.text import teacher_reasons
 from dpkd.cross_tokenizer.retokenize import Retokenizer, TextTokenizer
 from dpkd.cross_tokenizer.union_vocabulary import UnionVocabulary, unite
 from dpkd.data.encode import Prompt, tokenize
@@ -25,10 +26,9 @@ def token_by_token(resolved: Resolved) -> list[str]:
     for objective in resolved.objectives:
         if _needs_one_tokenizer(objective):
             reasons.append(f"the loss {objective.spec.name} compares the two models token by token")
-        if objective.text is not None and objective.text.teacher_mix > 0:
-            reasons.append("text.teacher_mix mixes the teacher's tokens into the student's")
-        if objective.text is not None and objective.text.teacher_veto > 0:
-            reasons.append("text.teacher_veto puts the teacher's tokens among the student's")
+        if not objective.shares_text:
+            path = "text" if objective.name == "main" else f"terms.extra.{objective.name}.text"
+            reasons += teacher_reasons(objective.text, path)
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.kd_ratio > 0:
         reasons.append("terms.pretrain.kd_ratio distils token by token")
     return reasons

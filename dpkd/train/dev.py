@@ -10,15 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpkd.api import MetricSpec
+from dpkd.api import MetricSpec, SamplingSettings
 from dpkd.api.teachers import Teacher
 from dpkd.config.settings import DevSettings
 from dpkd.errors import DpkdError
-from dpkd.evaluation.evaluator import DIVERGENCE_UNITS, LOWER_IS_BETTER, EvaluationSettings, evaluate_model
+from dpkd.evaluation.evaluator import EvaluationSettings, evaluate_model
 from dpkd.evaluation.inputs import Inputs
 from dpkd.io import JsonLog, remove_folder
 from dpkd.models.saving import save_model
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
 from dpkd.train import checkpoint
@@ -26,12 +25,9 @@ from dpkd.train import checkpoint
 
 def direction_of(metric: str, specs: Mapping[str, MetricSpec]) -> int:
     """1 where higher is better, -1 where lower is. Raises DpkdError for a metric that is neither, or not there."""
-    if metric in LOWER_IS_BETTER:
-        return -1
-    if metric not in specs and metric not in DIVERGENCE_UNITS:
-        known = ", ".join([*specs, *DIVERGENCE_UNITS])
-        raise DpkdError(f"dev.metric: no metric is called {metric!r}; there are: {known}")
-    if metric in DIVERGENCE_UNITS or not specs[metric].better:
+    if metric not in specs:
+        raise DpkdError(f"dev.metric: no metric is called {metric!r}; there are: {', '.join(specs)}")
+    if not specs[metric].better:
         raise DpkdError(f"dev.metric: {metric} is neither better high nor low; choose another, such as rouge_l")
     return 1 if specs[metric].better == "higher" else -1
 
@@ -48,7 +44,7 @@ class Dev:
     seed: int
     folder: RunFolder
     is_main: bool
-    specs: Mapping[str, MetricSpec]
+    specs: dict[str, MetricSpec]
     lines: list[dict[str, float]] = field(default_factory=list)
 
     @property

@@ -41,7 +41,7 @@ def finish(
         display.say(f"model is that of step {best}, {said}; the last is {last}")
     facts = read_json(folder.facts)
     write_model_card(folder.path, _card_facts(resolved, folder, facts))
-    steps = assembly.writers.schedule.steps
+    steps = assembly.steps
     model = {file.name: sha256(file) for file in sorted(folder.model.iterdir()) if file.is_file()}
     write_json(folder.marker, {"step": step, "of": steps, "best_step": best, "model": model})
     shutil.rmtree(folder.best, ignore_errors=True)

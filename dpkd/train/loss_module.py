@@ -6,6 +6,7 @@ Shapes: N response positions of the micro-batch, n of one chunk, V shared vocabu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Literal, TypeVar
 
 import torch
@@ -47,6 +48,7 @@ class LossModule(nn.Module):
         self.losses = nn.ModuleDict(losses)
         self.layers = dict(layers or {})
         self.vocabulary = vocabulary
+        self.compiled = False
         self.chunk = chunk_rows(widest or vocabulary, chunk_mib, next(student.parameters()).device)
 
     @property
@@ -60,7 +62,9 @@ class LossModule(nn.Module):
 
         All processes call it together; what they do with it may differ.
         """
-        with torch.no_grad(), gathered(self.student):
+        # Drawing has shapes and caches of its own, which compiled layers would be compiled for again.
+        stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with torch.no_grad(), gathered(self.student), stance:
             return work(self.student)
 
     def layers_of(self, micro_batch: MicroBatch) -> Layers:

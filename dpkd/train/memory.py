@@ -22,9 +22,11 @@ from dpkd.models.chunked import chunk_rows
 from dpkd.models.device import device_of, precision_of, teacher_dtype
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
+from dpkd.models.optimizers import state_bytes
 from dpkd.models.student_init import switch_dropout_off
 from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
 from dpkd.train.prepare import Prepared
+from dpkd.train.rollouts import open_source
 
 FLOAT = 4  # bytes: the student's weights, its gradients and the optimizer's state are float32
 
@@ -43,11 +45,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Parameters of the student, the trained ones, the largest of these; bytes of its passes."""
+    """Parameters of the student, the trained ones, the largest of these; bytes of optimizer state and passes."""
 
     parameters: int
     trained: int
     largest: int
+    optimizer: float
     passes: Passes
 
 
@@ -70,7 +73,7 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
     always = {
         "student weights": float(FLOAT * student.parameters * (1 + references)),
         "teacher weights": 0.0 if prepared.teacher is None else prepared.teacher.weight_bytes(dtype),
-        "optimizer state": 2.0 * FLOAT * student.trained,  # AdamW: two moments
+        "optimizer state": student.optimizer,
     }
     gradients = float(FLOAT * student.trained)
     text = prepared.student_config.get_text_config()
@@ -87,7 +90,7 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
             "losses", {**always, "gradients": begun, "activations": student.passes.kept, "logits, a chunk": logits}
         ),
         Estimate("backward", {**always, "gradients": begun, "activations, new gradients": backward}),
-        # AdamW goes over the parameters one by one, with two temporaries of the size of each.
+        # An optimizer goes over the parameters one by one, with two temporaries of the size of each.
         Estimate("update", {**always, "gradients": gradients, "temporaries": 2.0 * FLOAT * student.largest}),
     ]
     if Text.STUDENT in _writers(resolved):
@@ -96,7 +99,7 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
 
 
 def _writers(resolved: Resolved) -> set[Text]:
-    return set(resolved.objectives[0].writers.values())
+    return set(resolved.objectives[0].writers)
 
 
 def _largest_batch(resolved: Resolved, prepared: Prepared) -> _Batch:
@@ -104,11 +107,13 @@ def _largest_batch(resolved: Resolved, prepared: Prepared) -> _Batch:
 
     A sequence is one of the data set, or a prompt with all that may be sampled.
     """
-    settings, writers = resolved.settings, _writers(resolved)
-    sampled = [settings.text.sampling.max_new_tokens] * (Text.STUDENT in writers)
-    sampled += [settings.text.teacher_sampling.max_new_tokens] * (Text.TEACHER in writers)
-    of_data = Text.DATASET in writers or settings.terms.lm.weight > 0
-    lengths = [(len(p.prompt_ids), max([*sampled, *[len(p.response_ids)] * of_data])) for p in prepared.data.prompts]
+    settings = resolved.settings
+    bounds = open_source(resolved.main, resolved, prepared).describe().longest
+    lm = settings.terms.lm.weight > 0
+    lengths = [
+        (len(p.prompt_ids), max([length for _, length in bounds(i)] + [len(p.response_ids)] * lm))
+        for i, p in enumerate(prepared.data.prompts)
+    ]
     pairs = resolved.loss.family is Family.PAIR
     sequences = min(settings.train.micro_batch_size, settings.train.batch_size * (2 if pairs else 1))
     behind = 1
@@ -125,7 +130,7 @@ def _micro_batches(resolved: Resolved) -> int:
     settings = resolved.settings
     per_unit = 2 if resolved.loss.family is Family.PAIR else 1
     groups = max(1, settings.train.micro_batch_size // per_unit)
-    others = sum(objective.text is not None for objective in resolved.extras)
+    others = sum(not objective.shares_text for objective in resolved.extras)
     others += (settings.terms.lm.weight > 0) + (settings.terms.pretrain.weight > 0)
     return -(-settings.train.batch_size // groups) + others
 
@@ -176,7 +181,8 @@ def _count(settings: RunSettings, config: Any, batch: _Batch) -> _Counts:
             passes = backbone_passes(student, batch.sequences, batch.tokens, bf16=bf16)
     except Exception:  # whatever an architecture does that needs values: a plan must not fail for it
         passes = _rule_of_thumb(settings, config, batch.sequences * batch.tokens, sum(trained))
-    return _Counts(parameters, sum(trained), max(trained), passes)
+    state = state_bytes(student, settings.train.optimizer, settings.train.own_optimizer_settings)
+    return _Counts(parameters, sum(trained), max(trained), state, passes)
 
 
 def _student(settings: RunSettings, config: Any) -> nn.Module:

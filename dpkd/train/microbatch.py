@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpkd.api import Pair, Signal, Text
+from dpkd.api import Pair, Response, Signal, Text
 from dpkd.api.teachers import TeacherOutput, Wants
 from dpkd.cross_tokenizer.retokenize import IDLE_ALIGNED, AlignedBatch, AlignedSequence, collate_aligned
 from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches, upload
 from dpkd.functional import reduce_loss
-from dpkd.rollout.response import Response
 
 
 class Term(NamedTuple):

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate: a pure function of the step, so that nothing about it needs saving."""
+"""The optimizer of a run and its learning rate: a pure function of the step, so that nothing about it needs saving."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from dpkd.config.settings import TrainSettings
+from dpkd.models.optimizers import OPTIMIZERS, Common, weights_of
+from dpkd.models.schedules import OWN, schedule_factor
 
 
 def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
-    """Learning rate of a step (0-based): linear warm-up, then constant, linear or cosine down to `min_lr`.
+    """Learning rate of a step (0-based): linear warm-up, then the schedule; cosine and linear end at `min_lr`.
 
     >>> s = TrainSettings(lr=1.0, min_lr=0.0, warmup_steps=2, schedule="linear")
     >>> [learning_rate(i, 6, s) for i in range(6)]
@@ -19,6 +21,9 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
     """
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule not in OWN:
+        own = settings.schedule_settings
+        return settings.lr * schedule_factor(settings.schedule, own, settings.lr, settings.warmup_steps, steps)(step)
     if settings.schedule == "constant":
         return settings.lr
     progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
@@ -26,14 +31,18 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
     return settings.min_lr + (settings.lr - settings.min_lr) * share
 
 
-def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; no weight decay on biases, norms and other vectors."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in trainable)
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused
+def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer that `train.optimizer` names, over the trainable parameters of a module."""
+    common = Common(settings.lr, settings.weight_decay, settings.betas, settings.eps)
+    return OPTIMIZERS[settings.optimizer].make(weights_of(module), common, settings.own_optimizer_settings)
+
+
+def describe_optimizer(settings: TrainSettings) -> str:
+    """For the plan: the optimizer, its settings, and its learning rate."""
+    own = settings.own_optimizer_settings.model_dump()
+    shown = "".join(f", {name} {value}" for name, value in own.items())
+    schedule = "".join(f", {name} {value}" for name, value in settings.schedule_settings.items())
+    return (
+        f"{settings.optimizer} ({OPTIMIZERS[settings.optimizer].summary}){shown}, lr {settings.lr:g} "
+        f"{settings.schedule}{schedule}, warm-up {settings.warmup_steps}"
     )

@@ -7,21 +7,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text as RichText
 
-from dpkd.api import Family, Text
 from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
-from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import EncodedData, Prompt
 from dpkd.data.encoding import continuation
 from dpkd.models.loading import count_parameters
 from dpkd.run_folder import RunFolder
 from dpkd.train.cross_tokenizer import union_of
 from dpkd.train.memory import Estimate, memory_estimate
+from dpkd.train.optimizers import describe_optimizer
 from dpkd.train.prepare import Prepared, prepare
 from dpkd.train.progress import Display
+from dpkd.train.rollouts import open_source
 
 MIB, GIB = 2**20, 2**30
 
@@ -45,12 +46,12 @@ def dry_run(resolved: Resolved, *, console: Console | None = None) -> Plan:
         console.print(table)
         console.print()
     console.print("first example, as the model sees it:", style="bold")
-    console.print(plan.example, markup=False, highlight=False)
+    console.print(_colored(plan.example))
     return plan
 
 
 def make_plan(resolved: Resolved, display: Display) -> Plan:
-    """MicroBatch the plan out. Raises DpkdError for all that a run would stumble over before its first step."""
+    """Work the plan out. Raises DpkdError for all that a run would stumble over before its first step."""
     settings = resolved.settings
     RunFolder.check_new(settings.output)
     prepared = prepare(resolved, display)
@@ -59,11 +60,18 @@ def make_plan(resolved: Resolved, display: Display) -> Plan:
     sections = {
         "loss": [*_loss_rows(resolved), *_layer_rows(prepared)],
         "models": [*_model_rows(settings, student_size, prepared.teacher), *_tokenizer_rows(prepared)],
-        "text": _text_rows(resolved, data, prepared.steps),
+        "text": open_source(resolved.main, resolved, prepared).describe().rows,
         "training": _training_rows(settings, data, prepared.steps, prepared.data_facts["fingerprint"]),
         "memory (estimate)": memory_rows(memory_estimate(resolved, prepared)),
     }
     return Plan(sections, _rendered(data.prompts[0], tokenizer))
+
+
+def _colored(example: str) -> RichText:
+    """The example with its trained part in another color."""
+    text = RichText(example)
+    text.highlight_regex(r"(?s)⟦.*⟧(?=\n\(trained)", "bold green")
+    return text
 
 
 def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
@@ -107,7 +115,7 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 
 def _by(objective: Objective) -> str:
-    return ", ".join(dict.fromkeys(writer.value for writer in objective.writers.values()))
+    return ", ".join(objective.text.writers)
 
 
 def _model_rows(settings: RunSettings, student: int, teacher: Teacher | None) -> list[tuple[str, str]]:
@@ -130,60 +138,6 @@ def _tokenizer_rows(prepared: Prepared) -> list[tuple[str, str]]:
     return [("tokenizers differ", f"aligned spans; {union.sentence()}; no KL to the teacher is measured")]
 
 
-def _text_rows(resolved: Resolved, data: EncodedData, steps: int) -> list[tuple[str, str]]:
-    settings, text = resolved.settings, resolved.settings.text
-    rows: list[tuple[str, str]]
-    if resolved.loss.family is Family.PAIR:
-        writers = {Text(text.pairs.chosen): 1.0, Text(text.pairs.rejected): 1.0}
-        rows = [("chosen (y_t)", text.pairs.chosen), ("rejected (y_s)", text.pairs.rejected)]
-    else:
-        writers = dict(text.mix) or dict.fromkeys(resolved.objectives[0].writers.values(), 1.0)
-        shares = ", ".join(f"{w} {share:.0%}" for w, share in writers.items())
-        rows = [("responses by", shares if not text.each else f"each of {', '.join(text.each)}, to every prompt")]
-    if resolved.loss.family is not Family.PAIR and text.source == "adaptive":
-        a = text.adaptive
-        writers = {}
-        rows = [
-            (
-                "responses by",
-                f"data set; student with a probability of {a.share:g} at first, more when dev rises "
-                f"by {a.tolerance:g} nats; a replay of {a.capacity:,}",
-            )
-        ]
-    lengths = [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts]
-    schedule = BatchSampler(
-        lengths,
-        batch_size=settings.train.batch_size,
-        steps=steps,
-        seed=settings.seed,
-        refresh=text.refresh,
-        every=text.every,
-        num_iterations=text.num_iterations,
-    )
-    if Text.STUDENT in writers:
-        periods = schedule.period(steps - 1) + 1
-        drawn = sum(len(schedule.upcoming(s)) for s in range(steps) if schedule.starts_period(s))
-        drawn *= text.num_generations
-        rows.append(
-            (
-                "student writes",
-                f"{text.refresh}: {drawn:,} responses in {periods:,} collections, "
-                f"up to {text.sampling.max_new_tokens} tokens each",
-            )
-        )
-        if text.teacher_veto:
-            rows.append(("replaced", f"what is not among the teacher's {text.teacher_veto} likeliest, by its own draw"))
-        if text.teacher_mix:
-            rows.append(("drawn from", f"{text.teacher_mix:g} · teacher + {1 - text.teacher_mix:g} · student"))
-    if text.backend != "hf" and set(writers) & {Text.STUDENT, Text.TEACHER}:
-        rows.append(("drawn by", text.backend))
-    if Text.TEACHER in writers:
-        used = len({i for s in range(steps) for i in schedule.window(s)})
-        limit = text.teacher_sampling.max_new_tokens
-        rows.append(("teacher writes", f"{used:,} responses of at most {limit} tokens, less those in the store"))
-    return rows
-
-
 def _training_rows(settings: RunSettings, data: EncodedData, steps: int, fingerprint: str) -> list[tuple[str, str]]:
     train = settings.train
     per_step = train.batch_size * sum(len(p.response_ids) for p in data.prompts) / len(data.prompts)
@@ -191,7 +145,7 @@ def _training_rows(settings: RunSettings, data: EncodedData, steps: int, fingerp
         ("data", f"{settings.data.path}, {len(data.prompts):,} examples, fingerprint {fingerprint[:12]}"),
         ("steps", f"{steps:,} of {train.batch_size} examples ({train.micro_batch_size} sequences per forward)"),
         ("response tokens", f"about {per_step:,.0f} a step, {per_step * steps:,.0f} in all (of the data set)"),
-        ("optimizer", f"AdamW, lr {train.lr:g} {train.schedule}, warm-up {train.warmup_steps}, {train.precision}"),
+        ("optimizer", f"{describe_optimizer(train)}, {train.precision}"),
     ]
 
 
@@ -209,5 +163,7 @@ def _size(size: float) -> str:
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:
+    if not prompt.response_ids:
+        return f"{prompt.text}\n(a prompt alone: the response is written in the run)"
     response = continuation(tokenizer, prompt.prompt_ids, prompt.response_ids, special=True)
     return f"{prompt.text}⟦{response}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"

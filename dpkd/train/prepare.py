@@ -5,29 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from dpkd.api import Layers
+from dpkd.api import Layers, Text
 from dpkd.api.teachers import Teacher
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
+from dpkd.config.teacher import make_teacher
 from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.corpus import check_corpus
 from dpkd.data.encode import EncodedData, tokenize
 from dpkd.data.examples import read_examples
+from dpkd.data.templates import with_chat_template
 from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.inputs import Inputs, read_inputs
-from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import context_length
-from dpkd.models.settings import TeacherSettings
 from dpkd.models.student_init import student_config
 from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry
 from dpkd.teachers.aligned import AlignedTeacher
 from dpkd.teachers.local import LocalTeacher
-from dpkd.teachers.store import StoreTeacher
 from dpkd.train.cross_tokenizer import make_translator, token_by_token
 from dpkd.train.dev import direction_of
 from dpkd.train.hidden_states import bind
@@ -72,16 +70,20 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     """
     settings, given = resolved.settings, resolved.given
     check_trackers(settings.train.trackers)
-    teacher = make_teacher(settings.teacher, given)
+    teacher = make_teacher(settings.teacher, resolved.registry, given)
     teacher_config = None if teacher is None else teacher.config
     own_config = student_config(settings.student, teacher_config, given)
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
     tokenizer = given.tokenizer(settings.student if settings.student.model is not None else settings.teacher)
+    tokenizer = with_chat_template(tokenizer, settings.data.chat_template)
     if teacher is not None:
         teacher.check(tokenizer)
     across = teacher is not None and _two_tokenizers(resolved, tokenizer, teacher, own_config)
-    examples = read_examples(settings.data, rows=given.rows(settings.data.path))
-    data = tokenize(examples.examples, tokenizer, settings.data)
+    responses = _trains_on_data(resolved)
+    pairs = any(objective.text.preferences for objective in resolved.objectives)
+    rows = given.rows(settings.data.path)
+    examples = read_examples(settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed)
+    data = tokenize(examples.examples, tokenizer, settings.data, require_response=responses)
     for line in [*examples.lines()[1:], *data.report.lines()]:
         display.say(line)
     translator = None
@@ -99,7 +101,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     steps = _steps(settings, len(data.prompts), display)
     dev = _dev_inputs(settings, tokenizer, context, resolved.registry, display)
     facts = {
-        "path": settings.data.path,
+        "path": examples.source if settings.data.mix else settings.data.path,
         "fingerprint": examples.fingerprint,
         "skipped": examples.skipped_by_reason(),
         **asdict(data.report),
@@ -107,11 +109,10 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     return Prepared(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, translator)
 
 
-def make_teacher(settings: TeacherSettings, given: InMemory) -> Teacher | None:
-    """The teacher that the settings name, before anything of it is loaded; None where they name none."""
-    if settings.store is not None:
-        return StoreTeacher(Path(settings.store))
-    return LocalTeacher(settings, given) if settings.model is not None else None
+def _trains_on_data(resolved: Resolved) -> bool:
+    """Whether any loss is taken of the data set's responses; where not, rows may be prompts alone."""
+    own = any(Text.DATASET in objective.writers for objective in resolved.objectives)
+    return own or resolved.settings.terms.lm.weight > 0
 
 
 def _two_tokenizers(resolved: Resolved, tokenizer: Any, teacher: Teacher, student_config: Any) -> bool:
@@ -187,4 +188,4 @@ def number_of_steps(settings: RunSettings, examples: int) -> int:
     if settings.train.steps is not None:
         return settings.train.steps
     per_epoch = -(-examples // settings.train.batch_size)
-    return max(1, math.ceil(per_epoch * settings.train.epochs * settings.text.num_iterations))
+    return max(1, math.ceil(per_epoch * settings.train.epochs * settings.text.student_sampling.num_iterations))

@@ -10,24 +10,22 @@ from collections.abc import Sequence
 
 import torch
 
-from dpkd.api import Family, Text
-from dpkd.rollout.response import Response
-from dpkd.rollout.sources import StepResponses, Writers
+from dpkd.api import Response, Signal, StepResponses, Text
 from dpkd.train import checkpoint
 from dpkd.train.microbatch import MicroBatch
-from dpkd.train.step_batches import StepBatchBuilder
+from dpkd.train.step_batches import LossGroup, StepBatchBuilder
 from dpkd.train.train_step import TrainStep
 
 
-def probe(train_step: TrainStep, builder: StepBatchBuilder, size: int, context: int | None) -> str:
+def probe(train_step: TrainStep, builder: StepBatchBuilder, size: int) -> str:
     """Run the longest micro-batch of each step batch, with an update that changes nothing; says what it was.
 
-    `size` is the number of examples of a step, `context` the longest sequence that the models read. Weights,
-    optimizer, states of losses and random numbers are afterwards what they were.
+    `size` is the number of examples of a step. Weights, optimizer, states of losses and random numbers are
+    afterwards what they were.
     """
     prompts = builder.prompts
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].prompt_ids) - len(prompts[i].response_ids))
-    texts = [longest_text(group.writers, size, context) for group in builder.groups]
+    texts = [longest_responses(group, size) for group in builder.groups]
     blocks = list(range(min(size, len(builder.corpus.blocks)))) if builder.corpus is not None else []
     step_batches = builder.build(texts, order[:size], blocks)
     micro_batches = [
@@ -37,44 +35,18 @@ def probe(train_step: TrainStep, builder: StepBatchBuilder, size: int, context: 
     return "; ".join(f"{micro_batch.name}: {_shape(micro_batch)}" for micro_batch in micro_batches)
 
 
-def longest_text(writers: Writers, size: int, context: int | None) -> StepResponses:
-    """The text of the `size` examples that may become the longest."""
-    choices = _choices(writers)
-    bounds = {
-        i: max((tuple(_length(writers, i, w, context) for w in choice) for choice in choices), key=sum)
-        for i in range(len(writers.prompts))
-    }
-    longest = sorted(bounds, key=lambda i: -len(writers.prompts[i].prompt_ids) - sum(bounds[i]))[:size]
-    copies = writers.settings.num_generations if any(Text.STUDENT in choice for choice in choices) else 1
-    responses = [
-        (i, copies * tuple(_filler(n, writer, writers) for n, writer in zip(bounds[i], choices[0], strict=True)))
-        for i in longest
-    ]
-    return StepResponses(responses, {})
+def longest_responses(group: LossGroup, size: int) -> StepResponses:
+    """The responses of the `size` examples that may become the longest."""
+    prompts, longest = group.source.context.prompts, group.source.describe().longest
+    bounds = [longest(i) for i in range(len(prompts))]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].prompt_ids) - sum(n for _, n in bounds[i]))
+    sampled = any(Signal.ADVANTAGES in reads for reads, _ in group.losses.values())
+    return StepResponses([(i, tuple(_filler(n, w, sampled) for w, n in bounds[i])) for i in order[:size]], {})
 
 
-def _choices(writers: Writers) -> list[tuple[Text, ...]]:
-    """Who may write at a step."""
-    if writers.family is not Family.PAIR and writers.settings.source == "mixed":
-        return [(writer,) for writer in writers.settings.mix]
-    return [writers.writers(0)]
-
-
-def _length(writers: Writers, index: int, writer: Text, context: int | None) -> int:
-    """The largest number of tokens of a response."""
-    prompt, settings = writers.prompts[index], writers.settings
-    if writer is Text.DATASET:
-        return len(prompt.response_ids)
-    sampling = settings.teacher_sampling if writer is Text.TEACHER else settings.sampling
-    room = sampling.max_new_tokens if context is None else context - len(prompt.prompt_ids)
-    return max(1, min(sampling.max_new_tokens, room))
-
-
-def _filler(length: int, writer: Text, writers: Writers) -> Response:
+def _filler(length: int, writer: Text, sampled: bool) -> Response:
     """A response of a length; the ids do not matter."""
-    if writers.family is not Family.ROLLOUT:
-        return Response((0,) * length, writer)
-    zeros = (0.0,) * length
+    zeros = (0.0,) * length if sampled else None
     return Response((0,) * length, writer, False, zeros, zeros, zeros, zeros)
 
 

@@ -1,4 +1,4 @@
-"""Who writes for which losses: the groups of losses that share a text, each with its writers."""
+"""Opens the response sources of a run, and groups the losses that share the responses of one."""
 
 from __future__ import annotations
 
@@ -9,19 +9,38 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dpkd.api import Ability, Family, GenerationModel, Sampler, SamplerSpec, Text
-from dpkd.api.teachers import Teacher
+from dpkd.api import (
+    Ability,
+    Family,
+    GenerationModel,
+    ResponseSource,
+    RolloutLoss,
+    Sampler,
+    SamplerSpec,
+    SourceConfig,
+    SourceContext,
+    Text,
+)
+from dpkd.api.generators import Decoding
+from dpkd.api.teachers import Teacher, TeacherText
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
+from dpkd.data.encoding import end_ids
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
+from dpkd.plugins import Registry
 from dpkd.rollout.generator import open_sampler
-from dpkd.rollout.response_generators import RankShards, RetokenizedResponses, StudentGenerator, TeacherGenerator
+from dpkd.rollout.policy_logps import PolicyScorer
+from dpkd.rollout.response_generators import (
+    RankShards,
+    RetokenizedResponses,
+    StudentGenerator,
+    TeacherGenerator,
+    TeacherScorer,
+)
 from dpkd.rollout.response_store import ResponseStore, default_folder
-from dpkd.rollout.settings import TextSettings
-from dpkd.rollout.sources import Writers
 from dpkd.train.prepare import Prepared
 from dpkd.train.progress import Display
 from dpkd.train.step_batches import LossGroup
@@ -30,7 +49,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def make_groups(resolved: Resolved, losses: Mapping[str, Any], rollouts: RolloutBuilder) -> list[LossGroup]:
+def make_groups(resolved: Resolved, losses: Mapping[str, Any], rollouts: Rollouts) -> list[LossGroup]:
     """The losses by the text that they share: the main one with all that take its responses, then the others."""
     main, *extras = resolved.objectives
     sharing = [main, *(extra for extra in extras if extra.shares_text)]
@@ -41,8 +60,7 @@ def make_groups(resolved: Resolved, losses: Mapping[str, Any], rollouts: Rollout
         groups.append(
             LossGroup(
                 first.name,
-                rollouts.writers(first, loss),
-                first.spec.family is Family.PAIR,
+                rollouts.open(first, loss),
                 {member.name: (member.reads, member.weight) for member in members},
                 rollouts.prepared.translator,
             )
@@ -52,21 +70,90 @@ def make_groups(resolved: Resolved, losses: Mapping[str, Any], rollouts: Rollout
 
 def check_processes(resolved: Resolved, processes: int) -> None:
     """Raises DpkdError when a sampler cannot work in several processes, and there are several."""
-    for objective in resolved.objectives:
-        if processes == 1 or set(objective.writers.values()) <= {Text.DATASET}:
+    for text in (objective.text for objective in resolved.objectives):
+        if processes == 1 or not text.draws:
             continue
-        backend = objective.text.backend
-        reason = resolved.registry.get(SamplerSpec, backend).spec.lacks.get(Ability.SEVERAL_PROCESSES)
+        reason = resolved.registry.get(SamplerSpec, text.backend).spec.lacks.get(Ability.SEVERAL_PROCESSES)
         if reason is not None:
             raise DpkdError(
-                f"text.backend: {backend} works in one process only, and there are {processes}: {reason}. "
+                f"text.backend: {text.backend} works in one process only, and there are {processes}: {reason}. "
                 "Start one process, or set text.backend=hf."
             )
 
 
+def open_source(
+    objective: Objective, resolved: Resolved, prepared: Prepared, *, model: nn.Module | None = None, **generators: Any
+) -> ResponseSource:
+    """The source of the responses of a loss; without `generators` (see `SourceContext`) it can be described.
+
+    What ends a response is the tokenizer's EOS, and what the generation config of the student, `model`, adds.
+    """
+    settings, data = resolved.settings, prepared.data
+    how = objective.text.student_sampling
+    batches = BatchSampler(
+        [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts],
+        batch_size=settings.train.batch_size,
+        steps=prepared.steps,
+        seed=settings.seed,
+        refresh=how.refresh,
+        every=how.every,
+        num_iterations=how.num_iterations,
+    )
+    context = SourceContext(
+        data.prompts, batches, settings.seed, end_ids(prepared.tokenizer, model), prepared.context, **generators
+    )
+    return objective.source.open(objective.text, context)
+
+
+def teacher_generator(
+    text: SourceConfig,
+    own: TeacherText,
+    prompts: Sequence[Prompt],
+    *,
+    registry: Registry,
+    tokenizer: Any,
+    context: int | None,
+    seed: int,
+    rank_shards: RankShards,
+    progress: Callable[[int, int], None],
+) -> TeacherGenerator:
+    """What gives the teacher's responses to these prompts: from the store that has them, else drawn by its model.
+
+    `tokenizer` is the teacher's, `context` the longest sequence that both models read.
+    """
+    model = None if own.model is None else generation_model(own.model, own.vocabulary, tokenizer, None, text.decoding)
+    store = ResponseStore.open(
+        own.folder or (Path(text.store) if text.store else default_folder()),
+        model_fingerprint=own.fingerprint,
+        # Which ids may be drawn decides the responses too.
+        tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{own.vocabulary}",
+        sampling=text.teacher_sampling,
+        seed=seed,
+        backend=text.backend_key,
+    )
+    return TeacherGenerator(
+        None if model is None else lambda: open_sampler(registry, text.backend, text.backend_settings, model),
+        prompts,
+        text.teacher_sampling,
+        seed,
+        rank_shards,
+        context,
+        store,
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        progress,
+    )
+
+
+def generation_model(
+    model: nn.Module, vocabulary: int, tokenizer: Any, context: int | None, decoding: Decoding
+) -> GenerationModel:
+    """A model that a sampler is opened for."""
+    return GenerationModel(model, vocabulary, end_ids(tokenizer, model), tokenizer.pad_token_id, context, decoding)
+
+
 @dataclass
-class RolloutBuilder:
-    """Everything that writing needs: who writes a text is put together here, for each group of losses."""
+class Rollouts:
+    """The models of a run and all else that writing takes; opens the source of each group of losses."""
 
     resolved: Resolved
     student: nn.Module
@@ -76,129 +163,92 @@ class RolloutBuilder:
     prepared: Prepared
     accelerator: Accelerator
     display: Display
-    _samplers: list[tuple[tuple[str, Any], Sampler]] = field(default_factory=list)
+    _samplers: list[tuple[tuple[Any, ...], Sampler]] = field(default_factory=list)
 
     def close(self) -> None:
         """Give back what the samplers of the student hold."""
         while self._samplers:
             self._samplers.pop()[1].close()
 
-    def writers(self, objective: Objective, rollout_loss: Any | None) -> Writers:
-        """The writers of the text of a loss."""
-        text, wanted = objective.text, objective.writers.values()
-        settings, tokenizer, data = self.resolved.settings, self.prepared.tokenizer, self.prepared.data
-        student = self._student_generator(text, rollout_loss) if Text.STUDENT in wanted else _nobody
-        teacher = self._teacher_generator(text) if Text.TEACHER in wanted else _nobody
-        schedule = BatchSampler(
-            [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts],
-            batch_size=settings.train.batch_size,
-            steps=self.prepared.steps,
-            seed=settings.seed,
-            refresh=text.refresh,
-            every=text.every,
-            num_iterations=text.num_iterations,
-        )
-        return Writers(
-            text,
-            objective.spec.family,
-            data.prompts,
-            schedule,
-            seed=settings.seed,
-            eos_ids=frozenset({tokenizer.eos_token_id}),
-            student=student,
-            teacher=teacher,
-        )
+    def open(self, objective: Objective, rollout_loss: RolloutLoss[Any] | None) -> ResponseSource:
+        """The source of the responses of a loss."""
+        text, generators = objective.text, dict[str, Any]()
+        if self.teacher is not None and self.prepared.translator is None:
+            generators["score"] = TeacherScorer(
+                self.teacher,
+                self.prepared.data.prompts,
+                self.prepared.tokenizer.pad_token_id,
+                self.vocabulary,
+                text.sampling.batch_size,
+                self.accelerator.device,
+                self._rank_shards,
+            )
+        if Text.STUDENT in text.writers:
+            generators["student"] = StudentGenerator(
+                self._student_sampler(text),
+                self.lend,
+                self.prepared.data.prompts,
+                text,
+                self.resolved.settings.seed,
+                self._rank_shards,
+                None if self.teacher is None else self.teacher.model,
+                generators.get("score"),
+                rollout_loss,
+                policy=self._policy_scorer(),
+            )
+        if Text.TEACHER in text.writers:
+            generators["teacher"] = self._teacher_generator(text)
+        return open_source(objective, self.resolved, self.prepared, model=self.student, **generators)
 
-    def _student_generator(self, text: TextSettings, rollout_loss: Any | None) -> StudentGenerator:
-        return StudentGenerator(
-            self._student_sampler(text),
-            self.lend,
-            self.prepared.data.prompts,
-            text,
-            self.prepared.tokenizer.pad_token_id,
-            self.vocabulary,
-            self.resolved.settings.seed,
-            _rank_shards(self.accelerator),
-            self.accelerator.device,
-            self.teacher,
-            rollout_loss,
-        )
+    @property
+    def _rank_shards(self) -> RankShards:
+        if self.accelerator.num_processes == 1:
+            return RankShards()
+        from accelerate.utils import gather_object
 
-    def _student_sampler(self, text: TextSettings) -> Sampler:
+        return RankShards(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
+
+    def _policy_scorer(self) -> PolicyScorer | None:
+        """On a CPU the sampler computes as the training step does; elsewhere its kernels and types are others."""
+        device = self.accelerator.device
+        if device.type == "cpu":
+            return None
+        pad_id = self.prepared.tokenizer.pad_token_id
+        return PolicyScorer(self.vocabulary, pad_id, device, self.accelerator.autocast)
+
+    def _student_sampler(self, text: SourceConfig) -> Sampler:
         """One for all texts that are drawn in one way: an engine beside the model is large."""
-        key = (text.backend, text.backend_settings)
+        key = (text.backend, text.backend_settings, text.decoding)
         for known, sampler in self._samplers:
             if known == key:
                 return sampler
-        writer = _generation_model(self.student, self.vocabulary, self.prepared.tokenizer, self.prepared.context)
-        sampler = open_sampler(self.resolved.registry, text, writer)
+        prepared = self.prepared
+        model = generation_model(self.student, self.vocabulary, prepared.tokenizer, prepared.context, text.decoding)
+        sampler = open_sampler(self.resolved.registry, text.backend, text.backend_settings, model)
         self._samplers.append((key, sampler))
         return sampler
 
-    def _teacher_generator(self, text: TextSettings) -> TeacherGenerator | RetokenizedResponses:
-        """Its responses are in the store of log-probs, where there is one, else in the store of responses."""
+    def _teacher_generator(self, text: SourceConfig) -> TeacherGenerator | RetokenizedResponses:
         # Settings without a teacher, or with one that writes nothing, are refused before.
         assert self.teacher is not None
         own = self.teacher.text()
         assert own is not None
         prepared, translator = self.prepared, self.prepared.translator
-        tokenizer = prepared.tokenizer if translator is None else translator.teacher.tokenizer
-        read = (prepared.data.prompts, prepared.context)
-        prompts, context = read if translator is None else (translator.prompts, translator.longest)
-        writer = None if own.model is None else _generation_model(own.model, own.vocabulary, tokenizer, None)
-        folder = own.folder or (Path(text.store) if text.store else default_folder())
-        generator = self._generator(text, writer, folder, own.fingerprint, prompts, context, tokenizer)
+        prompts: Sequence[Prompt] = prepared.data.prompts
+        context, tokenizer = prepared.context, prepared.tokenizer
+        if translator is not None:
+            prompts, context, tokenizer = translator.prompts, translator.longest, translator.teacher.tokenizer
+        generator = teacher_generator(
+            text,
+            own,
+            prompts,
+            registry=self.resolved.registry,
+            tokenizer=tokenizer,
+            context=context,
+            seed=self.resolved.settings.seed,
+            rank_shards=self._rank_shards,
+            progress=self.display.pulse,
+        )
         if translator is None:
             return generator
         return RetokenizedResponses(generator, translator, prepared.data.prompts, prepared.context)
-
-    def _generator(
-        self,
-        text: TextSettings,
-        writer: GenerationModel | None,
-        folder: Path,
-        weights: str,
-        prompts: Sequence[Prompt],
-        context: int | None,
-        tokenizer: Any | None = None,
-    ) -> TeacherGenerator:
-        """The pen of a teacher; without a `writer`, all that is wanted must be in the store."""
-        tokenizer = tokenizer or self.prepared.tokenizer
-        vocabulary = self.vocabulary if writer is None else writer.vocabulary
-        store = ResponseStore.open(
-            folder,
-            model_fingerprint=weights,
-            # Which ids may be drawn decides the responses too.
-            tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{vocabulary}",
-            sampling=text.teacher_sampling,
-            seed=self.resolved.settings.seed,
-            backend=text.backend_key,
-        )
-        return TeacherGenerator(
-            None if writer is None else lambda: open_sampler(self.resolved.registry, text, writer),
-            prompts,
-            text.teacher_sampling,
-            self.resolved.settings.seed,
-            _rank_shards(self.accelerator),
-            context,
-            store,
-            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            self.display.pulse,
-        )
-
-
-def _generation_model(model: nn.Module, vocabulary: int, tokenizer: Any, context: int | None) -> GenerationModel:
-    return GenerationModel(model, vocabulary, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id, context)
-
-
-def _nobody(*asked: Any) -> Any:
-    raise AssertionError("nobody is asked for a text that the settings do not have")
-
-
-def _rank_shards(accelerator: Accelerator) -> RankShards:
-    if accelerator.num_processes == 1:
-        return RankShards()
-    from accelerate.utils import gather_object
-
-    gather: Callable[[list[Any]], list[Any]] = gather_object
-    return RankShards(accelerator.process_index, accelerator.num_processes, gather)

@@ -159,7 +159,7 @@ def _run(
                 device=accelerator.device,
             )
         )
-        display.say(f"continuing {folder.path} after step {start} of {assembly.writers.schedule.steps}")
+        display.say(f"continuing {folder.path} after step {start} of {assembly.steps}")
     if trainer.log is not None:
         trainer.log.truncate_after(start)
     if trainer.samples is not None:
@@ -188,7 +188,7 @@ def _run(
         assembly.close()
         if trainer.trackers is not None:
             trainer.trackers.close()
-    if done < assembly.writers.schedule.steps and trainer.ended is None:
+    if done < assembly.steps and trainer.ended is None:
         raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
     accelerator.wait_for_everyone()
     is_main = accelerator.is_main_process
@@ -200,7 +200,7 @@ def _run(
 
 
 def _probe(resolved: Resolved, assembly: RunParts) -> str:
-    return probe(assembly.train_step, assembly.builder, resolved.settings.train.batch_size, assembly.context)
+    return probe(assembly.train_step, assembly.builder, resolved.settings.train.batch_size)
 
 
 def _resume_call(folder: RunFolder, given: InMemory) -> str:
@@ -213,7 +213,7 @@ def _resume_call(folder: RunFolder, given: InMemory) -> str:
 def _write_teacher_text(assembly: RunParts, again: str) -> None:
     """The teacher's responses go into the store one by one: an interrupt here may be at once."""
     try:
-        assembly.prepare_teacher()
+        assembly.prepare_sources()
     except KeyboardInterrupt:
         raise Stopped(f"stopped while the teacher wrote; what it wrote is kept; {again}", signal.SIGINT) from None
 

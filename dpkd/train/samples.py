@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpkd.api import StepResponses
 from dpkd.data.encode import Prompt
 from dpkd.data.encoding import continuation
 from dpkd.io import JsonLog
-from dpkd.rollout.sources import Writers
 
 PER_STEP = 2
 
@@ -20,13 +20,13 @@ class SampleLog:
     def __init__(self, path: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self._lines, self._tokenizer, self._prompts = JsonLog(path, step=int), tokenizer, prompts
 
-    def record(self, step: int, writers: Writers) -> None:
+    def record(self, step: int, responses: StepResponses) -> None:
         """Write up to two examples of the step that was just done (1-based)."""
-        for index, responses in writers.step(step - 1).responses[:PER_STEP]:
+        for index, written in responses.responses[:PER_STEP]:
             prompt = self._prompts[index]
             texts = [
                 {"writer": r.writer.value, "text": continuation(self._tokenizer, prompt.prompt_ids, r.ids)}
-                for r in responses
+                for r in written
             ]
             self._lines.append({"step": step, "id": prompt.id, "prompt": prompt.text, "responses": texts})
 

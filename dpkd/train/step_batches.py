@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dpkd.api import Signal, Text
+from dpkd.api import ResponseSource, Signal, StepResponses, Text
 from dpkd.config.settings import TermSettings
 from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.batches import TokenSequence
 from dpkd.data.corpus import Corpus as Blocks
 from dpkd.data.encode import Prompt
-from dpkd.rollout.sources import StepResponses, Writers
 from dpkd.train.microbatch import PromptGroup, StepBatch, Term
 
 LM_READS = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS})
@@ -36,10 +35,14 @@ class LossGroup:
     """The losses that are taken from the same responses: one forward for all of them."""
 
     name: str  # of its first loss
-    writers: Writers
-    pairs: bool
+    source: ResponseSource
     losses: Mapping[str, tuple[frozenset[Signal], float]]  # name → what it reads, its weight
     translator: Retokenizer | None = None  # to a teacher with another tokenizer
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a row of its losses is a pair of responses."""
+        return bool(self.source.config.pairs)
 
     def step_batch(self, text: StepResponses, prompts: Sequence[Prompt]) -> StepBatch:
         """Its step batch of a step."""
@@ -89,7 +92,7 @@ class StepBatchBuilder:
     def step_batches(self, step: int, texts: Sequence[StepResponses]) -> list[StepBatch]:
         """All step batches of a step, over all processes; `texts` has the responses of each group."""
         blocks = self.corpus.schedule.window(step) if self.corpus is not None else []
-        return self.build(texts, self.groups[0].writers.schedule.window(step), blocks)
+        return self.build(texts, self.groups[0].source.context.batches.window(step), blocks)
 
     def build(self, texts: Sequence[StepResponses], window: Sequence[int], blocks: Sequence[int]) -> list[StepBatch]:
         """The step batches of a text of each group, of examples for the LM term, and of blocks of plain text."""

@@ -100,7 +100,8 @@ class TrainStep:
         """What the teacher, and the reference, say of a micro-batch: one forward, and only where it is read."""
         chunk = self.inner.chunk
         if self.reference is not None and micro_batch.reads(Signal.REFERENCE_LOGPS):
-            logps = self.reference.score(micro_batch.batch, Wants(chunk, logps=True)).logps()
+            with self.accelerator.autocast():  # as the student of now
+                logps = self.reference.score(micro_batch.batch, Wants(chunk, logps=True)).logps()
             micro_batch = replace(micro_batch, reference_logps=by_response(micro_batch, logps))
         if self.teacher is None:
             return micro_batch

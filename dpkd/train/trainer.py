@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dpkd.api import ResponseSource, StepResponses
 from dpkd.config.settings import TrainSettings
-from dpkd.rollout.adaptive import Adaptive
-from dpkd.rollout.sources import StepResponses, Writers
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.dev import Dev
@@ -71,18 +70,20 @@ class Trainer:
         self.clock = checkpoint.SaveClock(self.settings.save_every)
 
     @property
-    def writers(self) -> Writers:
-        """Of the main loss's text."""
-        return self.builder.groups[0].writers
+    def sources(self) -> dict[str, ResponseSource]:
+        """Where the responses come from, by group of losses; the first is the main loss's."""
+        return {group.name: group.source for group in self.builder.groups}
 
-    def _step(self, step: int, measure: bool) -> None:
-        """One optimizer step: its text, its step batches, its update."""
-        steps = self.writers.schedule.steps
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.builder.groups[0].source.context.batches.steps
+
+    def _step(self, step: int, measure: bool) -> StepResponses:
+        """One optimizer step: its text, its step batches, its update. Returns the main loss's responses."""
+        steps = self.steps
         values = self.schedules.apply(step, steps)
-        texts = []
-        for group in self.builder.groups:
-            group.writers.prepare(step)
-            texts.append(group.writers.step(step))
+        texts = [source.next(step) for source in self.sources.values()]
         step_batches = self.builder.step_batches(step, texts)
         metrics = self.train_step(step_batches, lr=learning_rate(step, steps, self.settings), measure=measure)
         if self.schedules.follow_the_loss:
@@ -99,6 +100,7 @@ class Trainer:
             len(s.response_ids) for step_batch in step_batches for group in step_batch.groups for s in group.sequences
         )
         self._say_equal(step, texts[0])
+        return texts[0]
 
     def _losses(self, metrics: MeanMetrics) -> dict[str, float]:
         """The mean loss of each term of a step, over all processes."""
@@ -116,22 +118,22 @@ class Trainer:
 
     def run(self, start: int, stop: StopRequest) -> int:
         """Train from a step to the end, or to a stop request; returns the number of steps done."""
-        steps = self.writers.schedule.steps
+        steps = self.steps
         done = start
         if self.dev is not None and self.dev.is_hopeless:  # it ended here before it was interrupted
             self.ended = done
             return done
-        if start == 0 and self.dev is not None and self._adaptive():
+        if start == 0 and self.dev is not None and self._following():
             self._develop(0, self.dev)  # what later losses on held-out text are measured against
         with self.display.bar("training", steps, start):
             for step in range(start, steps):
                 measure = (step + 1) % self.settings.log_every == 0 or step + 1 == steps or step == 0
-                self._step(step, measure)
+                responses = self._step(step, measure)
                 done = step + 1
                 if measure:
                     self._log(done, learning_rate(step, steps, self.settings))
                     if self.samples is not None:
-                        self.samples.record(done, self.writers)
+                        self.samples.record(done, responses)
                     self.window = Window()
                 self.display.at(done)
                 if self.dev is not None and self.dev.due(done, steps) and self._develop(done, self.dev):
@@ -154,15 +156,14 @@ class Trainer:
                 f"stopped early: {dev.settings.metric} was best at step {dev.best_step}, {dev.settings.patience} "
                 "evaluations ago"
             )
-        for adaptive in self._adaptive().values():
-            adaptive.observe(self._agreed(line["nll"]))
+        for source in self._following():
+            source.observe(self._agreed(line["nll"]))
         self.ended = done if dev.is_hopeless else None
         return dev.is_hopeless
 
-    def _adaptive(self) -> dict[str, Adaptive]:
-        """The texts that follow the held-out loss, by group of losses."""
-        texts = {group.name: group.writers.adaptive for group in self.builder.groups}
-        return {name: adaptive for name, adaptive in texts.items() if adaptive is not None}
+    def _following(self) -> list[ResponseSource]:
+        """The sources that follow the held-out loss."""
+        return [source for source in self.sources.values() if source.config.follows_dev]
 
     def _agreed(self, value: float) -> float:
         """The main process's value, on all processes: they must decide alike."""
@@ -217,13 +218,11 @@ class Trainer:
         return MeanMetrics.from_dict(dict(zip(names, packed.tolist(), strict=True)))
 
     def restore(self, restored: checkpoint.Restored) -> None:
-        """Go on with the student's responses, and with what was measured since the last logged step."""
-        for group in self.builder.groups:
-            group.writers.student_responses = restored.responses.get(group.name, {})
+        """Go on with the sources, and with what was measured since the last logged step."""
+        for name, source in self.sources.items():
+            source.restore(restored.sources[name])
         kept = restored.loop
         self.schedules.restore(kept["schedules"])
-        for name, adaptive in self._adaptive().items():
-            adaptive.restore(kept["adaptive"][name])
         # What all processes measured is counted once, by the main one.
         metrics = MeanMetrics.from_dict(kept["metrics"]) if self.accelerator.is_main_process else MeanMetrics()
         self.window = Window(metrics, kept["tokens"], kept["seconds"])
@@ -243,15 +242,13 @@ class Trainer:
             "tokens": self.window.tokens,
             "seconds": self.window.elapsed(),
             "schedules": self.schedules.state(),
-            "adaptive": {name: adaptive.state() for name, adaptive in self._adaptive().items()},
         }
-        responses = {group.name: group.writers.student_responses for group in self.builder.groups}
         checkpoint.save(
             self.folder.checkpoints,
             step,
             module=self.train_step.inner,
             optimizer=optimizer,
-            responses=responses,
+            sources={name: source.state() for name, source in self.sources.items()},
             loop=loop,
             random_states=states,
             is_main=self.accelerator.is_main_process,

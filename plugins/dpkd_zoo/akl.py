@@ -66,7 +66,7 @@ class AKLLoss(TokenLoss[AKLConfig]):
     def forward(self, x: TokenInputs) -> Tensor:
         log_p_NV, log_q_NV = x.teacher_log_probs(), x.student_log_probs()
         share_N = head_share(log_p_NV, log_q_NV, self.config.mu, self.config.boundary)
-        # A weight that rounds to 0 must not meet an infinite divergence: 0 · inf is no number.
+        # A weight that rounds to 0 must not meet an infinite divergence: 0 · inf is NaN.
         tiny = torch.finfo(share_N.dtype).tiny
         forward_N = share_N.clamp(min=tiny) * kl(log_p_NV, log_q_NV)
         return forward_N + (1 - share_N).clamp(min=tiny) * kl(log_q_NV, log_p_NV)

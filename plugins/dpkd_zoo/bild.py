@@ -1,8 +1,8 @@
 """BiLD (Li et al., 2406.13555): the differences between the logits of the k likeliest tokens, led by either model.
 
 The k(k-1)/2 differences of the teacher's top k, and the student's differences of the same tokens, each through a
-softmax, are compared by KL; then the same for the student's own top k. What is learnt is the order of the likely
-tokens, and the long tail is left alone.
+softmax, are compared by KL; then the same for the student's own top k. The student learns the order of the likely
+tokens, and the long tail is ignored.
 """
 
 from __future__ import annotations

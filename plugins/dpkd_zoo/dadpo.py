@@ -65,7 +65,7 @@ SPEC = LossSpec(
         "and β₂ are unknown. Check the paper before you publish with it.",
     ),
     reads=pairs.STUDENT_AND_TEACHER | {Signal.REFERENCE_LOGPS},
-    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "once"}},
+    suggests={"text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "once"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

@@ -1,8 +1,8 @@
-"""DistiLLM (Ko et al., 2402.03898): a skew KL, on text of which the student writes a share.
+"""DistiLLM (Ko et al., 2402.03898): a skew KL, on text that the student partly writes.
 
 The paper has two parts. The skew divergence is this loss. The adaptive off-policy choice of text, a probability of
 student text that rises when the held-out loss does and a replay buffer, is `text.source=adaptive`; it needs held-out
-rows, so that a fixed share, written anew every epoch, is what the loss suggests.
+rows, so the loss suggests a fixed share, resampled every epoch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ class DistiLLMConfig(LossConfig):
     """The divergence and its skew."""
 
     divergence: Literal["skl", "srkl"] = setting(
-        "skl", description="skew forward or skew reverse KL", source="DistiLLM's shipped script: adaptive-sfkl"
+        "skl", description="skew forward or skew reverse KL", source="DistiLLM's released script: adaptive-sfkl"
     )
     skew: float = setting(
-        0.1, description="α: share of the other model in the mixture", source="DistiLLM §3.1 and losses.py", ge=0, lt=1
+        0.1,
+        description="α: share of the other model in the mixture",
+        source="DistiLLM §3; released --skew-alpha",
+        ge=0,
+        lt=1,
     )
 
 
@@ -58,7 +62,7 @@ SPEC = LossSpec(
         "objectives on given text.",
         notes="The paper's text: text.source=adaptive with dev.path=ROWS (and dev.every, an epoch in the paper). φ "
         "starts at 0 and rises by 0.1 whenever the loss on these rows is 0.1 above its value at the last rise (first "
-        "compared before training); text.adaptive has the numbers, all as in the released code. There a draw is made "
+        "compared before training); text.share and the others default to the released code's. There a draw is made "
         "for each micro-batch, here for each optimizer step, and the held-out loss is a mean over batches, here over "
         "tokens. Without held-out rows φ = 0.5 throughout (our choice), with responses up to an epoch old. The paper "
         "adds a language-model term of weight 1 on plain text (terms.pretrain.weight=1 with a corpus), and starts "

@@ -1,8 +1,8 @@
 """DistiLLM-2's contrastive objective (Ko et al., 2503.07067): skew KL on the teacher's text, its reverse on the other.
 
 `(1-β) · KL(p ‖ α p + (1-α) q)` where the teacher wrote the token, `β · KL(q ‖ (1-α) p + α q)` where the student did.
-The first raises q where the teacher goes, the second lowers it where only the student would go. Every prompt has a
-response by each.
+The first raises q where the teacher goes, the second lowers it where only the student would go. Every prompt gets one
+response by each model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SPEC = LossSpec(
         "half of the run: schedules.beta={start: 0.5, end: 0.75, steps: N} with N half of train.steps, then constant. "
         "The released code detaches the mixture of the reverse part; here it has a gradient, as in srkl. The mean is "
         "over the tokens of both texts, so that a longer response weighs more. Suggested text, as in the paper: both "
-        "models sample at temperature 0.8, the student anew every epoch (text.refresh=per_epoch). Text from the data "
+        "models sample at temperature 0.8, the student again every epoch (text.refresh=per_epoch). Text from the data "
         "set counts as the teacher's. A token costs the same as with skl or srkl; there are twice as many, and both "
         "models write.",
         latex=r"2(1-\beta)\,\mathrm{KL}\big(p\,\|\,\alpha p+(1-\alpha)q\big)\text{ on the teacher's text}, \qquad "

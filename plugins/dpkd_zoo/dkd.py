@@ -1,7 +1,7 @@
 """Decoupled knowledge distillation (Zhao et al., 2203.08679): the target token and the others, weighted separately.
 
 `KL(p‖q) = TCKD + (1 - p_t)·NCKD`: TCKD is the KL of target against not target, NCKD that of the other tokens among
-themselves. Where the teacher is sure, plain KL hardly sees the others; DKD gives them a weight of their own.
+themselves. Where the teacher is certain, plain KL barely sees the others; DKD gives them their own weight.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DKDConfig(LossConfig):
     target: Literal["response", "teacher"] = setting(
         "response",
         description="the response's token, or the teacher's likeliest one",
-        source="DKD: the label; `teacher` for text that is no reference",
+        source="DKD: the label; `teacher` for text that is not a reference",
     )
     temperature: float = setting(
         1.0, description="divides both models' logits", source="released configs: 1 on ImageNet, 4 on CIFAR-100", gt=0

@@ -47,7 +47,7 @@ SPEC = LossSpec(
         "because log q(yₛ) can fall without bound. Start from an SFT student.",
         notes="The paper adds λ·L_pt on a pre-training corpus and gives no value for λ: set terms.pretrain.weight and "
         "a corpus. By default the LM term on data-set responses replaces it, with weight 1: the released script also "
-        "weighs cross-entropy and preference equally. Algorithm 1 samples the student's response anew at every step; "
+        "weighs cross-entropy and preference equally. Algorithm 1 samples the student's response again at every step; "
         "text.refresh=per_epoch or once is cheaper. Eq. 11 and 30 print the weight of the gradient inverted; the "
         "gradient of Eq. 8 has σ(r̂(yₛ) - r̂(yₜ)). The released code implements another objective: dpkd-token.",
         latex=r"-\log\sigma\Big(\frac{\beta}{|y_t|}\log\frac{q(y_t)}{p(y_t)} - \frac{\beta}{|y_s|}"

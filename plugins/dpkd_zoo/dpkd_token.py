@@ -32,7 +32,7 @@ class DPKDTokenConfig(LossConfig):
         False, description="leave the teacher's log-probs out of h", source="released main.py: --reference-free is off"
     )
     label_smoothing: float = setting(
-        0.0, description="share of pairs taken to be the wrong way round", source="released arguments.py", ge=0, lt=0.5
+        0.0, description="share of pairs assumed to be mislabeled", source="released arguments.py", ge=0, lt=0.5
     )
 
 

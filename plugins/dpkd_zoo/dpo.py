@@ -43,8 +43,8 @@ SPEC = LossSpec(
         sources=(at(DPO, "Eq. 7"), at(TRL_PREFERENCE, "DPOTrainer, loss_type sigmoid")),
         use_when="Only the teacher's text is available, and the student should stay near where it started (an SFT "
         "student). Also for any set of preference pairs (text.source=preference).",
-        avoid_when="The initial student is no good reference (it was not fine-tuned), or the teacher can score: dpkd "
-        "pulls towards the teacher, dadpo towards both.",
+        avoid_when="The initial student is not a good reference (it was not fine-tuned), or the teacher can score: "
+        "dpkd pulls towards the teacher, dadpo towards both.",
         notes="The first loss of a run is log 2 for every pair, since q = q₀. Nothing keeps log q(yₜ) up by itself: "
         "both likelihoods may fall (see dpkd-dpop). DistiLLM-2 (Table 12) reran it for distillation: Rouge-L 23.4, "
         "against 6.4 for its form of dpkd. Costs two responses per prompt through the student and, without gradient, "
@@ -53,7 +53,7 @@ SPEC = LossSpec(
         r"q_0\text{ the student at the start}",
     ),
     reads=pairs.STUDENT | {Signal.REFERENCE_LOGPS},
-    suggests={"text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "once"}},
+    suggests={"text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "once"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )
 

@@ -18,7 +18,7 @@ class FKLConfig(LossConfig):
     temperature: float = setting(1.0, description="divides both models' logits", source="AKL's experiments: none", gt=0)
     scale_by_t2: bool = setting(
         False,
-        description="multiply by temperature², so that the gradient keeps its size",
+        description="multiply by temperature², so that the gradient keeps its scale",
         source="on in Hinton et al. §2; does nothing at temperature 1",
     )
 
@@ -55,6 +55,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER}),
+    linear_when=lambda config: config.temperature == 1,  # samples are drawn from the teacher at temperature 1
 )
 
 

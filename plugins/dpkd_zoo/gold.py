@@ -2,7 +2,7 @@
 
 Hugging Face's GOLD, as TRL's GOLDTrainer has it: spans of text that both tokenizers delimit are aligned, the
 probability of a span of several tokens is merged by the chain rule, tokens that both vocabularies have are compared by
-a generalised JSD, and the others by ULD (2402.12030).
+a generalized JSD, and the others by ULD (2402.12030).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class GOLDConfig(LossConfig):
     )
     hybrid: bool = setting(
         True,
-        description="compare common tokens by what they are; false: sort all of them, as ULD does",
+        description="compare common tokens by identity; false: sort all of them, as ULD does",
         source="GOLD's article (TRL: off unless asked for)",
     )
     matched_weight: float | None = setting(
         None,
-        description="weight of the common tokens, the others have the rest; none: their share of the teacher's "
+        description="weight of the common tokens, the others get the rest; none: their share of the teacher's "
         "vocabulary",
         source="TRL's GOLDConfig",
         gt=0,

@@ -1,4 +1,4 @@
-"""ImitKD (Lin et al., 2009.07253): the student writes, the teacher says what it would have said next.
+"""ImitKD (Lin et al., 2009.07253): the student writes, the teacher labels each next token.
 
 Imitation learning (DAgger) for text: responses by data set and student in turn, and at each position either the
 teacher's likeliest token as a label, or its whole distribution.
@@ -16,7 +16,7 @@ from dpkd_zoo.papers import GKD, IMITKD, at
 
 
 class ImitKDConfig(LossConfig):
-    """What the teacher says at each position."""
+    """The teacher's label at each position."""
 
     target: Literal["choice", "distribution"] = setting(
         "choice",

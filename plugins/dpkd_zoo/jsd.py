@@ -1,4 +1,4 @@
-"""GKD's generalised Jensen-Shannon divergence (Agarwal et al., 2306.13649): between forward and reverse KL.
+"""GKD's generalized Jensen-Shannon divergence (Agarwal et al., 2306.13649): between forward and reverse KL.
 
 `β KL(p‖m) + (1-β) KL(q‖m)`, m = β p + (1-β) q. Divided by β it tends to KL(p‖q) as β → 0, and divided by 1-β to
 KL(q‖p) as β → 1. At exactly 0 and 1, where the formula is 0, the loss is that KL: TRL's convention.
@@ -25,7 +25,7 @@ class JSDConfig(LossConfig):
     )
     rescale: bool = setting(
         False,
-        description="divide by β(1-β), so that the value goes over into the KLs at both ends",
+        description="divide by β(1-β), so that the value tends to the KLs at both ends",
         source="not in the paper: for β on a schedule, or to compare values of different β",
     )
     temperature: float = setting(1.0, description="divides both models' logits", source="TRL: 1.0", gt=0)

@@ -27,7 +27,7 @@ class KDConfig(LossConfig):
     )
     scale_by_t2: bool = setting(
         False,
-        description="multiply the KL term by temperature², so that its gradient keeps its size",
+        description="multiply the KL term by temperature², so that its gradient keeps its scale",
         source="off in the released code; on in Hinton et al.",
     )
 
@@ -82,6 +82,7 @@ SPEC = LossSpec(
     ),
     reads=_reads,
     traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER}),
+    linear_when=lambda config: config.temperature == 1,  # samples are drawn from the teacher at temperature 1
 )
 
 

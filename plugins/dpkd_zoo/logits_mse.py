@@ -1,7 +1,7 @@
-"""Squared difference of logits (Ba & Caruana, 1312.6184), each model's centred on its mean over the vocabulary.
+"""Squared difference of logits (Ba & Caruana, 1312.6184), each model's centered on its mean over the vocabulary.
 
-Centred, it is the limit of T²·KL at high temperature (Hinton et al., Eq. 4), and a constant that one model adds to all
-its logits, which no probability shows, costs nothing.
+Centered, it is the limit of T²·KL at high temperature (Hinton et al., Eq. 4), and a constant added to all logits of a
+model, which changes no probability, costs nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class LogitsMSELoss(TokenLoss[LogitsMSEConfig]):
         left_out_NV = outside_q_NV | outside_p_NV
         gap_NV = (student_NV - teacher_NV).masked_fill(left_out_NV, 0.0)
         count_N1 = (~left_out_NV).sum(-1, keepdim=True).clamp(min=1)
-        centred_NV = (gap_NV - gap_NV.sum(-1, keepdim=True) / count_N1).masked_fill(left_out_NV, 0.0)
-        value_N = 0.5 * (centred_NV.square() / count_N1).sum(-1)
+        centered_NV = (gap_NV - gap_NV.sum(-1, keepdim=True) / count_N1).masked_fill(left_out_NV, 0.0)
+        value_N = 0.5 * (centered_NV.square() / count_N1).sum(-1)
         return value_N.masked_fill((outside_q_NV != outside_p_NV).any(-1), math.inf)
 
 

@@ -1,7 +1,7 @@
 """MiniLLM (Gu et al., 2306.08543): policy gradient of the reverse KL of whole responses, on the student's own text.
 
-Per drawn token the gradient is (Eq. 7): a single-step part, the reverse KL over the vocabulary, and a long part, the
-return of the tokens that follow, with importance weights w_t ≈ q/p̃ (Eq. 5) because the text is drawn from
+Per sampled token the gradient is (Eq. 7): a single-step part, the reverse KL over the vocabulary, and a long part, the
+return of the tokens that follow, with importance weights w_t ≈ q/p̃ (Eq. 5) because the text is sampled from
 p̃ = α p + (1-α) q (Eq. 4). Returns are divided by the number of tokens that they sum (Eq. 6). PPO clips q/p̃.
 """
 
@@ -36,7 +36,7 @@ class MiniLLMConfig(LossConfig):
 
     discount: float = setting(1.0, description="γ of the return", source="Eq. 2 (released: 0.95)", gt=0, le=1)
     include_current: bool = setting(
-        False, description="a return has the token's own reward in it", source="Eq. 3: R_{t+1} (released: true)"
+        False, description="a return includes the token's own reward", source="Eq. 3: R_{t+1} (released: true)"
     )
     length_normalise: bool = setting(
         True, description="divide a return by its number of rewards", source="Eq. 6; without: Rouge-L 24.6 to 14.7"
@@ -95,7 +95,7 @@ def _whitened_as_released(values_N: Tensor, sequence_N: Tensor) -> Tensor:
 
 
 class MiniLLMLoss(RolloutLoss[MiniLLMConfig]):
-    """`w · KL(q‖p) - R · q/p̃` per drawn token; the value is a surrogate, its gradient is Eq. 7."""
+    """`w · KL(q‖p) - R · q/p̃` per sampled token; the value is a surrogate, its gradient is Eq. 7."""
 
     def advantages(self, rollout: Rollout) -> Tensor:
         c = self.config
@@ -114,7 +114,7 @@ class MiniLLMLoss(RolloutLoss[MiniLLMConfig]):
 
     def forward(self, x: RolloutInputs) -> Tensor:
         c = self.config
-        # e^20 lies far above any clipping: the bound only keeps an overflow out.
+        # e^20 is far above any clipping: the bound only prevents an overflow.
         ratio_N = (x.student_logps() - x.behaviour_logps).clamp(max=20.0).exp()  # q/p̃, q of now
         loss_N = -x.advantages * ratio_N
         if c.clip_epsilon is not None:

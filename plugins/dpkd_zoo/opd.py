@@ -1,11 +1,11 @@
-"""On-policy distillation (Thinking Machines, 2025): reverse KL on the student's own text, from the drawn tokens alone.
+"""On-policy distillation (Thinking Machines, 2025): reverse KL on the student's own text, by sampled tokens.
 
-With ℓ = log q(y) - log p(y) of a token that the student drew, Schulman's estimators of KL(q‖p) are k1 = ℓ, k2 = ℓ²/2
-and k3 = p/q - 1 + ℓ. A right value is no right gradient. Per token, in expectation over what the student draws:
+With ℓ = log q(y) - log p(y) of a token that the student sampled, Schulman's estimators of KL(q‖p) are k1 = ℓ, k2 = ℓ²/2
+and k3 = p/q - 1 + ℓ. A correct value does not imply a correct gradient. Per token, in expectation over samples of q:
 
     k1 as a loss             0: E[∇log q] = 0; so k1 enters here as the reward -ℓ of a policy gradient
     k1 as a reward           ∇KL(q‖p)
-    k2 as a loss             ∇KL(q‖p): ℓ·∇log q, the policy gradient with discount 0 in another dress
+    k2 as a loss             ∇KL(q‖p): ℓ·∇log q, the policy gradient with discount 0 in another form
     k3 as a loss             ∇KL(p‖q), the *forward* KL: (1 - p/q)·∇log q
 """
 
@@ -34,7 +34,7 @@ from dpkd.api import (
 from dpkd.functional import returns_to_go
 from dpkd_zoo.papers import KL_APPROXIMATION, KL_PITFALLS, ON_POLICY, at
 
-FAR = 20.0  # e^20 lies far above any useful ratio: the bound only keeps an overflow out
+FAR = 20.0  # e^20 is far above any useful ratio: the bound only prevents an overflow
 
 
 class OPDConfig(LossConfig):
@@ -47,7 +47,7 @@ class OPDConfig(LossConfig):
     )
     discount: float = setting(
         0.0,
-        description="γ: a token's worth is its own reward plus γ times the worth of the next (k1)",
+        description="γ: a token's return is its own reward plus γ times the return of the next (k1)",
         source="tinker-cookbook: 0.0",
         ge=0,
         le=1,
@@ -57,7 +57,7 @@ class OPDConfig(LossConfig):
     )
     importance: bool = setting(
         True,
-        description="weigh a token by q/q_drawn: how likely it is now against when it was drawn",
+        description="weight a token by q/q_drawn: its probability now over that when it was sampled",
         source="tinker-cookbook: loss_fn importance_sampling",
     )
     clip_epsilon: float | None = setting(
@@ -72,7 +72,7 @@ class OPDConfig(LossConfig):
     def _of_use(self) -> OPDConfig:
         if self.estimator != "k1" and (self.discount > 0 or self.reward_clip is not None or self.clip_epsilon):
             raise ValueError(
-                f"discount, reward_clip and clip_epsilon belong to the policy gradient (estimator=k1), not to "
+                f"discount, reward_clip and clip_epsilon apply to the policy gradient (estimator=k1), not to "
                 f"estimator={self.estimator}: leave them at 0.0, none and none"
             )
         if self.clip_epsilon is not None and not self.importance:
@@ -81,7 +81,7 @@ class OPDConfig(LossConfig):
 
 
 def _k3(gap_N: Tensor) -> Tensor:
-    """`exp(-ℓ) - 1 + ℓ`, a straight line where the exponential would overflow."""
+    """`exp(-ℓ) - 1 + ℓ`, linear where the exponential would overflow."""
     return torch.expm1((-gap_N).clamp(max=FAR)) + torch.relu(-gap_N - FAR) * math.exp(FAR) + gap_N
 
 
@@ -93,7 +93,7 @@ class OPDLoss(RolloutLoss[OPDConfig]):
         if self.config.reward_clip is not None:
             rewards_N = rewards_N.clamp(-self.config.reward_clip, self.config.reward_clip)
         if self.config.discount == 0:
-            return rewards_N  # not returns_to_go: 0 times an infinite reward is no number
+            return rewards_N  # not returns_to_go: 0 times an infinite reward is NaN
         return returns_to_go(rewards_N, rollout.sequence, self.config.discount)
 
     def forward(self, x: RolloutInputs) -> Tensor:
@@ -105,14 +105,14 @@ class OPDLoss(RolloutLoss[OPDConfig]):
         return value_N * _ratio(x, log_q_N.detach()) if self.config.importance else value_N
 
     def _policy_gradient(self, x: RolloutInputs, log_q_N: Tensor) -> Tensor:
-        worth_N = x.part("advantage", x.advantages)
+        advantage_N = x.part("advantage", x.advantages)
         if not self.config.importance:
-            return -worth_N * log_q_N
+            return -advantage_N * log_q_N
         ratio_N = _ratio(x, log_q_N)
-        loss_N, epsilon = -worth_N * ratio_N, self.config.clip_epsilon
+        loss_N, epsilon = -advantage_N * ratio_N, self.config.clip_epsilon
         if epsilon is None:
             return loss_N
-        return torch.maximum(loss_N, -worth_N * ratio_N.clamp(1 - epsilon, 1 + epsilon))
+        return torch.maximum(loss_N, -advantage_N * ratio_N.clamp(1 - epsilon, 1 + epsilon))
 
 
 def _ratio(x: RolloutInputs, log_q_N: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ Aggregation = Literal["sum", "mean"]
 STUDENT = frozenset({Signal.STUDENT_LOGPS, Signal.LENGTHS})
 STUDENT_AND_TEACHER = STUDENT | {Signal.TEACHER_LOGPS}
 
-# Algorithm 1 of DPKD: both models answer each prompt, the student anew at every step.
+# Algorithm 1 of DPKD: both models answer each prompt, the student again at every step.
 TEACHER_OVER_STUDENT: dict[str, Any] = {
-    "text": {"pairs": {"chosen": "teacher", "rejected": "student"}, "refresh": "every_step"}
+    "text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "every_step"}
 }
 # For losses that do nothing to keep the likelihood of good text up.
 WITH_LM_TERM: dict[str, Any] = {**TEACHER_OVER_STUDENT, "terms": {"lm": {"weight": 1.0}}}

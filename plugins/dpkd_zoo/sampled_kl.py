@@ -17,13 +17,13 @@ from dpkd_zoo.papers import SAMPLED_KD, at
 
 
 class SampledKLConfig(LossConfig):
-    """How many tokens are drawn, from what, and by which seed."""
+    """How many tokens are sampled, from what, and with which seed."""
 
     samples: int = setting(50, description="S: draws per position", source="2503.16870: 50, about 12 tokens", ge=1)
     power: float = setting(
-        1.0, description="τ: tokens are drawn in proportion to p^τ", source="2503.16870: τ = 1", gt=0, le=2
+        1.0, description="τ: tokens are sampled in proportion to p^τ", source="2503.16870: τ = 1", gt=0, le=2
     )
-    seed: int = setting(0, description="another seed draws other tokens", source="our choice", ge=0)
+    seed: int = setting(0, description="a different seed samples different tokens", source="our choice", ge=0)
 
 
 def _scrambled(keys: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def _scrambled(keys: Tensor) -> Tensor:
 def uniforms(log_p_NV: Tensor, samples: int, seed: int) -> Tensor:
     """Numbers in [0, 1) `[N, S]` that depend on the seed and on each row's four likeliest tokens, and on nothing else.
 
-    Ids, not log-probs: a rounding of these must not change the draw. Excluded tokens stand in no order.
+    Ids, not log-probs: rounding must not change the draw. Excluded tokens have no order.
     """
     top = log_p_NV.topk(min(4, log_p_NV.shape[-1]), dim=-1)
     ids_NK = top.indices.masked_fill(top.values == -math.inf, -1) + 1
@@ -51,7 +51,7 @@ def uniforms(log_p_NV: Tensor, samples: int, seed: int) -> Tensor:
 def draw(log_r_NV: Tensor, uniform_NS: Tensor) -> Tensor:
     """Token ids `[N, S]` distributed as r, by its cumulated probabilities."""
     mass_NV = log_r_NV.exp().cumsum(-1)
-    # right=True steps over tokens without mass.
+    # right=True skips tokens without mass.
     ids_NS = torch.searchsorted(mass_NV, uniform_NS * mass_NV[:, -1:], right=True)
     return ids_NS.clamp(max=log_r_NV.shape[-1] - 1)
 

@@ -1,6 +1,6 @@
 """Skew KL (Ko et al., DistiLLM, 2402.03898): forward KL to a student with a little of the teacher mixed in.
 
-`KL(p ‖ α p + (1-α) q)`: never above -log α, so that no token on which the student has no mass can blow it up.
+`KL(p ‖ α p + (1-α) q)`: never above -log α, so a token without mass under the student cannot blow it up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class SKLConfig(LossConfig):
     skew: float = setting(
         0.1,
         description="α: share of the teacher in the mixture; 0 is forward KL",
-        source="DistiLLM §3.1 and losses.py",
+        source="DistiLLM §3; released --skew-alpha",
         ge=0,
         lt=1,
     )

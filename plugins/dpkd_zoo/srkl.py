@@ -1,6 +1,6 @@
 """Skew reverse KL (Ko et al., DistiLLM, 2402.03898): reverse KL to a teacher with a little of the student mixed in.
 
-`KL(q ‖ (1-α) p + α q)`: never above -log α, so that a token which the teacher finds impossible has a finite price.
+`KL(q ‖ (1-α) p + α q)`: never above -log α, so a token that the teacher excludes has a finite cost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class SRKLConfig(LossConfig):
     skew: float = setting(
         0.1,
         description="α: share of the student in the mixture; 0 is reverse KL",
-        source="DistiLLM §3.1 and losses.py",
+        source="DistiLLM §3; released --skew-alpha",
         ge=0,
         lt=1,
     )

@@ -28,7 +28,7 @@ class SymmetricKLLoss(TokenLoss[SymmetricKLConfig]):
     def forward(self, x: TokenInputs) -> Tensor:
         weight, temperature = self.config.reverse_weight, self.config.temperature
         log_p_NV, log_q_NV = x.teacher_log_probs(temperature), x.student_log_probs(temperature)
-        # A direction without weight may be infinite, and 0 · inf is no number.
+        # A direction without weight may be infinite, and 0 · inf is NaN.
         if weight == 0:
             return x.part("forward", kl(log_p_NV, log_q_NV))
         reverse_N = x.part("reverse", kl(log_q_NV, log_p_NV))

@@ -1,7 +1,7 @@
 """TAID (Shing et al., 2501.16937): the target moves from the student itself to the teacher during the run.
 
-`p_t = softmax((1-t) z_q + t z_p)`, the student's logits without gradient, and forward KL to it: a teacher never too far
-ahead. The gradient is q - p_t. The loss knows nothing of steps: `t` follows `schedules.t`, which it suggests.
+`p_t = softmax((1-t) z_q + t z_p)`, the student's logits without gradient, and forward KL to it: a teacher that is never
+too far ahead. The gradient is q - p_t. The loss does not know the step: `t` follows `schedules.t`, which it suggests.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dpkd_zoo.papers import TAID, at
 
 
 class TAIDConfig(LossConfig):
-    """How far the target is on its way."""
+    """How far the target has moved."""
 
     t: float = setting(
         0.4,
-        description="share of the teacher's logits in the target; in a run `schedules.t` decides it; 1 is fkl",
+        description="share of the teacher's logits in the target; in a run `schedules.t` sets it; 1 is fkl",
         source="TAID: starts at 0.4 (0.2 to 0.4)",
         ge=0,
         le=1,
@@ -31,7 +31,7 @@ class TAIDLoss(TokenLoss[TAIDConfig]):
     def forward(self, x: TokenInputs) -> Tensor:
         t, log_q_NV = self.config.t, x.student_log_probs()
         target_NV = x.teacher_log_probs()
-        if t == 0:  # 0 · (-inf) is no number
+        if t == 0:  # 0 · (-inf) is NaN
             target_NV = log_q_NV.detach()
         elif t < 1:
             # Log-probs for logits: they differ by a constant of the row, which the softmax takes away.

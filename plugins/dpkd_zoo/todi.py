@@ -1,7 +1,7 @@
 """ToDi (Jung et al., 2505.16297): each token of the vocabulary chooses between forward and reverse KL.
 
-Where the student is too low (p > q) the forward KL lifts it, where it is too high the reverse KL presses it down. The
-weight is a sigmoid of the log-ratio and takes no gradient.
+Where the student is too low (p > q) the forward KL raises it, where it is too high the reverse KL lowers it. The
+weight is a sigmoid of the log-ratio and has no gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dpkd_zoo.papers import TODI, at
 
 
 class ToDiConfig(LossConfig):
-    """How sharply a token chooses."""
+    """How sharp the choice is."""
 
     beta: float = setting(
         1.0,
@@ -37,7 +37,7 @@ class ToDiLoss(TokenLoss[ToDiConfig]):
         else:
             weight_NV = (self.config.beta * gap_NV.detach()).sigmoid()
         mass_NV = weight_NV * log_p_NV.exp() - (1 - weight_NV) * log_q_NV.exp()
-        # Mass that rounds to 0 must not meet an infinite gap: 0 · inf is no number.
+        # Mass that rounds to 0 must not meet an infinite gap: 0 · inf is NaN.
         return (mass_NV * gap_NV.masked_fill(mass_NV == 0, 0.0)).sum(-1)
 
 

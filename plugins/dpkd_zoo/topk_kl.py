@@ -1,7 +1,7 @@
 """Forward KL over the teacher's k likeliest tokens and one bucket for all the rest.
 
-What a store of the teacher's top-k log-probs can give. The bucket keeps it a divergence: over k tokens alone, without
-it, the gradient `a·q - p` (a: the mass that was kept) pulls the student to an over-confident q = p/a.
+This is what a store of the teacher's top-k log-probs can provide. The bucket keeps it a divergence: over k tokens
+alone, without it, the gradient `a·q - p` (a: the mass that was kept) pulls the student to an over-confident q = p/a.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dpkd_zoo.papers import SAMPLED_KD, at
 
 
 class TopKKLConfig(LossConfig):
-    """How many tokens, and what becomes of the others."""
+    """How many tokens, and how the others are treated."""
 
     k: int = setting(64, description="tokens kept per position; more than V: all", source="usual: 5 to 64", ge=1)
     tail: Literal["bucket", "renormalise"] = setting(
         "bucket",
-        description="the rest as one more token, or both models renormalised over the k tokens",
-        source="our choice: renormalising says nothing about the mass outside",
+        description="the rest as one more token, or both models renormalized over the k tokens",
+        source="our choice: renormalizing ignores the mass outside",
     )
 
 
@@ -49,7 +49,7 @@ class TopKKLLoss(TokenLoss[TopKKLConfig]):
         top = log_p_NV.topk(min(self.config.k, log_p_NV.shape[-1]), dim=-1)
         if self.config.tail == "bucket":
             return kl(_with_rest(log_p_NV, top.indices), _with_rest(log_q_NV, top.indices))
-        # Tokens that the teacher excludes stand in no order: none of them is among its likeliest.
+        # Tokens that the teacher excludes have no order: none of them is among its likeliest.
         chosen_q_NK = log_q_NV.gather(-1, top.indices).masked_fill(top.values == -math.inf, -math.inf)
         return kl(_renormalised(top.values), _renormalised(chosen_q_NK))
 
@@ -71,7 +71,7 @@ SPEC = LossSpec(
         avoid_when="Speed is the goal: with a live teacher all logits are there, and choosing costs more than it "
         "saves.",
         notes="At most the full KL, and equal to it for k ≥ V (the bucket merges tokens). Other toolkits drop the "
-        "rest without renormalizing, which is no divergence and biased: the student becomes over-confident; or "
+        "rest without renormalizing, which is not a divergence and biased: the student becomes over-confident; or "
         "renormalize (tail=renormalise), where mass outside the k tokens costs nothing. sampled-kl has no bias. The "
         "loss itself takes about 1.6 times kd's time. Infinite where the student excludes one of the k tokens (a "
         "logit of -inf).",

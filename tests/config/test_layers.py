@@ -77,11 +77,12 @@ def test_a_mix_is_one_value() -> None:
 
 
 def test_a_setting_that_lost_its_meaning_goes_with_its_layer() -> None:
-    merged = merge([SUGGESTED, Layer("--set", {"text": {"source": "student"}})])
-    assert merged.values == {"text": {"source": "student"}}
-    assert merged.provenance == {"text.source": "--set"}
-    kept = merge([SUGGESTED, *set_layer(["text.mix={teacher: 1}", "text.source=student"])])
-    assert kept.values["text"]["mix"] == {"teacher": 1}, "a contradiction of one layer stays, to be reported"
+    below = Layer("base.yaml", {"text": {"refresh": "every_n_steps", "every": 4}})
+    merged = merge([below, Layer("--set", {"text": {"refresh": "once"}})])
+    assert merged.values == {"text": {"refresh": "once"}}
+    assert merged.provenance == {"text.refresh": "--set"}
+    kept = merge([below, *set_layer(["text.every=2", "text.refresh=once"])])
+    assert kept.values["text"]["every"] == 2, "a contradiction of one layer stays, to be reported"
 
 
 def test_set_takes_yaml_and_keeps_the_order() -> None:

@@ -57,7 +57,9 @@ SPECS = [
 
 
 def registry_of(*specs: LossSpec) -> Registry:
-    registry = Registry([point for point in entry_points(group="dpkd") if point.name.startswith("sampler.")])
+    registry = Registry(
+        [point for point in entry_points(group="dpkd") if point.name.startswith(("sampler.", "source."))]
+    )
     for spec in specs:
         registry.add(RegisteredLoss(spec, "fakes", "1.0", spec.name, "fakes.py"))
     return registry
@@ -119,7 +121,9 @@ WRONG = {
     "in the wrong place": (["beta=0.1"], "beta: no such setting (from --set); did you mean loss.beta?"),
     "choice": (
         ["train.schedule=cosin"],
-        "train.schedule: should be one of 'cosine', 'linear', 'constant' (got 'cosin', from --set)",
+        "train.schedule: should be one of 'cosine', 'linear', 'constant', 'constant_with_warmup', "
+        "'cosine_with_restarts', 'cosine_with_min_lr', 'polynomial', 'inverse_sqrt', 'warmup_stable_decay' "
+        "(got 'cosin', from --set)",
     ),
     "union": (["student.layers=x"], "student.layers: should be a whole number or a list (got 'x', from --set)"),
     "within a block": (
@@ -135,12 +139,13 @@ WRONG = {
     "unknown loss": (["loss=sofd"], "loss: no loss is called 'sofd'; did you mean soft? (from --set)"),
     "pair loss with a source": (
         ["loss=choice", "text.source=student"],
-        "text.source: choice compares two responses per prompt; use text.pairs.chosen and "
-        "text.pairs.rejected instead (from --set)",
+        "text.source: choice is a pair loss on two responses to each prompt, student gives single ones: choose one "
+        "of pairs, preference (from --set)",
     ),
     "token loss with pairs": (
-        ["text.pairs.chosen=dataset"],
-        "text.pairs: is used by pair losses only, and soft is a token loss; use text.source instead (from --set)",
+        ["text.source=pairs"],
+        "text.source: soft is a token loss on single responses, pairs gives pairs: choose one of adaptive, dataset, "
+        "each, mixed, student, teacher (from --set)",
     ),
     "text that the loss does not take": (
         ["loss=hard", "text.source=student"],
@@ -148,15 +153,25 @@ WRONG = {
     ),
     "veto of the teacher without the student's text": (
         ["text.teacher_veto=25"],
-        "text.teacher_veto: is used only where the student writes (from --set)",
+        "text.teacher_veto: the source dataset has no such setting (adaptive, each, mixed, pairs, student have it) "
+        "(from --set)",
+    ),
+    "mix of the teacher where the student does not write": (
+        ["loss=choice", "text.rejected=dataset", "text.teacher_mix=0.1"],
+        "text: `teacher_mix` is used only where the student writes, and it does not here (from --set)",
+    ),
+    "source": (
+        ["text.source=studnet"],
+        "text.source: no response source is called 'studnet'; did you mean student? (from --set)",
     ),
     "veto and mix": (
         ["text.source=student", "text.teacher_veto=25", "text.teacher_mix=0.1"],
-        "text: `teacher_mix` and `teacher_veto` are two ways to let the teacher in: leave one out (from --set)",
+        "text: `teacher_mix` and `teacher_veto` exclude each other: leave one out (from --set)",
     ),
     "mix of the teacher without the student's text": (
         ["text.teacher_mix=0.1"],
-        "text.teacher_mix: is used only where the student writes (from --set)",
+        "text.teacher_mix: the source dataset has no such setting (adaptive, each, mixed, pairs, student have it) "
+        "(from --set)",
     ),
 }
 
@@ -202,8 +217,8 @@ def test_what_may_only_be_misspelt_is_not_missing() -> None:
         ("soft", (), "the loss soft needs its logits"),
         (
             "choice",
-            ("text.pairs.rejected=dataset",),
-            "the loss choice needs its token log-probs; it writes responses (text.pairs.chosen)",
+            ("text.rejected=dataset",),
+            "the loss choice needs its token log-probs; it writes responses (text.chosen)",
         ),
         ("hard", ("text.source=teacher",), "it writes responses (text.source)"),
         (
@@ -272,14 +287,17 @@ def test_values_that_are_no_default_say_where_they_came_from() -> None:
 
 
 def test_a_resolved_file_leaves_out_what_the_run_does_not_use() -> None:
-    assert "pairs" not in run(base("soft")).as_dict()["text"]
+    drawn = {"source", "sampling", "teacher_sampling", "backend", "backend_settings", "store"}
+    assert run(base("soft")).as_dict()["text"].keys() == drawn
+    assert run(base("choice"), sets=("text.source=preference",)).as_dict()["text"].keys() == drawn
     pair = run(base("choice"))
     assert pair.loss.family is Family.PAIR
-    assert not {"source", "mix"} & pair.as_dict()["text"].keys()
+    assert {"source", "chosen", "rejected"} < pair.as_dict()["text"].keys()
+    assert not {"mix", "each", "share", "num_generations"} & pair.as_dict()["text"].keys()
 
 
 def test_schema_holds_the_settings_of_the_loss() -> None:
-    found = schema(REGISTRY.losses["soft"])
+    found = schema(REGISTRY, REGISTRY.losses["soft"])
     loss = next(option for option in found["properties"]["loss"]["anyOf"] if "properties" in option)
     assert loss["properties"]["beta"]["exclusiveMaximum"] == 1
     assert loss["properties"]["name"] == {"const": "soft", "type": "string"}

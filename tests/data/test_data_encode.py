@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from dpkd.data.conversations import Message
 from dpkd.data.encode import tokenize
 from dpkd.data.encoding import encode, encode_continuations, prompt_prefix
 from dpkd.data.examples import read_examples
-from dpkd.data.formats import Example, Message
+from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
 
@@ -146,7 +149,7 @@ def test_long_responses_are_cut_without_eos_and_counted(byte_level):
         (5, False),
         (5, False),
     ]
-    assert data.report.lines() == [
+    assert data.report.lines()[1:3] == [
         "4 of 4 examples kept: 31 tokens, 19 in responses, the longest 8",
         "cut 2: responses that end at 8 tokens, without EOS",
     ]
@@ -161,7 +164,7 @@ def test_filters_are_counted(byte_level):
     ]
     data = tokenize(rows, byte_level, DataSettings(max_prompt_tokens=3, max_tokens=99, min_response_words=3))
     assert [p.id for p in data.prompts] == ["f:4"]
-    assert data.report.sentence() == (
+    assert "; ".join(data.report.lines()[1:4]) == (
         "1 of 4 examples kept: 22 tokens, 19 in responses, the longest 22; "
         "dropped 1: prompts longer than 3 tokens; dropped 2: responses of at most 3 words"
     )
@@ -209,3 +212,81 @@ def test_real_rows_come_back_from_their_tokens(any_tokenizer, shared):
         p.id for p in data.prompts if decode(any_tokenizer, p.prompt_ids + p.response_ids) != p.text + p.references[0]
     ]
     assert wrong == []
+
+
+def test_what_wrote_the_prompts_is_said(byte_level):
+    ready = Example("f:1", prompt="abc ", references=("x",))
+    report = tokenize([ready], byte_level, DataSettings()).report
+    assert report.lines()[0] == "prompts are written as they are (data.template: none, chosen by auto)"
+    both = [ready, replace(ready, id="f:2", template="alpaca")]
+    report = tokenize([*both, replace(both[1], id="f:3")], byte_level, DataSettings(template="none")).report
+    assert report.lines()[0] == (
+        "prompts are written in the Alpaca form (2) and as they are (1) (data.template: alpaca and none)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "template", "warns"),
+    [
+        ("Name a colour", "blue", "none", True),
+        ("Name a colour:", "blue", "none", False),
+        ("Name a colour", " blue", "none", False),
+        ("Name a colour\n", "blue", "none", False),
+        ("Name a colour", "blue", "alpaca", False),
+    ],
+)
+def test_a_prompt_glued_to_its_response_is_a_warning(byte_level, prompt, response, template, warns):
+    examples = [Example("f:1", prompt=prompt, references=(response,)), Example("f:2", prompt="a ", references=("b",))]
+    lines = tokenize(examples, byte_level, DataSettings(template=template)).report.lines()
+    found = [line for line in lines if line.startswith("warning:")]
+    assert len(found) == warns
+    if warns:
+        assert "1 of 2 prompts run into their response" in found[0]
+        assert "'Name a colour⟦blue⟧'" in found[0]
+
+
+def test_both_responses_of_a_pair(byte_level):
+    example = Example("f:1", prompt="a ", references=("yes",), rejected="not at all")
+    (prompt,) = tokenize([example], byte_level, DataSettings(max_tokens=8, max_prompt_tokens=4)).prompts
+    eos = byte_level.eos_token_id
+    assert byte_level.decode(prompt.response_ids) == "yes<eos>"
+    assert (byte_level.decode(prompt.rejected_ids), eos in prompt.rejected_ids) == ("not at", False)
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<eos>"
+    "{% endgeneration %}{% else %}{{ m.content }}<eos>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # SFTConfig of TRL 1.16 sets it
+def test_the_trained_tokens_are_those_of_trls_assistant_only_loss(byte_level, jsonl, tmp_path):
+    """Each assistant turn is an example; together they train the tokens of TRL's mask, each behind the same tokens."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from trl import SFTConfig, SFTTrainer
+
+    byte_level.chat_template = CHATML
+    turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "1+1?"), ("assistant", "Two.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    args = SFTConfig(str(tmp_path), assistant_only_loss=True, bf16=False, use_cpu=True, report_to="none")
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=257, intermediate_size=8, **sizes)),
+        args,
+        train_dataset=Dataset.from_list([{"messages": messages}]),
+        processing_class=byte_level,
+    )
+    theirs = trainer.train_dataset[0]
+    mask = theirs.get("assistant_masks") or [int(label != -100) for label in theirs["labels"]]
+    found = read_examples(DataSettings(path=jsonl({"messages": messages})))
+    prompts = tokenize(found.examples, byte_level, DataSettings()).prompts
+    assert [p.id for p in prompts] == ["data.jsonl:1#1", "data.jsonl:1#2"]
+    trained = set()
+    for prompt in prompts:
+        start, ids = len(prompt.prompt_ids), [*prompt.prompt_ids, *prompt.response_ids]
+        assert list(theirs["input_ids"][: len(ids)]) == ids
+        trained |= set(range(start, len(ids)))
+    assert trained == {place for place, on in enumerate(mask) if on}
+    assert len(trained) == len("Hello!") + len("Two.") + 2

@@ -8,8 +8,9 @@ import json
 
 import pytest
 
+from dpkd.data.conversations import Message
 from dpkd.data.examples import read_examples
-from dpkd.data.formats import Example, Message
+from dpkd.data.formats import Example
 from dpkd.data.settings import Columns, DataSettings
 from dpkd.errors import DpkdError
 
@@ -83,12 +84,119 @@ def test_prompts_without_responses(jsonl):
     assert [(len(e.messages or ()), e.references) for e in found.examples] == [(2, ()), (2, ("Hello!",)), (4, ())]
 
 
+SHAREGPT = [
+    {"from": "system", "value": "Be kind."},
+    {"from": "human", "value": "Hi"},
+    {"from": "gpt", "value": "Hello!"},
+]
+BYE = [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Farewell."}]
+TURNS = (*PROMPT_TURNS, Message("assistant", "Hello!"), Message("user", "Bye"))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"conversations": SHAREGPT}, Example("data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS)),
+        (  # TRL's conversational prompt and completion: what stands in the prompt is not trained
+            {"prompt": [*CHAT, BYE[0]], "completion": [BYE[1]]},
+            Example("data.jsonl:1", references=("Farewell.",), messages=TURNS),
+        ),
+        (
+            {"prompt": CHAT[:2], "completion": "Hello!"},
+            Example("data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS),
+        ),
+        (
+            {"messages": [CHAT[0], {"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[2]]},
+            Example("data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS),
+        ),
+        (
+            {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."},
+            Example("data.jsonl:1", references=("Hello!",), prompt="Hi", rejected="Go away."),
+        ),
+        (
+            {"prompt": CHAT[:2], "chosen": [CHAT[2]], "rejected": [{"role": "assistant", "content": "Go."}]},
+            Example("data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS, rejected="Go."),
+        ),
+        (
+            {"chosen": CHAT, "rejected": [*CHAT[:2], {"role": "assistant", "content": "Go."}]},
+            Example("data.jsonl:1", references=("Hello!",), messages=PROMPT_TURNS, rejected="Go."),
+        ),
+    ],
+)
+def test_forms_of_other_tools(jsonl, row, expected):
+    assert read(jsonl(row)).examples == (expected,)
+
+
+def test_every_assistant_turn_is_an_example(jsonl):
+    path = jsonl({"messages": [*CHAT, *BYE]}, {"messages": CHAT})
+    found = read(path)
+    assert [(e.id, e.references, len(e.messages)) for e in found.examples] == [
+        ("data.jsonl:1#1", ("Hello!",), 2),
+        ("data.jsonl:1#2", ("Farewell.",), 4),
+        ("data.jsonl:2", ("Hello!",), 2),
+    ]
+    assert found.lines()[1] == (
+        "2 rows are 3 examples: every assistant turn of a conversation is trained on (data.train_on: all)"
+    )
+    last = read(path, train_on="last")
+    assert [(e.id, e.references) for e in last.examples] == [
+        ("data.jsonl:1", ("Farewell.",)),
+        ("data.jsonl:2", ("Hello!",)),
+    ]
+    assert len(last.lines()) == 1
+
+
+def test_pairs_are_used_or_refused(jsonl):
+    path = jsonl({"prompt": "Q", "chosen": "A", "rejected": "B"})
+    settings = DataSettings(path=path, columns=Columns(output="chosen"))
+    with pytest.raises(DpkdError, match=r"nothing would read the rejected one.*text\.source=preference.*drop_rejected"):
+        read_examples(settings, pairs=False)
+    for used in (read_examples(settings, pairs=True), read_examples(settings)):
+        assert used.examples[0].rejected == "B"
+    dropped = read_examples(settings.model_copy(update={"drop_rejected": True}), pairs=False)
+    assert dropped.examples[0].references == ("A",)
+    other = jsonl({"prompt": "Q", "response": "A", "worse": "B"}, {"prompt": "Q", "response": "A"}, name="o.jsonl")
+    with pytest.raises(DpkdError, match=r"o\.jsonl:2: has no rejected response"):
+        read_examples(DataSettings(path=other, columns=Columns(rejected="worse")), pairs=True)
+
+
+def test_a_mixture_takes_rows_by_weight(jsonl):
+    one = jsonl(*({"prompt": f"a{i}", "completion": "x"} for i in range(200)), name="one.jsonl")
+    two = jsonl(*({"question": f"b{i}", "answer": "y"} for i in range(40)), name="two.jsonl")
+    parts = [
+        {"path": one, "weight": 3},
+        {"path": two, "weight": 1, "columns": {"instruction": "question", "output": "answer"}, "template": "alpaca"},
+    ]
+    settings = DataSettings(mix=parts)
+    found = read_examples(settings, seed=1)
+    kinds = [e.template for e in found.examples]
+    # It ends with the first data set that ends, so that no row comes twice.
+    assert len(set(found.examples)) == len(found.examples) > 100
+    assert 0.15 < kinds.count("alpaca") / len(kinds) < 0.35
+    assert {e.id.partition(":")[0] for e in found.examples} == {"1/one.jsonl", "2/two.jsonl"}
+    assert read_examples(settings, seed=1).fingerprint == found.fingerprint
+    assert read_examples(settings, seed=2).fingerprint != found.fingerprint
+    again = read_examples(settings.model_copy(update={"mix_until": "all_exhausted"}), seed=1)
+    assert len({e.id for e in again.examples}) == len(again.examples)
+    assert {e.prompt for e in again.examples if e.prompt} == {f"a{i}" for i in range(200)}
+    assert any("+1" in e.id for e in again.examples)
+
+
+def test_the_fingerprint_of_plain_rows_stays(jsonl):
+    """A store or a run of an earlier version is found again."""
+    example = Example("data.jsonl:1", "Go", "", ("Gone",))
+    old = {"id": "data.jsonl:1", "input": "", "instruction": "Go", "messages": None, "prompt": None}
+    text = json.dumps(old | {"references": ["Gone"]}, sort_keys=True) + "\n"
+    assert read(jsonl({"instruction": "Go", "output": "Gone"})).examples == (example,)
+    assert read(jsonl({"instruction": "Go", "output": "Gone"})).fingerprint == hashlib.sha256(text.encode()).hexdigest()
+
+
 BAD_ROWS = [
     (b'{"instruction": ', "not JSON: Expecting value at column 16"),
     (b'["a list"]', 'not an object: expected {...}, found ["a list"]'),
     (b'{"instruction": "caf\xe9", "output": "x"}', "not UTF-8: byte 0xe9 at byte 21 of the line"),
     (b'{"instruction": "x", "output": "\\ud83d"}', "not UTF-8: `output` holds U+D83D, half of a character, at 1"),
-    ({"instruction": "x"}, "missing field: no response in `output` or `response` or `completion`"),
+    ({"instruction": "x"}, "missing field: no response in `output` or `response` or `completion` or `chosen`"),
     ({"output": "x"}, "missing field: `instruction` is not there"),
     ({"instruction": None, "output": "x"}, "missing field: `instruction` is null"),
     ({"instruction": "x", "output": 42}, "wrong type: `output` is a number (42), expected text"),
@@ -170,10 +278,9 @@ def test_columns_that_are_not_understood(jsonl):
     path = jsonl({"question": "Why?", "answer": "So."}, {"question": "How?"})
     said = (
         "data.jsonl:1: the columns are not understood: question, answer{named}. dpkd reads instruction (and "
-        "input or context) with output, response or completion; prompt with output, response or "
-        "completion; or chat "
-        "messages. Say which column is which: --set data.columns.instruction=COLUMN --set "
-        "data.columns.output=COLUMN "
+        "input or context) with output, response, completion or chosen; prompt with output, response, completion or "
+        "chosen; or chat messages (messages, conversations). Say which column is which: --set "
+        "data.columns.instruction=COLUMN --set data.columns.output=COLUMN "
         "(or data.columns.prompt, data.columns.messages)."
     )
     assert problem(path) == said.format(named="")
@@ -257,13 +364,32 @@ def test_bad_rows_of_csv(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes(b"instruction,output\na,b\nc\nd,e,f\ncaf\xe9,g\n")
     assert problem(path).split("\n")[1:-1] == [
-        "  x.csv:3: missing field: no response in `output` or `response` or `completion`",
+        "  x.csv:3: missing field: no response in `output` or `response` or `completion` or `chosen`",
         "  x.csv:4: too many cells: the header has 2 columns",
         "  x.csv:5: not UTF-8: `instruction` holds U+DCE9, half of a character, at 4",
     ]
     path.write_text("instruction,output\na," + "b" * 200_000)
     assert len(read(path).examples[0].references[0]) == 200_000
     assert csv.field_size_limit() == 131_072  # Python's own, left as it was
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            'instruction,output\na,b\nc,"d\n' + "e,f\n" * 60,
+            "a quoted cell is never closed, in the row that begins on line 3",
+        ),
+        ('instruction,output\na,"b" c\n', "broken quotes (',' expected after '\"'), in the row that begins on line 2"),
+        ("instruction,output,output\na,b,c\n", "the header names 'output' more than once"),
+    ],
+    ids=["open-quote", "quote-inside", "doubled-header"],
+)
+def test_a_csv_that_could_be_read_two_ways_is_refused(tmp_path, text, what):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(DpkdError) as caught:
+        read(tmp_path / "x.csv", on_bad_row="skip")
+    assert str(caught.value) == f"{tmp_path / 'x.csv'}: cannot be read as csv: {what}"
 
 
 def test_broken_files(tmp_path):

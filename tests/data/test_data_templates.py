@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from dpkd.data.formats import Example, Message
-from dpkd.data.templates import chat_lead, render, template_fingerprint
+from dpkd.data.conversations import Message
+from dpkd.data.formats import Example, RowFormat, to_examples
+from dpkd.data.rows import RawRow
+from dpkd.data.templates import chat_lead, render, template_fingerprint, with_chat_template
 from dpkd.errors import DpkdError
 
 CHATML = (
@@ -57,9 +61,12 @@ def chat(byte_level):
 @pytest.mark.parametrize(
     ("example", "template", "text", "form"),
     [
-        (PLAIN, "auto", ALPACA_PLAIN, "alpaca"),
-        (WITH_INPUT, "auto", ALPACA_WITH_INPUT, "alpaca"),
-        (READY, "auto", "1 + 1 =", "none"),
+        (PLAIN, "auto", "<|user|>\nAdd {1} and {input}.<eos>\n<|assistant|>\n", "chat"),
+        (WITH_INPUT, "auto", "<|user|>\nSum up {x}.\n\n{y}\nz<eos>\n<|assistant|>\n", "chat"),
+        (READY, "auto", "<|user|>\n1 + 1 =<eos>\n<|assistant|>\n", "chat"),
+        (PLAIN, "alpaca", ALPACA_PLAIN, "alpaca"),
+        (WITH_INPUT, "alpaca", ALPACA_WITH_INPUT, "alpaca"),
+        (READY, "none", "1 + 1 =", "none"),
         (TURNS, "auto", "<|system|>\nBe kind.<eos>\n<|user|>\nHi<eos>\n<|assistant|>\n", "chat"),
         (WITH_INPUT, "chat", "<|user|>\nSum up {x}.\n\n{y}\nz<eos>\n<|assistant|>\n", "chat"),
         (READY, "chat", "<|user|>\n1 + 1 =<eos>\n<|assistant|>\n", "chat"),
@@ -74,12 +81,63 @@ def test_what_each_template_writes(chat, example, template, text, form):
     assert render(example, template, chat) == (text, form)
 
 
+@pytest.mark.parametrize(
+    ("example", "text", "form"),
+    [(PLAIN, ALPACA_PLAIN, "alpaca"), (WITH_INPUT, ALPACA_WITH_INPUT, "alpaca"), (READY, "1 + 1 =", "none")],
+)
+def test_auto_for_a_tokenizer_without_a_chat_template(byte_level, example, text, form):
+    assert render(example, "auto", byte_level) == (text, form)
+
+
+def test_a_data_set_of_a_mixture_has_a_template_of_its_own(chat):
+    assert render(replace(READY, template="none"), "chat", chat).form == "none"
+
+
+def test_tools_and_their_calls_reach_the_template(byte_level):
+    byte_level.chat_template = (
+        "{% for t in tools or [] %}<tool:{{ t.function.name }}>{% endfor %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<call:{{ c.function.name }}>{% endfor %}{% endfor %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    row = RawRow(
+        "f:1",
+        {
+            "tools": [{"type": "function", "function": {"name": "add"}}],
+            "messages": [
+                {"role": "user", "content": "1 + 1?"},
+                call,
+                {"role": "tool", "content": "2", "tool_call_id": "a"},
+                {"role": "assistant", "content": "Two."},
+            ],
+        },
+    )
+    (example,) = to_examples(row, RowFormat("messages", "messages"), require_response=True, every_turn=True)
+    assert example.references == ("Two.",)
+    assert render(example, "auto", byte_level).text == "<tool:add><user>1 + 1?<assistant><call:add><tool>2"
+
+
+def test_a_template_from_a_file(chat, tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{% generation %}[{{ m.content }}]{% endgeneration %}{% endfor %}")
+    changed = with_chat_template(chat, str(file))
+    assert render(ONE_TURN, "auto", changed).text == "[Hi]"
+    assert chat.chat_template == CHATML
+    assert with_chat_template(chat, None) is chat
+    file.write_text("{% for m in messages %}")
+    with pytest.raises(DpkdError, match=r"data\.chat_template: .*own\.jinja is no Jinja template"):
+        with_chat_template(chat, str(file))
+    with pytest.raises(DpkdError, match=r"cannot be read"):
+        with_chat_template(chat, str(tmp_path / "none.jinja"))
+
+
 def test_a_tokenizer_without_a_chat_template(byte_level):
     with pytest.raises(DpkdError) as caught:
         render(TURNS, "auto", byte_level)
     assert str(caught.value) == (
         "f:4: data.template is chat (auto picks it for `messages`), but the tokenizer has no chat template. "
-        "Nothing else can write 2 messages as one prompt: use an instruction-tuned model"
+        "Nothing else can write 2 messages as one prompt: use an instruction-tuned model, or bring a template: --set "
+        "data.chat_template=FILE"
     )
     with pytest.raises(DpkdError, match=r"instruction-tuned model, or --set data\.template=alpaca"):
         render(ONE_TURN, "auto", byte_level)
@@ -98,7 +156,7 @@ def test_a_conversation_that_a_template_cannot_write(chat):
     assert str(caught.value) == (
         "f:4: the tokenizer's chat template refuses the messages (system, user): Only user and "
         "assistant roles are "
-        "supported. Mend the row, or use another --set data.template"
+        "supported. Fix the row, or use another --set data.template"
     )
 
 

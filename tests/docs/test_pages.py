@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from dpkd.api import SourceSpec
 from dpkd.cli.main import app
 from dpkd.config.problems import all_paths
 from dpkd.config.settings import RunSettings
@@ -52,8 +53,7 @@ def test_every_function_exists(file, name):
 def test_the_loop_calls_its_stages_in_the_order_of_the_page():
     loop = (ROOT / "dpkd/train/trainer.py").read_text(encoding="utf-8")
     stages = {
-        "Writers.prepare`": "group.writers.prepare(step)",
-        "Writers.step`": "group.writers.step(step)",
+        "SourceBase.next`": "source.next(step)",
         "StepBatchBuilder.step_batches`": "self.builder.step_batches(",
         "TrainStep`": "self.train_step(",
         "MetricsLog`": "self._log(done",
@@ -64,7 +64,10 @@ def test_the_loop_calls_its_stages_in_the_order_of_the_page():
 
 
 def test_every_setting_exists():
-    known = {*all_paths(RunSettings), *RunSettings.model_fields}
+    own = [
+        path for source in load_registry({}).all(SourceSpec).values() for path in all_paths(source.spec.config, "text.")
+    ]
+    known = {*all_paths(RunSettings), *RunSettings.model_fields, *own}
     blocks = "|".join(name for name in RunSettings.model_fields if name not in ("output", "seed"))
     named = {m[1] for code in CODE if (m := re.fullmatch(rf"((?:{blocks})\.[a-z_.0-9]+)(?:=.*)?", code))}
     assert len(named) > 8

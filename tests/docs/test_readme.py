@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
 
 def test_generated_parts_are_fresh():
     assert generate.generated(README) == README, "run: python docs/generate.py"
-    assert README.count("<!-- generated:") == 2
+    assert README.count("<!-- generated:") == 1
 
 
 COMMANDS = [

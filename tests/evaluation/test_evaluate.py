@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpkd.api import Answers, MetricSpec
+from dpkd.api import Answers, MetricSpec, SamplingSettings
 from dpkd.data.batches import TokenSequence
 from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
@@ -19,11 +19,10 @@ from dpkd.errors import DpkdError
 from dpkd.evaluation.answer_cache import AnswerCache
 from dpkd.evaluation.divergences import measure
 from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, metric_specs
-from dpkd.evaluation.results import score
+from dpkd.evaluation.results import Metric, check_finite, score, score_tokens
 from dpkd.evaluation.sets import find_set
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.plugins import load_registry
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.teachers.local import LocalTeacher
 
 DRAWN = EvaluationSettings(SamplingSettings(max_new_tokens=6, batch_size=3), (1, 2, 3), cuts=(2,))
@@ -254,7 +253,6 @@ def test_divergences_are_those_of_the_definition(folder):
         first.append((f[0], r[0]))
         rewards.append(((q[at] - p[at]).sum(), (q[at] - p[at]).mean()))
     expected = {
-        "tokens": 6,
         "nll": nll / 6,
         "perplexity": math.exp(nll / 6),
         "bits_per_byte": nll / math.log(2) / 11,
@@ -266,7 +264,28 @@ def test_divergences_are_those_of_the_definition(folder):
         "reward_sum": np.mean([s for s, _ in rewards]),
         "reward_mean": np.mean([m for _, m in rewards]),
     }
-    assert found.as_dict() == pytest.approx(expected, rel=1e-4)
+    assert {
+        name: metric.mean for name, metric in score_tokens(found, metric_specs(load_registry({}))).items()
+    } == pytest.approx(expected, rel=1e-4)
+    alone = measure(parts.model, sequences, teacher=None, vocabulary=257, pad_id=256)
+    assert set(score_tokens(alone, metric_specs(load_registry({})))) == {"nll", "perplexity"}
+
+
+@pytest.mark.parametrize("who", ["model", "teacher"])
+def test_a_model_of_nan_is_an_error_and_leaves_no_scores(folder, tmp_path, who):
+    parts = evaluator(folder)
+    damaged = parts.model if who == "model" else parts.teacher.model
+    with torch.no_grad():
+        damaged.lm_head.weight[5:9].fill_(float("nan"))
+    greedy = replace(DRAWN, sampling=SamplingSettings(max_new_tokens=2, temperature=0.0))
+    with pytest.raises(DpkdError, match=rf"the {who} gives .*: its weights are damaged"):
+        parts.evaluate("rows", DataSettings(path=str(folder / "rows.jsonl")), greedy, output=tmp_path / "out")
+    assert not (tmp_path / "out" / "scores.json").exists()
+
+
+def test_an_infinite_metric_is_not_written():
+    with pytest.raises(DpkdError, match="not finite: odd; no scores are written"):
+        check_finite({"nll": Metric((1.0,)), "odd": Metric((1.0, math.inf))})
 
 
 ANSWERS = Answers(["the cat", "a b c d a b c d", ""], [["the cat"], ["x"], ["y", "z"]], [3, 9, 1], [False, True, False])

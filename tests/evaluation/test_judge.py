@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 from dpkd.cli.main import app
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.evaluation.chat import Endpoint, chat
+from dpkd.evaluation.chat import Endpoint
 from dpkd.evaluation.judge import PROMPT, Prices, judge, messages_of, parse_score, verdict_files
 from dpkd.evaluation.predictions import Prediction
 
@@ -52,6 +54,13 @@ class Server:
                     time.sleep(0.6)
                     return
                 if act == "drop":
+                    return
+                if act == "drip":
+                    with suppress(OSError):
+                        for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n" + b" " * 900:
+                            self.wfile.write(bytes([byte]))
+                            self.wfile.flush()
+                            time.sleep(0.05)
                     return
                 status, body, *headers = act
                 self.send_response(status)
@@ -91,13 +100,18 @@ def rows(count: int) -> list[Prediction]:
 def run(server: Server, folder: Path, count: int = 3, pauses: list[float] | None = None, **more: Any):
     settings = {"timeout": 0.3, "attempts": 4, **more.pop("endpoint", {})}
     given = rows(count)
+
+    async def noted(seconds: float) -> None:
+        if pauses is not None:
+            pauses.append(seconds)
+
     return judge(
         given,
         [row.references for row in given],
         Endpoint(server.url, "judge-1", KEY, **settings),
         verdicts=folder / "v.jsonl",
         parallel=more.pop("parallel", 1),
-        sleep=(pauses.append if pauses is not None else lambda _: None),
+        sleep=noted,
         **more,
     )
 
@@ -125,6 +139,10 @@ TROUBLE = {
     "server error": (500, b""),
     "gateway": (503, b"<html>"),
     "time-out": "hang",
+    "drip": "drip",
+    "huge": (200, b"x" * (2**20 + 1)),
+    "deep": (200, b"[" * 100_000),
+    "usage out of range": (200, completion("Score: 6")[1].replace(b": 10,", b": 1e999,")),
     "dropped": "drop",
     "half an answer": (200, b'{"choices"', ("X-Cut", "1")),
     "not json": (200, b"<html>hello</html>"),
@@ -147,7 +165,14 @@ def test_trouble_that_passes_is_tried_again(server, tmp_path, trouble):
     assert report.scores == (6.0,)
     assert pauses == [1.0, 2.0]
     assert len(server.requests) == 3
-    paid = 3 if isinstance(trouble, tuple) and b"usage" in trouble[1] and b"null" not in trouble[1] else 1
+    paid = (
+        3
+        if isinstance(trouble, tuple)
+        and b"usage" in trouble[1]
+        and b"null" not in trouble[1]
+        and b"1e999" not in trouble[1]
+        else 1
+    )
     assert report.new_tokens == (10 * paid, 3 * paid), "answers of no use are paid for too"
 
 
@@ -248,16 +273,116 @@ def test_the_question_holds_texts_as_they_are():
         messages_of(Prediction("a", where="p.jsonl:3"), "r")
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:80", "", "ftp://x/y"])
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:80", "", "ftp://x/y", "http://", "http://a:b"])
 def test_only_http_is_asked(url):
     with pytest.raises(DpkdError, match="expected a URL"):
-        chat(Endpoint(url, "m"), [], lambda _: True)
+        _ = Endpoint(url, "m").address
+
+
+def echoes(key: str) -> dict[str, str]:
+    raw = key.encode()
+    return {
+        "whole": key,
+        "upper case": key.upper(),
+        "half": key[: len(key) // 2],
+        "masked": f"{key[:7]}***{key[-6:]}",
+        "cut": "x" * 290 + key,
+        "base64": base64.b64encode(raw).decode(),
+        "base64 of the header": base64.b64encode(b"Bearer " + raw).decode(),
+        "base64 of user and key": base64.b64encode(b"u:" + raw + b"!").decode(),
+        "hexadecimal": raw.hex(),
+        "percent-encoded": key.replace("/", "%2F"),
+        "spelled": " ".join(key),
+        "backwards": key[::-1],
+        "over lines": key[:8] + "\n" + key[8:],
+    }
+
+
+SECRET = "sk-proj/Zx81Qw7Rt55LmN02"
+
+
+def leaks(text: str) -> list[str]:
+    """Stretches of seven or more characters of what was echoed, in any of its forms; a judge without the code."""
+    squeezed = "".join(text.split()).lower()
+    own = {**echoes(SECRET), "base64 of the header": base64.b64encode(f"Bearer {SECRET}".encode()).decode()[9:]}
+    forms = [*own.values(), "hunter2-hunter2", "q-key-4711"]
+    pieces = {f[i : i + 7] for f in ("".join(form.split()).lower() for form in forms) for i in range(len(f) - 6)}
+    return [piece for piece in pieces if piece in squeezed and piece not in ("xxxxxxx",)]
+
+
+@pytest.mark.parametrize("form", echoes(SECRET))
+@pytest.mark.parametrize("status", [200, 401, 500])
+def test_no_echo_of_a_key_is_shown_or_kept(server, tmp_path, form, status):
+    """In the reason, the body and the stored reply; a password and a query of the URL are as secret."""
+    said = f"{echoes(SECRET)[form]} hunter2-hunter2 q-key-4711"
+    url = server.url.replace("http://", "http://me:hunter2-hunter2@") + "?key=q-key-4711"
+    body = completion(f"{said}\nScore: 5")[1] if status == 200 else said.encode()
+    server.script = [(status, body)]
+    endpoint = Endpoint(url, "m", SECRET, attempts=1)
+    assert leaks(repr(endpoint)) == []
+    given = rows(1)
+    refused = nullcontext() if status == 200 else pytest.raises(DpkdError, match="/v1/chat/completions")
+    with refused as caught:
+        judge(given, [("r",)], endpoint, verdicts=tmp_path / "v.jsonl", summary=tmp_path / "s.json")
+    assert leaks("" if caught is None else str(caught.value)) == []
+    for file in tmp_path.iterdir():
+        assert leaks(file.read_text(encoding="utf-8")) == [], file
+    assert server.paths == ["/v1/chat/completions?key=q-key-4711"]
+
+
+def test_words_are_left_alone():
+    text = "The answer is right, but skips the projection. Score: 8"
+    assert Endpoint("https://a/v1", "m", SECRET).redacted(text) == text
+
+
+def test_a_dripping_server_times_out_as_a_whole(server, tmp_path):
+    server.script = ["drip"]
+    began = time.monotonic()
+    with pytest.raises(DpkdError, match=r"the last failed: no whole answer in 0.3 s"):
+        run(server, tmp_path, 1, endpoint={"attempts": 2})
+    assert time.monotonic() - began < 5
+
+
+def test_terminal_escapes_of_a_server_are_words(server, tmp_path):
+    server.script = [(400, b"\x1b]0;owned\x07 \x1b[2J wrong")]
+    with pytest.raises(DpkdError, match=r"\\x1b\]0;owned\\x07 \\x1b\[2J wrong") as caught:
+        run(server, tmp_path, 1)
+    assert "\x1b" not in str(caught.value)
+    server.script = [completion("\x1b[31mred\u202e\nScore: 4")]
+    run(server, tmp_path, 1)
+    assert json.loads((tmp_path / "v.jsonl").read_text())["reply"] == "\\x1b[31mred\\u202e\nScore: 4"
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"question": 3}', "\\x00", "[" * 9999, "NaN"])
+def test_a_damaged_line_of_verdicts_is_named_and_nothing_is_asked(server, tmp_path, line):
+    server.script = [completion("Score: 5")]
+    run(server, tmp_path, 2)
+    file = tmp_path / "v.jsonl"
+    file.write_text(f"{line}\n{file.read_text()}")
+    with pytest.raises(DpkdError, match=r"v\.jsonl:1: expected one JSON object"):
+        run(server, tmp_path, 2)
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt_tokens": "many"}, {"score": None}, {"score": 11}, {"completion_tokens": 1.5}]
+)
+def test_a_verdict_without_its_counts_is_judged_again(server, tmp_path, change):
+    server.script = [completion("Score: 5")]
+    run(server, tmp_path, 2)
+    file = tmp_path / "v.jsonl"
+    first, second = file.read_text().splitlines()
+    file.write_text(json.dumps({**json.loads(first), **change}) + f"\n{second}\n")
+    report = run(server, tmp_path, 2)
+    assert (report.scores, report.asked) == ((5.0, 5.0), 1)
 
 
 def test_the_address_and_the_key():
     assert Endpoint("https://a/v1/", "m").address == "https://a/v1/chat/completions"
     assert Endpoint("https://a/v1/chat/completions", "m").address == "https://a/v1/chat/completions"
     assert KEY not in repr(Endpoint("https://a/v1", "m", KEY))
+    assert Endpoint("https://u:p@a/v1?key=x", "m").address == "https://u:p@a/v1/chat/completions?key=x"
+    assert Endpoint("https://u:p@a/v1?key=x", "m").place == "https://a/v1/chat/completions"
     assert "max_tokens" not in Endpoint("https://a", "m", extra={"max_tokens": None}).body([])
     with pytest.raises(DpkdError, match="holds characters") as caught:
         Endpoint("https://a/v1", "m", f"{KEY}\nX: y")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
-from dpkd.api import Answers, MetricSpec
+from dpkd.api import Answers, MetricSpec, TokenScores
 from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import metric_specs
-from dpkd.evaluation.results import score
+from dpkd.evaluation.results import score, score_tokens
 from dpkd.plugins import load_registry
 
 METRIC = """
@@ -19,7 +20,12 @@ from dpkd.api import MetricSpec, hookimpl
 def dpkd_metrics():
     return [MetricSpec("letters", "letters", "", "Letters.", per_row=lambda a: [len(p) for p in a.predictions])]
 """
-BUILT_IN = {"rouge_l", "exact_match", "words", "tokens", "eos_rate", "repetition", "distinct_1", "distinct_2"}
+OF_ANSWERS = {"rouge_l", "exact_match", "words", "tokens", "eos_rate", "repetition", "distinct_1", "distinct_2"}
+OF_TOKENS = {
+    *("nll", "perplexity", "bits_per_byte", "teacher_nll", "forward_kl", "reverse_kl", "reward_sum", "reward_mean"),
+    *("first_token_forward_kl", "first_token_reverse_kl"),
+}
+BUILT_IN = OF_ANSWERS | OF_TOKENS
 STRANGER = {"DPKD_PLUGINS": "stranger"}
 
 
@@ -42,13 +48,31 @@ def test_a_stranger_brings_a_metric_alone_or_beside_a_loss(install_plugin, loss_
     assert score({1: answers}, specs)[0]["letters"].mean == 2
 
 
+def test_a_stranger_brings_a_divergence_in_one_file(install_plugin):
+    """Half of both KLs at each token, by hand."""
+    source = METRIC.replace("per_row=lambda a: [len(p) for p in a.predictions]", "of_tokens=half, title='half KL'")
+    half = (
+        "def half(s):\n    return None if s.logp_N is None else float((s.forward_kl_N + s.reverse_kl_N).mean() / 2)\n"
+    )
+    install_plugin("stranger", {"x": half + source})
+    specs = metric_specs(load_registry(STRANGER))
+    zeros = np.zeros(2)
+    found = TokenScores(zeros, np.array([0, 1]), zeros, np.array([1.0, 3.0]), np.array([2.0, 4.0]))
+    metric = score_tokens(found, specs)["letters"]
+    assert (metric.mean, metric.title) == (2.5, "half KL")
+    assert "letters" not in score_tokens(TokenScores(zeros, np.array([0, 1])), specs)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (("[MetricSpec(", "['x' or MetricSpec("), "must return MetricSpecs, but the list holds str"),
         (('"letters", ""', '"letters", "high"'), "`better` of 'letters' should be higher, lower or empty, not 'high'"),
         (('"letters", "letters"', '"Let-ters", "x"'), "the name 'Let-ters' should be lower-case letters"),
-        ((", per_row=lambda a: [len(p) for p in a.predictions]", ""), "needs one of `per_row` and `overall`"),
+        (
+            (", per_row=lambda a: [len(p) for p in a.predictions]", ""),
+            "needs exactly one of `per_row`, `overall` and `of_tokens`",
+        ),
         (("return [", "return 3 and 4 or ["), "must return a list of MetricSpec, but returned int"),
         (("    return", "    raise OSError('no disk')\n    return"), "OSError: no disk"),
     ],

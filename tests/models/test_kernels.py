@@ -135,7 +135,8 @@ import sys, numpy as np, torch
 from transformers import AutoModelForCausalLM, GPT2Config
 from dpkd.data.batches import TokenSequence, collate
 from dpkd.models import fused
-from dpkd.plugins import load_host
+from dpkd.plugins import load_registry
+from dpkd.api import LossSpec
 from dpkd.api.teachers import Wants
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.loss_module import LossModule
@@ -148,12 +149,12 @@ def model(width, seed):
     return AutoModelForCausalLM.from_config(config)
 
 batch = collate([TokenSequence((1, 2), (3, 4, 5)), TokenSequence((6,), (7, 8))], pad_id=0)
-teacher = LocalTeacher(model(24, 1), 61, torch.device("cpu"))
+teacher = LocalTeacher.of(model(24, 1), 61, torch.device("cpu"))
 used, original = [], fused.FusedKL.__call__
 fused.FusedKL.__call__ = lambda self, *a: (used.append(1), original(self, *a))[1]
 found = {}
 for name in sys.argv[2:]:
-    spec = load_host().get(name).spec
+    spec = load_registry().get(LossSpec, name).spec
     config = spec.config()
     output = teacher.score(batch, Wants(2, logits=True))
     for way in ("fused", "plain"):

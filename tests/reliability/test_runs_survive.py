@@ -176,9 +176,9 @@ def test_lost_responses_of_the_student_are_noticed(settings_of, quiet):
         console=quiet,
     )
     remove_folder(checkpoint.latest(folder.checkpoints).path)
-    responses = checkpoint.latest(folder.checkpoints).path / "responses.jsonl"
-    assert responses.stat().st_size > 0
-    responses.write_text("")
+    sources = checkpoint.latest(folder.checkpoints).path / "sources.json"
+    assert json.loads(sources.read_text())["main"]["responses"]
+    sources.write_text('{"main": {"responses": []}}')
     unfinished(folder)
     with pytest.raises(DpkdError, match=r"no checkpoint in .* is whole"):
         resume_folder(folder.path, console=quiet)
@@ -354,9 +354,9 @@ def test_files_of_a_run_can_be_read_by_whom_the_umask_allows(settings_of, quiet)
 
 def test_a_checkpoint_of_another_version_is_refused(finished, quiet):
     state = checkpoint.latest(finished.checkpoints).path / "state.json"
-    state.write_text(json.dumps({"step": 4, "processes": 1, "loop": {}, "format": 2}))
+    state.write_text(json.dumps({"step": 4, "processes": 1, "loop": {}, "format": 9}))
     unfinished(finished)
-    with pytest.raises(DpkdError, match="has format 2, expected 3: another version of dpkd wrote it"):
+    with pytest.raises(DpkdError, match="has format 9, expected 4: another version of dpkd wrote it"):
         resume_folder(finished.path, console=quiet)
 
 

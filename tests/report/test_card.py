@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from dpkd.api import Card, Source
 from dpkd.report.card import CardFacts, ScoreLine, model_card, write_model_card
@@ -27,7 +30,10 @@ FACTS = CardFacts(
     data="dolly.jsonl",
     steps=100,
     settings={"train.lr": 5e-05, "loss.beta": 0.5},
-    scores=(ScoreLine("dolly eval", "Rouge-L", 24.618, 0.31, rows=500, seeds=5), ScoreLine("dolly eval", "EM", 2.0)),
+    scores=(
+        ScoreLine("dolly eval", "rouge_l", "Rouge-L", 24.618, 0.31, 500, 5),
+        ScoreLine("dolly eval", "em", "EM", 2.0),
+    ),
     versions={"torch": "2.13", "dpkd": "0.1.0"},
     base_model="openai-community/gpt2",
     datasets=("databricks/databricks-dolly-15k",),
@@ -35,15 +41,30 @@ FACTS = CardFacts(
 
 GOLDEN = """\
 ---
+base_model: openai-community/gpt2
+datasets:
+- databricks/databricks-dolly-15k
 library_name: transformers
 pipeline_tag: text-generation
 tags:
 - knowledge-distillation
 - dpkd
 - rkl
-base_model: openai-community/gpt2
-datasets:
-- databricks/databricks-dolly-15k
+model-index:
+- name: runs/rkl-1
+  results:
+  - task:
+      type: text-generation
+    dataset:
+      name: dolly eval
+      type: dolly eval
+    metrics:
+    - type: rouge_l
+      value: 24.618
+      name: Rouge-L
+    - type: em
+      value: 2.0
+      name: EM
 ---
 
 # runs/rkl-1
@@ -124,7 +145,7 @@ def test_the_whole_card(tmp_path: Path) -> None:
 def test_what_is_absent_leaves_no_empty_section() -> None:
     card = replace(FACTS.card, notes="", sources=())
     bare = CardFacts(name="x", loss="sft", card=card, teacher=None, student="gpt2", data="d")
-    text = model_card(bare)
+    text = str(model_card(bare))
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# x",
         "## Loss: Reverse KL",
@@ -137,18 +158,48 @@ def test_what_is_absent_leaves_no_empty_section() -> None:
 
 
 def test_an_adapter_is_loaded_through_peft() -> None:
-    text = model_card(replace(FACTS, adapter=True, model_folder='odd "name"'))
+    text = str(model_card(replace(FACTS, adapter=True, model_folder='odd "name"')))
     assert "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n" in text
     assert 'AutoPeftModelForCausalLM.from_pretrained("odd \\"name\\"")' in text
-    assert text.startswith("---\nlibrary_name: peft\n")
+    assert "\nlibrary_name: peft\n" in text
 
 
 def test_values_cannot_break_tables_fences_or_the_head() -> None:
     card = replace(FACTS.card, formula="```\nx\n```")
     facts = replace(FACTS, card=card, settings={"data.path": "a|b\n`c`"}, base_model="yes: #no", loss="true")
-    text = model_card(facts)
+    text = str(model_card(facts))
     assert "| `data.path` | `` a\\|b `c` `` |" in text
     assert "````text\n```\nx\n```\n````" in text
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["base_model"] == "yes: #no"
     assert head["tags"][-1] == "true"
+
+
+ATTACK = "<img src=x onerror=alert(1)> [x](javascript:alert(1)) | `c` \x1b[31m\n# head"
+
+
+def test_names_and_texts_from_outside_stay_text() -> None:
+    """No HTML, no link, no heading, no escape sequence: read by a Markdown parser with HTML switched on."""
+    source = Source(ATTACK, "javascript:alert(1)", ATTACK)
+    card = replace(FACTS.card, title=ATTACK, summary=ATTACK.replace("[x](javascript:alert(1))", ""), sources=(source,))
+    scores = (ScoreLine(ATTACK, "rouge_l", ATTACK, 1.0),)
+    facts = replace(FACTS, name=ATTACK, card=card, teacher=ATTACK, student=ATTACK, scores=scores, data=ATTACK)
+    text = ModelCard(str(model_card(facts))).text
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    assert "<img" not in html
+    assert "href" not in html
+    assert "\x1b" not in text
+    assert html.count("<h1>") == 1
+    (cell,) = re.findall(r"<tr>\s*<td>(.*?)</td>\s*<td>.*?</td>\s*<td>1.00</td>", html)
+    assert cell.startswith("&lt;img src=x")
+    assert cell.endswith("# head")
+
+
+def test_the_head_is_what_the_hub_reads(tmp_path: Path) -> None:
+    write_model_card(tmp_path, FACTS)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "openai-community/gpt2"
+    assert [(one.dataset_name, one.metric_type, one.metric_value) for one in data.eval_results] == [
+        ("dolly eval", "rouge_l", 24.618),
+        ("dolly eval", "em", 2.0),
+    ]

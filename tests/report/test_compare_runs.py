@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 from report_folders import add_scores, make_run
 from typer.testing import CliRunner
 
@@ -108,6 +109,28 @@ def test_the_table_and_markdown_say_the_same(paths: list[Path]) -> None:
     assert len(widths) == 1
 
 
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_table_fits_the_terminal(paths: list[Path], monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for path in paths:
+        (file,) = path.glob("eval/*/scores.json")
+        scores = json.loads(file.read_text())
+        values = dict.fromkeys(("exact_match", "forward_kl", "reverse_kl", "words"), scores["metrics"]["rouge_l"])
+        file.write_text(json.dumps({**scores, "metrics": {**scores["metrics"], **values}}))
+    text = invoke(*paths, "--metrics", "all")
+    assert max(map(len, text.splitlines())) <= width
+    for told in ("Rouge-L ↑", "exact match ↑", "forward KL ↓", "reverse KL ↓", "words per answer", "34.19 ± 0.71 (p <"):
+        assert told in text
+    assert text.count("bet_ter&50%") == (3 if width == 80 else 2)
+
+
+def test_the_baseline_is_a_run_with_scores(tmp_path: Path, paths: list[Path]) -> None:
+    """As of a sweep whose first stage is not evaluated."""
+    text = invoke(make_run(tmp_path / "a-first-stage"), *paths)
+    assert "base (baseline)" in text
+    assert "against base over rows" in " ".join(text.split())
+
+
 def test_csv_reads_back_with_full_precision(paths: list[Path], tmp_path: Path) -> None:
     target = tmp_path / "out" / "table.csv"
     assert str(target) in invoke(*paths, "--format", "csv", "--output", target)
@@ -125,3 +148,63 @@ def test_latex_is_escaped(paths: list[Path]) -> None:
     code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert code.isascii(), [c for c in code if not c.isascii()]
     assert code.count("\\begin{tabular}") == code.count("\\end{tabular}") == 2
+
+
+HOSTILE = "dolly\n\\immediate\\write18{touch /tmp/owned} \x1b[31m <b>=1+1"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> list[Path]:
+    """Runs and a set with names that each format would take for something else than text."""
+    found = []
+    for name in ("=cmd()", "@b", "<i>c|d", "-e"):
+        path = make_run(tmp_path / name)
+        add_scores(path / "eval", {10: [1.0, 2.0 + len(found)]}, name="set")
+        (file,) = path.glob("eval/*/scores.json")
+        file.write_text(json.dumps({**json.loads(file.read_text()), "set": HOSTILE, "seeds": [10 + len(found)]}))
+        found.append(path)
+    return found
+
+
+def test_latex_has_no_command_of_a_name(hostile: list[Path]) -> None:
+    """After a line break a note in a comment would be a command again."""
+    text = as_latex(compare(read_runs(hostile), "=cmd()"))
+    notes = [line for line in text.splitlines() if "different seeds" in line]
+    assert notes
+    assert all(line.startswith("% ") for line in notes)
+    code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert "write18" in code
+    assert "\\write18" not in code
+    assert "\\immediate" not in code
+    assert "\x1b" not in text
+
+
+def test_csv_has_no_formula(hostile: list[Path]) -> None:
+    text = invoke(*hostile, "--format", "csv")
+    cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
+    assert "'=cmd()" in cells
+    assert "'@b" in cells
+    assert not [cell for cell in cells if cell[:1] in ("=", "+", "@") or (cell[:1] == "-" and not is_number(cell))]
+
+
+def is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def test_markdown_has_no_html(hostile: list[Path]) -> None:
+    html = (
+        MarkdownIt("commonmark", {"html": True}).enable("table").render(as_markdown(compare(read_runs(hostile), "@b")))
+    )
+    assert "<i>" not in html
+    assert "<b>" not in html
+    assert "&lt;i&gt;c|d" in html
+    assert "(baseline)" in html
+
+
+@pytest.mark.parametrize("form", ["table", "markdown", "latex"])
+def test_no_format_prints_an_escape_sequence(hostile: list[Path], form: str) -> None:
+    assert "\x1b" not in invoke(*hostile, "--format", form)

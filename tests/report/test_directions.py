@@ -10,14 +10,14 @@ from report_folders import add_scores, make_run
 
 from dpkd.api import Answers, MetricSpec
 from dpkd.errors import DpkdError
-from dpkd.evaluation.evaluator import DIVERGENCE_UNITS, metric_specs
+from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.results import Evaluation, score
 from dpkd.plugins import load_registry
 from dpkd.report.comparison import compare
 from dpkd.report.comparison_text import as_json, grids
 from dpkd.report.names import better_by_name
+from dpkd.report.page import page
 from dpkd.report.reading import better_of, read_runs
-from dpkd.report.tables import scores_tables
 from dpkd.train.dev import direction_of
 
 ROUGE = {10: [20.0, 21.0]}
@@ -54,11 +54,21 @@ def heads(paths: list[Path]) -> tuple[str, ...]:
 
 
 def test_a_metric_tells_its_direction_to_scores_json():
-    spec = MetricSpec("typos", "typos", "lower", "Typos.", per_row=lambda a: [2.0 for _ in a.predictions])
+    spec = MetricSpec(
+        "typos", "typos", "lower", "Typos.", per_row=lambda a: [2.0 for _ in a.predictions], title="spelling"
+    )
     answers = Answers(["a", "b"], [["x"], ["y"]], [1, 1], [False, False])
     metrics, buckets, _ = score({1: answers}, {"typos": spec})
     assert {bucket.metrics["typos"].better for bucket in buckets if bucket.rows} == {"lower"}
-    assert Evaluation(2, (1,), metrics).as_dict()["better"] == {"typos": "lower"}
+    told = Evaluation(2, (1,), metrics).as_dict()
+    assert (told["better"], told["titles"]) == ({"typos": "lower"}, {"typos": "spelling"})
+
+
+def test_the_title_of_a_strangers_metric_goes_where_its_scores_go(paths):
+    for path in paths:
+        change(path, lambda scores: scores.update(titles={"typos": "spelling mistakes"}))
+    assert "spelling mistakes" in heads(paths)
+    assert ">spelling mistakes<" in page(read_runs(paths))
 
 
 @pytest.mark.parametrize(("better", "head"), [("lower", "typos ↓"), ("higher", "typos ↑"), ("", "typos")])
@@ -86,8 +96,7 @@ def test_where_scores_do_not_agree_neither_is_better(paths):
 
 def test_the_page_marks_the_best_of_a_strangers_metric(paths):
     def best() -> list[str]:
-        (page,) = scores_tables(read_runs(paths))
-        row = next(row for row in str(page).split("<tr") if ">typos<" in row)
+        row = next(row for row in page(read_runs(paths)).split("<tr") if ">typos<" in row)
         return [cell for cell in row.split("<td")[1:] if "best" in cell]
 
     assert best() == []
@@ -97,10 +106,11 @@ def test_the_page_marks_the_best_of_a_strangers_metric(paths):
     assert ">3<" in cell or ">3.0" in cell
 
 
-def test_names_and_scores_agree_on_the_divergences():
-    for metric in DIVERGENCE_UNITS:
-        if better_by_name(metric):
-            assert direction_of(metric, SPECS) == -1
+def test_names_specs_and_dev_agree_on_directions():
+    for metric, spec in SPECS.items():
+        assert better_by_name(metric) == spec.better
+        if spec.better:
+            assert direction_of(metric, SPECS) == (1 if spec.better == "higher" else -1)
         else:
             with pytest.raises(DpkdError, match="is neither better high nor low"):
                 direction_of(metric, SPECS)

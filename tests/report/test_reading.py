@@ -8,8 +8,8 @@ import pytest
 from report_folders import add_scores, make_run
 
 from dpkd.errors import DpkdError
-from dpkd.report.overview import facts_of
 from dpkd.report.reading import Cost, read_run, read_runs
+from dpkd.report.sections import facts_of
 
 
 def test_a_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`dpkd report`, its PNG files, and the model card's scores."""
+"""`dpkd report`, a sweep's folder, its PNG files, and the model card's scores."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from report_folders import add_dev, add_scores, make_run
 from typer.testing import CliRunner
 
 from dpkd.cli.main import app
-from dpkd.report import figures
+from dpkd.report import drawing
+from dpkd.report.card import rescore
 from dpkd.report.reading import read_runs
-from dpkd.report.rescore import rescore
 
 
 def test_the_page_goes_into_the_run_and_of_several_where_one_says(tmp_path: Path) -> None:
@@ -27,26 +28,25 @@ def test_the_page_goes_into_the_run_and_of_several_where_one_says(tmp_path: Path
     assert not (tmp_path / "both-figures").exists()
 
 
-def test_without_matplotlib_the_page_is_written_and_the_lack_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    path = make_run(tmp_path / "a")
-    result = CliRunner().invoke(app, ["report", str(path)])
-    assert result.exit_code == 0
-    assert "matplotlib is not installed" in result.output
-    assert (path / "report.html").is_file()
-    assert not (path / "report-figures").exists()
+def test_a_sweeps_folder_stands_for_its_runs(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    for name in ("kd", "sft"):
+        add_scores(make_run(sweep / name) / "eval", {10: [1.0, 2.0]})
+    (sweep / "kd.yaml").write_text("train.lr: 1\n")
+    result = CliRunner().invoke(app, ["report", str(sweep), "--no-figures"])
+    assert result.exit_code == 0, result.output
+    assert "<h1>kd, sft</h1>" in (sweep / "report.html").read_text(encoding="utf-8")
+    told = CliRunner().invoke(app, ["compare", str(sweep)]).output
+    assert "kd (baseline)" in told
+    assert "sft" in told
 
 
 def test_png_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
-    monkeypatch.setattr(figures, "DPI", 40)
+    monkeypatch.setattr(drawing, "DPI", 40)
     path = make_run(tmp_path / "a")
     add_dev(path)
     add_scores(path / "eval", {10: [20.0, 30.0], 20: [22.0, 31.0]})
-    written = figures.write_figures(read_runs([path]), tmp_path / "png")
-    assert written is not None
+    written = drawing.write_figures(read_runs([path]), tmp_path / "png")
     names = {file.name for file in written}
     assert {"kl.png", "reward-against-kl.png", "length-dolly-rouge-l.png", "dev-rouge.png"} <= names
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
@@ -65,7 +65,11 @@ def test_rescore_writes_the_scores_and_leaves_the_rest(tmp_path: Path) -> None:
     assert "| dolly | NLL | 2.00 | 2 |  |" in text
     assert text.index("## Scores") < text.index("## How to load it") < text.rindex("## Scores"), "one is code"
     start, end = text.index("## Scores"), text.index("## How to load it")
-    assert text[:start] + text[end:] == before
+    head = text.index("# run\n")
+    assert text[head:start] + text[end:] == before[before.index("# run\n") :]
+    assert ModelCard(text).data.license == "mit", "what people wrote into the head stays"
+    (result,) = ModelCard(text).data.eval_results[:1]
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("dolly", "rouge_l", 25.75)
     assert rescore(path)
     assert (path / "README.md").read_text(encoding="utf-8") == text
 
@@ -79,5 +83,8 @@ def test_rescore_replaces_older_scores(tmp_path: Path) -> None:
     text = (path / "README.md").read_text(encoding="utf-8")
     assert text.count("## Scores") == 2, "the new section, and the line in a code fence"
     assert "| vicuna | Rouge-L | 40.00 | 1 | 1 |" in text
+    (path / "README.md").write_text("---\n[: no YAML\n---\n# mine\n")
+    assert not rescore(path), "a head that cannot be read is left alone"
+    assert "# mine" in (path / "README.md").read_text()
     (path / "README.md").unlink()
     assert not rescore(path), "no card"

@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 
-from dpkd.api import Family, Text
+from dpkd.api import Response, SourceContext, Text
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
-from dpkd.rollout.adaptive import Adaptive
-from dpkd.rollout.response import Response
-from dpkd.rollout.settings import AdaptiveSettings, TextSettings
-from dpkd.rollout.sources import Writers
+from dpkd.rollout.adaptive import AdaptiveConfig, AdaptiveSource
 
 
-def adaptive(steps: int = 1000, seed: int = 0, **settings: Any) -> Adaptive:
-    return Adaptive(AdaptiveSettings(**settings), seed=seed, steps=steps)
+def adaptive(steps: int = 1000, seed: int = 0, **settings: Any) -> AdaptiveSource:
+    context = SourceContext([], BatchSampler([], batch_size=1, steps=steps, seed=seed), seed, frozenset())
+    return AdaptiveSource(AdaptiveConfig(**settings), context)
 
 
 def responses(count: int, first: int = 0) -> list[tuple[int, Response]]:
@@ -91,25 +89,15 @@ def test_a_replay_is_of_other_prompts_than_the_steps_own() -> None:
         written.extend(indices)
         return [(Response((i + 1, 8, 9), Text.STUDENT),) for i in indices]
 
-    settings = TextSettings(source="adaptive", adaptive=AdaptiveSettings(share=1.0, capacity=2, fresh="increasing"))
-    schedule = BatchSampler([2] * 6, batch_size=2, steps=300, seed=0)
-    writers = Writers(
-        settings,
-        Family.TOKEN,
-        prompts,
-        schedule,
-        seed=0,
-        eos_ids=frozenset({9}),
-        student=student,
-        teacher=lambda indices: [],
-    )
-    writers.prepare_teacher()
+    batches = BatchSampler([2] * 6, batch_size=2, steps=300, seed=0)
+    context = SourceContext(prompts, batches, 0, frozenset({9}), student=student)
+    source = AdaptiveSource(AdaptiveConfig(share=1.0, capacity=2, fresh="increasing"), context)
+    source.prepare()
     foreign = 0
     for step in range(3):  # the first fills the buffer, and hardly any later one is fresh
-        writers.prepare(step)
-        texts, counts = writers.step(step)
+        texts, counts = source.next(step)
         assert counts["student_share"] == 1.0
         assert all(r.writer is Text.STUDENT and r.ids[0] == prompts[i].prompt_ids[0] for i, (r,) in texts)
-        foreign += {i for i, _ in texts} != set(schedule.window(step))
-    assert written == schedule.window(0)
+        foreign += {i for i, _ in texts} != set(batches.window(step))
+    assert written == batches.window(0)
     assert foreign == 2

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dpkd.api import SamplingSettings
 from dpkd.rollout import token_sampling as filters
-from dpkd.rollout.settings import SamplingSettings
 
 
 def nucleus(p: np.ndarray, top_k: int, top_p: float) -> set[int]:

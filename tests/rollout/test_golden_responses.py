@@ -15,8 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
+from dpkd.api import SamplingSettings
+from dpkd.rollout import cache_layers
 from dpkd.rollout.sampling import sample
-from dpkd.rollout.settings import SamplingSettings
 
 FILE = Path(__file__).with_name("golden_responses.json")
 VOCABULARY = 61
@@ -99,8 +100,10 @@ def assert_golden(case: str, got: list[dict[str, Any]]) -> None:
         np.testing.assert_allclose(one["behaviour"], want["behaviour"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("small", [0, cache_layers.SMALL], ids=["in place", "concatenated"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_responses_are_those_of_the_first_version(case: str) -> None:
+def test_the_responses_are_those_of_the_first_version(case: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_layers, "SMALL", small)
     assert_golden(case, responses(case))
 
 

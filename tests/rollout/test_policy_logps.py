@@ -11,11 +11,10 @@ import torch
 from dpkd_zoo.opd import OPDConfig, OPDLoss
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dpkd.api import Rollout, RolloutInputs, Sampled, Signal
+from dpkd.api import Rollout, RolloutInputs, Sampled, SamplingSettings, Signal
 from dpkd.rollout.backends.hf import LowPrecisionCopy
 from dpkd.rollout.policy_logps import PolicyScorer
 from dpkd.rollout.sampling import sample
-from dpkd.rollout.settings import SamplingSettings
 
 VOCABULARY = 31
 PROMPT = [3, 9, 27, 4]

@@ -12,11 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
 
-from dpkd.api import Sampled
+from dpkd.api import Sampled, SamplingSettings
 from dpkd.errors import DpkdError
 from dpkd.rollout import continuous_batching as batch
 from dpkd.rollout.sampling import sample
-from dpkd.rollout.settings import SamplingSettings
 
 VOCABULARY, LONGEST, PAD = 29, 64, 0
 EOS = {5, 9, 14, 21}

@@ -13,10 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
-from dpkd.api import Sampled
+from dpkd.api import Sampled, SamplingSettings
 from dpkd.rollout import static_decoding
 from dpkd.rollout.sampling import Decoder
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.rollout.static_decoding import CHECK_EVERY, DecodingState, column_bucket, decode_step, row_bucket
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16], [17, 18, 19, 20]]

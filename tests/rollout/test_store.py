@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dpkd.api import SamplingSettings
 from dpkd.errors import DpkdError
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.rollout.response_store import ResponseStore, Stored, default_folder
-from dpkd.rollout.settings import SamplingSettings
 
 
 def opened(folder: Path, **changes: Any) -> ResponseStore:

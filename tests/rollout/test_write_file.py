@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpkd.api import Sampled
+from dpkd.api import Sampled, SamplingSettings
 from dpkd.data.encode import tokenize
 from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
@@ -16,7 +16,6 @@ from dpkd.errors import DpkdError
 from dpkd.models.settings import ModelSettings
 from dpkd.plugins import Registry
 from dpkd.rollout import sample_file as write_file
-from dpkd.rollout.settings import SamplingSettings
 
 WORDS = ["once", "upon", "a", "time", "the", "cat", "sat", "down", "and", "slept"]
 SAMPLING = SamplingSettings(max_new_tokens=6)

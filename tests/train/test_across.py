@@ -29,11 +29,10 @@ def gradients(resolved: Any, quiet: Console, chunk: int = 7) -> tuple[dict[str, 
     local.model.double()
     local._head = local._head.cast(torch.float64)
     train_step.optimizer, train_step.clip = _NoStep(train_step.loss_module), None
-    assembly.prepare_teacher()
+    assembly.prepare_sources()
     texts = []
     for group in assembly.builder.groups:
-        group.writers.prepare(0)
-        texts.append(group.writers.step(0))
+        texts.append(group.source.next(0))
     metrics = train_step(assembly.builder.step_batches(0, texts), lr=0.0, measure=False)
     found = {n: p.grad.clone() for n, p in train_step.loss_module.named_parameters() if p.grad is not None}
     return found, metrics.averages(), (assembly, texts)

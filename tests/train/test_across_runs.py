@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from dpkd.api import SamplingSettings
 from dpkd.errors import DpkdError, Stopped
 from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator
 from dpkd.models.settings import ModelSettings, TeacherSettings
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
 from dpkd.train.cache import CacheSettings, cache

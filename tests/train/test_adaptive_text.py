@@ -40,7 +40,7 @@ def worse_and_worse(monkeypatch):
 
 def test_the_students_share_follows_the_held_out_loss(settings_of, toy, quiet, monkeypatch):
     worse_and_worse(monkeypatch)
-    folder = run.train(settings_of("distillm", settings(toy, **{"text.adaptive.rise": 0.5})), console=quiet)
+    folder = run.train(settings_of("distillm", settings(toy, **{"text.rise": 0.5})), console=quiet)
     dev = [json.loads(line)["step"] for line in (folder.path / "dev.jsonl").read_text().splitlines()]
     assert dev == [0, 2, 4, 6], "the first is before training"
     lines = read_metrics(folder.metrics)
@@ -52,7 +52,7 @@ def test_the_students_share_follows_the_held_out_loss(settings_of, toy, quiet, m
 
 def test_an_interrupted_run_has_its_share_and_buffer_back(settings_of, toy, quiet, monkeypatch, tmp_path):
     """A buffer of 4 is full after one step, so that later steps replay what was written before the interruption."""
-    changes = settings(toy, **{"text.adaptive": {"share": 1.0, "capacity": 4}})
+    changes = settings(toy, **{"text.share": 1.0, "text.capacity": 4})
     whole = run.train(settings_of("distillm", changes), console=quiet)
     stops = iter([False, False, True])
     with monkeypatch.context() as patch:
@@ -75,8 +75,18 @@ def test_it_needs_held_out_rows_a_teacher_and_its_own_replay(settings_of, toy):
     for loss, changes, teacher, problem in (
         ("distillm", adaptive, "teacher", r"text.source: adaptive follows .* needs held-out rows \(dev.path"),
         ("distillm", adaptive | student | rows, None, r"needs the teacher's model, with which"),
-        ("distillm", adaptive | rows | {"text.refresh": "once"}, "teacher", "source `adaptive` has its own replay"),
-        ("seqkd", adaptive | rows, "teacher", r"text\.adaptive\.student: the loss seqkd takes text by"),
+        (
+            "distillm",
+            adaptive | rows | {"text.refresh": "once"},
+            "teacher",
+            r"text\.refresh: the source adaptive has no such setting",
+        ),
+        (
+            "seqkd",
+            adaptive | rows,
+            "teacher",
+            r"text\.source: the loss seqkd takes text by dataset, teacher, not by student",
+        ),
         (
             "kd",
             {"terms.extra.far": {"loss": "rkl", "text": {"source": "adaptive"}}},

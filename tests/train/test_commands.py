@@ -11,12 +11,12 @@ import time
 import pytest
 
 import dpkd
+from dpkd.api import SamplingSettings
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.settings import ModelSettings
 from dpkd.plugins import load_registry
 from dpkd.rollout.sample_file import sample_to_file
-from dpkd.rollout.settings import SamplingSettings
 from dpkd.run_metrics import read_metrics
 from dpkd.train import plan, run
 

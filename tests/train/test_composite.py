@@ -158,12 +158,12 @@ def test_the_settings_of_a_run_are_read_back(settings_of, quiet):
 
 
 def test_a_loss_beside_the_main_one_whose_text_takes_the_teacher_needs_one(settings_of, toy):
-    text = {"pairs": {"chosen": "dataset", "rejected": "student"}, "teacher_veto": 9}
+    text = {"source": "pairs", "chosen": "dataset", "rejected": "student", "teacher_veto": 9}
     changes = {
         "student.model": str(toy / "gpt2"),
         "student.init": "pretrained",
         "student.layers": None,
         "terms.extra.far": {"loss": "dpkd-simpo", "text": text},
     }
-    with pytest.raises(SettingsError, match=r"missing, but terms\.extra\.far\.text\.teacher_veto lets it replace what"):
+    with pytest.raises(SettingsError, match=r"missing, but terms\.extra\.far\.text\.teacher_veto lets the teacher's"):
         settings_of("sft", changes, teacher=None)

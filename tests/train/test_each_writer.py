@@ -6,13 +6,11 @@ import pytest
 import torch
 from test_invariants import gradients
 
-from dpkd.api import Family, Text
+from dpkd.api import Response, SourceContext, Text
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.encode import Prompt
 from dpkd.errors import SettingsError
-from dpkd.rollout.response import Response
-from dpkd.rollout.settings import TextSettings
-from dpkd.rollout.sources import Writers
+from dpkd.rollout.each import EachConfig, EachSource
 from dpkd.train import run
 from dpkd.train.build import assemble
 from dpkd.train.plan import make_plan
@@ -25,9 +23,8 @@ EACH = {"source": "each", "each": ["teacher", "student"]}
 def _tokens(resolved, quiet):
     """Response tokens of the first step by writer."""
     assembly = assemble(resolved, run._accelerator(resolved), Display(quiet))
-    assembly.prepare_teacher()
-    assembly.writers.prepare(0)
-    responses = [r for _, many in assembly.writers.step(0).responses for r in many]
+    assembly.prepare_sources()
+    responses = [r for _, many in assembly.source.next(0).responses for r in many]
     return {w: sum(len(r.ids) for r in responses if r.writer is w) for w in (Text.TEACHER, Text.STUDENT)}
 
 
@@ -59,38 +56,31 @@ def test_accumulation_changes_nothing(settings_of, quiet):
         torch.testing.assert_close(gradient, whole[name], rtol=1e-6, atol=1e-9)
 
 
-def _writers(responses, family=Family.TOKEN):
+def _source(by_student, by_teacher):
     """One prompt and one step, by writers who are told what to write; 9 is EOS."""
     prompt = Prompt(id="a", prompt_ids=(1,), response_ids=(2, 9), references=(), text="")
-    by_student, by_teacher = responses
-    generators = {
-        "student": lambda indices, _period: [(Response(by_student, Text.STUDENT),) for _ in indices],
-        "teacher": lambda indices: [Response(by_teacher, Text.TEACHER) for _ in indices],
-    }
-    settings = TextSettings(source="each", each=("teacher", "student", "dataset"))
-    writers = Writers(
-        settings,
-        family,
+    context = SourceContext(
         [prompt],
         BatchSampler([3], batch_size=1, steps=1, seed=0),
-        seed=0,
-        eos_ids=frozenset({9}),
-        **generators,
+        0,
+        frozenset({9}),
+        student=lambda indices, _period: [(Response(by_student, Text.STUDENT),) for _ in indices],
+        teacher=lambda indices: [Response(by_teacher, Text.TEACHER) for _ in indices],
     )
-    writers.prepare_teacher()
-    writers.prepare(0)
-    return writers
+    source = EachSource(EachConfig(each=("teacher", "student", "dataset")), context)
+    source.prepare()
+    return source
 
 
 def test_all_write_and_equal_responses_stay():
-    ((index, responses),), counts = _writers([(2, 9), (2, 9)]).step(0)
+    ((index, responses),), counts = _source((2, 9), (2, 9)).next(0)
     assert index == 0
     assert [r.writer for r in responses] == [Text.TEACHER, Text.STUDENT, Text.DATASET]
     assert (counts["responses"], counts["equal_pairs"], counts["empty_responses"]) == (3, 0, 0)
 
 
 def test_an_empty_response_of_the_teacher_alone_is_left_out():
-    ((_, responses),), counts = _writers([(9,), (9,)]).step(0)
+    ((_, responses),), counts = _source((9,), (9,)).next(0)
     assert [r.writer for r in responses] == [Text.STUDENT, Text.DATASET]
     assert counts["empty_responses"] == 2
 
@@ -101,7 +91,10 @@ def test_an_empty_response_of_the_teacher_alone_is_left_out():
         ({"text": {"source": "each"}}, "source `each` needs `each`: two or three different writers, got []"),
         ({"text": {"source": "each", "each": ["student"]}}, "got ['student']"),
         ({"text": {"source": "each", "each": ["student", "student"]}}, "got ['student', 'student']"),
-        ({"text": {"source": "student", "each": ["student", "teacher"]}}, "`each` is used only with source `each`"),
+        (
+            {"text": {"source": "student", "each": ["student", "teacher"]}},
+            "text.each: the source student has no such setting (each has it)",
+        ),
     ],
 )
 def test_mistakes_have_their_sentences(changes, problem, settings_of):
@@ -117,6 +110,6 @@ def test_a_loss_says_which_writer_it_does_not_take(settings_of):
 
 def test_another_source_leaves_the_suggested_writers(settings_of, quiet):
     resolved = settings_of("distillm2", {"text.source": "student"})
-    assert resolved.settings.text.each == ()
+    assert "each" not in resolved.as_dict()["text"]
     plan = make_plan(settings_of("distillm2", {"text.refresh": "every_step"}), Display(quiet))
     assert ("responses by", "each of teacher, student, to every prompt") in plan.sections["text"]

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpkd.api import Text
+from dpkd.api import Response, Text
 from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.models.head import hidden_rows
-from dpkd.rollout.response import Response
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train import run
@@ -45,11 +44,10 @@ def gradients(resolved, quiet):
         train_step.teacher.model.double()
         train_step.teacher._head = train_step.teacher._head.cast(torch.float64)
     train_step.optimizer, train_step.clip = _NoStep(train_step.loss_module), None
-    assembly.prepare_teacher()
+    assembly.prepare_sources()
     texts = []
     for group in assembly.builder.groups:
-        group.writers.prepare(0)
-        texts.append(group.writers.step(0))
+        texts.append(group.source.next(0))
     step_batches = assembly.builder.step_batches(0, texts)
     metrics = train_step(step_batches, lr=0.0, measure=False)
     found = {n: p.grad.clone() for n, p in train_step.loss_module.named_parameters() if p.grad is not None}
@@ -164,7 +162,9 @@ def stepper_window(resolved, quiet):
     """The sequences of the first window."""
     assembly = assemble(resolved, run._accelerator(resolved), Display(quiet))
     prompts = assembly.data.prompts
-    return [TokenSequence(prompts[i].prompt_ids, prompts[i].response_ids) for i in assembly.writers.schedule.window(0)]
+    return [
+        TokenSequence(prompts[i].prompt_ids, prompts[i].response_ids) for i in assembly.source.context.batches.window(0)
+    ]
 
 
 def test_the_teacher_runs_once_per_micro_batch_and_only_when_read(settings_of, quiet):

@@ -10,7 +10,7 @@ from dpkd.api import Text
 from dpkd.errors import DpkdError
 from dpkd.train import run
 from dpkd.train.build import assemble
-from dpkd.train.probe import longest_text, out_of_memory
+from dpkd.train.probe import longest_responses, out_of_memory
 from dpkd.train.progress import Display
 from dpkd.train.train_step import TrainStep
 
@@ -41,21 +41,22 @@ def test_a_probe_changes_nothing(loss, settings_of, toy, quiet, tmp_path):
 def test_no_step_is_longer_than_the_probe(loss, settings_of, quiet):
     settings = settings_of(loss, {"text.teacher_sampling.max_new_tokens": 9})
     assembly = assemble(settings, run._accelerator(settings), Display(quiet))
-    assembly.prepare_teacher()
-    writers, size = assembly.writers, 8
-    text = longest_text(writers, size, assembly.context)
+    assembly.prepare_sources()
+    source, size = assembly.source, 8
+    text = longest_responses(assembly.builder.groups[0], size)
     expected = {"kd": (Text.DATASET,), "seqkd": (Text.TEACHER,), "dpkd": (Text.TEACHER, Text.STUDENT)}[loss]
     assert all(tuple(r.writer for r in responses) == expected for _, responses in text.responses)
 
     def totals(step_text):
-        found = [len(writers.prompts[i].prompt_ids) + sum(len(r.ids) for r in rs) for i, rs in step_text.responses]
+        found = [
+            len(source.context.prompts[i].prompt_ids) + sum(len(r.ids) for r in rs) for i, rs in step_text.responses
+        ]
         return sorted(found, reverse=True)
 
     longest = totals(text)
     assert len(longest) == size
-    for step in range(writers.schedule.steps):
-        writers.prepare(step)
-        seen = totals(writers.step(step))
+    for step in range(assembly.steps):
+        seen = totals(source.next(step))
         assert seen
         assert all(own <= bound for own, bound in zip(seen, longest, strict=False))
 

@@ -89,7 +89,7 @@ def test_every_path_reads_a_packed_teacher(kind, loss, more, settings_of, change
 
 @needs_bitsandbytes
 def test_a_store_can_be_written_by_a_packed_teacher(settings_of, changes, quiet, tmp_path):
-    fixed = {"text.pairs.rejected": "dataset", "teacher.quantization": "4bit"}
+    fixed = {"text.rejected": "dataset", "teacher.quantization": "4bit"}
     settings = settings_of("dpkd", {**changes, **fixed}, teacher=None)
     manifest = cache(settings, CacheSettings(tmp_path / "store"), console=quiet)
     assert manifest.model.endswith("/4bit")

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from test_invariants import _NoStep, gradients
 
-from dpkd.api import Text
+from dpkd.api import StepResponses, Text
 from dpkd.errors import SettingsError, Stopped
 from dpkd.rollout.backends.hf import HfSampler
-from dpkd.rollout.sources import StepResponses, response_seed, sample_seeds
+from dpkd.rollout.generator import response_seed, sample_seeds
+from dpkd.rollout.policy_logps import PolicyScorer
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
 from dpkd.train.build import assemble
-from dpkd.train.probe import longest_text
+from dpkd.train.probe import longest_responses
 from dpkd.train.progress import Display
 from dpkd.train.resume import resume_folder
 from dpkd.train.trainer import Trainer
@@ -41,8 +44,7 @@ def written(settings_of, quiet, tmp_path):
     def write(loss: str, changes: dict[str, object]):
         resolved = settings_of(loss, {**changes, "output": str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")})
         assembly = assemble(resolved, run._accelerator(resolved), Display(quiet))
-        assembly.writers.prepare(0)
-        return assembly.writers.step(0), assembly
+        return assembly.source.next(0), assembly
 
     return write
 
@@ -125,9 +127,9 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, settings_of, quiet, monk
     with pytest.raises(Stopped):
         run.train(resolved, console=quiet)
     monkeypatch.undo()
-    (kept,) = (tmp_path / "stopped/checkpoints").glob("step-*/responses.jsonl")
-    rows = [json.loads(row) for row in kept.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 2 * len({row["example"] for row in rows}) == 16
+    (kept,) = (tmp_path / "stopped/checkpoints").glob("step-*/sources.json")
+    rows = json.loads(kept.read_text(encoding="utf-8"))["main"]["responses"]
+    assert [len(responses) for _, responses in rows] == [2] * 8
     resumed = resume_folder(tmp_path / "stopped", console=quiet)
     timed = {"seconds", "tokens_per_second", "peak_memory_mib"}
     for one, other in zip(read_metrics(straight.metrics), read_metrics(resumed.metrics), strict=True):
@@ -136,7 +138,7 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, settings_of, quiet, monk
 
 def test_the_probe_and_the_plan_count_them(written, settings_of, quiet):
     _, assembly = written("rkl", {**STUDENT, "text.num_generations": 3})
-    text = longest_text(assembly.writers, 4, assembly.context)
+    text = longest_responses(assembly.builder.groups[0], 4)
     assert [r.writer for _, many in text.responses for r in many] == [Text.STUDENT] * 12
     plan = run_plan(settings_of("rkl", {**STUDENT, "text.num_generations": 3}), quiet)
     assert plan["student writes"].startswith("every_step: 24 responses in 2 collections")
@@ -151,9 +153,14 @@ def run_plan(resolved, console) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("loss", "changes", "message"),
     [
-        ("dpkd", {}, "text.num_generations: a pair has one response by each writer, so it must be 1"),
-        ("kd", {}, "text.num_generations: is used only where the student writes"),
-        ("rkl", {"text.source": "teacher"}, "text.num_generations: is used only where the student writes"),
+        ("dpkd", {}, "the source pairs has no such setting (mixed, student have it)"),
+        ("kd", {}, "the source dataset has no such setting (mixed, student have it)"),
+        ("rkl", {"text.source": "teacher"}, "the source teacher has no such setting (mixed, student have it)"),
+        (
+            "rkl",
+            {"text.source": "mixed", "text.mix": {"dataset": 0.5, "teacher": 0.5}},
+            "`num_generations` is used only where the student writes",
+        ),
     ],
 )
 def test_it_is_refused_where_it_means_nothing(loss, changes, message, settings_of):
@@ -163,5 +170,26 @@ def test_it_is_refused_where_it_means_nothing(loss, changes, message, settings_o
 
 def test_an_extra_loss_with_its_own_text_is_checked_too(settings_of):
     text = {"source": "dataset", "num_generations": 2}
-    with pytest.raises(SettingsError, match=re.escape("terms.extra.more.text.num_generations: is used only")):
+    with pytest.raises(SettingsError, match=re.escape("terms.extra.more.text.num_generations: the source dataset has")):
         settings_of("kd", {"terms.extra.more.loss": "sft", "terms.extra.more.text": text})
+
+
+def test_a_policy_gradient_gets_the_log_probs_of_the_training_path(written):
+    """As on a GPU, where what draws rounds otherwise than what trains: bfloat16 autocast stands for that here."""
+    _, assembly = written("minillm", STUDENT)
+    generator = assembly.builder.groups[0].source.context.student
+    vocabulary, pad_id = assembly.vocabulary, assembly.tokenizer.pad_token_id
+    device = torch.device("cpu")
+    plain = generator([0, 1, 2], 0)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    generator.policy = PolicyScorer(vocabulary, pad_id, device, autocast)
+    scored = generator([0, 1, 2], 0)
+    for (one,), (other,) in zip(plain, scored, strict=True):
+        assert one.ids == other.ids
+        assert one.behaviour_logps == other.behaviour_logps
+        assert one.rollout_logps != other.rollout_logps
+        assert one.rollout_logps == pytest.approx(other.rollout_logps, abs=0.1)
+        assert one.advantages != other.advantages
+    generator.policy = PolicyScorer(vocabulary, pad_id, device, nullcontext)
+    for (one,), (other,) in zip(plain, generator([0, 1, 2], 0), strict=True):
+        assert one.rollout_logps == pytest.approx(other.rollout_logps, abs=1e-5)

@@ -25,7 +25,7 @@ from dpkd.teachers.store_writing import write_store
 from dpkd.train import run
 from dpkd.train.cache import CacheSettings, cache
 
-PAIRS = {"text.pairs": {"chosen": "teacher", "rejected": "dataset"}}
+PAIRS = {"text.chosen": "teacher", "text.rejected": "dataset"}
 
 
 class _TopConfig(LossConfig):
@@ -172,8 +172,8 @@ def test_a_run_from_a_store_of_samples_trains(settings_of, toy, quiet, tmp_path)
         ("kd", {"loss.temperature": 2.0}, "teacher.store: kd reads whole distributions"),
         ("dpkd", {}, "teacher.store: dpkd reads the teacher on text that the student writes anew"),
         ("dpkd", PAIRS, "teacher.store: the store has responses by dataset, not by teacher; write it with"),
-        ("rkl", {"text.source": "student", "text.teacher_mix": 0.2}, "teacher.store: text.teacher_mix mixes it into"),
-        ("rkl", {"text.source": "student", "text.teacher_veto": 25}, "teacher.store: text.teacher_veto lets it"),
+        ("rkl", {"text.source": "student", "text.teacher_mix": 0.2}, "teacher.store: text.teacher_mix mixes the"),
+        ("rkl", {"text.source": "student", "text.teacher_veto": 25}, "teacher.store: text.teacher_veto lets the"),
     ],
 )
 def test_what_a_store_cannot_serve_is_refused_with_what_would(

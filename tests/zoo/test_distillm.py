@@ -12,7 +12,10 @@ from token_helpers import gradient, value
 from zoo_inputs import randn
 
 from dpkd.api import Text
-from dpkd.config.settings import RunSettings
+from dpkd.config.extras import own_text
+from dpkd.plugins import load_registry
+from dpkd.rollout.adaptive import AdaptiveConfig
+from dpkd.rollout.mixed import MixedConfig
 from dpkd.testing import check_loss
 
 
@@ -32,12 +35,11 @@ def test_is_skl_or_srkl(skew: float) -> None:
 
 def test_its_text_is_a_fixed_mix_and_the_card_says_how_to_have_the_papers() -> None:
     assert "text.source=adaptive with dev.path" in SPEC.card.notes
-    text = RunSettings.model_validate(dict(SPEC.suggests)).text
-    assert (text.source, text.refresh) == ("mixed", "per_epoch")
-    assert text.mix == {Text.DATASET: 0.5, Text.STUDENT: 0.5}
+    text = own_text(SPEC, {}, "text", load_registry())[1]
+    assert text == MixedConfig(mix={Text.DATASET: 0.5, Text.STUDENT: 0.5}, refresh="per_epoch")
 
 
 def test_the_adaptive_text_has_the_released_numbers() -> None:
     """arguments.py: init-threshold 0, loss-eps 0.1, capacity 1000, replay-ratio decreasing; finetune.py: + 0.1."""
-    a = RunSettings().text.adaptive
+    a = AdaptiveConfig()
     assert (a.share, a.rise, a.tolerance, a.capacity, a.fresh) == (0.0, 0.1, 0.1, 1000, "decreasing")

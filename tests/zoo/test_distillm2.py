@@ -15,7 +15,8 @@ from token_helpers import gradient, out, value
 from zoo_inputs import randn, token_inputs
 
 from dpkd.api import Signal, Text, TokenInputs
-from dpkd.config.settings import RunSettings
+from dpkd.config.extras import own_text
+from dpkd.plugins import load_registry
 from dpkd.testing import check_loss
 
 STUDENT, TEACHER, OWN = randn(6, 5, seed=1), randn(6, 5, seed=2), torch.tensor([0, 1, 1, 0, 1, 0]).bool()
@@ -72,6 +73,6 @@ def test_infinite_rows_of_one_half_leave_the_gradient_of_the_other_alone() -> No
 
 
 def test_every_prompt_has_a_response_by_each_once_an_epoch() -> None:
-    text = RunSettings.model_validate(dict(SPEC.suggests)).text
+    text = own_text(SPEC, {}, "text", load_registry())[1]
     assert (text.source, text.each, text.refresh) == ("each", (Text.TEACHER, Text.STUDENT), "per_epoch")
     assert text.sampling.temperature == text.teacher_sampling.temperature == 0.8

@@ -7,7 +7,8 @@ from dpkd_zoo.gkd import SPEC
 from oracles_token import gkd, reference
 
 from dpkd.api import Text
-from dpkd.config.settings import RunSettings
+from dpkd.config.extras import own_text
+from dpkd.plugins import load_registry
 from dpkd.testing import check_loss
 
 
@@ -22,7 +23,7 @@ def test_is_a_preset_of_jsd() -> None:
 
 
 def test_suggests_half_of_the_steps_on_the_students_text() -> None:
-    text = RunSettings.model_validate(dict(SPEC.suggests)).text
+    text = own_text(SPEC, {}, "text", load_registry())[1]
     assert text.source == "mixed"
     assert text.mix == {Text.DATASET: 0.5, Text.STUDENT: 0.5}
     assert text.refresh == "every_step"

@@ -12,7 +12,8 @@ from token_helpers import gradient, logs, out, value
 from zoo_inputs import randn
 
 from dpkd.api import Text
-from dpkd.config.settings import RunSettings
+from dpkd.config.extras import own_text
+from dpkd.plugins import load_registry
 from dpkd.testing import check_loss
 
 CHOICE, DISTRIBUTION = ImitKDLoss(ImitKDConfig()), ImitKDLoss(ImitKDConfig(target="distribution"))
@@ -44,5 +45,5 @@ def test_excluded_tokens() -> None:
 
 
 def test_suggests_text_by_data_set_and_student() -> None:
-    text = RunSettings.model_validate(dict(SPEC.suggests)).text
+    text = own_text(SPEC, {}, "text", load_registry())[1]
     assert text.mix == {Text.DATASET: 0.5, Text.STUDENT: 0.5}

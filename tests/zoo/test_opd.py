@@ -348,7 +348,7 @@ def test_bounds(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("wrong", [{"discount": 0.5}, {"reward_clip": 5.0}, {"clip_epsilon": 0.2}], ids=str)
 def test_settings_of_the_policy_gradient_are_refused_elsewhere(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="belong to the policy gradient"):
+    with pytest.raises(ValueError, match="apply to the policy gradient"):
         OPDConfig(estimator="k2", **wrong)
 
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from token_helpers import gradient, value
 from zoo_inputs import randn
 
-from dpkd.config.settings import RunSettings
+from dpkd.config.extras import own_text
+from dpkd.plugins import load_registry
 from dpkd.testing import check_loss
 
 
@@ -44,5 +45,5 @@ def test_is_forward_kl_by_default() -> None:
 
 
 def test_the_student_proposes_and_the_teacher_has_a_veto() -> None:
-    text = RunSettings.model_validate(dict(SPEC.suggests)).text
+    text = own_text(SPEC, {}, "text", load_registry())[1]
     assert (text.source, text.teacher_veto, text.teacher_mix, text.refresh) == ("student", 25, 0.0, "every_step")

@@ -13,7 +13,12 @@ def _per_row(answers: Answers) -> list[float]:
 
 
 SPEC = MetricSpec(
-    "rouge_l", "× 100", "higher", "rouge-score's rougeL F with stemming, best over references", per_row=_per_row
+    "rouge_l",
+    "× 100",
+    "higher",
+    "rouge-score's rougeL F with stemming, best over references",
+    per_row=_per_row,
+    title="Rouge-L",
 )
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.api import GenerationModel, Sampled, SamplerConfig, SamplerSpec, SamplingTask, hookimpl
+from dpkd.api import GenerationModel, Sampled, SamplerConfig, SamplerSpec, SamplingSettings, SamplingTask, hookimpl
 from dpkd.models.head import causal_lm
 from dpkd.models.sharding import is_sharded
 from dpkd.rollout.sampling import Decoder
-from dpkd.rollout.settings import SamplingSettings
 
 LOG = logging.getLogger(__name__)
 # Caches and graphs stay between two calls where they take at most this share of the device's memory.

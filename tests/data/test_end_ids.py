@@ -1,0 +1,46 @@
+"""Everything that ends a response."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from dpkd.api import SamplingSettings
+from dpkd.data.encode import Prompt
+from dpkd.data.encoding import end_ids
+from dpkd.evaluation.answer_cache import answer
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (None, {256}),
+        (GenerationConfig(), {256}),
+        (GenerationConfig(eos_token_id=7), {7, 256}),
+        (GenerationConfig(eos_token_id=[7, 256, 9]), {7, 9, 256}),
+    ],
+)
+def test_the_tokenizers_and_the_generation_configs(byte_level, config, found):
+    assert end_ids(byte_level, config) == found
+
+
+def test_a_greedy_answer_ends_where_generate_ends(shared_model):
+    """stories260K has two ends, 1 and 2, of which the tokenizer names one."""
+    folder = shared_model("stories260K")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    wanted = model.generate(prompt, do_sample=False, max_new_tokens=400)[0, prompt.shape[1] :].tolist()
+    assert end_ids(tokenizer, model) == {1, 2}
+    assert len(wanted) < 400
+    assert wanted[-1] in (1, 2)
+    (found,) = answer(
+        model,
+        [Prompt("f:1", tuple(prompt[0].tolist()), (), (), "")],
+        tokenizer,
+        vocabulary=model.config.vocab_size,
+        sampling=SamplingSettings(temperature=0, max_new_tokens=400),
+        seed=0,
+    )
+    assert found.extra["ids"] == wanted
+    assert not found.extra["truncated"]
