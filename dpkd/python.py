@@ -96,7 +96,7 @@ def resume(
     """
     from dpkd.plugins import load_registry
     from dpkd.train.accelerate_state import own_accelerate_state
-    from dpkd.train.run import resume_folder
+    from dpkd.train.resume import resume_folder
 
     registry = load_registry()
     if loss is not None:

@@ -33,7 +33,7 @@ class Answer:
     ids: tuple[int, ...] = ()
 
 
-def write_token_rewards(run: Run, count: int) -> Path:
+def write_token_rewards(run: Run, count: int, *, trust_remote_code: bool = False) -> Path:
     """Load teacher and student of a finished run and write RUN/token_rewards.json for `count` of its prompts.
 
     Raises DpkdError when the run has no teacher, no model yet, or no answer to look at.
@@ -41,7 +41,7 @@ def write_token_rewards(run: Run, count: int) -> Path:
     from dpkd.evaluation.target import find_target
 
     answers = answers_of(run, count)
-    target = find_target(str(run.path), None)
+    target = find_target(str(run.path), None, trust_remote_code=trust_remote_code)
     if target.teacher is None or target.teacher.model is None:
         raise DpkdError(f"--token-rewards: {run.path} was trained without a teacher; there is no reward to show")
     rows = _rewards(target.model, target.teacher, answers, run.config)

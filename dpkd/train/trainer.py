@@ -63,7 +63,11 @@ class Trainer:
     guard: RunawayGuard = field(default_factory=RunawayGuard)
     window: Window = field(default_factory=Window)
     ended: int | None = None  # the step at which the run ended early, of its own accord
+    clock: checkpoint.SaveClock = field(init=False)
     _said_equal: bool = False
+
+    def __post_init__(self) -> None:
+        self.clock = checkpoint.SaveClock(self.settings.save_every)
 
     @property
     def sources(self) -> dict[str, ResponseSource]:
@@ -116,6 +120,9 @@ class Trainer:
         """Train from a step to the end, or to a stop request; returns the number of steps done."""
         steps = self.steps
         done = start
+        if self.dev is not None and self.dev.is_hopeless:  # it ended here before it was interrupted
+            self.ended = done
+            return done
         if start == 0 and self.dev is not None and self._following():
             self._develop(0, self.dev)  # what later losses on held-out text are measured against
         with self.display.bar("training", steps, start):
@@ -133,7 +140,7 @@ class Trainer:
                     return done
                 if self._stops(stop):
                     break
-                if self.settings.save_every and done % self.settings.save_every == 0 and done < steps:
+                if done < steps and self._any(self.clock.due(done)):
                     self.save(done)
         return done
 
@@ -167,10 +174,13 @@ class Trainer:
         return float(broadcast(torch.tensor(value, device=self.accelerator.device)))
 
     def _stops(self, stop: StopRequest) -> bool:
-        """Whether any process was asked to stop: all stop at the same step."""
+        return self._any(stop.asked)
+
+    def _any(self, here: bool) -> bool:
+        """Whether something is so in any process: all stop, and save, at the same step."""
         if self.accelerator.num_processes == 1:
-            return stop.asked
-        asked = torch.tensor(float(stop.asked), device=self.accelerator.device)
+            return here
+        asked = torch.tensor(float(here), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
 
     def _log(self, step: int, lr: float) -> None:
@@ -245,6 +255,7 @@ class Trainer:
         )
         if self.accelerator.is_main_process:
             checkpoint.prune(self.folder.checkpoints, self.settings.keep_checkpoints)
+        self.clock.saved()
         self.accelerator.wait_for_everyone()
 
 
