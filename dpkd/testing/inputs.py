@@ -1,6 +1,6 @@
 """Random inputs of each family, as the engine would hand them over.
 
-N rows (positions, or pairs), V vocabulary. A `SampleBatch` shows the student as one matrix `[N, K]` whatever the family:
+N rows (positions or pairs), V vocabulary. A `SampleBatch` shows the student as one matrix `[N, K]` whatever the family:
 logits (K = V), hidden states of all layers one after the other, or the log-probs of the chosen and the rejected
 response (K = 2).
 """
