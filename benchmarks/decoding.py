@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dpkd.rollout.settings import SamplingSettings
 from harness import markdown
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, StaticCache
 from transformers.utils import logging
 
-from dpkd.api import GenerationModel, SamplerConfig, SamplingTask
+from dpkd.api import GenerationModel, SamplerConfig, SamplingSettings, SamplingTask
 from dpkd.rollout.backends.hf import HfSampler
 from dpkd.rollout.sampling import Decoder
 from dpkd.rollout.token_sampling import draw

@@ -1,6 +1,6 @@
 """What a GPU makes of dpkd, in bf16: steps, whole runs, decoding, and how busy it is, beside peers and floors.
 
-    python benchmarks/gpu.py --out FOLDER [--part step runs decode mfu] [--limit SECONDS] [--tiny]
+    python benchmarks/gpu.py --out FOLDER [--part check step runs decode mfu] [--limit SECONDS] [--tiny]
 
 Models come from configurations with random weights: no hub, no shared folder; TRL and Liger are measured where they are
 installed. Each part stops after --limit seconds (150). What is measured goes to FOLDER/gpu.jsonl line by line; a second
@@ -11,136 +11,26 @@ call from all lines there. `--tiny` runs every part on a CPU, to see that it run
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import math
-import os
 import statistics
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peers
 import torch
+from gpu_checks import part_check
+from gpu_decode import part_decode
+from gpu_runs import part_runs
+from gpu_tools import CUDA, DEVICE, Book, Numbers, clean, models, peak_mib, wait
 from harness import machine, markdown
 from ours import engine_step
 from shapes import sequences
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 COMPILER = "inductor" if CUDA else "eager"  # a CPU may have no C++ compiler; eager still traces
 PEAK = 989e12  # bf16 operations a second of an H100 or H200, from its data sheet
-Numbers = dict[str, float]
-
-
-class Book:
-    """What was measured, by part and variant; a file keeps it."""
-
-    def __init__(self, folder: Path, limit: float) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "gpu.jsonl"
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
-        self.found: dict[tuple[str, str], dict[str, Any]] = {(r["part"], r["name"]): r for r in map(json.loads, lines)}
-        self._limit, self._began = limit, time.monotonic()
-
-    def profile_path(self, name: str) -> Path:
-        return self._path.with_name(f"profile-{name}.txt")
-
-    def begin_part(self) -> None:
-        self._began = time.monotonic()
-
-    def take(self, part: str, name: str, measure: Callable[[], Numbers]) -> None:
-        """Measure, unless it is known or time is up; whatever fails is noted, and the next one is measured."""
-        known = self.found.get((part, name))
-        if known is not None and "why" not in known:
-            return
-        if time.monotonic() - self._began > self._limit:
-            print(f"{part} | {name}: left for another call, the part has had its time", flush=True)
-            return
-        began = time.monotonic()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                result: dict[str, Any] = measure()
-        except Exception as error:  # of a peer, a driver, a compiler: the others are measured all the same
-            words = (str(error).strip().splitlines() or [""])[0]
-            result = {"why": f"{type(error).__name__}: {words[:160]}"}
-        result |= {"part": part, "name": name, "took": round(time.monotonic() - began, 1)}
-        self.found[part, name] = result
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-        print(f"{part} | {name}: { {k: v for k, v in result.items() if k not in ('part', 'name')} }", flush=True)
-        _clean()
-
-    def of(self, part: str) -> dict[str, dict[str, Any]]:
-        return {name: result for (one, name), result in self.found.items() if one == part}
-
-    def number(self, part: str, name: str, key: str) -> float:
-        """NaN where it was not measured."""
-        return float(self.found.get((part, name), {}).get(key, math.nan))
-
-
-def _clean() -> None:
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-
-
-def _wait() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-def _peak_mib(base: int = 0) -> float:
-    return (torch.cuda.max_memory_allocated() - base) / 2**20 if CUDA else 0.0
-
-
-# --- models
-
-
-def configs(shapes: str) -> tuple[Any, Any]:
-    """Of student and teacher."""
-    from transformers import GPT2Config, Qwen2Config
-
-    gpt2 = {
-        "gpt2": ((24, 1024, 16), (48, 1600, 25)),
-        "runs": ((12, 768, 12), (48, 1600, 25)),
-        "tiny": ((1, 16, 2), (1, 24, 2)),
-    }
-    if shapes in gpt2:
-        off = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-        off |= {"vocab_size": 512, "bos_token_id": 511, "eos_token_id": 511} if shapes == "tiny" else {}
-        student, teacher = (GPT2Config(n_layer=n, n_embd=w, n_head=h, **off) for n, w, h in gpt2[shapes])
-        return student, teacher
-    student, teacher = (
-        Qwen2Config(
-            vocab_size=151936,
-            hidden_size=width,
-            intermediate_size=inner,
-            num_hidden_layers=n,
-            num_attention_heads=heads,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )
-        for n, width, heads, inner in ((24, 896, 14, 4864), (28, 1536, 12, 8960))
-    )
-    return student, teacher
-
-
-def models(shapes: str) -> tuple[Any, Any]:
-    """A float32 student, and a teacher as a run loads it: in bf16 on a GPU."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    with DEVICE:
-        student, teacher = (AutoModelForCausalLM.from_config(config) for config in configs(shapes))
-    teacher = teacher.to(torch.bfloat16) if CUDA else teacher
-    return student.train(), teacher.eval().requires_grad_(False)
 
 
 # --- the step
@@ -198,11 +88,11 @@ def measure_step(make: Callable[[], peers.Step], repeats: int) -> Numbers:
     step = make()
 
     def once() -> float:
-        _wait()
+        wait()
         began = time.perf_counter()
         with torch.autocast(DEVICE.type, torch.bfloat16):
             step()
-        _wait()
+        wait()
         return time.perf_counter() - began
 
     for _ in range(3 if CUDA else 1):  # compilers and caches
@@ -212,7 +102,7 @@ def measure_step(make: Callable[[], peers.Step], repeats: int) -> Numbers:
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
     taken = [once() for _ in range(repeats)]
-    return {"ms": 1000 * statistics.median(taken), "fastest": 1000 * min(taken), "mib": _peak_mib(base)}
+    return {"ms": 1000 * statistics.median(taken), "fastest": 1000 * min(taken), "mib": peak_mib(base)}
 
 
 def part_step(book: Book, tiny: bool) -> None:
@@ -223,354 +113,7 @@ def part_step(book: Book, tiny: bool) -> None:
             book.take(part, name, lambda make=make: measure_step(make, 1 if tiny else 8))
             pair[0].zero_grad(set_to_none=True)
         del pair
-        _clean()
-
-
-# --- whole runs
-
-
-def byte_tokenizer() -> Any:
-    """A token per byte, and EOS: no file is needed."""
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-    from tokenizers import models as kinds
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    model = Tokenizer(kinds.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    model.add_special_tokens([AddedToken("<eos>", special=True)])
-    made = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", pad_token="<eos>")
-    made.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-        "{% endfor %}"
-    )
-    return made
-
-
-def rows_of_text(count: int, tiny: bool) -> list[dict[str, str]]:
-    """Prompts and two responses of random letters; a token is a letter."""
-    import random
-
-    rng = random.Random(0)
-    sizes = ((4, 8), (4, 8)) if tiny else ((64, 192), (64, 256))
-
-    def text(low: int, high: int) -> str:
-        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(low, high)))
-
-    return [
-        {"prompt": text(*sizes[0]), "completion": text(*sizes[1]), "rejected": text(*sizes[1])} for _ in range(count)
-    ]
-
-
-class Clock:
-    """Seconds a step, from the end of the `warm`th step on, with one wait at each end; and the peak of memory."""
-
-    def __init__(self, warm: int) -> None:
-        self._warm, self.steps, self.base = warm, 0, 0
-        self._began = self._ended = 0.0
-
-    def start(self) -> None:
-        if CUDA:
-            _wait()
-            torch.cuda.reset_peak_memory_stats()
-            self.base = torch.cuda.memory_allocated()
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps == self._warm:
-            _wait()
-            self._began = time.perf_counter()
-
-    def stop(self) -> None:
-        _wait()
-        self._ended = time.perf_counter()
-
-    def numbers(self, tokens: float) -> Numbers:
-        """`tokens` of responses a step."""
-        seconds = (self._ended - self._began) / max(1, self.steps - self._warm)
-        return {"seconds": seconds, "tokens": tokens / seconds if seconds else 0.0, "mib": _peak_mib(self.base)}
-
-
-Size = dict[str, int]
-
-
-def run_ours(loss: str, pair: Any, rows: list[dict[str, str]], size: Size, **settings: Any) -> Numbers:
-    """`dpkd.train` on models and rows in memory; its loop is timed."""
-    import dpkd
-    from dpkd.train.trainer import Trainer
-
-    clock, loop, one = Clock(size["warm"]), Trainer.run, Trainer._step
-
-    def run(self: Any, *arguments: Any) -> int:
-        clock.start()
-        done = loop(self, *arguments)
-        clock.stop()
-        return done
-
-    def step(self: Any, *arguments: Any) -> None:
-        one(self, *arguments)
-        clock.step()
-
-    Trainer.run, Trainer._step = run, step  # type: ignore[method-assign]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["DPKD_CACHE"] = folder
-            data = [{"prompt": row["prompt"], "response": row["completion"]} for row in rows]
-            if "pairs" in settings:
-                settings = settings["pairs"]
-                data = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["rejected"]} for r in rows]
-            dpkd.train(
-                loss=loss,
-                student=pair[0],
-                teacher=pair[1],
-                tokenizer=byte_tokenizer(),
-                data=data,
-                output=Path(folder) / "run",
-                settings={
-                    "data.template": "none",
-                    "train.steps": size["steps"],
-                    "train.batch_size": size["batch"],
-                    "train.micro_batch_size": size["batch"] * (2 if "chosen" in data[0] else 1),
-                    "train.precision": "bf16",
-                    "train.device": DEVICE.type,
-                    "train.schedule": "constant",
-                    "text.sampling.max_new_tokens": size["sampled"],
-                    "text.sampling.batch_size": size["batch"],
-                    **settings,
-                },
-            )
-    finally:
-        Trainer.run, Trainer._step = loop, one  # type: ignore[method-assign]
-    return clock.numbers(_response_tokens(rows, size, settings))
-
-
-def _response_tokens(rows: list[dict[str, str]], size: Size, settings: dict[str, Any]) -> float:
-    """Of a step, EOS included."""
-    if settings.get("text.source") == "student":
-        return float(size["batch"] * size["sampled"])
-    both = sum(len(row["completion"]) + 1 for row in rows)
-    if "text.source" in settings:
-        both += sum(len(row["rejected"]) + 1 for row in rows)
-    return both / (len(rows) / size["batch"])
-
-
-def run_trl(kind: str, pair: Any, rows: list[dict[str, str]], size: Size) -> Numbers:
-    """TRL's trainers on the same rows: bf16, no checkpointing."""
-    from copy import deepcopy
-
-    from datasets import Dataset
-    from transformers import TrainerCallback
-
-    clock, tokenizer = Clock(size["warm"]), byte_tokenizer()
-
-    class Timed(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.start()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.step()
-
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            clock.stop()
-
-    student = deepcopy(pair[0])
-    common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": size["batch"],
-        "max_steps": size["steps"],
-        "lr_scheduler_type": "constant",
-        "logging_steps": 10,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": not CUDA,
-        "bf16": CUDA,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-    }
-    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
-    names = (("prompt", "user"), ("completion", "assistant"))
-    chats = [{"messages": [{"role": role, "content": row[key]} for key, role in names]} for row in rows]
-    settings: dict[str, Any] = {"text.source": "student"} if kind.endswith("on-policy") else {}
-    if kind.startswith("GKD"):
-        from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-        how = GKDConfig(
-            lmbda=float(bool(settings)),
-            beta=0.5,
-            temperature=1.0,
-            max_new_tokens=size["sampled"],
-            max_length=size["length"],
-            **common,
-        )
-        trainer: Any = GKDTrainer(
-            model=student,
-            teacher_model=pair[1],
-            args=how,
-            processing_class=tokenizer,
-            train_dataset=Dataset.from_list(chats),
-        )
-    elif kind.startswith("Distillation"):
-        from trl import DistillationConfig, DistillationTrainer
-
-        trainer = DistillationTrainer(
-            model=student,
-            teacher_model=pair[1],
-            args=DistillationConfig(beta=0.5, max_completion_length=size["sampled"], **common),
-            processing_class=tokenizer,
-            train_dataset=prompts,
-        )
-    else:
-        from trl import DPOConfig, DPOTrainer
-
-        settings = {"text.source": "preference"}
-        kept = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["rejected"]} for r in rows]
-        trainer = DPOTrainer(
-            model=student,
-            ref_model=pair[1],
-            args=DPOConfig(beta=0.1, max_length=size["length"], **common),
-            processing_class=tokenizer,
-            train_dataset=Dataset.from_list(kept),
-        )
-    trainer.add_callback(Timed())
-    trainer.train()
-    return clock.numbers(_response_tokens(rows, size, settings))
-
-
-def part_runs(book: Book, tiny: bool) -> None:
-    size: Size = {"batch": 2, "steps": 3, "warm": 1, "sampled": 4, "length": 32} if tiny else {}
-    size = size or {"batch": 32, "steps": 14, "warm": 4, "sampled": 128, "length": 512}
-    slow = size if tiny else size | {"steps": 6, "warm": 2}
-    rows = rows_of_text(size["batch"] * size["steps"], tiny)
-    few = rows[: slow["batch"] * slow["steps"]]
-    pair = models("tiny" if tiny else "runs")
-    student = {"text.source": "student"}
-    stored = {"pairs": {"text.source": "preference"}}
-    runs: dict[str, Callable[[], Numbers]] = {
-        "dpkd jsd, off-policy": lambda: run_ours("jsd", pair, rows, size),
-        "TRL GKD, off-policy": lambda: run_trl("GKD off-policy", pair, rows, size),
-        "dpkd jsd, on-policy": lambda: run_ours("jsd", pair, few, slow, **student),
-        "TRL DistillationTrainer, on-policy": lambda: run_trl("Distillation on-policy", pair, few, slow),
-        "dpkd pairs": lambda: run_ours("dpkd", pair, rows, size, **stored),
-        "TRL DPOTrainer": lambda: run_trl("DPO", pair, rows, size),
-        "TRL GKD, on-policy": lambda: run_trl("GKD on-policy", pair, few, slow),
-        "dpkd minillm": lambda: run_ours("minillm", pair, few, slow, **{"text.every": 1, "text.num_iterations": 1}),
-    }
-    for name, run in runs.items():
-        book.take("runs", name, run)
-
-
-# --- decoding
-
-
-def part_decode(book: Book, tiny: bool) -> None:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    torch.manual_seed(0)
-    with DEVICE:
-        model = AutoModelForCausalLM.from_config(configs("tiny" if tiny else "runs")[0])
-    model = model.to(torch.bfloat16 if CUDA else torch.float32).eval()
-    vocabulary, new = model.config.vocab_size, 4 if tiny else 128
-    for rows in [2] if tiny else [32, 256]:
-        part = f"decode {rows}"
-        prompts = [list(s.prompt_ids) for s in sequences(rows, (4, 8) if tiny else (32, 128), (2, 2), vocabulary)]
-        # The floor first: others are measured against it.
-        ways: dict[str, Callable[[], float]] = {
-            "CUDA graph of one step (floor)": partial(graph_floor, model, prompts, new),
-            "dpkd": partial(decode_ours, model, prompts, new, "auto"),
-            "dpkd, eager": partial(decode_ours, model, prompts, new, "eager"),
-            "generate": partial(decode_generate, model, prompts, new, None),
-            "generate, static cache": partial(decode_generate, model, prompts, new, "static"),
-        }
-        for name, way in ways.items():
-            book.take(part, name, lambda way=way, rows=rows: _rate(way(), rows, new))
-
-
-def _rate(seconds: float, rows: int, new: int) -> Numbers:
-    return {"ms": 1000 * seconds / new, "tokens": rows * new / seconds}
-
-
-def _best(once: Callable[[], Any], warm: int = 1, repeats: int = 2) -> float:
-    """The fastest of some calls, in seconds, after others."""
-    for _ in range(warm if CUDA else 0):
-        once()
-    taken = []
-    for _ in range(repeats if CUDA else 1):
-        _wait()
-        began = time.perf_counter()
-        once()
-        _wait()
-        taken.append(time.perf_counter() - began)
-    return min(taken)
-
-
-def decode_ours(model: Any, prompts: list[list[int]], new: int, decoding: Any) -> float:
-    from dpkd.rollout.settings import SamplingSettings
-
-    from dpkd.rollout.sampling import Decoder
-
-    eos = model.config.vocab_size - 1
-    decoder = Decoder(model, eos_ids=frozenset({eos}), pad_id=eos, vocabulary=None, decoding=decoding)
-    settings = SamplingSettings(max_new_tokens=new, batch_size=len(prompts))
-    return _best(lambda: decoder.draw(prompts, settings, seeds=list(range(len(prompts)))))
-
-
-@torch.no_grad()
-def decode_generate(model: Any, prompts: list[list[int]], new: int, cache: str | None) -> float:
-    eos, width = model.config.vocab_size - 1, max(map(len, prompts))
-    ids = torch.tensor([[eos] * (width - len(one)) + one for one in prompts], device=DEVICE)
-    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=DEVICE)
-    how = {} if cache is None else {"cache_implementation": cache}
-    return _best(
-        lambda: model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            eos_token_id=eos,
-            pad_token_id=eos,
-            **how,
-        ),
-        warm=2 if cache else 1,
-    )
-
-
-@torch.no_grad()
-def graph_floor(model: Any, prompts: list[list[int]], new: int) -> float:
-    """`new` replays of one decoding step over a static cache, the draw included: the floor of eager kernels."""
-    from transformers import StaticCache
-
-    if not CUDA:
-        raise RuntimeError("no GPU")
-    width, rows = max(map(len, prompts)), len(prompts)
-    cache = StaticCache(config=model.config, max_cache_len=width + new)
-    token = torch.zeros(rows, 1, dtype=torch.long, device=DEVICE)
-    model(token.expand(rows, width).contiguous(), past_key_values=cache, use_cache=True)
-    mask = torch.ones(rows, 1, 1, width + new, dtype=torch.bool, device=DEVICE)
-    position = torch.full((rows, 1), width, dtype=torch.long, device=DEVICE)
-
-    def one() -> None:
-        output = model(
-            token, past_key_values=cache, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1
-        )
-        logits = output.logits[:, -1].float()
-        noise = torch.rand_like(logits).log_().neg_()
-        token.copy_((logits.softmax(-1) / noise).argmax(-1, keepdim=True))
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            one()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        one()
-    return _best(lambda: [graph.replay() for _ in range(new)])
+        clean()
 
 
 # --- how busy the GPU is
@@ -582,7 +125,7 @@ def part_mfu(book: Book, tiny: bool) -> None:
         pair = models(shapes)
         book.take("mfu", shapes, lambda pair=pair, shapes=shapes: mfu(pair, book.profile_path(shapes), tiny))
         del pair
-        _clean()
+        clean()
 
 
 def mfu(pair: tuple[Any, Any], profile: Path, tiny: bool) -> Numbers:
@@ -598,11 +141,11 @@ def mfu(pair: tuple[Any, Any], profile: Path, tiny: bool) -> Numbers:
     for _ in range(1 if tiny else 4):
         whole()
     count = 1 if tiny else 8
-    _wait()
+    wait()
     began = time.perf_counter()
     for _ in range(count):
         whole()
-    _wait()
+    wait()
     seconds = (time.perf_counter() - began) / count
     tokens = sum(len(s.prompt_ids) + len(s.response_ids) for s in many)
     rows = sum(len(s.response_ids) for s in many)
@@ -616,7 +159,7 @@ def mfu(pair: tuple[Any, Any], profile: Path, tiny: bool) -> Numbers:
         "ms": 1000 * seconds,
         "tokens": rows / seconds,
         "mfu": operations / seconds / PEAK,
-        "mib": _peak_mib(),
+        "mib": peak_mib(),
         "busy": _profiled(whole, profile, 1 if tiny else 3),
     }
 
@@ -626,12 +169,12 @@ def _profiled(step: Callable[[], None], path: Path, count: int) -> float:
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
-    _wait()
+    wait()
     began = time.perf_counter()
     with profile(activities=kinds) as seen:
         for _ in range(count):
             step()
-        _wait()
+        wait()
     seconds = time.perf_counter() - began
     key = "self_device_time_total" if CUDA else "self_cpu_time_total"
     averages = seen.key_averages()
@@ -664,6 +207,8 @@ def report(book: Book) -> str:
 def _shown(key: str, value: float | None) -> str:
     if value is None:
         return "–"
+    if key.startswith(("values", "gradient")):
+        return f"{value:.1e}"
     digits = 3 if key in ("mfu", "busy", "seconds") else 1 if key in ("ms", "fastest") else 0
     return f"{value:,.{digits}f}"
 
@@ -694,6 +239,8 @@ def verdict(book: Book) -> str:
     lines.append(("decoding 32 rows, time of the graph", ratio("decode 32", "dpkd", floor, "ms"), "≤", 1.5))
     lines.append(("decoding 32 rows, tokens/s of generate", ratio("decode 32", "dpkd", "generate", "tokens"), "≥", 8.0))
     lines.append(("MFU of an off-policy step", book.number("mfu", "runs", "mfu"), "≥", 0.35))
+    for name in book.of("host waits in a step"):
+        lines.append((f"host waits in a step of {name}", book.number("host waits in a step", name, "waits"), "≤", 0.0))
     rows = []
     for what, found, way, target in lines:
         if math.isnan(found):
@@ -704,6 +251,7 @@ def verdict(book: Book) -> str:
 
 
 PARTS: dict[str, Callable[[Book, bool], None]] = {
+    "check": part_check,
     "step": part_step,
     "runs": part_runs,
     "decode": part_decode,

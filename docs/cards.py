@@ -30,15 +30,6 @@ def built_in() -> list[RegisteredLoss]:
     return sorted((loss for loss in registry.losses.values() if loss.distribution == "dpkd"), key=lambda x: x.spec.name)
 
 
-def losses_table() -> str:
-    """The built-in losses, a line each."""
-    rows = map(_row, built_in())
-    return table(
-        ("loss", "family", "text by", "needs of the teacher", "what"),
-        ((f"`{r['name']}`", r["family"], ", ".join(r["text"]), r["needs"], r["summary"]) for r in rows),
-    )
-
-
 def zoo() -> str:
     """The built-in losses by family, a line each, with links to their cards."""
     losses = built_in()

@@ -24,7 +24,7 @@ def example() -> str:
     return f"```python\n{source.strip()}\n```"
 
 
-PARTS = {"losses": cards.losses_table, "example": example, "zoo": cards.zoo}
+PARTS = {"example": example, "zoo": cards.zoo}
 
 
 def generated(text: str) -> str:

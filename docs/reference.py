@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Set
 from enum import EnumType
+from types import ModuleType
 from typing import Any
 
 from cards import escaped, table
@@ -94,6 +95,16 @@ def _meaning(field: Mapping[str, Any]) -> str:
     return escaped(str(field.get("description", "")))
 
 
+def public_names(module: ModuleType) -> list[str]:
+    """What a module offers: its `__all__`, else the public classes and functions that it defines."""
+    own = [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+    ]
+    return list(getattr(module, "__all__", own))
+
+
 def api() -> Iterator[str]:
     """The public names of the modules that a plugin or a script imports."""
     yield "# Python"
@@ -102,7 +113,7 @@ def api() -> Iterator[str]:
         module = importlib.import_module(module_name)
         yield f"## {module_name}"
         yield _prose(inspect.getdoc(module) or "")
-        for name in module.__all__:
+        for name in public_names(module):
             value = getattr(module, name)
             if not inspect.ismodule(value) and not isinstance(value, str):
                 yield from _entry(f"{module_name}.{name}", value)

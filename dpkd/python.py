@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dpkd.api import Callback, LossSpec
     from dpkd.evaluation.results import Evaluation
+    from dpkd.losses.base import ZooLoss
     from dpkd.models.in_memory import InMemory
+    from dpkd.plugins import Registry
     from dpkd.run_folder import RunFolder
 
 __all__ = ["evaluate", "resume", "train"]
 
 Model: TypeAlias = Union[str, PathLike[str], "PreTrainedModel"]
+Loss: TypeAlias = Union[str, "LossSpec", "ZooLoss", Callable[..., "Tensor"]]
 Data: TypeAlias = str | PathLike[str] | Iterable[Mapping[str, Any]]
 
 
 def train(
     *,
-    loss: str,
+    loss: Loss,
     teacher: Model | None = None,
     student: Model | None = None,
     data: Data | None = None,
@@ -31,13 +36,21 @@ def train(
     seed: int | None = None,
     config: Sequence[str | Path] = (),
     settings: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RunFolder:
-    """Distil, as `dpkd train` does; `settings` maps dotted paths to values. Returns the run's folder.
+    """Distil, as `dpkd train` does. Returns the run's folder; its `model` loads with `AutoModelForCausalLM`.
 
-    `teacher` and `student` are names, paths, or causal language models of transformers; `data` is a name, a path, a
-    `datasets.Dataset`, or any iterable of rows. `tokenizer` is that of the models in memory (None: of their
-    `name_or_path`). The objects are left as they are: what is trained is a copy of the student, and its weights are
-    in the folder `model` of the run.
+    loss       the name of an installed loss; or one of your own: a `LossSpec`, a loss of `dpkd.losses.get`, or a
+               function whose arguments are what it reads and, with defaults, its settings (see `dpkd.losses.get`)
+    teacher    a name, a path, or a causal language model of transformers
+    student    the same; an object is left as it is, and a copy of it is trained
+    data       a name, a path, a `datasets.Dataset`, or any iterable of rows
+    tokenizer  that of the models in memory; None: of their `name_or_path`
+    output     the run's folder; None: the next free `runs/LOSS-N`
+    seed       of everything random in the run
+    config     YAML files, later ones over earlier ones
+    settings   dotted paths and their values, over all else: `{"train.lr": 1e-4}`
+    callbacks  what to do beside training, see `dpkd.api.Callback`
 
     Raises SettingsError with every mistake in the settings, DpkdError for what the run stumbles over.
     """
@@ -48,8 +61,9 @@ def train(
     from dpkd.train.run import train as run
 
     names, given = _names({"teacher": teacher, "student": student}, data, tokenizer)
+    registry = load_registry()
     named = {
-        "loss.name": loss,
+        **_loss(loss, registry),
         "teacher.model": names["teacher"],
         "student.model": names["student"],
         "data.path": names["data"],
@@ -59,32 +73,41 @@ def train(
     layers = [file_layer(Path(path)) for path in config]
     layers += [flag_layer("train()", path, value) for path, value in named.items() if value is not None]
     layers += [flag_layer("settings", path, value) for path, value in (settings or {}).items()]
-    resolved = resolve(layers, load_registry(), given)
+    resolved = resolve(layers, registry, given)
     with own_accelerate_state(), given.left_alone():
-        return run(resolved)
+        return run(resolved, callbacks=callbacks)
 
 
 def resume(
     folder: str | Path | RunFolder,
     *,
+    loss: Loss | None = None,
     teacher: PreTrainedModel | None = None,
     student: PreTrainedModel | None = None,
     data: Iterable[Mapping[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RunFolder:
     """Continue an interrupted run, as `dpkd train --resume` does, bit for bit.
 
-    What was an object when the run began is given again, as it was then; what had a name is not.
+    folder  of the run, or the run as it was returned
+
+    The other arguments are those of `train`. What was an object when the run began is given again, as it was then; what
+    had a name is not. A function or loss of your own is not compared with what it was.
 
     Raises DpkdError when the run is finished, when an object is missing, or when one is not what it was.
     """
+    from dpkd.plugins import load_registry
     from dpkd.train.accelerate_state import own_accelerate_state
-    from dpkd.train.run import resume_folder
+    from dpkd.train.resume import resume_folder
 
+    registry = load_registry()
+    if loss is not None:
+        _loss(loss, registry)
     _, given = _names({"teacher": teacher, "student": student}, data, tokenizer)
     path = folder if isinstance(folder, str | Path) else folder.path
     with own_accelerate_state(), given.left_alone():
-        return resume_folder(Path(path), given=given)
+        return resume_folder(Path(path), given=given, registry=registry, callbacks=callbacks)
 
 
 def evaluate(
@@ -106,8 +129,21 @@ def evaluate(
 ) -> Evaluation:
     """Score a run, model or hub id on a set, as `dpkd eval` does; nothing is written without `output`.
 
-    Model, teacher and data may be objects, as for `train`; `dtype` is that of weights that are loaded here, and an
-    object keeps its own. `settings` maps names of the block `data` to values (`{"template": "chat"}`).
+    model           a run, a name, a path, or a causal language model of transformers
+    data            a name, a path, a `datasets.Dataset`, or any iterable of rows; or one of the papers' sets by name
+    teacher         to measure divergences from; None: that of the run
+    tokenizer       of the models in memory; None: of their `name_or_path`
+    seeds           of the answers; None: the papers' five
+    greedy          the likeliest token each time, under one seed
+    max_new_tokens  an answer without EOS ends there, and is counted as truncated
+    batch_size      answers that are drawn together
+    dtype           of weights that are loaded here: float32, bfloat16, float16 or auto; an object keeps its own
+    limit           read at most so many rows
+    rewards         also take the implicit reward of the model's own answers
+    long_prompts    a prompt beyond the limits is an error, or left out and counted (skip)
+    settings        of the block `data`, with or without that word: `{"data.template": "chat"}`
+    output          folder for scores and answers
+
     `evaluate(...)["rouge_l"]` is the mean over seeds.
 
     Raises SettingsError for mistakes in the settings, DpkdError when a row cannot be scored.
@@ -121,7 +157,8 @@ def evaluate(
 
     names, given = _names({"model": getattr(model, "path", model), "teacher": teacher}, data, tokenizer)
     one, target = find_set(str(names["data"])), find_target(str(names["model"]), names["teacher"])
-    rows = checked(DataSettings, one.given(target.data, {"limit": limit, **(settings or {})}), "data")
+    own = {path.removeprefix("data."): value for path, value in (settings or {}).items()}
+    rows = checked(DataSettings, one.given(target.data, {"limit": limit, **own}), "data")
     sampling = SamplingSettings(
         temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
@@ -129,6 +166,23 @@ def evaluate(
     with given.left_alone():
         evaluator = Evaluator(target.model, target.teacher, dtype=dtype, given=given)
         return evaluator.evaluate(one.name, rows, how, output=Path(output) if output is not None else None)
+
+
+def _loss(loss: Loss, registry: Registry) -> dict[str, Any]:
+    """What the settings call a loss, with its settings; one of the caller's own is added to the registry."""
+    if isinstance(loss, str):
+        return {"loss.name": loss}
+    from dpkd.losses.base import ZooLoss
+    from dpkd.losses.own import as_spec
+    from dpkd.plugins import Registered
+
+    own: dict[str, Any] = {}
+    if isinstance(loss, ZooLoss):
+        own = {f"loss.{k}": v for k, v in loss.config.model_dump(mode="json", exclude_defaults=True).items()}
+    spec = loss.spec if isinstance(loss, ZooLoss) else as_spec(loss)
+    if not any(one.spec is spec or one.spec == spec for one in registry.losses.values()):
+        registry.add(Registered(spec, "your program", "-", spec.name, spec.loss.__module__))
+    return {"loss.name": spec.name, **own}
 
 
 def _names(models: Mapping[str, Any], data: Any, tokenizer: Any) -> tuple[dict[str, str | None], InMemory]:

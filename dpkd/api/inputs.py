@@ -239,10 +239,17 @@ class Rollout:
     """One collection of sampled responses, before training on it: rows of a sequence stand together, in order.
 
     `rollout_logps`, `behaviour_logps` and `teacher_logps` are `[N]`, in nats, of the drawn tokens;
-    `sequence` `[N]` numbers the responses from 0.
+    `sequence` `[N]` numbers the responses from 0. Of the R responses themselves there is
+
+    prompt     `[R]` the number of the prompt that each answers: those to one prompt are a group, for a baseline
+    prompts    text of the prompt of each, as the model read it
+    responses  text of each, without special tokens: what a reward function is called on
     """
 
     rollout_logps: Tensor
     behaviour_logps: Tensor
     teacher_logps: Tensor
     sequence: Tensor
+    prompt: Tensor | None = None
+    prompts: tuple[str, ...] = ()
+    responses: tuple[str, ...] = ()

@@ -141,6 +141,8 @@ class LossSpec:
               rest, decide what is read of the teacher; None: not these alone
     suggests  run settings that the paper used, as a nested mapping; any layer of the user overrides them
     traits    promises that the conformance kit verifies
+    reward_scale β of the implicit reward β log q/p that is logged; None: 1
+    linear_when  under which settings LINEAR_IN_TEACHER holds; None: under all
     preset_of the loss that this one is, with other defaults or another text; empty for a loss of its own
     """
 
@@ -154,12 +156,18 @@ class LossSpec:
     traits: frozenset[Trait] = frozenset()
     top_k: Callable[[Any], int] | None = None
     chosen_k: Callable[[Any], int] | None = None
+    linear_when: Callable[[Any], bool] | None = None
+    reward_scale: Callable[[Any], float] | None = None
     preset_of: str = ""
 
     @property
     def family(self) -> Family:
         """Which base class the loss has."""
         return self.loss.family
+
+    def is_linear(self, config: LossConfig) -> bool:
+        """Whether, under these settings, samples of the teacher's distribution may stand for it."""
+        return Trait.LINEAR_IN_TEACHER in self.traits and (self.linear_when is None or self.linear_when(config))
 
     def signals(self, config: LossConfig | None = None) -> frozenset[Signal]:
         """What the loss reads under a config (the defaults when None)."""

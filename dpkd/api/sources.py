@@ -192,7 +192,7 @@ class Refreshed(Block):
 
 
 class PromptTokens(Protocol):
-    """A prompt and the data set's response, in tokens."""
+    """A prompt and the data set's response, in tokens; of a pair the chosen one, and the rejected one."""
 
     @property
     def id(self) -> str: ...
@@ -200,6 +200,8 @@ class PromptTokens(Protocol):
     def prompt_ids(self) -> tuple[int, ...]: ...
     @property
     def response_ids(self) -> tuple[int, ...]: ...
+    @property
+    def rejected_ids(self) -> tuple[int, ...]: ...
 
 
 class Batches(Protocol):
@@ -213,6 +215,7 @@ class Batches(Protocol):
 
 
 def _not_open(*asked: Any) -> Any:
+    """Stands for a generator that the settings do not ask for, and for all of them in a dry run."""
     raise AssertionError("the source asks for text by somebody who is not among the `writers` of its settings")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpkd.api.generators import Sampler
 from dpkd.api.inputs import Signal
-from dpkd.api.losses import TeacherAccess
+from dpkd.api.losses import TeacherAccess, Text
 from dpkd.errors import DpkdError
 from dpkd.functional import gather_logps, log_softmax
 from dpkd.settings import Block
@@ -108,6 +108,32 @@ class TeacherOutput:
         return bool(torch.isfinite(self.logits(slice(0, 64))).all())
 
 
+def _no_more(what: TeacherAccess | Text, k: int | None = None) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class TeacherOffer:
+    """What a teacher can give, known before anything of it is loaded: compared with what the losses of a run need.
+
+    access      the most that it gives
+    k           of TOP_K, CHOSEN_IDS and SAMPLED: how many tokens; `vocabulary` ids or more are the whole distribution
+    writers     on whose responses; None: on anybody's
+    writes      whether it writes responses of its own
+    what, has   for messages: `the store` has `the 64 likeliest tokens and the mass of the rest`
+    more        how to get more of it: an access level (and its k), or a writer, to a few words; empty: not at all
+    """
+
+    access: TeacherAccess
+    k: int = 0
+    vocabulary: int = 0
+    writers: frozenset[Text] | None = None
+    writes: bool = True
+    what: str = "the teacher"
+    has: str = ""
+    more: Callable[..., str] = _no_more
+
+
 @dataclass(frozen=True)
 class TeacherText:
     """Where a teacher's own responses come from.
@@ -164,6 +190,9 @@ class Teacher:
         """Memory of its weights in this process; `dtype` as in `load`."""
         return 0.0
 
+    def prepare_for(self, kept: int, chosen: int) -> None:
+        """Told before `check`: of its likeliest tokens the losses need `kept`, and `chosen` of the student's."""
+
     def check(self, tokenizer: Any) -> None:
         """Raises DpkdError when it cannot be the teacher of a student with this tokenizer; nothing is loaded yet."""
 
@@ -211,11 +240,13 @@ class TeacherSpec:
 
     name     lower-case letters and digits with dashes between: `teacher.kind`
     summary  one line
-    open     makes the teacher from its settings, before anything of it is loaded
-    config   its own settings, a closed and frozen block
+    open     makes the teacher from its own settings, before anything of it is loaded
+    offer    what a teacher with these settings gives; quick, and without loading anything
+    config   its own settings (`teacher.settings`), a closed and frozen block
     """
 
     name: str
     summary: str
     open: Callable[[Any], Teacher]
+    offer: Callable[[Any], TeacherOffer]
     config: type[Block] = Block

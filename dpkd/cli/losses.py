@@ -193,6 +193,7 @@ def check_loss(
     from dpkd.errors import SettingsError
     from dpkd.plugins import load_registry
     from dpkd.testing import check_installed
+    from dpkd.testing.kit import compiles
 
     registry = load_registry()
     if (name is None) == (not check_all):
@@ -203,6 +204,7 @@ def check_loss(
         report = check_installed(loss.spec)
         failed += not report.ok
         typer.echo(report.table())
+        typer.echo(f"torch.compile: {compiles(loss.spec)}")
     if failed:
         typer.secho(f"{failed} of {len(chosen)} losses break the contract", fg=typer.colors.RED, err=True)
         raise typer.Exit(1)

@@ -12,10 +12,25 @@ if TYPE_CHECKING:
 
 @contextmanager
 def shown(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Gives `progress(what, done, of)`: one bar a phase, with time left; nothing where there is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Gives `progress(what, done, of)`: a bar for each phase, with time elapsed and left; none without a terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, int] = {}
 

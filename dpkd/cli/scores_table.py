@@ -5,30 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpkd.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from dpkd.evaluation.results import Evaluation, Metric
 
-ABOUT = {
-    "rouge_l": "stemmed, best over references, × 100",
-    "exact_match": "%, best over references",
-    "nll": "of the references, nats per token",
-    "perplexity": "of the references, per token",
-    "bits_per_byte": "of the references",
-    "teacher_nll": "nats per token",
-    "forward_kl": "KL(teacher‖student), nats per token",
-    "reverse_kl": "KL(student‖teacher), nats per token",
-    "first_token_forward_kl": "the same at the first token",
-    "first_token_reverse_kl": "the same at the first token",
-    "reward_sum": "log q/p of the references",
-    "reward_mean": "the same, per token",
-    "student_answer_reward_sum": "log q/p of the model's own answers",
-    "student_answer_reward_mean": "per token",
-    "teacher_answer_reward_sum": "log q/p of the teacher's answers",
-    "teacher_answer_reward_mean": "per token",
-}
+WIDE = 110  # columns from which there is room for what a metric is
 OVERVIEW = ("rouge_l", "exact_match", "nll", "forward_kl", "reverse_kl")
 
 
@@ -37,14 +22,21 @@ def print_scores(name: str, result: Evaluation, folder: Path, console: Console) 
     from rich import box
     from rich.table import Table
 
+    from dpkd.report.names import ordered
+
     seeds = "greedy" if result.facts["greedy"] else f"seeds {', '.join(map(str, result.seeds))}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric", no_wrap=True)
+    table.add_column("metric", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("", style="dim", overflow="fold")
-    for key, metric in result.metrics.items():
-        table.add_row(key.replace("_", " "), _cell(metric), ABOUT.get(key, metric.unit))
-    console.print(f"{name} on {result.facts['set']}: {seeds}", highlight=False, markup=False, style="bold")
+    if console.width >= WIDE:
+        table.add_column("", style="dim", overflow="fold")
+    for key in ordered(result.metrics):
+        metric = result.metrics[key]
+        summary = [metric.summary] if console.width >= WIDE else []
+        table.add_row(*map(printable, (metric.title or key, _cell(metric), metric.unit, *summary)))
+    heading = printable(f"{name} on {result.facts['set']}: {seeds}")
+    console.print(heading, highlight=False, markup=False, style="bold", soft_wrap=True)
     console.print(table)
     if result.buckets:
         console.print(_by_length(result))
@@ -57,14 +49,16 @@ def _by_length(result: Evaluation) -> Table:
     from rich import box
     from rich.table import Table
 
+    from dpkd.report.names import ordered
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(f"by reference length ({result.length_unit})")
+    table.add_column(f"by reference length ({result.length_unit})", overflow="fold")
     for bucket in result.buckets:
         table.add_column(bucket.label, justify="right", no_wrap=True)
-    for key in result.metrics:
+    for key in ordered(result.metrics):
         if all(key in bucket.metrics for bucket in result.buckets if bucket.rows):
             cells = [_cell(bucket.metrics.get(key)) for bucket in result.buckets]
-            table.add_row(key.replace("_", " "), *cells)
+            table.add_row(printable(result.metrics[key].title or key), *cells)
     table.add_row("rows", *(str(bucket.rows) for bucket in result.buckets))
     return table
 
@@ -86,11 +80,12 @@ def print_overview(results: list[tuple[str, Evaluation]], console: Console) -> N
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold")
     table.add_column("set", overflow="fold")
-    for key in ("rows", *shown):
-        table.add_column(key.replace("_", " "), justify="right", no_wrap=True)
+    titles = {key: metric.title or key for _, result in results for key, metric in result.metrics.items()}
+    for heading in ("rows", *(titles[key] for key in shown)):
+        table.add_column(printable(heading), justify="right")
     for name, result in results:
         cells = [_cell(result.metrics.get(key)) for key in shown]
-        table.add_row(name, result.facts["set"], str(result.rows), *cells)
+        table.add_row(printable(name), printable(result.facts["set"]), str(result.rows), *cells)
     console.print(table)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
-from dpkd.config.layers import Layer, get_path
+from dpkd.api import Family, LossSpec
+from dpkd.config.layers import Layer, file_layer, get_path
 from dpkd.errors import SettingsError
+from dpkd.plugins import Registry
 
 # Old path → new path. A `*` is any one part, and the same one in both.
 RENAMED: dict[str, str] = {
@@ -55,6 +58,25 @@ def renamed(layer: Layer, *, quiet: bool = False) -> Layer:
     if problems:
         raise SettingsError(problems)
     return Layer(layer.name, values)
+
+
+def written_layers(path: Path, registry: Registry) -> list[Layer]:
+    """The settings that a run wrote down, to go on with it. Versions before 0.2 wrote those of all sources.
+
+    What names the source is a layer above the rest, so that settings of other sources are dropped.
+    """
+    layer = file_layer(path)
+    values = deepcopy(dict(layer.values))
+    for extra in (get_path(values, "terms.extra") or {}).values():
+        text = extra.get("text") or {}
+        if "pairs" in text:
+            pair = registry.get(LossSpec, extra["loss"]).spec.family is Family.PAIR
+            for name in ("source", "mix", "each", "adaptive") if pair else ("pairs",):
+                text.pop(name, None)
+    values = dict(renamed(Layer(layer.name, values), quiet=True).values)
+    source = get_path(values, "text.source")
+    above = [] if source is None else [Layer(f"text.source of {layer.name}", {"text": {"source": source}})]
+    return [Layer(layer.name, values), *above]
 
 
 def _everywhere(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

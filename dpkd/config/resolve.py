@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dpkd.api import Family, LossConfig, LossSpec, SourceConfig, SourceSpec, TeacherAccess, Text
+from dpkd.api import Family, LossConfig, LossSpec, SourceConfig, SourceSpec, TeacherAccess, TeacherOffer, Text
 from dpkd.config.aliases import renamed
 from dpkd.config.extras import extra_objective
 from dpkd.config.layers import Layer, Merged, drop, merge, suggestion_layer
@@ -17,6 +17,7 @@ from dpkd.config.memory import memory_problems
 from dpkd.config.objective import Objective, schedule_problems
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.settings import RunSettings
+from dpkd.config.teacher import offer_of
 from dpkd.config.text import (
     dev_problems,
     drop_outdated,
@@ -29,8 +30,7 @@ from dpkd.config.text import (
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.in_memory import InMemory
 from dpkd.plugins import RegisteredLoss, Registry
-from dpkd.teachers.store_check import why_not, why_not_served
-from dpkd.teachers.store_manifest import read_manifest
+from dpkd.teachers.offers import why_not
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -246,11 +246,15 @@ def _cross_checks(
             for setting, why in loss_problems(main.text, main.spec, "text", registry)
         ]
         problems += sampler_problems(settings, texts, registry)
-    if main is not None and settings.teacher.server is not None:
-        problems += _server_problems(settings, [main, *extras])
-    elif main is not None and settings.teacher.store is not None:
-        problems += _store_problems(settings, [main, *extras])
-    elif main is not None and settings.teacher.model is None and "teacher" not in damaged:
+    try:
+        offer = offer_of(settings.teacher, registry)
+    except SettingsError as error:
+        return [*problems, *error.problems]
+    except DpkdError as error:
+        return [*problems, str(error)]
+    if main is not None and offer is not None:
+        problems += _offer_problems(settings, [main, *extras], offer)
+    elif main is not None and "teacher" not in damaged:
         reasons = [*_teacher_reasons(main, "text" in damaged), *_model_reasons(settings)]
         for extra in extras:
             reasons += _extra_reasons(extra)
@@ -262,25 +266,14 @@ def _cross_checks(
     return problems if "student" in damaged else [*problems, *_student_problems(settings, merged)]
 
 
-def _store_problems(settings: RunSettings, objectives: Sequence[Objective]) -> list[str]:
-    """What a store in the teacher's place cannot do for this run."""
-    assert settings.teacher.store is not None
-    try:
-        manifest = read_manifest(settings.teacher.store)
-    except DpkdError as error:
-        return [str(error)]
-    reasons = _model_reasons(settings)
-    problems = [f"teacher.store: {'; '.join(reasons)}: that takes the teacher's model"] if reasons else []
-    found = [why_not(o.spec, o.config, o.reads, set(o.writers), manifest) for o in objectives]
-    return [*problems, *(f"teacher.store: {reason}" for reason in found if reason is not None)]
-
-
-def _server_problems(settings: RunSettings, objectives: Sequence[Objective]) -> list[str]:
-    """What a server in the teacher's place cannot do for this run."""
-    reasons = _model_reasons(settings)
-    problems = [f"teacher.server: {'; '.join(reasons)}: that takes the teacher's model"] if reasons else []
-    found = [why_not_served(o.spec, o.config, o.reads, settings.teacher) for o in objectives]
-    return [*problems, *(f"teacher.server: {reason}" for reason in found if reason is not None)]
+def _offer_problems(settings: RunSettings, objectives: Sequence[Objective], offer: TeacherOffer) -> list[str]:
+    """What the teacher of this run cannot do for it."""
+    named = [name for name in ("store", "server") if getattr(settings.teacher, name) is not None]
+    place = f"teacher.{named[0]}" if named else "teacher"
+    reasons = [] if settings.teacher.in_memory else _model_reasons(settings)
+    problems = [f"{place}: {'; '.join(reasons)}: that takes the teacher's model"] if reasons else []
+    found = [why_not(o.spec, o.config, o.reads, set(o.writers), offer) for o in objectives]
+    return [*problems, *(f"{place}: {reason}" for reason in found if reason is not None)]
 
 
 def _student_problems(settings: RunSettings, merged: Merged) -> list[str]:

@@ -117,8 +117,15 @@ class TrainSettings(Block):
         "auto",
         description="MiB of one chunk of logits, rows per chunk follow from it; auto: 32 on a CPU, up to 512 on a GPU",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compile the models' layers and the losses (half a minute at the start); auto: on a GPU, for 1000 "
+        "steps and more on fixed text",
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; None: at the end and on a stop")
+    save_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto", description="steps between checkpoints; auto: about every ten minutes; None: at the end and on a stop"
+    )
     keep_checkpoints: int = Field(1, ge=1, description="how many of the newest checkpoints stay")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="also log to these")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from dpkd.errors import DpkdError
 
 
 class YamlError(ValueError):
@@ -101,3 +104,24 @@ def _is_read_as(text: str, value: str) -> bool:
         return "\n" not in text and parse(text) == value and parse(f"[{text}]") == [value]
     except YamlError:
         return False
+
+
+LONGEST_RESOLVED = 1_000_000  # characters
+
+
+def read_resolved(path: Path) -> dict[str, Any]:
+    """The settings that a run folder keeps: nested blocks by name.
+
+    Raises DpkdError when the file is damaged, or holds what dpkd never writes there: aliases could be a bomb.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > LONGEST_RESOLVED or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise DpkdError(f"{path}: damaged: longer than any settings, or with YAML aliases, which dpkd never writes")
+        values = parse(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise DpkdError(f"{path}: damaged: expected YAML ({' '.join(str(error).split())[:200]})") from error
+    blocks = ("loss", "teacher", "student", "data")
+    if not isinstance(values, dict) or any(not isinstance(values.get(name) or {}, dict) for name in blocks):
+        raise DpkdError(f"{path}: damaged: expected the blocks {', '.join(blocks)}, each with settings")
+    return values

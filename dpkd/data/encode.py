@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -113,6 +113,17 @@ def tokenize(
     report = _report(len(examples), prompts, dropped, cut, settings.max_tokens)
     templates = template_line((one.form for one in rendered), settings.template)
     return EncodedData(prompts, replace(report, templates=templates, glued=_glued(rendered, responses)))
+
+
+def check_ids(prompts: Iterable[Prompt], rows: int, who: str) -> None:
+    """Raises DpkdError for a token that a model has no embedding for; `rows` is the number that it has."""
+    for prompt in prompts:
+        most = max(*prompt.prompt_ids, *prompt.response_ids, *prompt.rejected_ids, 0)
+        if most >= rows:
+            raise DpkdError(
+                f"{prompt.id}: holds the token {most:,}, but {who} has embeddings for {rows:,} only: model and "
+                "tokenizer do not belong together. Use the tokenizer that the model was trained with."
+            )
 
 
 def _glued(rendered: Sequence[Rendered], responses: Sequence[str | None]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from dpkd.api import MetricSpec, SamplingSettings, TokenScores
 from dpkd.api.teachers import Teacher
 from dpkd.data.batches import TokenSequence
+from dpkd.data.encode import check_ids
+from dpkd.data.encoding import continuation
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
 from dpkd.evaluation.answer_cache import AnswerCache, answer, as_answers
@@ -21,6 +24,7 @@ from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, score_tokens, write_scores
+from dpkd.io import lock
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import DTYPES
@@ -126,7 +130,7 @@ class Evaluator:
 
     def inputs(self, data: DataSettings, settings: EvaluationSettings) -> Inputs:
         """The rows of a set, ready for this model."""
-        return read_inputs(
+        inputs = read_inputs(
             data,
             self.tokenizer,
             context=self.context,
@@ -134,6 +138,8 @@ class Evaluator:
             long_prompts=settings.long_prompts,
             rows=self.given.rows(data.path),
         )
+        check_ids(inputs.prompts, self.model.get_input_embeddings().weight.shape[0], "the model")
+        return inputs
 
     def evaluate(
         self,
@@ -147,8 +153,20 @@ class Evaluator:
     ) -> Evaluation:
         """Score the model on the set of a name; with `output`, answers and scores are written and resumed there.
 
-        Raises DpkdError unless every row was answered and scored.
+        Raises DpkdError unless every row was answered and scored, or while another process writes to `output`.
         """
+        with nullcontext() if output is None else lock(output / ".lock", str(output)):
+            return self._evaluate(name, data, settings, output, progress, say)
+
+    def _evaluate(
+        self,
+        name: str,
+        data: DataSettings,
+        settings: EvaluationSettings,
+        output: Path | None,
+        progress: Progress | None,
+        say: Callable[[str], None] | None,
+    ) -> Evaluation:
         inputs = self.inputs(data, settings)
         tell = say or (lambda text: None)
         tell(f"{name}: {inputs.rows_read:,} rows of {inputs.source}")
@@ -288,7 +306,7 @@ class _DivergenceMeter:
             done += count
             self.tell(what, done, len(sequences))
 
-        texts = [self.tokenizer.decode(list(s.response_ids), skip_special_tokens=True) for s in sequences]
+        texts = [continuation(self.tokenizer, s.prompt_ids, s.response_ids) for s in sequences]
         return measure(
             self.model,
             sequences,
@@ -327,7 +345,7 @@ def _rewards(
             TokenSequence(prompt.prompt_ids, tuple(p.extra["ids"]))
             for prompt, p in zip(inputs.prompts, answers, strict=True)
         ]
-        found = score_tokens(meter(sequences, f"rewards of the {who}'s answers"), specs)
+        found = score_tokens(meter(sequences, f"rewards, {who}'s answers"), specs)
         for name in REWARDS:
             title = f"{found[name].title} (answers of the {who})"
             metrics[f"{who}_answer_{name}"] = replace(found[name], title=title)

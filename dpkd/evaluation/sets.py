@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from dpkd.data.memory import is_memory
 from dpkd.data.rows import READERS
 from dpkd.data.sources import HUB_ID
 from dpkd.errors import DpkdError
+from dpkd.io import read_json
 
 FOLDER_VARIABLE = "DPKD_SETS"
 # What a held-out split may be called, best first; MiniLLM's `valid` is its test split. `train` is for sets that have
@@ -75,10 +75,10 @@ def find_set(data: str, folder: str | None = None) -> EvalSet:
 
 
 def _name(data: str) -> str:
-    """What results are filed under: `dolly/eval.jsonl` is dolly, `dolly/dev.jsonl` is dolly-dev."""
-    path = Path(data).resolve() if Path(data).exists() else Path(data)
+    """What results are filed under: `dolly/eval.jsonl` is dolly, `dolly/dev.jsonl` is dolly-dev, `eval.jsonl` eval."""
+    path = Path(data)
     name = path.stem if path.suffix.lower() in READERS else path.name
-    if name.lower() not in SPLITS:
+    if name.lower() not in SPLITS or path.parent.name in ("", ".."):
         return name
     return path.parent.name if name.lower() in ("test", "eval") else f"{path.parent.name}-{name}"
 
@@ -95,7 +95,8 @@ def _splits(path: str) -> set[str]:
     if folder.is_dir():
         saved = folder / "dataset_dict.json"
         if saved.exists():
-            return set(json.loads(saved.read_text(encoding="utf-8")).get("splits", ()))
+            splits = read_json(saved).get("splits", ())
+            return set(map(str, splits)) if isinstance(splits, list) else set()
         return _of_files(folder, folder.rglob("*"))
     if folder.exists() or folder.suffix.lower() in READERS or not HUB_ID.fullmatch(path):
         return set()

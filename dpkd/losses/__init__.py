@@ -11,12 +11,16 @@ the mask, the cut of the vocabulary and the division are the functions that `dpk
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from dpkd.api import LossSpec, PairLoss, RolloutLoss
 from dpkd.config.problems import checked
 from dpkd.losses.distillation import DistillationLoss
 from dpkd.losses.outputs import pair_logps, token_logps
+from dpkd.losses.own import as_spec
 from dpkd.losses.policy import PolicyLoss
 from dpkd.losses.preference import PreferenceLoss
 from dpkd.plugins import load_registry
@@ -30,11 +34,12 @@ def available() -> dict[str, str]:
 
 
 def get(
-    loss: str | LossSpec, /, *, vocabulary: int | None = None, **settings: Any
+    loss: str | LossSpec | Callable[..., Tensor], /, *, vocabulary: int | None = None, **settings: Any
 ) -> DistillationLoss | PolicyLoss | PreferenceLoss:
     """Make a loss by its name, with its own settings: `get("jsd", beta=0.1)`.
 
-    loss        a name of `available()`, or the spec of a loss of your own
+    loss        a name of `available()`, the spec of a loss of your own, or a function whose arguments are what it reads
+                (`student_logits`, `teacher_logits`, `targets`, ...) and, with defaults, its settings
     vocabulary  compare the first so many ids only. Needed where the output heads of student and teacher have different
                 sizes (padding): the number of ids that the tokenizer has
     settings    as `dpkd describe NAME` lists them
@@ -42,7 +47,7 @@ def get(
     Returns a `DistillationLoss` for a loss on tokens, a `PolicyLoss` for one on sampled responses, a `PreferenceLoss`
     for one on pairs. Raises DpkdError for an unknown name, SettingsError for wrong settings.
     """
-    spec = load_registry().get(LossSpec, loss).spec if isinstance(loss, str) else loss
+    spec = load_registry().get(LossSpec, loss).spec if isinstance(loss, str) else as_spec(loss)
     config = checked(spec.config, settings, "loss")
     if issubclass(spec.loss, PairLoss):
         return PreferenceLoss(spec, config, vocabulary)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,15 @@ class PolicyLoss(ZooLoss):
     """A surrogate per sampled token, from what was known when the token was drawn."""
 
     def advantages(
-        self, *, labels: Tensor, rollout_logps: Tensor, teacher_logps: Tensor, behaviour_logps: Tensor | None = None
+        self,
+        *,
+        labels: Tensor,
+        rollout_logps: Tensor,
+        teacher_logps: Tensor,
+        behaviour_logps: Tensor | None = None,
+        prompt: Tensor | None = None,
+        prompts: Sequence[str] = (),
+        responses: Sequence[str] = (),
     ) -> Tensor:
         """What each sampled token is worth `[B, T]`, 0 where nothing was sampled; once per collection of responses.
 
@@ -25,6 +35,8 @@ class PolicyLoss(ZooLoss):
         rollout_logps    `[B, T]`, log-prob of each under the student that drew it (`losses.token_logps`)
         teacher_logps    `[B, T]`, under the teacher
         behaviour_logps  `[B, T]`, under what really drew it, where that was not the student alone (None)
+        prompt           `[B]`, the number of the prompt of each response, where the loss compares those to one prompt
+        prompts          their texts, and responses: where the loss calls a reward function
         """
         where = labeled_rows(labels)
         with torch.no_grad():
@@ -33,6 +45,9 @@ class PolicyLoss(ZooLoss):
                 behaviour_logps=take(rollout_logps if behaviour_logps is None else behaviour_logps, where.places),
                 teacher_logps=take(teacher_logps, where.places),
                 sequence=where.places // labels.shape[1],
+                prompt=prompt,
+                prompts=tuple(prompts),
+                responses=tuple(responses),
             )
             return spread(self.loss.advantages(drawn), where, labels)
 

@@ -1,16 +1,23 @@
-"""torch.compile where it pays: the repeated block of a model once, instead of the model whole."""
+"""torch.compile where it pays: the repeated block of a model once, instead of the model whole; a loss on a chunk.
+
+Nothing here ends a run: what does not compile, or gives other numbers, runs as it is, and the reason is returned.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpkd.models.head import causal_lm, hidden_states
 
-# Student and teacher may be of one class: training, evaluation and both types each take an entry.
+BACKEND = "inductor"
+# Student and teacher may be of one class: training, evaluation and both types each take an entry of the cache.
 ENTRIES = 32
+# Optimizer steps from which `auto` compiles: half a minute of compiling must be won back.
+WORTH_STEPS = 1000
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -23,7 +30,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=lambda blocks: sum(p.numel() for one in blocks for p in one.parameters()), default=[])
 
 
-def compile_blocks(model: nn.Module, backend: Any = "inductor") -> int:
+def compile_blocks(model: nn.Module, backend: Any = None) -> int:
     """Compile the layers of a model in place, for any length; returns how many. Names of weights stay.
 
     The layers share one compiled code: compiling costs what one layer costs.
@@ -31,7 +38,7 @@ def compile_blocks(model: nn.Module, backend: Any = "inductor") -> int:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, ENTRIES)
     blocks = repeated_blocks(model)
     for block in blocks:
-        block.compile(backend=backend, dynamic=True)
+        block.compile(backend=backend or BACKEND, dynamic=True)
     return len(blocks)
 
 
@@ -41,31 +48,72 @@ def undo(model: nn.Module) -> None:
         block._compiled_call_impl = None
 
 
-@torch.no_grad()
-def _probe(model: nn.Module) -> torch.Tensor:
-    lm = causal_lm(model)
-    embeddings = lm.get_input_embeddings().weight
-    ids = torch.arange(2 * 16, device=embeddings.device).remainder(embeddings.shape[0]).view(2, 16)
-    positions = torch.arange(16, device=ids.device).expand(2, -1)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-            return hidden_states(model, ids, torch.ones_like(ids), positions).float()
-    finally:
-        model.train(was_training)
-
-
-def compile_checked(model: nn.Module, backend: Any = "inductor") -> str | None:
-    """Compile the layers, and compare a probe with the model as it was; why they are not compiled, or None."""
+def compile_checked(model: nn.Module) -> str | None:
+    """Compile the layers, and compare a forward and backward pass with the model as it was; why not, or None."""
     expected = _probe(model)
     try:
-        if compile_blocks(model, backend) == 0:
-            return "it has no repeated layers"
-        gap = float((_probe(model) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-        reason = None if gap < 0.1 else f"its hidden states change (by {gap:.2g})"
-    except Exception as error:  # of a compiler, a driver: a run does not end because an optimization does not work
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler, about itself
+            reason = None if compile_blocks(model) else "it has no repeated layers"
+            gaps = [_gap(now, before) for now, before in zip(_probe(model), expected, strict=True)]
+        if reason is None and max(gaps) > 0.1:
+            reason = f"its numbers change (by {max(gaps):.2g})"
+    except Exception as error:
+        reason = _sentence(error)
     if reason is not None:
         undo(model)
     return reason
+
+
+def compile_loss(loss: nn.Module, x: Any) -> str | None:
+    """Compile a loss in place, for any number of rows; why it is not one graph on inputs like `x`, or None."""
+    if (reason := why_no_graph(loss, x)) is not None:
+        return reason
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss.compile(backend=BACKEND, dynamic=True)
+            loss(x).sum().backward()
+    except Exception as error:
+        reason = _sentence(error)
+        loss._compiled_call_impl = None
+    return reason
+
+
+def why_no_graph(loss: nn.Module, x: Any) -> str | None:
+    """Why a loss cannot be traced into one graph on inputs like `x`, or None. Nothing is compiled."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.compile(loss, backend="eager", fullgraph=True, dynamic=True)(x)
+    except Exception as error:
+        return _sentence(error)
+    return None
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _gap(now: Tensor, before: Tensor) -> float:
+    return float((now - before).abs().max() / before.abs().max().clamp(min=1e-6))
+
+
+def _probe(model: nn.Module) -> list[Tensor]:
+    """Hidden states of a few ids, and where weights are trained the gradient of one of them."""
+    weights = [p for block in repeated_blocks(model) for p in block.parameters() if p.requires_grad and p.ndim == 2][:1]
+    embeddings = causal_lm(model).get_input_embeddings().weight
+    ids = torch.arange(2 * 16, device=embeddings.device).remainder(embeddings.shape[0]).view(2, 16)
+    positions = torch.arange(16, device=ids.device).expand(2, -1)
+    was_training = model.training
+    model.eval()  # dropout would differ
+    try:
+        with (
+            torch.set_grad_enabled(bool(weights)),
+            torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"),
+        ):
+            hidden = hidden_states(model, ids, torch.ones_like(ids), positions).float()
+        grads = torch.autograd.grad(hidden.square().mean(), weights) if weights else ()
+    finally:
+        model.train(was_training)
+    return [hidden.detach(), *(g.float() for g in grads)]

@@ -55,6 +55,8 @@ class TeacherSettings(ModelSettings):
     store: str | None = Field(
         None, description="folder of a store of its log-probs (`dpkd cache`), in place of the model"
     )
+    kind: str = Field("auto", description="auto: a model or a store, as named; else an installed kind of teacher")
+    settings: dict[str, Any] = Field({}, description="with a `kind` from a plugin: its own settings")
 
     server: str | list[str] | None = Field(
         None, description="address of the server of the teacher, or of several; `model` is its name there"
@@ -107,6 +109,8 @@ class TeacherSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _one_server(self) -> TeacherSettings:
+        if self.server is not None and self.kind != "auto":
+            raise ValueError(f"kind {self.kind!r} takes its own settings (`settings`): leave out `server`")
         if self.server is not None and self.store is not None:
             raise ValueError("name either `server` or `store`: each takes the other's place")
         if self.server is not None and self.quantization != "none":
@@ -117,6 +121,10 @@ class TeacherSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _model_or_store(self) -> TeacherSettings:
+        if self.kind != "auto" and (self.store is not None or self.model is not None):
+            raise ValueError(f"kind {self.kind!r} takes its own settings (`settings`): leave out `model` and `store`")
+        if self.settings and self.kind == "auto":
+            raise ValueError("`settings` belong to a `kind` of teacher: name it")
         if self.store is not None and self.model is not None:
             raise ValueError("name either `model` or `store`: a store takes the model's place")
         if self.quantization != "none" and self.store is not None:
@@ -152,7 +160,11 @@ class StudentSettings(ModelSettings):
     )
     lora: LoraSettings | None = Field(None, description="train low-rank adapters only")
     dropout: Literal["keep", "off"] = Field("keep", description="dropout while training: the model's own, or none")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    gradient_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="recompute activations in backward: less memory, more time; selective: all but matrix products "
+        "and attention",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,6 +145,28 @@ def _copy_weights(teacher: nn.Module, student: nn.Module, kept: list[int]) -> No
             f"student.init `layers`: the layers of {type(teacher).__name__} are not alike, and layers {kept} do not "
             f"make a model of their own ({str(error).splitlines()[-1].strip()}). Known families are {FAMILIES}."
         ) from error
+
+
+# What selective recomputation keeps: the results of matrix products and attention, which cost the most to make again.
+_KEPT = (
+    *("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
+    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+)
+
+
+def recompute_activations(student: Any, *, selective: bool) -> None:
+    """Have the layers compute their activations again in backward: all, or (selective) all but the dearest to make."""
+    how: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+        kept = [getattr(torch.ops.aten, name).default for name in _KEPT if hasattr(torch.ops.aten, name)]
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
+    with warnings.catch_warnings():
+        # transformers has renamed it: where both names are there, the older one warns.
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
+        student.gradient_checkpointing_enable(how)
+    student.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
 
 
 def switch_dropout_off(model: nn.Module) -> None:

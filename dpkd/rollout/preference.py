@@ -22,11 +22,11 @@ class PreferenceConfig(SourceConfig):
 
 
 class PreferenceSource(SourceBase):
-    """Both responses are the data set's; its prompts are `dpkd.data.preference.PreferencePrompt`s."""
+    """Both responses are the data set's."""
 
     def from_data(self, index: int) -> tuple[tuple[int, ...], ...]:
         prompt = self.context.prompts[index]
-        return prompt.response_ids, prompt.rejected_ids  # type: ignore[attr-defined]
+        return prompt.response_ids, prompt.rejected_ids
 
     def _who(self) -> str:
         return "dataset: chosen and rejected of each row"

@@ -61,7 +61,7 @@ class TeacherScorer:
         sequences = [TokenSequence(self.prompts[i].prompt_ids, r.ids) for i, r in zip(indices, responses, strict=True)]
         scored = list(responses)
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-        wants = Wants(chunk_rows(self.vocabulary, 32.0), logps=True)
+        wants = Wants(chunk_rows(self.vocabulary, device=self.device), logps=True)
         self.teacher.expect(sequences, wants)
         for group in micro_batches(lengths, self.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(self.device)
@@ -87,13 +87,18 @@ class StudentGenerator:
     loss: RolloutLoss[Any] | None = None
     progress: Callable[[int], None] | None = None
     policy: PolicyScorer | None = None  # for a policy gradient; None: what draws computes as what trains
+    decode: Callable[[Sequence[int]], str] | None = None  # text of a response, for a policy gradient
 
     def __call__(self, indices: Sequence[int], period: int) -> list[tuple[Response, ...]]:
         count = self.config.student_sampling.num_generations
         shared = self.rank_shards.share(indices, lambda mine: _grouped(self._write(mine, period), count))
         if self.loss is None:
             return shared
-        return _grouped(_with_advantages([response for group in shared for response in group], self.loss), count)
+        drawn = [response for group in shared for response in group]
+        prompt = torch.arange(len(indices)).repeat_interleave(count)
+        prompts = tuple(self.prompts[i].text for i in indices for _ in range(count))
+        texts = tuple(self.decode(response.ids) for response in drawn) if self.decode is not None else ()
+        return _grouped(_with_advantages(drawn, self.loss, prompt=prompt, prompts=prompts, responses=texts), count)
 
     def _write(self, indices: list[int], period: int) -> list[Response]:
         """The responses to these examples, those to one example together."""
@@ -133,22 +138,23 @@ def _grouped(responses: list[Response], count: int) -> list[tuple[Response, ...]
     return [tuple(responses[first : first + count]) for first in range(0, len(responses), count)]
 
 
-def _with_advantages(responses: list[Response], loss: RolloutLoss[Any]) -> list[Response]:
-    """What each token is worth, over the whole collection at once."""
+def _with_advantages(drawn: list[Response], loss: RolloutLoss[Any], **known: Any) -> list[Response]:
+    """What each token is worth, over the whole collection at once; `known` is what `Rollout` has of the responses."""
 
     def column(name: str) -> torch.Tensor:
-        return torch.tensor([value for r in responses for value in getattr(r, name)])
+        return torch.tensor([value for r in drawn for value in getattr(r, name)])
 
-    lengths = torch.tensor([len(r.ids) for r in responses])
+    lengths = torch.tensor([len(r.ids) for r in drawn])
     rollout = Rollout(
         column("rollout_logps"),
         column("behaviour_logps"),
         column("teacher_logps"),
-        torch.repeat_interleave(torch.arange(len(responses)), lengths),
+        torch.repeat_interleave(torch.arange(len(drawn)), lengths),
+        **known,
     )
     with torch.no_grad():
         advantages = loss.advantages(rollout).split(lengths.tolist())
-    return [replace(r, advantages=tuple(a.tolist())) for r, a in zip(responses, advantages, strict=True)]
+    return [replace(r, advantages=tuple(a.tolist())) for r, a in zip(drawn, advantages, strict=True)]
 
 
 @dataclass

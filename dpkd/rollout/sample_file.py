@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dpkd.api import GenerationModel, SamplingSettings
-from dpkd.data.encode import Prompt, tokenize
+from dpkd.data.encode import Prompt, check_ids, tokenize
 from dpkd.data.encoding import continuation, end_ids
 from dpkd.data.examples import read_examples
 from dpkd.data.formats import Example
@@ -101,6 +101,7 @@ def _sample(
     todo = [p for p in tokenized.prompts if (p.id, num_generations - 1) not in found]
     by_id = {example.id: example for example in examples.examples}
     lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
+    check_ids(todo, lm.get_input_embeddings().weight.shape[0], str(model.model))
     lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
     counts = {"written": 0, "truncated": 0, "empty": 0}
     writer = GenerationModel(lm, None, end_ids(tokenizer, lm), tokenizer.pad_token_id)

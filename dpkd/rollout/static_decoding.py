@@ -8,7 +8,7 @@ leave, and prompts take their slots. Shapes: B rows of the window, R slots, C co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +26,11 @@ from dpkd.rollout.continuous_batching import (
     responses,
     take_group,
 )
+from dpkd.rollout.cuda_graphs import CannotDecodeStatically, Replay
 from dpkd.rollout.kv_cache import KVCacheModel
 
 # Below so many rows a decoding step is bound by the weights that it reads: a smaller window gains nothing.
 SMALLEST_WINDOW = 32
-# Steps that run eagerly before a window is captured: libraries set themselves up at their first calls.
-WARM_UP = 2
-
-
-class CannotDecodeStatically(Exception):
-    """These models, or this device, need caches that grow."""
 
 
 def row_bucket(rows: int) -> int:
@@ -64,36 +59,6 @@ def decode_step(
     rows.length_B.add_(~rows.done_B)
     column.add_(1)
     record(rows, logits, policy, static=True)
-
-
-class Replay:
-    """Runs a step: on CUDA eagerly at first, then as a graph; elsewhere as it is."""
-
-    def __init__(
-        self, step: Callable[[], None], device: torch.device, side: torch.cuda.Stream | None, pool: Any
-    ) -> None:
-        self._step, self._device, self._side, self._pool = step, device, side, pool
-        self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self) -> None:
-        """One step."""
-        if self._side is None:
-            self._step()
-        elif self._calls < WARM_UP:
-            self._calls += 1
-            self._side.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._side):
-                self._step()
-            torch.cuda.current_stream(self._device).wait_stream(self._side)
-        else:
-            if self._graph is None:
-                graph = torch.cuda.CUDAGraph()
-                # Only this thread's calls matter: others may prepare batches meanwhile.
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
-                    self._step()  # recorded, not run
-                self._graph = graph
-            self._graph.replay()
 
 
 class DecodingState:

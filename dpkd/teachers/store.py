@@ -68,18 +68,16 @@ class StoreTeacher(Teacher):
 
     measurable = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         """Raises DpkdError when the folder holds no store."""
         self.manifest: Manifest = read_manifest(folder)
-        self.folder = folder
+        self.folder = Path(folder)
         self.vocabulary = self.manifest.vocabulary
 
     @property
     def offers(self) -> TeacherAccess:  # type: ignore[override]
         """What kind of numbers it has."""
-        return {"tokens": TeacherAccess.TOKEN_LOGPS, "topk": TeacherAccess.TOP_K, "sampled": TeacherAccess.SAMPLED}[
-            self.manifest.kind
-        ]
+        return self.manifest.offer.access
 
     def describe(self) -> str:
         return f"none in memory; the store {self.folder} has {self.manifest.sentence()}"

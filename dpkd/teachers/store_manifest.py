@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dpkd.api import TeacherAccess, TeacherOffer, Text
 from dpkd.errors import DpkdError
 from dpkd.io import write_json
 
@@ -47,6 +48,20 @@ class Manifest:
         size = {"float16": 2, "float32": 4}[self.dtype]
         return 4 + {"tokens": 0, "topk": self.k * (4 + size), "sampled": self.k * 4}[self.kind]
 
+    @property
+    def offer(self) -> TeacherOffer:
+        """What a store with this manifest gives."""
+        access = {"tokens": TeacherAccess.TOKEN_LOGPS, "topk": TeacherAccess.TOP_K, "sampled": TeacherAccess.SAMPLED}
+        return TeacherOffer(
+            access[self.kind],
+            k=self.k,
+            vocabulary=self.vocabulary,
+            writers=frozenset(Text(writer) for writer in self.text),
+            what="the store",
+            has=self.sentence().split(" of ")[0],
+            more=_more,
+        )
+
     def sentence(self) -> str:
         """For printing."""
         what = {
@@ -55,6 +70,15 @@ class Manifest:
             "sampled": f"{self.k} sampled tokens",
         }[self.kind]
         return f"{what} of {self.model_name}, on responses by {' and '.join(self.text)}"
+
+
+def _more(what: TeacherAccess | Text, k: int | None = None) -> str:
+    """The command that writes a store with more in it."""
+    if isinstance(what, Text):
+        return f"write it with `dpkd cache --responses {what}`"
+    if what is TeacherAccess.TOP_K:
+        return f"`dpkd cache --kind topk --k {k}` (or more)"
+    return "`dpkd cache --kind sampled`" if what is TeacherAccess.SAMPLED else ""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dpkd.api.teachers import Teacher, Wants
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, log_softmax
+from dpkd.io import lock
 from dpkd.models.chunked import chunk_rows, chunks
 from dpkd.teachers.store_manifest import Manifest, write_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key
@@ -33,10 +34,22 @@ def write_store(
 ) -> int:
     """Write what is missing of the sequences into a store; returns how many were written now.
 
-    Raises DpkdError when the folder holds numbers of another kind.
+    Raises DpkdError when the folder holds numbers of another kind, or while another process writes to it.
     """
-    write_manifest(folder, manifest)
-    shards = Shards(folder)
+    with lock(folder / ".lock", str(folder)):
+        write_manifest(folder, manifest)
+        return _write_missing(Shards(folder), teacher, sequences, manifest, pad_id, batch_size, progress)
+
+
+def _write_missing(
+    shards: Shards,
+    teacher: Teacher,
+    sequences: Sequence[TokenSequence],
+    manifest: Manifest,
+    pad_id: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
     distinct = {_key(s): s for s in sequences}
     todo = [s for key, s in distinct.items() if key not in shards]
     waiting: dict[str, dict[str, Tensor]] = {}

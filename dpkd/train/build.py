@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from dpkd.api import ResponseSource, Signal
+from dpkd.api import HIDDEN, Family, ResponseSource, Signal, Text
 from dpkd.api.teachers import Teacher
 from dpkd.config.objective import chosen_ids
 from dpkd.config.resolve import Resolved
@@ -17,26 +17,30 @@ from dpkd.config.settings import BatchSettings, RunSettings
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.batches import Layout
 from dpkd.data.corpus import read_corpus
-from dpkd.data.encode import EncodedData
+from dpkd.data.encode import EncodedData, check_ids
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.compile import WORTH_STEPS, compile_checked, compile_loss
 from dpkd.models.device import teacher_dtype
+from dpkd.models.fused import kl_sum_of
+from dpkd.models.fused import why_not as why_not_fused
 from dpkd.models.head import causal_lm, check_head
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
-from dpkd.models.student_init import make_student
+from dpkd.models.student_init import make_student, recompute_activations
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
 from dpkd.train.hidden_states import bind, check_stack
 from dpkd.train.loss_module import LossModule
+from dpkd.train.memory_trace import sample_inputs
 from dpkd.train.microbatch import MicroBatcher
 from dpkd.train.optimizers import make_optimizer
 from dpkd.train.prepare import Prepared, prepare
 from dpkd.train.progress import Display
 from dpkd.train.rollouts import Rollouts, check_processes, make_groups
 from dpkd.train.schedules import Schedules
-from dpkd.train.step_batches import LM_READS, Corpus, StepBatchBuilder
+from dpkd.train.step_batches import LM_READS, CorpusBatches, StepBatchBuilder
 from dpkd.train.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -93,12 +97,14 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     tokenizer, data, steps = prepared.tokenizer, prepared.data, prepared.steps
     corpus = _corpus(settings, tokenizer, steps, display)
     models = _Models(resolved, accelerator, prepared, display)
+    check_ids(data.prompts, causal_lm(models.student).get_input_embeddings().weight.shape[0], "the student")
     layout = models.layout(settings.batch)  # while the student is whole: it may be sharded below
     losses = _losses(resolved)
     layers = bind(resolved, losses, prepared.student_config, prepared.teacher_config)
     if layers:
         check_stack(models.student)
         check_stack(models.teacher.model if models.teacher is not None else None)
+    reward = resolved.loss.reward_scale
     loss_module = LossModule(
         models.student,
         losses,
@@ -107,7 +113,9 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         layers=layers,
         widest=models.teacher.widest if models.teacher is not None else None,
         chosen=chosen_ids(resolved.objectives),
+        reward_scale=1.0 if reward is None else float(reward(resolved.loss_config)),
     ).to(accelerator.device)
+    loss_module.compiled = _compile(resolved, models, losses, steps, display)
     optimizer = make_optimizer(loss_module, settings.train)
     loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
     inner = accelerator.unwrap_model(loss_module)
@@ -199,7 +207,9 @@ class _Models:
     def __init__(self, resolved: Resolved, accelerator: Accelerator, prepared: Prepared, display: Display) -> None:
         settings, device, self.teacher = resolved.settings, accelerator.device, prepared.teacher
         if self.teacher is not None:
-            self.teacher.load(device, teacher_dtype(settings.train.precision, device))
+            # A student that starts from the teacher's layers takes them as they are stored.
+            copied = settings.student.init == "layers"
+            self.teacher.load(device, None if copied else teacher_dtype(settings.train.precision, device))
         student = make_student(
             settings.student,
             teacher=None if self.teacher is None else self.teacher.model,
@@ -207,11 +217,8 @@ class _Models:
             seed=settings.seed,
             given=resolved.given,
         )
-        if settings.student.gradient_checkpointing:
-            # transformers has renamed it: where both names are there, the older one warns.
-            newer = getattr(student, "activation_checkpointing_enable", None)
-            (newer or student.gradient_checkpointing_enable)({"use_reentrant": False})
-            student.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
+        if (again := settings.student.gradient_checkpointing) is not False:
+            recompute_activations(student, selective=again == "selective")
         check_head(student)
         self.vocabulary = student.get_output_embeddings().weight.shape[0]
         if self.teacher is not None:
@@ -247,6 +254,36 @@ class _Models:
         return shared
 
 
+def _compile(resolved: Resolved, models: _Models, losses: dict[str, Any], steps: int, display: Display) -> bool:
+    """Compile the layers of both models, and losses that no kernel computes, where that is asked for or pays."""
+    choice = resolved.settings.train.compile
+    device = next(models.student.parameters()).device
+    fixed = all(objective.writers <= {Text.DATASET} for objective in resolved.objectives)
+    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and steps >= WORTH_STEPS and fixed)):
+        return False
+    teacher = None if models.teacher is None else models.teacher.model
+    reasons = {
+        f"the {who}'s layers": compile_checked(model)
+        for who, model in (("student", models.student), ("teacher", teacher))
+        if model is not None
+    }
+    for objective in resolved.objectives:
+        loss = losses[objective.name]
+        by_kernel = kl_sum_of(loss) is not None and why_not_fused(device.type) is None
+        # A setting that follows the step would be compiled into the loss, and again at every step.
+        if objective.spec.family is Family.PAIR or HIDDEN & objective.reads or objective.schedules or by_kernel:
+            continue
+        _, x = sample_inputs(objective.reads, device, vocabulary=64)
+        reasons[f"the loss {objective.spec.name}"] = compile_loss(loss, x.only(objective.reads))
+    done = [what for what, reason in reasons.items() if reason is None]
+    if done:
+        display.say(f"compiled: {', '.join(done)} (train.compile)")
+    for what, reason in reasons.items():
+        if reason is not None:
+            display.say(f"not compiled: {what}, {reason}")
+    return bool(done)
+
+
 def _losses(resolved: Resolved) -> dict[str, Any]:
     terms = resolved.settings.terms
     losses: dict[str, Any] = {o.name: o.spec.loss(o.config) for o in resolved.objectives}
@@ -257,17 +294,19 @@ def _losses(resolved: Resolved) -> dict[str, Any]:
     return losses
 
 
-def _corpus(settings: RunSettings, tokenizer: Any, steps: int, display: Display) -> Corpus | None:
+def _corpus(settings: RunSettings, tokenizer: Any, steps: int, display: Display) -> CorpusBatches | None:
     pretrain = settings.terms.pretrain
     if pretrain.weight == 0 or pretrain.corpus is None:
         return None
     blocks = read_corpus(pretrain.corpus, tokenizer)
     display.say(blocks.sentence())
     size = pretrain.batch_size or settings.train.batch_size
-    return Corpus(blocks, BatchSampler([len(b) for b in blocks], batch_size=size, steps=steps, seed=settings.seed))
+    return CorpusBatches(
+        blocks, BatchSampler([len(b) for b in blocks], batch_size=size, steps=steps, seed=settings.seed)
+    )
 
 
-def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
+def _corpus_facts(corpus: CorpusBatches) -> dict[str, Any]:
     """What run.json says of the plain text."""
     blocks = corpus.blocks
     return {

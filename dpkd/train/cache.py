@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dpkd.api import Signal, Teacher, Trait
+from dpkd.api import Signal, Trait
+from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batches import TokenSequence
@@ -19,8 +20,7 @@ from dpkd.data.templates import template_fingerprint
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.rollout.response_generators import RankShards
-from dpkd.teachers.server.teacher import ServerTeacher
-from dpkd.teachers.store_check import why_not
+from dpkd.teachers.offers import why_not
 from dpkd.teachers.store_manifest import Kind, Manifest
 from dpkd.teachers.store_writing import write_store
 from dpkd.train.prepare import Prepared, prepare
@@ -55,8 +55,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     prepared = prepare(resolved, display)
     teacher = prepared.teacher
     assert teacher is not None
-    if isinstance(teacher, ServerTeacher):
-        teacher.k = k  # what the store keeps, more or less than the loss needs
+    teacher.prepare_for(k, 0)  # what the store keeps, more or less than the loss needs
     if prepared.translator is not None:
         raise DpkdError("a store has the teacher's numbers for the student's tokens, and their tokenizers differ")
     vocabulary = max(prepared.tokenizer.get_vocab().values()) + 1
@@ -74,7 +73,9 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         run.seed,
     )
     for objective in resolved.objectives:
-        if problem := why_not(objective.spec, objective.config, objective.reads, set(objective.writers), manifest):
+        if problem := why_not(
+            objective.spec, objective.config, objective.reads, set(objective.writers), manifest.offer
+        ):
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.load(device)

@@ -7,7 +7,6 @@ peaks of real runs.
 
 from __future__ import annotations
 
-import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from dpkd.models.device import device_of, precision_of, teacher_dtype
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
 from dpkd.models.optimizers import state_bytes
-from dpkd.models.student_init import switch_dropout_off
+from dpkd.models.student_init import recompute_activations, switch_dropout_off
 from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
 from dpkd.train.prepare import Prepared
 from dpkd.train.rollouts import open_source
@@ -190,11 +189,8 @@ def _student(settings: RunSettings, config: Any) -> nn.Module:
     student = new_model(deepcopy(config))
     if settings.student.dropout == "off":
         switch_dropout_off(student)
-    if settings.student.gradient_checkpointing:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
-            student.gradient_checkpointing_enable({"use_reentrant": False})
-        student.enable_input_require_grads()
+    if (again := settings.student.gradient_checkpointing) is not False:
+        recompute_activations(student, selective=again == "selective")
     if settings.student.lora is not None:
         student = add_lora(student, settings.student.lora)
     return student.train()  # type: ignore[no-any-return]

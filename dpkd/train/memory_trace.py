@@ -98,26 +98,35 @@ def backbone_passes(student: nn.Module, sequences: int, tokens: int, *, bf16: bo
     return Passes(kept, live.peak)
 
 
+def sample_inputs(
+    reads: frozenset[Signal], device: torch.device | str = "cpu", vocabulary: int = VOCABULARY
+) -> tuple[Tensor, TokenInputs]:
+    """The student's logits `[n, V]`, with gradient, and all that a token or rollout loss reads beside them, made up."""
+    drawn = {Signal.ROLLOUT_LOGPS, Signal.BEHAVIOUR_LOGPS, Signal.TEACHER_LOGPS, Signal.ADVANTAGES} & reads
+    raw_nV, teacher_nV = (_logits(vocabulary).to(device) for _ in range(2))
+    raw_nV.requires_grad_()
+    signals: Mapping[Signal, Tensor] = {
+        Signal.STUDENT_LOGITS: raw_nV,
+        Signal.TEACHER_LOGITS: teacher_nV,
+        Signal.TARGETS: torch.zeros(ROWS, dtype=torch.long, device=device),
+        Signal.BY_STUDENT: torch.arange(ROWS, device=device) % 2 == 0,
+        **{signal: torch.full((ROWS,), -1.0, device=device) for signal in drawn},
+    }
+    return raw_nV, RolloutInputs(signals) if drawn else TokenInputs(signals)
+
+
 def token_chunk(loss: nn.Module, reads: frozenset[Signal]) -> float:
     """The most at once in the forward and backward of a token or rollout loss, as a number of `[n, V]` tensors.
 
     Losses may look at values, so this runs on real tensors, small ones.
     """
-    drawn = {Signal.ROLLOUT_LOGPS, Signal.BEHAVIOUR_LOGPS, Signal.TEACHER_LOGPS, Signal.ADVANTAGES} & reads
     with LiveBytes() as live:
-        raw_nV, teacher_nV = _logits().requires_grad_(), _logits()
-        signals: Mapping[Signal, Tensor] = {
-            Signal.STUDENT_LOGITS: raw_nV,
-            Signal.TEACHER_LOGITS: teacher_nV,
-            Signal.TARGETS: torch.zeros(ROWS, dtype=torch.long),
-            **{signal: torch.full((ROWS,), -1.0) for signal in drawn},
-        }
-        inputs = RolloutInputs(signals) if drawn else TokenInputs(signals)
+        raw_nV, inputs = sample_inputs(reads)
         total = loss(inputs.only(reads)).sum()
         # A step that is logged measures divergences too, while the graph of the loss is there.
         log_p_nV = inputs.teacher_log_probs() if Signal.TEACHER_LOGITS in reads else None
         observe_rows(inputs.student_log_probs(), log_p_nV, inputs.targets, MeanMetrics())
-        del inputs, signals, log_p_nV
+        del inputs, log_p_nV
         torch.autograd.grad(total, raw_nV)
     return float(live.peak / (4 * ROWS * VOCABULARY))
 
@@ -131,6 +140,6 @@ def pair_chunk() -> float:
     return float(live.peak / (4 * ROWS * VOCABULARY))
 
 
-def _logits() -> Tensor:
+def _logits(vocabulary: int = VOCABULARY) -> Tensor:
     """Small logits with distinct values, from no random state."""
-    return torch.linspace(-3.0, 3.0, ROWS * VOCABULARY).sin().view(ROWS, VOCABULARY)
+    return torch.linspace(-3.0, 3.0, ROWS * vocabulary).sin().view(ROWS, vocabulary)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from dpkd.api import Layers, Text
@@ -13,6 +12,7 @@ from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective, chosen_ids, kept_tokens
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
+from dpkd.config.teacher import make_teacher
 from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.corpus import check_corpus
 from dpkd.data.encode import EncodedData, tokenize
@@ -21,16 +21,11 @@ from dpkd.data.templates import with_chat_template
 from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.inputs import Inputs, read_inputs
-from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import context_length
-from dpkd.models.settings import TeacherSettings
 from dpkd.models.student_init import student_config
 from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry
 from dpkd.teachers.aligned import AlignedTeacher
-from dpkd.teachers.local import LocalTeacher
-from dpkd.teachers.server.teacher import ServerTeacher
-from dpkd.teachers.store import StoreTeacher
 from dpkd.train.cross_tokenizer import make_translator, token_by_token
 from dpkd.train.dev import direction_of
 from dpkd.train.hidden_states import bind
@@ -75,7 +70,9 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     """
     settings, given = resolved.settings, resolved.given
     check_trackers(settings.train.trackers)
-    teacher = make_teacher(settings.teacher, given, resolved.objectives)
+    teacher = make_teacher(settings.teacher, resolved.registry, given)
+    if teacher is not None:
+        teacher.prepare_for(kept_tokens(resolved.objectives), chosen_ids(resolved.objectives))
     teacher_config = None if teacher is None else teacher.config
     own_config = student_config(settings.student, teacher_config, given)
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
@@ -85,7 +82,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
         teacher.check(tokenizer)
     across = teacher is not None and _two_tokenizers(resolved, tokenizer, teacher, own_config)
     responses = _trains_on_data(resolved)
-    pairs = any(getattr(objective.text, "preferences", False) for objective in resolved.objectives)
+    pairs = any(objective.text.preferences for objective in resolved.objectives)
     rows = given.rows(settings.data.path)
     examples = read_examples(settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed)
     data = tokenize(examples.examples, tokenizer, settings.data, require_response=responses)
@@ -93,7 +90,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
         display.say(line)
     translator = None
     if across:
-        assert isinstance(teacher, LocalTeacher)  # no other kind has a tokenizer of its own
+        assert teacher is not None
         translator = make_translator(
             tokenizer, teacher.tokenizer, teacher_config, examples.examples, data.prompts, settings.data
         )
@@ -115,15 +112,6 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
         **asdict(data.report),
     }
     return Prepared(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, translator)
-
-
-def make_teacher(settings: TeacherSettings, given: InMemory, objectives: Sequence[Objective]) -> Teacher | None:
-    """The teacher that the settings name, before anything of it is loaded; None where they name none."""
-    if settings.server is not None:
-        return ServerTeacher(settings, k=kept_tokens(objectives), chosen=chosen_ids(objectives))
-    if settings.store is not None:
-        return StoreTeacher(Path(settings.store))
-    return LocalTeacher(settings, given) if settings.model is not None else None
 
 
 def _trains_on_data(resolved: Resolved) -> bool:

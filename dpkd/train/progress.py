@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 # What of the metrics is said at each logged step, with its short name.
 _SHOWN = {
@@ -33,6 +34,7 @@ class Display:
         self._visible = is_main
         self._progress: Progress | None = None
         self._side: Progress | None = None
+        self._notebook: Any = None
         self._title = ""
         self._last = time.monotonic()
 
@@ -44,6 +46,11 @@ class Display:
     @contextmanager
     def bar(self, title: str, total: int, start: int = 0) -> Iterator[Display]:
         """Show a bar for the time of the block."""
+        if self._visible and self.console.is_jupyter:
+            with tqdm(total=total, initial=start, desc=title) as self._notebook:
+                yield self
+            self._notebook = None
+            return
         if not self._visible or not self.console.is_terminal:
             self.say(f"{title}: {total - start} to do")
             yield self
@@ -72,6 +79,10 @@ class Display:
 
     def at(self, done: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Move the bar; with metrics also say them."""
+        if self._notebook is not None:  # a line for each logged step would fill the notebook
+            self._notebook.update(done - self._notebook.n)
+            self._notebook.set_postfix_str(_summary(metrics) if metrics is not None else self._notebook.postfix or "")
+            return
         if metrics is not None:
             self.say(f"step {done}  {_summary(metrics)}")
         if self._progress is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,7 @@ class Rollouts:
                 generators.get("score"),
                 rollout_loss,
                 policy=self._policy_scorer(text.backend),
+                decode=partial(self.prepared.tokenizer.decode, skip_special_tokens=True),
             )
         if Text.TEACHER in text.writers:
             generators["teacher"] = self._teacher_generator(text)

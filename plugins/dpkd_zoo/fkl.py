@@ -55,6 +55,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER}),
+    linear_when=lambda config: config.temperature == 1,  # samples are drawn from the teacher at temperature 1
 )
 
 

@@ -82,6 +82,7 @@ SPEC = LossSpec(
     ),
     reads=_reads,
     traits=frozenset({Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT, Trait.LINEAR_IN_TEACHER}),
+    linear_when=lambda config: config.temperature == 1,  # samples are drawn from the teacher at temperature 1
 )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from dpkd.rollout.settings import SamplingSettings
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from dpkd.api import MetricSpec, SamplingSettings
 from dpkd.data.encode import Prompt
 from dpkd.data.encoding import end_ids
 from dpkd.evaluation.answer_cache import answer
+from dpkd.plugins import load_registry
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,27 @@ def test_a_greedy_answer_ends_where_generate_ends(shared_model):
     )
     assert found.extra["ids"] == wanted
     assert not found.extra["truncated"]
+
+
+def test_bits_per_byte_count_the_space_that_a_response_begins_with(pieces):
+    """SentencePiece drops it when a response is decoded by itself."""
+    import math
+
+    import torch
+    from transformers import LlamaConfig
+
+    from dpkd.data.batches import TokenSequence
+    from dpkd.evaluation.evaluator import _DivergenceMeter
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(pieces), intermediate_size=8, **sizes)).eval()
+    prompt, response = ([pieces.convert_tokens_to_ids(t) for t in text] for text in ("ab", "▁cd"))
+    meter = _DivergenceMeter(model, None, pieces, len(pieces), lambda *_: None)
+    scores = meter([TokenSequence(tuple(prompt), tuple(response))], "x")
+    spec = load_registry().get(MetricSpec, "bits_per_byte").spec
+    found = spec.of_tokens(scores)
+    with torch.no_grad():
+        logps = model(torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+    nats = -sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(response))
+    assert found == pytest.approx(nats / math.log(2) / len(" cd"), rel=1e-4)

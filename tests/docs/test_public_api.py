@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from reference import MODULES
+from reference import MODULES, public_names
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/python.md").read_text(encoding="utf-8")
@@ -151,7 +151,7 @@ def test_mistakes_of_a_program_are_seen(errors):
 
 
 def public() -> list[tuple[str, str]]:
-    return [(module, name) for module in MODULES for name in importlib.import_module(module).__all__]
+    return [(module, name) for module in MODULES for name in public_names(importlib.import_module(module))]
 
 
 def test_the_page_names_the_public_modules():

@@ -58,7 +58,7 @@ def place(tmp_path, monkeypatch):
 def test_the_page_runs_from_top_to_bottom(place, capsys):
     names: dict[str, object] = {}
     found = blocks("docs/python.md")
-    assert len(found) == 4
+    assert len(found) == 5
     for code in found:
         exec(compile(code, "docs/python.md", "exec"), names)
     assert "runs/objects is finished: its model is runs/objects/model" in capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_the_page_runs_from_top_to_bottom(place, capsys):
 def test_the_library_page_runs_from_top_to_bottom(place):
     names: dict[str, object] = {}
     found = blocks("docs/library.md")
-    assert len(found) == 10
+    assert len(found) == 11
     for code in found:
         exec(compile(code, "docs/library.md", "exec"), names)
     assert names["loss"].item() > 0

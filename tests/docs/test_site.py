@@ -43,9 +43,9 @@ def test_links_of_a_page_lead_somewhere(page):
 
 def test_links_out_of_the_site_become_paths():
     page = SimpleNamespace(file=SimpleNamespace(src_path="hooks.md"))
-    text = "[a](../dpkd/api.py) [b](footguns.md) [c](adr/0003-checkpoints.md) [d](https://x.org) [e](gone.md)"
+    text = "[a](../dpkd/functional.py) [b](footguns.md) [c](adr/0003-checkpoints.md) [d](https://x.org) [e](gone.md)"
     assert site_hooks.on_page_markdown(text, page=page) == (
-        "a (`dpkd/api.py`) [b](footguns.md) c (`docs/adr/0003-checkpoints.md`) [d](https://x.org) [e](gone.md)"
+        "a (`dpkd/functional.py`) [b](footguns.md) c (`docs/adr/0003-checkpoints.md`) [d](https://x.org) [e](gone.md)"
     )
 
 

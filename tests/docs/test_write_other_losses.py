@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from dpkd.specs import checked_loss
 from typer.main import get_command
 
 from dpkd.cli.main import app
@@ -109,5 +108,5 @@ def test_the_preset_of_the_page_works():
     names: dict[str, object] = {}
     exec(block, names)
     (spec,) = names["dpkd_losses"]()  # type: ignore[operator]
-    assert (checked_loss(spec).preset_of, spec.config().beta) == ("jsd", 0.1)
+    assert (spec.preset_of, spec.config().beta) == ("jsd", 0.1)
     assert check_loss(spec).ok

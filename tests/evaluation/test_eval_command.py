@@ -187,7 +187,7 @@ def test_a_run_brings_its_teacher_and_its_template(here):
         "teacher: {model: teacher}\ndata: {template: none, max_prompt_tokens: 1}\n"
     )
     output = call("--model", run, "--data", "one.jsonl", *QUICK)
-    assert "forward kl" in output
+    assert "forward KL" in output
     assert scores("runs/kd-1/eval/one")["generation"]["template"] == "none"
     call("--model", "runs/kd-1/model", "--data", "one.jsonl", *QUICK)
     assert Path("runs/eval/kd-1/one/scores.json").exists()

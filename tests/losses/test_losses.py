@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dpkd import losses
-from dpkd.api import HIDDEN, Family, Signal
+from dpkd.api import HIDDEN, Family, LossConfig, LossSpec, Rollout, RolloutInputs, RolloutLoss, Signal
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.plugins import load_registry
 
@@ -324,3 +324,52 @@ def test_the_import_brings_torch_and_nothing_heavier():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def hinge(student_logps, rejected_scale: float = 1.0):
+    """A margin of 1 between chosen and rejected."""
+    return (1 - student_logps.chosen + rejected_scale * student_logps.rejected).clamp(min=0)
+
+
+def negative_likelihood(student_logits, targets):
+    return -student_logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def test_functions_are_losses(batch):
+    found = losses.get(negative_likelihood)(student_logits=batch.student, labels=batch.labels)
+    wanted = losses.get("sft")(student_logits=batch.student, labels=batch.labels)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+    pair = losses.get(hinge, rejected_scale=0.5)
+    logps = (torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -8.0]))
+    assert pair(student_logps=logps).item() == pytest.approx(((1 + 1 - 0.5) + 0.0) / 2)
+    assert pair.spec.card.summary == "A margin of 1 between chosen and rejected."
+    with pytest.raises(SettingsError, match=r"loss\.scale: no such setting"):
+        losses.get(hinge, scale=2)
+    with pytest.raises(DpkdError, match="reads tokens and pairs"):
+        losses.get(lambda student_logits, student_logps: student_logits)
+
+
+def test_a_policy_loss_may_use_a_reward_and_the_others_to_its_prompt(batch):
+    """Leave-one-out: the reward of a response less the mean of the others to its prompt."""
+
+    class LeaveOneOut(RolloutLoss[LossConfig]):
+        def advantages(self, rollout: Rollout) -> torch.Tensor:
+            rewards = torch.tensor([float(len(text)) for text in rollout.responses], dtype=torch.float64)
+            same = (rollout.prompt.unsqueeze(0) == rollout.prompt.unsqueeze(1)).double().fill_diagonal_(0)
+            return (rewards - same @ rewards / same.sum(1))[rollout.sequence]
+
+        def forward(self, x: RolloutInputs) -> torch.Tensor:
+            return -x.advantages * x.student_logps()
+
+    reads = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS, Signal.ADVANTAGES})
+    spec = LossSpec("rloo", LeaveOneOut, LossConfig, SPECS["opd"].card, reads)
+    zeros = torch.zeros(B, T)
+    found = losses.get(spec).advantages(
+        labels=batch.labels,
+        rollout_logps=zeros,
+        teacher_logps=zeros,
+        prompt=torch.tensor([0, 0, 1, 1]),
+        responses=["a", "abc", "", "abcdef"],
+    )
+    for b, t in trained(batch.labels):
+        assert found[b, t].item() == [-2.0, 2.0, -6.0, 6.0][b]

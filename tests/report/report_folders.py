@@ -77,6 +77,10 @@ def make_run(path: Path, loss: str = "dpkd", rows: int = 3) -> Path:
     (path / "README.md").write_text(
         textwrap.dedent(
             """\
+            ---
+            license: mit
+            ---
+
             # run
 
             ## How to load it

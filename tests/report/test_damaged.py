@@ -13,6 +13,7 @@ import pytest
 from report_folders import add_dev, add_scores, lines, make_run
 
 from dpkd.errors import DpkdError
+from dpkd.evaluation.target import find_target
 from dpkd.report import sections, texts
 from dpkd.report.card import rescore
 from dpkd.report.charts import chapters, length_panels
@@ -194,3 +195,12 @@ def test_no_damage_ends_in_a_traceback(whole: Path, tmp_path: Path) -> None:
         shutil.rmtree(folder)
     assert not failed, "\n".join(failed)
     assert CASES // 10 < refused < CASES - CASES // 10
+
+
+@pytest.mark.parametrize("text", ["[1]", "loss: 3", "a: [", "a: &x [*x]", "\x00", "teacher: {model: [1]}", "data: x"])
+def test_a_run_with_damaged_settings_is_no_target_of_eval(whole: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(whole / "a", tmp_path / "a")
+    (tmp_path / "a" / "model").mkdir()
+    (tmp_path / "a" / "config.resolved.yaml").write_text(text)
+    with pytest.raises(DpkdError, match=r"config\.resolved\.yaml: damaged|teacher\.model"):
+        find_target(str(tmp_path / "a"), None)

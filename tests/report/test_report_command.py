@@ -66,7 +66,8 @@ def test_rescore_writes_the_scores_and_leaves_the_rest(tmp_path: Path) -> None:
     assert text.index("## Scores") < text.index("## How to load it") < text.rindex("## Scores"), "one is code"
     start, end = text.index("## Scores"), text.index("## How to load it")
     head = text.index("# run\n")
-    assert text[head:start] + text[end:] == before
+    assert text[head:start] + text[end:] == before[before.index("# run\n") :]
+    assert ModelCard(text).data.license == "mit", "what people wrote into the head stays"
     (result,) = ModelCard(text).data.eval_results[:1]
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("dolly", "rouge_l", 25.75)
     assert rescore(path)

@@ -269,6 +269,17 @@ def test_a_failure_in_the_middle_does_not_end_a_run(caplog: pytest.LogCaptureFix
     assert len(steps) == 26
 
 
+def test_a_model_that_reads_values_is_refused_before_a_capture(caplog: pytest.LogCaptureFixture) -> None:
+    """A mixture of experts that looks up which tokens go to which expert, say."""
+    model, read = model_of("gpt2"), []
+    model.transformer.h[1].register_forward_hook(lambda *parts: read.append(parts[-1].sum().item()))
+    decoder = decoder_of(model)
+    got = draw(decoder)
+    assert "the model reads values on the host (aten._local_scalar_dense" in caplog.text
+    assert_same(got, draw(decoder_of(model, "eager")))
+    assert read
+
+
 def test_buckets() -> None:
     assert [row_bucket(n) for n in (1, 2, 3, 8, 9, 48, 64, 65, 200)] == [1, 2, 4, 8, 16, 64, 64, 128, 256]
     assert [column_bucket(n) for n in (1, 64, 65, 200, 300, 513, 1000, 1100)] == [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,13 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpkd
+from dpkd import losses
 from dpkd.errors import DpkdError, SettingsError, Stopped
 from dpkd.models.fingerprint import memory_fingerprint
+from dpkd.run_metrics import read_metrics
 from dpkd.train import run as engine_run
+from dpkd.train.progress import Display
+from dpkd.train.resume import resume_folder
 
 SHORT = {
     "train.steps": 3,
@@ -223,7 +230,7 @@ def test_resume_needs_the_same_objects(models, tokenizer, rows, tmp_path, monkey
             dpkd.train(loss="kd", **objects, output=tmp_path / "stopped", settings=SHORT)
     stopped = tmp_path / "stopped"
     with pytest.raises(SettingsError, match=r"teacher.model: in-memory:teacher stands for an object") as caught:
-        engine_run.resume_folder(stopped)
+        resume_folder(stopped)
     assert len(caught.value.problems) == 3
     other = deepcopy(student)
     with torch.no_grad():
@@ -363,3 +370,74 @@ def test_a_program_with_two_processes_of_its_own_goes_on_after_a_run(toy, tmp_pa
         said = (tmp_path / f"run-{process}.txt").read_text(encoding="utf-8")
         assert said == f"{refused} | went on with {tmp_path / 'run'}"
     assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+def doubled_kl(student_logits, teacher_logits, factor: float = 2.0):
+    """Twice the forward KL."""
+    log_p, log_q = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+    return factor * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def test_a_function_is_a_loss(models, tokenizer, rows, tmp_path):
+    """With a factor of 1 it is fkl, bit for bit or nearly; its argument with a default is a setting."""
+    teacher, student = models
+    common = {"teacher": teacher, "student": student, "tokenizer": tokenizer, "data": rows}
+    own = dpkd.train(
+        loss=doubled_kl,
+        **common,
+        output=tmp_path / "own",
+        settings={**SHORT, "loss.factor": 1.0, "train.save_every": 2},
+    )
+    named = dpkd.train(loss=losses.get("fkl"), **common, output=tmp_path / "named", settings=SHORT)
+    found, wanted = (read_metrics(run.metrics) for run in (own, named))
+    assert [m["loss/main"] for m in found] == pytest.approx([m["loss/main"] for m in wanted], rel=1e-5)
+    shutil.rmtree(own.model)
+    with pytest.raises(DpkdError, match="no loss is called 'doubled-kl'"):
+        dpkd.resume(own, **common)
+    assert dpkd.resume(own, loss=doubled_kl, **common).model.is_dir()
+    html = own._repr_html_()
+    assert str(own.path) in html
+    assert "finished: step 3, loss" in html
+    assert html.count("polyline") == 1
+
+
+def test_a_function_whose_arguments_are_no_signals():
+    with pytest.raises(DpkdError, match=r"the function wrong has an argument 'logits'; expected .*student_logits"):
+        dpkd.train(loss=wrong)
+    with pytest.raises(DpkdError, match=r"reads nothing"):
+        dpkd.train(loss=lambda: 0)
+
+
+def wrong(logits):
+    return logits
+
+
+def test_settings_of_an_evaluation_may_name_their_block(models, tokenizer, rows):
+    """`data.template` and `template` are one setting; the set in memory is called data."""
+    student = models[1]
+    how = {"tokenizer": tokenizer, "greedy": True, "max_new_tokens": 4, "limit": 2}
+    texts = []
+    for name in ("data.template", "template"):
+        found = dpkd.evaluate(student, rows, settings={name: "alpaca"}, **how)
+        texts.append((found.facts["generation"]["template"], found["rouge_l"]))
+    assert texts[0] == texts[1]
+    assert texts[0][0] == "alpaca"
+
+
+def test_a_token_beyond_the_embedding_is_a_sentence(models, tokenizer, rows):
+    student = models[1]
+    student.resize_token_embeddings(50)
+    with pytest.raises(DpkdError, match=r"row:1: holds the token \d+, but the model has embeddings for 50 only"):
+        dpkd.evaluate(student, rows, tokenizer=tokenizer, greedy=True, max_new_tokens=2, limit=2)
+
+
+def test_a_notebook_has_a_bar_and_no_line_for_each_step(capsys):
+    console = Console(force_jupyter=True, file=io.StringIO())
+    display = Display(console)
+    with display.bar("training", 4, start=1):
+        for step in (2, 3, 4):
+            display.at(step, {"loss/total": 0.5})
+    bar = capsys.readouterr().err
+    assert "4/4" in bar
+    assert "loss 0.500" in bar
+    assert console.file.getvalue() == ""

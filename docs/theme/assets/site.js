@@ -49,7 +49,8 @@ function score(entry, words) {
   return total - entry.location.includes("#") / 2;
 }
 
-function excerpt(text, word) {
+function excerpt(page, word) {
+  const text = page.replaceAll("¶ ", ""); // the links of headings
   const at = Math.max(0, text.toLowerCase().indexOf(word) - 40);
   const part = escape((at ? "…" : "") + text.slice(at, at + 130));
   const start = part.toLowerCase().indexOf(escape(word));

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpkd.api import TeacherAccess
-from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherText, Wants
+from dpkd.api import TeacherAccess, Text
+from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherOffer, TeacherText, Wants
 from dpkd.errors import DpkdError
 from dpkd.models.settings import TeacherSettings
 from dpkd.teachers.server.client import Client
@@ -25,6 +25,27 @@ from dpkd.teachers.store import StoredRows
 
 # Below this the mass of the rest is rounding of the server's float32.
 LEAST_REST = 1e-9
+# As many tokens at a position as a loss may want: whether the server gives them, its self-test finds out.
+MOST = 10**9
+
+
+def served_offer(settings: TeacherSettings) -> TeacherOffer:
+    """What a server of a protocol gives, if it was started for it."""
+    access = PROTOCOLS[settings.protocol].offers
+    if settings.top_k == -1 and access is not TeacherAccess.TEXT:
+        access = TeacherAccess.LOGITS
+    asked = MOST if settings.top_k is None else settings.top_k
+    has = "log-probs of a few tokens at each position" if settings.top_k is None else f"teacher.top_k={asked} of them"
+    return TeacherOffer(access, k=asked, what="the server", has=has, more=_more)
+
+
+def _more(what: TeacherAccess | Text, k: int | None = None) -> str:
+    """How to get more of a server."""
+    if what is TeacherAccess.TOP_K:
+        return f"teacher.top_k={k}"
+    if what is TeacherAccess.LOGITS:
+        return "a loss of `dpkd list-losses --offers chosen-ids` or, with a small vocabulary, teacher.top_k=-1"
+    return ""
 
 
 class ServerTeacher(Teacher):
@@ -33,17 +54,11 @@ class ServerTeacher(Teacher):
     measurable = False
     remote = True
 
-    def __init__(self, settings: TeacherSettings, *, k: int = 0, chosen: int = 0) -> None:
-        """`k` likeliest tokens, and `chosen` ids of the caller's, are what the losses of the run need of it.
-
-        `settings.top_k` has the last word on k.
-        """
+    def __init__(self, settings: TeacherSettings) -> None:
         self._settings = settings
-        self.k = k if settings.top_k is None else settings.top_k
-        self.chosen = chosen
+        self.k, self.chosen = settings.top_k or 0, 0
         self.client = Client(settings.servers, settings.client)
         self.protocol = PROTOCOLS[settings.protocol](settings.model or "")
-        self.chooses = chosen > 0
         self._pending: dict[Query, Future[Scores]] = {}
         self._answers: OrderedDict[Query, Scores] = OrderedDict()
         self._kept = 0
@@ -67,6 +82,10 @@ class ServerTeacher(Teacher):
 
     def fingerprint(self) -> str:
         return f"server:{self._settings.protocol}:{self.protocol.model}"
+
+    def prepare_for(self, kept: int, chosen: int) -> None:
+        self.k = kept if self._settings.top_k is None else self._settings.top_k
+        self.chosen, self.chooses = chosen, chosen > 0
 
     def check(self, tokenizer: Any) -> None:
         """Ask the server who it is and test it on a known text: nothing of it is trusted before."""

@@ -1,0 +1,125 @@
+"""Compiled layers and losses: the same numbers, nothing new for a new length, and never the end of a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpkd.api import LossSpec, Signal
+from dpkd.data.batches import TokenSequence, collate
+from dpkd.models import compile as compiling
+from dpkd.models.head import hidden_rows
+from dpkd.plugins import load_registry
+from dpkd.train.memory_trace import sample_inputs
+
+# The compiler's own words are not ours to mend.
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+class Counting:
+    """The eager backend, which counts what it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, _inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make(kind, layers=3):
+    import transformers as t
+
+    off = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    config = {
+        "gpt2": lambda: t.GPT2Config(n_layer=layers, n_embd=32, n_head=4, vocab_size=64, n_positions=64, **off),
+        "qwen2": lambda: t.Qwen2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+    }[kind]()
+    torch.manual_seed(0)
+    return t.AutoModelForCausalLM.from_config(config)
+
+
+def batch(rows, tokens):
+    return collate([TokenSequence((4, 5, 6), tuple(range(7, 7 + tokens - i))) for i in range(rows)], pad_id=0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_new_lengths_compile_nothing_and_layers_share_one_code(kind):
+    model, backend = make(kind).train(), Counting()
+    names = list(model.state_dict())
+    expected = [hidden_rows(model, batch(*shape)).detach() for shape in ((2, 9), (3, 12), (5, 7), (4, 20))]
+    assert compiling.compile_blocks(model, backend) == 3
+    assert list(model.state_dict()) == names
+    found = []
+    for number, shape in enumerate(((2, 9), (3, 12), (5, 7), (4, 20))):
+        hidden = hidden_rows(model, batch(*shape))
+        hidden.sum().backward()
+        found.append(hidden.detach())
+        if number == 0:
+            first = backend.graphs
+    assert backend.graphs == first
+    assert first <= 2  # not one for each layer
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_compiler_gets_wrong_is_undone(monkeypatch):
+    model = make("gpt2")
+    expected = hidden_rows(model, batch(2, 5))
+
+    def wrong(graph, _inputs):
+        return lambda *values: tuple(v * 2 if isinstance(v, torch.Tensor) else v for v in graph.forward(*values))
+
+    monkeypatch.setattr(compiling, "BACKEND", wrong)
+    reason = compiling.compile_checked(model)
+    assert reason is not None
+    assert "numbers change" in reason
+    assert torch.equal(hidden_rows(model, batch(2, 5)), expected)
+
+
+def test_a_compiler_that_fails_is_no_reason_to_stop(monkeypatch):
+    def fails(_graph, _inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(compiling, "BACKEND", fails)
+    model = make("gpt2")
+    assert "no compiler" in str(compiling.compile_checked(model))
+    hidden_rows(model, batch(2, 5))
+
+
+READS = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.TARGETS})
+
+
+def test_a_loss_is_one_graph_for_any_number_of_rows(monkeypatch):
+    backend = Counting()
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    spec = load_registry().get(LossSpec, "jsd").spec
+    loss, plain = spec.loss(spec.config()), spec.loss(spec.config())
+    _, x = sample_inputs(READS, vocabulary=32)
+    reads = spec.signals(spec.config())
+    assert compiling.compile_loss(loss, x.only(reads)) is None
+    first = backend.graphs
+    for rows in (3, 5, 7):
+        part = type(x)({signal: x[signal][:rows].detach() for signal in READS})
+        torch.testing.assert_close(loss(part.only(reads)), plain(part.only(reads)))
+    assert backend.graphs <= first + 1  # inputs without a gradient are others
+
+
+def test_a_loss_that_looks_at_values_is_said_to_be_no_graph():
+    spec = load_registry().get(LossSpec, "akl").spec
+    _, x = sample_inputs(READS, vocabulary=1024)
+    assert compiling.why_no_graph(spec.loss(spec.config()), x.only(spec.signals(spec.config()))) is not None
