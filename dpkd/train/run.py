@@ -27,6 +27,7 @@ from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.build import RunParts, assemble
+from dpkd.train.defaults import with_defaults
 from dpkd.train.dev import Dev
 from dpkd.train.finish import finish
 from dpkd.train.interrupt import stop_on_signal
@@ -52,6 +53,7 @@ def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
+    resolved = with_defaults(resolved, display)
     assembly = assemble(resolved, accelerator, display)
     _check_processes_agree(accelerator, assembly)
     folder = _shared_folder(accelerator, resolved)
