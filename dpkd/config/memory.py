@@ -11,7 +11,7 @@ from dpkd.models.in_memory import InMemory
 # How something is found and read: of an object in memory that was decided before.
 POINTLESS = {
     "teacher.model": ("revision", "dtype", "attention", "quantization", "trust_remote_code"),
-    "student.model": ("revision", "attention", "trust_remote_code"),
+    "student.model": ("revision", "attention", "quantization", "trust_remote_code"),
     "data.path": ("subset", "split", "streaming"),
 }
 

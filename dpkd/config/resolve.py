@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dpkd.api import Family, LossConfig, LossSpec, SourceConfig, SourceSpec, TeacherAccess, TeacherOffer, Text
-from dpkd.config.aliases import renamed
+from dpkd.config.aliases import in_our_names, renamed
 from dpkd.config.extras import extra_objective
 from dpkd.config.layers import Layer, Merged, drop, merge, suggestion_layer
 from dpkd.config.memory import memory_problems
@@ -82,7 +82,7 @@ def resolve(layers: Sequence[Layer], registry: Registry, given: InMemory | None 
 
     Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
     """
-    layers = [renamed(layer) for layer in layers]
+    layers = in_our_names([renamed(layer) for layer in layers])
     merged = merge(layers)
     problems: list[str] = []
     registered = _registered(merged, registry, problems)

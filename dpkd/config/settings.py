@@ -99,7 +99,12 @@ class TrainSettings(Block):
     epochs: float = Field(1.0, gt=0, description="passes over the data when `steps` is not given")
     batch_size: int = Field(8, ge=1, description="examples per optimizer step, over all processes")
     micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass and process; never changes a result")
-    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    lr: float = Field(
+        5e-4,
+        gt=0,
+        description="peak learning rate; where neither you nor the loss gives one, it follows the student's size: 5e-4 "
+        "below 200 M parameters, 5e-5 below 1 B, 1e-5 above; adapters (LoRA) 1e-3, 5e-4, 2e-4",
+    )
     min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the cosine or linear schedule")
     schedule: ScheduleName = Field("cosine", description="shape after the warm-up; other names as in transformers")
     schedule_settings: dict[str, Any] = Field({}, description="settings of a schedule of transformers")

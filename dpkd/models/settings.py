@@ -25,6 +25,17 @@ class ModelSettings(Block):
     dtype: DType = Field("auto", description="type of the weights; auto: as stored (teacher), float32 (student)")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field("auto", description="attention code")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="packed weights, through bitsandbytes: LLM.int8 or NF4; embeddings and head stay as they are; of "
+        "a student, beside `lora` (QLoRA)",
+    )
+
+    @model_validator(mode="after")
+    def _weights_can_be_packed(self) -> ModelSettings:
+        if self.quantization != "none" and (self.model or "").lower().endswith(".gguf"):
+            raise ValueError("`quantization` takes a folder of safetensors or a hub id, and `model` is a .gguf file")
+        return self
 
 
 class ClientSettings(Block):
@@ -48,10 +59,6 @@ class TeacherSettings(ModelSettings):
 
     device: str | None = Field(None, description="device of the teacher, e.g. cuda:1; None: the student's")
     tokenizer: str | None = Field(None, description="hub id or folder of the tokenizer; None: the model's")
-    quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none",
-        description="packed weights, through bitsandbytes: LLM.int8 or NF4; embeddings and head stay as they are",
-    )
     store: str | None = Field(
         None, description="folder of a store of its log-probs (`dpkd cache`), in place of the model"
     )
@@ -129,8 +136,6 @@ class TeacherSettings(ModelSettings):
             raise ValueError("name either `model` or `store`: a store takes the model's place")
         if self.quantization != "none" and self.store is not None:
             raise ValueError("`quantization` packs the weights of a model, and a `store` has none; leave it out")
-        if self.quantization != "none" and (self.model or "").lower().endswith(".gguf"):
-            raise ValueError("`quantization` takes a folder of safetensors or a hub id, and `model` is a .gguf file")
         return self
 
 
@@ -173,6 +178,15 @@ class StudentSettings(ModelSettings):
         if isinstance(values, dict) and values.get("layers") is not None and not values.get("model"):
             return {"init": "layers", **values}
         return values
+
+    @model_validator(mode="after")
+    def _packed_weights_are_frozen(self) -> StudentSettings:
+        if self.quantization != "none" and (self.lora is None or self.init != "pretrained"):
+            raise ValueError(
+                f"`quantization` ({self.quantization}) packs weights that stay frozen, so the student needs adapters "
+                "and init `pretrained`: --set student.lora.r=16"
+            )
+        return self
 
     @model_validator(mode="after")
     def _init_has_what_it_needs(self) -> StudentSettings:

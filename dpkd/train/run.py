@@ -20,6 +20,7 @@ from dpkd.models.in_memory import InMemory
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.build import RunParts, assemble
+from dpkd.train.defaults import with_defaults
 from dpkd.train.dev import Dev
 from dpkd.train.facts import change_facts, check_same, write_facts
 from dpkd.train.finish import finish, reopen
@@ -47,6 +48,7 @@ def train(resolved: Resolved, *, callbacks: Sequence[Callback] = (), console: Co
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
+    resolved = with_defaults(resolved, display)
     assembly = assemble(resolved, accelerator, display)
     _check_processes_agree(accelerator, assembly)
     folder = _shared_folder(accelerator, resolved)

@@ -110,8 +110,8 @@ WRONG = {
     "block of a loss": (["loss.inner.mu=2"], "loss.inner.mu: should be less than or equal to 1 (got 2, from --set)"),
     "type": (["train.steps=many"], "train.steps: should be a whole number (got 'many', from --set)"),
     "no such setting": (
-        ["train.learning_rate=1"],
-        "train.learning_rate: no such setting (from --set); did you mean train.lr?",
+        ["train.epoch=1"],
+        "train.epoch: no such setting (from --set); did you mean train.epochs?",
     ),
     "misspelt block": (["trian.lr=1"], "trian: no such setting (from --set); did you mean train?"),
     "misspelt setting of the loss": (
