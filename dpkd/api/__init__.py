@@ -16,6 +16,7 @@ from typing import Any
 
 import pluggy
 
+from dpkd.api.callbacks import Callback, Training
 from dpkd.api.cards import Card, Source
 from dpkd.api.generators import Ability, GenerationModel, Sampled, Sampler, SamplerConfig, SamplerSpec, SamplingTask
 from dpkd.api.inputs import (
@@ -77,6 +78,7 @@ __all__ = [
     "Ability",
     "Answers",
     "Block",
+    "Callback",
     "Card",
     "Family",
     "GenerationModel",
@@ -122,6 +124,7 @@ __all__ = [
     "TokenInputs",
     "TokenLoss",
     "TokenScores",
+    "Training",
     "Trait",
     "UndeclaredSignal",
     "Wants",

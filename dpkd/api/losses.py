@@ -138,6 +138,7 @@ class LossSpec:
     top_k     how many of the teacher's likeliest tokens, beside the mass of the rest, decide the value; None: all
     suggests  run settings that the paper used, as a nested mapping; any layer of the user overrides them
     traits    promises that the conformance kit verifies
+    reward_scale β of the implicit reward β log q/p that is logged; None: 1
     linear_when  under which settings LINEAR_IN_TEACHER holds; None: under all
     preset_of the loss that this one is, with other defaults or another text; empty for a loss of its own
     """
@@ -152,6 +153,7 @@ class LossSpec:
     traits: frozenset[Trait] = frozenset()
     top_k: Callable[[Any], int] | None = None
     linear_when: Callable[[Any], bool] | None = None
+    reward_scale: Callable[[Any], float] | None = None
     preset_of: str = ""
 
     @property

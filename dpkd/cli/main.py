@@ -78,6 +78,11 @@ def main() -> None:
         else:
             _complain(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:  # what no part of the command expected of the file system
+        if os.environ.get("DPKD_DEBUG"):
+            raise
+        _complain(f"{error.filename or 'the file system'}: {error.strerror or error}. What was saved before is intact.")
+        sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dpkd.cli.options import SetData, data_settings
+from dpkd.cli.options import SetData, TrustRemoteCode, data_settings
 
 
 def sample(
@@ -24,6 +24,7 @@ def sample(
     limit: Annotated[int | None, typer.Option(help="only the first rows", min=1, show_default=False)] = None,
     backend: Annotated[str, typer.Option(help="what draws: hf, vllm or another installed sampler")] = "hf",
     seed: Annotated[int, typer.Option(help="seed of the sampling", min=0)] = 10,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a model's responses to a file: the data of sequence-level distillation."""
     from rich.console import Console
@@ -54,7 +55,7 @@ def sample(
         raise SettingsError([f"--backend: {problem}" for problem in problems])
     with shown(Console(stderr=True)) as progress:
         report = sample_to_file(
-            model_of(model),
+            model_of(model, trust_remote_code=trust_remote_code),
             prompts,
             sampling,
             registry=registry,

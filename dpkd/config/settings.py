@@ -123,7 +123,9 @@ class TrainSettings(Block):
         "steps and more on fixed text",
     )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; None: at the end and on a stop")
+    save_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto", description="steps between checkpoints; auto: about every ten minutes; None: at the end and on a stop"
+    )
     keep_checkpoints: int = Field(1, ge=1, description="how many of the newest checkpoints stay")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="also log to these")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")

@@ -84,7 +84,8 @@ def _why(settings: ModelSettings, what: str, error: Exception) -> str:
         first = f"{type(error).__name__}: {first}"
     if "trust_remote_code" in text:
         return (
-            f"{name} brings its own Python code, which is off by default. Set trust_remote_code=true if you trust it."
+            f"{name} brings its own Python code, which is off by default. Pass --trust-remote-code if you trust it."
+            " (In settings: teacher.trust_remote_code, student.trust_remote_code.)"
         )
     if is_gguf(name):
         packages = " Reading .gguf needs gguf and sentencepiece: pip install 'dpkd[demo]'."

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from dpkd.api import Signal, Trait
+from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batches import TokenSequence
@@ -18,7 +19,6 @@ from dpkd.data.templates import template_fingerprint
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.rollout.response_generators import RankShards
-from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.offers import why_not
 from dpkd.teachers.store_manifest import Kind, Manifest
 from dpkd.teachers.store_writing import write_store
@@ -73,9 +73,9 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = prepared.teacher
-    assert isinstance(teacher, LocalTeacher)
+    assert teacher is not None  # the settings name one
     teacher.load(device)
-    teacher.cut(vocabulary)
+    teacher.share(prepared.tokenizer, vocabulary)
     sequences = _sequences(resolved, objectives, prepared, settings.output, display)
     _write(settings, teacher, sequences, manifest, prepared, display)
     display.say(
@@ -137,7 +137,7 @@ def _sequences(
 
 def _write(
     settings: CacheSettings,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     sequences: list[TokenSequence],
     manifest: Manifest,
     prepared: Prepared,

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, TokenInputs
+from dpkd.api import Layers, Pair, PairInputs, RolloutInputs, Signal, TokenInputs
 from dpkd.functional import log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, objective, token_logps
 from dpkd.models.fused import FusedKL, kl_sum_of, usable
@@ -38,24 +38,21 @@ class LossModule(nn.Module):
         chunk_mib: float | Literal["auto"] = "auto",
         layers: Mapping[str, Layers] | None = None,
         widest: int | None = None,
+        reward_scale: float = 1.0,
     ) -> None:
         """`layers` has the hidden states that losses read, by the name of the loss.
 
         `widest` is the number of logits of a row where a loss sees more than the student's vocabulary.
+        `reward_scale` is β of the implicit reward that is logged.
         """
         super().__init__()
+        self.reward_scale = reward_scale
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.layers = dict(layers or {})
         self.vocabulary = vocabulary
         self.compiled = False
         self.chunk = chunk_rows(widest or vocabulary, chunk_mib, next(student.parameters()).device)
-
-    @property
-    def reward_scale(self) -> float:
-        """β of the implicit reward: that of a pair loss, else 1 (other losses call other things β)."""
-        main = self.losses["main"]
-        return float(getattr(main.config, "beta", 1.0)) if isinstance(main, PairLoss) else 1.0
 
     def lend(self, work: Callable[[nn.Module], T]) -> T:
         """Give the student, with whole weights, to work that is not training: sampling, evaluation, saving.

@@ -25,7 +25,6 @@ from dpkd.models.student_init import student_config
 from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry
 from dpkd.teachers.aligned import AlignedTeacher
-from dpkd.teachers.local import LocalTeacher
 from dpkd.train.cross_tokenizer import make_translator, token_by_token
 from dpkd.train.dev import direction_of
 from dpkd.train.hidden_states import bind
@@ -88,7 +87,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
         display.say(line)
     translator = None
     if across:
-        assert isinstance(teacher, LocalTeacher)  # no other kind has a tokenizer of its own
+        assert teacher is not None
         translator = make_translator(
             tokenizer, teacher.tokenizer, teacher_config, examples.examples, data.prompts, settings.data
         )

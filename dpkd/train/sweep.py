@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +21,14 @@ from dpkd.config.layers import Layer, file_layer, flag_layer
 from dpkd.config.problems import all_paths, sentences
 from dpkd.config.resolve import resolve
 from dpkd.config.yaml_text import dump_value
-from dpkd.errors import DpkdError, SettingsError
-from dpkd.io import write_text
+from dpkd.errors import DpkdError, SettingsError, Stopped
+from dpkd.io import lock, write_text
 from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.settings import Block
+from dpkd.train.children import Children, children
 from dpkd.train.progress import Display
+from dpkd.train.resume import flat
 
 PLACE = re.compile(r"\{([a-z][a-z0-9_-]*)\}")
 
@@ -198,52 +199,102 @@ def _listed(runs: Sequence[str]) -> str:
 
 
 def run_sweep(plan: Plan, *, devices: Sequence[str] = (), console: Console | None = None) -> Outcome:
-    """Run what is not finished yet, in sequence, or one run on each device at a time; then score the models."""
+    """Run what is not finished yet, in sequence, or one run on each device at a time; then score the models.
+
+    A signal to stop is passed on: the runs that go on write a checkpoint and end, and so does the sweep. Raises Stopped
+    then, and DpkdError when another process runs the same sweep.
+    """
     display = Display(console or Console())
-    Path(plan.settings.output).mkdir(parents=True, exist_ok=True)
+    output = Path(plan.settings.output)
     outcome = Outcome()
     slots: Queue[str | None] = Queue()
     for device in devices or (None,):
         slots.put(device)
-    with display.bar("sweep", len(plan.runs)), ThreadPoolExecutor(max(1, len(devices))) as pool:
+    with (
+        lock(output / ".lock", f"the sweep {output}"),
+        children() as started,
+        display.bar("sweep", len(plan.runs)),
+        ThreadPoolExecutor(max(1, len(devices))) as pool,
+    ):
         for stage in dict.fromkeys(run.stage for run in plan.runs):
             runs = [run for run in plan.runs if run.stage == stage]
-            list(pool.map(lambda run: _one(plan, run, slots, outcome, display), runs))
+            list(pool.map(lambda run: _one(plan, run, slots, outcome, display, started), runs))
+    if started.stopped_by is not None:
+        ended = len(outcome.done) + len(outcome.found)
+        raise Stopped(
+            f"the sweep stopped after {ended} of {len(plan.runs)} runs; call it again to go on", started.stopped_by
+        )
     return outcome
 
 
-def _one(plan: Plan, run: SweepRun, slots: Queue[str | None], outcome: Outcome, display: Display) -> None:
-    missing = [name for name in run.needs if not RunFolder(Path(plan.settings.output) / name).model.is_dir()]
+def _one(
+    plan: Plan, run: SweepRun, slots: Queue[str | None], outcome: Outcome, display: Display, started: Children
+) -> None:
     device = slots.get()
     try:
-        if missing:
-            outcome.skipped[run.name] = f"needs {', '.join(missing)}, which failed"
-            display.say(f"{run.name}: skipped, {outcome.skipped[run.name]}")
-        elif RunFolder(run.folder).model.is_dir():
-            outcome.found.append(run.name)
-            display.say(f"{run.name}: was there")
-        elif reason := _train(plan, run, device):
-            outcome.failed[run.name] = reason
-            display.say(f"{run.name}: failed: {reason}")
-        else:
-            outcome.done.append(run.name)
-            display.say(f"{run.name}: done")
-        if RunFolder(run.folder).model.is_dir() and (reason := _evaluate(plan, run, device)):
-            outcome.failed[f"{run.name} (evaluation)"] = reason
-            display.say(f"{run.name}: its evaluation failed: {reason}")
+        result = _result(plan, run, device, outcome, started)
+        if started.stopped_by is None or run.name in (*outcome.done, *outcome.found):
+            display.say(f"{run.name}: {result}")
     finally:
         slots.put(device)
     display.at(len(outcome.done) + len(outcome.found) + len(outcome.failed) + len(outcome.skipped))
 
 
-def _train(plan: Plan, run: SweepRun, device: str | None) -> str | None:
+def _result(plan: Plan, run: SweepRun, device: str | None, outcome: Outcome, started: Children) -> str:
+    """Train one run and score it, where that is still to be done; what became of it, noted and in words."""
+    folder = RunFolder(run.folder)
+    if missing := [name for name in run.needs if not RunFolder(Path(plan.settings.output) / name).is_finished]:
+        outcome.skipped[run.name] = f"needs {', '.join(missing)}, which failed"
+        return f"skipped, {outcome.skipped[run.name]}"
+    if reason := _changed(plan, run):
+        outcome.failed[run.name] = reason
+        return reason
+    found = folder.is_finished
+    if not found and (reason := _train(plan, run, device, started)):
+        if started.stopped_by is None:
+            outcome.failed[run.name] = reason
+        return f"failed: {reason}"
+    (outcome.found if found else outcome.done).append(run.name)
+    if (reason := _evaluate(plan, run, device, started)) and started.stopped_by is None:
+        outcome.failed[f"{run.name} (evaluation)"] = reason
+        return f"its evaluation failed: {reason}"
+    return "was there" if found else "done"
+
+
+def _changed(plan: Plan, run: SweepRun) -> str | None:
+    """Which settings the run in the folder has otherwise than the sweep now, as a sentence; None: it has them all."""
+    config = RunFolder(run.folder).config
+    if not config.is_file():
+        return None
+    wanted = flat(resolve(_layers(plan, run), load_registry()).as_dict())
+    try:
+        stored = flat(resolve([file_layer(config)], load_registry()).as_dict())
+    except SettingsError as error:
+        return f"{config} cannot be read: {'; '.join(error.problems)}. Delete {run.folder} to train this run again."
+    differing = [
+        f"{path} is {stored.get(path)!r} there and {wanted.get(path)!r} here"
+        for path in sorted(wanted.keys() | stored.keys())
+        if path != "output" and stored.get(path) != wanted.get(path)
+    ]
+    if not differing:
+        return None
+    return (
+        f"{run.folder} holds a run with other settings: {'; '.join(differing[:5])}. Delete that folder to train it "
+        "with the new ones, or give the sweep another `output`."
+    )
+
+
+def _train(plan: Plan, run: SweepRun, device: str | None, started: Children) -> str | None:
     """`dpkd train` in a process of its own; the reason when it failed."""
     if RunFolder(run.folder).config.is_file():
-        return _command(["train", "--resume", str(run.folder)], run, device)
+        settings = resolve(_layers(plan, run), load_registry()).settings
+        trusted = settings.student.trust_remote_code or settings.teacher.trust_remote_code
+        trust = ["--trust-remote-code"] if trusted else []
+        return _command(["train", "--resume", str(run.folder), *trust], run, device, started)
     own = Path(plan.settings.output) / f"{run.name}.yaml"
     write_text(own, _as_yaml(run.settings))
     files = [part for file in (*plan.files, own) for part in ("--config", str(file))]
-    return _command(["train", *files, "--output", str(run.folder)], run, device)
+    return _command(["train", *files, "--output", str(run.folder)], run, device, started)
 
 
 def _as_yaml(settings: Mapping[str, Any]) -> str:
@@ -258,13 +309,13 @@ def _as_yaml(settings: Mapping[str, Any]) -> str:
     return "".join(f"{key}: {dump_value(value)}\n" for key, value in nested.items())
 
 
-def _evaluate(plan: Plan, run: SweepRun, device: str | None) -> str | None:
+def _evaluate(plan: Plan, run: SweepRun, device: str | None, started: Children) -> str | None:
     how = plan.settings.evaluate
     if how is None or (how.stages and run.stage not in how.stages):
         return None
     options = [part for name, value in how.options.items() for part in _option(name, value)]
     sets = [part for name in how.data for part in ("--data", name)]
-    return _command(["eval", "--model", str(run.folder), *sets, *options], run, device)
+    return _command(["eval", "--model", str(run.folder), *sets, *options], run, device, started)
 
 
 def _option(name: str, value: Any) -> list[str]:
@@ -274,7 +325,7 @@ def _option(name: str, value: Any) -> list[str]:
     return [flag, str(value)]
 
 
-def _command(arguments: Sequence[str], run: SweepRun, device: str | None) -> str | None:
+def _command(arguments: Sequence[str], run: SweepRun, device: str | None, started: Children) -> str | None:
     """Run `dpkd ...`; its output goes to NAME.log. Returns the last line when it fails."""
     environment = dict(os.environ)
     if device is not None:
@@ -284,15 +335,7 @@ def _command(arguments: Sequence[str], run: SweepRun, device: str | None) -> str
         file.write(f"$ dpkd {' '.join(arguments)}\n")
         file.flush()
         began = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dpkd.cli.main", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()  # it writes a checkpoint and goes
-            process.wait()
-            raise
+        code = started.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
         file.write(f"# exit {code}, {time.monotonic() - began:.0f} s\n")
     if code == 0:
         return None
@@ -307,4 +350,4 @@ def summary(outcome: Outcome) -> str:
         return parts[0]
     parts += [f"failed: {name}: {reason}" for name, reason in outcome.failed.items()]
     parts += [f"skipped: {name}: {reason}" for name, reason in outcome.skipped.items()]
-    raise DpkdError("\n".join([*parts, "Mend what failed and call the sweep again: what is done is not done twice."]))
+    raise DpkdError("\n".join([*parts, "Fix the failed runs and rerun; finished runs are skipped."]))

@@ -287,7 +287,7 @@ def test_values_that_are_no_default_say_where_they_came_from() -> None:
 
 
 def test_a_resolved_file_leaves_out_what_the_run_does_not_use() -> None:
-    drawn = {"source", "sampling", "teacher_sampling", "backend", "backend_settings", "store"}
+    drawn = {"source", "sampling", "teacher_sampling", "backend", "backend_settings", "decoding", "store"}
     assert run(base("soft")).as_dict()["text"].keys() == drawn
     assert run(base("choice"), sets=("text.source=preference",)).as_dict()["text"].keys() == drawn
     pair = run(base("choice"))

@@ -26,6 +26,7 @@ from dpkd.models.fingerprint import memory_fingerprint
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run as engine_run
 from dpkd.train.progress import Display
+from dpkd.train.resume import resume_folder
 
 SHORT = {
     "train.steps": 3,
@@ -229,7 +230,7 @@ def test_resume_needs_the_same_objects(models, tokenizer, rows, tmp_path, monkey
             dpkd.train(loss="kd", **objects, output=tmp_path / "stopped", settings=SHORT)
     stopped = tmp_path / "stopped"
     with pytest.raises(SettingsError, match=r"teacher.model: in-memory:teacher stands for an object") as caught:
-        engine_run.resume_folder(stopped)
+        resume_folder(stopped)
     assert len(caught.value.problems) == 3
     other = deepcopy(student)
     with torch.no_grad():
