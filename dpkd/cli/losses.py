@@ -22,7 +22,7 @@ def list_losses(
     offers: Annotated[
         str | None,
         typer.Option(
-            help="only losses that a teacher with this can serve: text, token-logps, top-k, logits or hidden-states",
+            help="only losses that work with this teacher access: text, token-logps, top-k, logits or hidden-states",
             show_default=False,
         ),
     ] = None,
@@ -188,7 +188,7 @@ def check_loss(
 
     registry = load_registry()
     if (name is None) == (not check_all):
-        raise SettingsError(["name one loss, or say --all"])
+        raise SettingsError(["name one loss, or pass --all"])
     chosen = list(registry.losses.values()) if check_all else [registry.get(LossSpec, str(name))]
     failed = 0
     for loss in chosen:
