@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ def device_of(name: str) -> torch.device:
 
     Raises DpkdError for a GPU that is not there.
     """
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if name in there and not there[name]():
         raise DpkdError(
             f"train.device: {name} is asked for, and PyTorch {torch.__version__} finds no such device on this machine. "

@@ -44,7 +44,7 @@ class ClientSettings(Block):
     in_flight: int = Field(32, ge=1, description="requests that a server works on at a time")
     connect_timeout: float = Field(10.0, gt=0, description="seconds until a server must accept a connection")
     read_timeout: float = Field(300.0, gt=0, description="seconds until a server must answer")
-    retries: int = Field(5, ge=0, description="further attempts after 429, 5xx or a lost connection, with growing pauses")
+    retries: int = Field(5, ge=0, description="attempts after 429, 5xx or a lost connection, with growing pauses")
     wait: float = Field(
         0.0, ge=0, description="seconds to go on trying when no server answers; 0: stop the run at a checkpoint"
     )

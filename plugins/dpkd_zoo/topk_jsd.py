@@ -16,7 +16,7 @@ class TopKJSDConfig(LossConfig):
     """How many tokens, and the place between the two KLs."""
 
     k: int = setting(
-        16, description="the student's likeliest tokens that the teacher scores", source="our choice: usual 8 to 64", ge=1
+        16, description="the student's likeliest tokens that the teacher scores", source="our choice, of 8 to 64", ge=1
     )
     beta: float = setting(
         0.5, description="β: share of the teacher in the mixture m", source="TRL's GKDConfig", gt=0, lt=1

@@ -17,7 +17,10 @@ class TopKRKLConfig(LossConfig):
     """How many tokens."""
 
     k: int = setting(
-        16, description="the student's likeliest tokens that the teacher scores", source="our choice: usual 8 to 64", ge=1
+        16,
+        description="the student's likeliest tokens that the teacher scores",
+        source="our choice: usual 8 to 64",
+        ge=1,
     )
 
 

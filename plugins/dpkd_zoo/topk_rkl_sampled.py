@@ -17,7 +17,10 @@ class TopKRKLSampledConfig(LossConfig):
     """How many tokens are exact."""
 
     k: int = setting(
-        16, description="the student's likeliest tokens that the teacher scores", source="our choice: usual 8 to 64", ge=1
+        16,
+        description="the student's likeliest tokens that the teacher scores",
+        source="our choice: usual 8 to 64",
+        ge=1,
     )
 
 

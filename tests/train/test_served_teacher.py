@@ -198,7 +198,10 @@ def _last(answer, value):
         (lambda a: _last(a, 3.0), "above 0, so it is no log-prob"),
         (lambda a: _last(a, "low"), "expected a log-prob, got 'low'"),
         (lambda a: {"choices": [{"prompt_logprobs": None}]}, "has no choices.0.prompt_logprobs"),
-        (lambda a: {"choices": [{"prompt_logprobs": a["choices"][0]["prompt_logprobs"][:-1]}]}, "expected log-probs of"),
+        (
+            lambda a: {"choices": [{"prompt_logprobs": a["choices"][0]["prompt_logprobs"][:-1]}]},
+            "expected log-probs of",
+        ),
         (lambda a: {"choices": [{"prompt_logprobs": [{}] * len(a["choices"][0]["prompt_logprobs"])}]}, "are missing"),
         (lambda a: b"<html>", "answers with no JSON"),
     ],
