@@ -144,9 +144,7 @@ class FakeServer:
 
     def _entry(self, row, given, k) -> dict[str, Any]:
         top = range(len(row)) if k == -1 else row.topk(min(k, len(row))).indices.tolist()
-        return {
-            str(i): {"logprob": float(row[i]), "decoded_token": self.tokenizer.decode([i])} for i in [*top, given]
-        }
+        return {str(i): {"logprob": float(row[i]), "decoded_token": self.tokenizer.decode([i])} for i in [*top, given]}
 
     def _chosen(self, body) -> tuple[int, Any]:
         ids, sampling = body["token_ids"], body["sampling_params"]

@@ -94,6 +94,11 @@ class _Inputs:
         self.parts[name] = values.detach()
         return values
 
+    @property
+    def rows(self) -> int:
+        """How many positions there are; of pairs use the length of a signal."""
+        return len(next(iter(self._signals.values())))
+
     def __getitem__(self, signal: Signal) -> Any:
         try:
             return self._signals[signal]

@@ -22,7 +22,7 @@ def list_losses(
     offers: Annotated[
         str | None,
         typer.Option(
-            help="only losses that a teacher with this can serve: text, token-logps, top-k, chosen-ids, logits or hidden-states",
+            help="losses that this teacher access serves: text, token-logps, top-k, chosen-ids, logits, hidden-states",
             show_default=False,
         ),
     ] = None,
@@ -197,7 +197,7 @@ def check_loss(
 
     registry = load_registry()
     if (name is None) == (not check_all):
-        raise SettingsError(["name one loss, or say --all"])
+        raise SettingsError(["name one loss, or pass --all"])
     chosen = list(registry.losses.values()) if check_all else [registry.get(LossSpec, str(name))]
     failed = 0
     for loss in chosen:

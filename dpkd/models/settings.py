@@ -25,6 +25,17 @@ class ModelSettings(Block):
     dtype: DType = Field("auto", description="type of the weights; auto: as stored (teacher), float32 (student)")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field("auto", description="attention code")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="packed weights, through bitsandbytes: LLM.int8 or NF4; embeddings and head stay as they are; of "
+        "a student, beside `lora` (QLoRA)",
+    )
+
+    @model_validator(mode="after")
+    def _weights_can_be_packed(self) -> ModelSettings:
+        if self.quantization != "none" and (self.model or "").lower().endswith(".gguf"):
+            raise ValueError("`quantization` takes a folder of safetensors or a hub id, and `model` is a .gguf file")
+        return self
 
 
 class ClientSettings(Block):
@@ -33,7 +44,7 @@ class ClientSettings(Block):
     in_flight: int = Field(32, ge=1, description="requests that a server works on at a time")
     connect_timeout: float = Field(10.0, gt=0, description="seconds until a server must accept a connection")
     read_timeout: float = Field(300.0, gt=0, description="seconds until a server must answer")
-    retries: int = Field(5, ge=0, description="further attempts after 429, 5xx or a lost connection, with growing pauses")
+    retries: int = Field(5, ge=0, description="attempts after 429, 5xx or a lost connection, with growing pauses")
     wait: float = Field(
         0.0, ge=0, description="seconds to go on trying when no server answers; 0: stop the run at a checkpoint"
     )
@@ -48,10 +59,6 @@ class TeacherSettings(ModelSettings):
 
     device: str | None = Field(None, description="device of the teacher, e.g. cuda:1; None: the student's")
     tokenizer: str | None = Field(None, description="hub id or folder of the tokenizer; None: the model's")
-    quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none",
-        description="packed weights, through bitsandbytes: LLM.int8 or NF4; embeddings and head stay as they are",
-    )
     store: str | None = Field(
         None, description="folder of a store of its log-probs (`dpkd cache`), in place of the model"
     )
@@ -129,8 +136,6 @@ class TeacherSettings(ModelSettings):
             raise ValueError("name either `model` or `store`: a store takes the model's place")
         if self.quantization != "none" and self.store is not None:
             raise ValueError("`quantization` packs the weights of a model, and a `store` has none; leave it out")
-        if self.quantization != "none" and (self.model or "").lower().endswith(".gguf"):
-            raise ValueError("`quantization` takes a folder of safetensors or a hub id, and `model` is a .gguf file")
         return self
 
 
@@ -173,6 +178,15 @@ class StudentSettings(ModelSettings):
         if isinstance(values, dict) and values.get("layers") is not None and not values.get("model"):
             return {"init": "layers", **values}
         return values
+
+    @model_validator(mode="after")
+    def _packed_weights_are_frozen(self) -> StudentSettings:
+        if self.quantization != "none" and (self.lora is None or self.init != "pretrained"):
+            raise ValueError(
+                f"`quantization` ({self.quantization}) packs weights that stay frozen, so the student needs adapters "
+                "and init `pretrained`: --set student.lora.r=16"
+            )
+        return self
 
     @model_validator(mode="after")
     def _init_has_what_it_needs(self) -> StudentSettings:

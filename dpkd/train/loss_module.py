@@ -5,16 +5,20 @@ Shapes: N response positions of the micro-batch, n of one chunk, V shared vocabu
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dpkd.api import Layers, Pair, PairInputs, RolloutInputs, Signal, TokenInputs
+from dpkd.errors import DpkdError, described
 from dpkd.functional import log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, chunks, objective, token_logps
+from dpkd.models.device import out_of_memory
 from dpkd.models.fused import FusedKL, kl_sum_of, usable
 from dpkd.models.head import Head, head_of
 from dpkd.models.layers import layer_rows
@@ -69,6 +73,30 @@ class LossModule(nn.Module):
         with torch.no_grad(), gathered(self.student), stance:
             return work(self.student)
 
+    def _values(self, name: str, x: Any, rows: int) -> Tensor:
+        """The values of a loss, one a row. Raises DpkdError when it fails, or returns what training cannot use."""
+        loss = self.losses[name]
+        try:
+            values: Any = loss(x)
+        except (DpkdError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # sys.exit too: a plugin does not end a run
+            if isinstance(error, RuntimeError) and out_of_memory(error) is not None:
+                raise
+            raise DpkdError(f"{_of_plugin(loss)} failed: {described(error)}{_place(error, loss)}") from error
+        if not isinstance(values, Tensor) or values.shape != (rows,) or not values.is_floating_point():
+            found = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise DpkdError(
+                f"{_of_plugin(loss)} returned {found}; expected one number a row: float32 [{rows}]. A loss takes no "
+                "mean and no sum: the engine divides. `dpkd check-loss` finds this before a run"
+            )
+        if rows and torch.is_grad_enabled() and not values.requires_grad:
+            raise DpkdError(
+                f"{_of_plugin(loss)} returned values without a gradient: nothing would be learned. Look for .detach(), "
+                ".item(), torch.no_grad() or argmax in its forward. `dpkd check-loss` finds this before a run"
+            )
+        return values
+
     def layers_of(self, micro_batch: MicroBatch) -> Layers:
         """The hidden states that the losses of this micro-batch read."""
         read = [self.layers[term.name] for term in micro_batch.terms if term.name in self.layers]
@@ -112,8 +140,9 @@ class LossModule(nn.Module):
             x, with_teacher = self._inputs(micro_batch, logits_nV, rows)
             total = logits_nV.new_zeros(())
             for term in terms:
-                own = (with_teacher if Signal.TEACHER_LOGITS in term.reads else x).only(term.reads)
-                values_n = self.losses[term.name](own)
+                whole = with_teacher if Signal.TEACHER_LOGITS in term.reads else x
+                own = whole.only(term.reads)
+                values_n = self._values(term.name, own, whole.rows)
                 total = total + term.share(values_n, micro_batch.processes)
                 _add_term(metrics, term.name, values_n, own.parts)
             if micro_batch.measured:
@@ -196,7 +225,7 @@ class LossModule(nn.Module):
             signals[Signal.TEACHER_HIDDEN] = torch.stack([micro_batch.teacher.layers[i] for i in layers.teacher], 1)
         x = TokenInputs(signals).only(term.reads)
         with torch.autocast(micro_batch.batch.targets.device.type, enabled=False):
-            values_N = self.losses[term.name](x)
+            values_N = self._values(term.name, x, len(micro_batch.batch.targets))
         _add_term(metrics, term.name, values_N, x.parts)
         return term.share(values_N, micro_batch.processes)
 
@@ -222,12 +251,23 @@ class LossModule(nn.Module):
         for term in micro_batch.terms:
             reads = {signal: value for signal, value in signals.items() if signal in term.reads}
             x = PairInputs(reads)
-            values_B = _some(self.losses[term.name](x), real)
+            values_B = _some(self._values(term.name, x, len(student.chosen)), real)
             total = total + term.share(values_B, micro_batch.processes)
             _add_term(metrics, term.name, values_B, {name: _some(values, real) for name, values in x.parts.items()})
         if micro_batch.measure and micro_batch.responses:
             observe_pairs(student, micro_batch.teacher_logps, lengths, self.reward_scale, metrics)
         return total, metrics
+
+
+def _of_plugin(loss: nn.Module) -> str:
+    return f"the loss {type(loss).__name__} ({type(loss).__module__})"
+
+
+def _place(error: BaseException, loss: nn.Module) -> str:
+    """Where in the loss's own file an error came from, as the end of a sentence."""
+    file = getattr(sys.modules.get(type(loss).__module__), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({file}:{lines[-1]})" if lines else ""
 
 
 def _some(values_B: Tensor, pairs: list[int] | None) -> Tensor:

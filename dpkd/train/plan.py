@@ -18,6 +18,7 @@ from dpkd.data.encoding import continuation
 from dpkd.models.loading import count_parameters
 from dpkd.run_folder import RunFolder
 from dpkd.train.cross_tokenizer import union_of
+from dpkd.train.defaults import with_defaults
 from dpkd.train.memory import Estimate, memory_estimate
 from dpkd.train.optimizers import describe_optimizer
 from dpkd.train.prepare import Prepared, prepare
@@ -52,8 +53,9 @@ def dry_run(resolved: Resolved, *, console: Console | None = None) -> RunPlan:
 
 def make_plan(resolved: Resolved, display: Display) -> RunPlan:
     """Work the plan out. Raises DpkdError for all that a run would stumble over before its first step."""
+    RunFolder.check_new(resolved.settings.output)
+    resolved = with_defaults(resolved, display)
     settings = resolved.settings
-    RunFolder.check_new(settings.output)
     prepared = prepare(resolved, display)
     data, tokenizer = prepared.data, prepared.tokenizer
     student_size = count_parameters(prepared.student_config)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpkd.api import Layers, Text
 from dpkd.api.teachers import Teacher
-from dpkd.config.objective import Objective, chosen_ids, kept_tokens
+from dpkd.config.objective import chosen_ids, kept_tokens
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.config.teacher import make_teacher

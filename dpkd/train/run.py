@@ -15,11 +15,12 @@ from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
 from dpkd.evaluation.evaluator import metric_specs
 from dpkd.io import remove_leftovers
-from dpkd.models.device import allow_tf32, device_of, precision_of, precision_sentence
+from dpkd.models.device import allow_tf32, device_of, out_of_memory, precision_of, precision_sentence
 from dpkd.models.in_memory import InMemory
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.build import RunParts, assemble
+from dpkd.train.defaults import with_defaults
 from dpkd.train.dev import Dev
 from dpkd.train.facts import change_facts, check_same, write_facts
 from dpkd.train.finish import finish, reopen
@@ -27,7 +28,7 @@ from dpkd.train.guard import RunawayGuard
 from dpkd.train.interrupt import stop_on_signal
 from dpkd.train.metrics_log import MetricsLog
 from dpkd.train.nonfinite import NotFinite
-from dpkd.train.probe import out_of_memory, probe
+from dpkd.train.probe import probe
 from dpkd.train.progress import Display
 from dpkd.train.samples import SampleLog
 from dpkd.train.trackers import Trackers
@@ -47,6 +48,7 @@ def train(resolved: Resolved, *, callbacks: Sequence[Callback] = (), console: Co
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
+    resolved = with_defaults(resolved, display)
     assembly = assemble(resolved, accelerator, display)
     _check_processes_agree(accelerator, assembly)
     folder = _shared_folder(accelerator, resolved)

@@ -16,7 +16,7 @@ class TopKJSDConfig(LossConfig):
     """How many tokens, and the place between the two KLs."""
 
     k: int = setting(
-        16, description="the student's likeliest tokens that the teacher scores", source="our choice: usual 8 to 64", ge=1
+        16, description="the student's likeliest tokens that the teacher scores", source="our choice, of 8 to 64", ge=1
     )
     beta: float = setting(
         0.5, description="β: share of the teacher in the mixture m", source="TRL's GKDConfig", gt=0, lt=1
@@ -48,7 +48,7 @@ SPEC = LossSpec(
         use_when="The teacher is served and scores ids of the caller's choice, and a bounded loss is wanted.",
         avoid_when="The teacher's logits are available (jsd); or the teacher's likeliest tokens are not among the "
         "student's: the bucket hides which of them it prefers (topk-kl asks for those).",
-        notes="Bias: merging tokens can only lower a divergence, so the value is at most jsd's, and no gradient says how "
+        notes="Bias: merging tokens only lowers a divergence, so the value is at most jsd's, and no gradient says how "
         "the mass within the rest should move; equal for k ≥ V - 1. Finite where either model excludes a token.",
         latex=r"\beta\,\mathrm{KL}(p\,\|\,m)+(1-\beta)\,\mathrm{KL}(q\,\|\,m)\ \text{over } C \text{ and } \bar C, "
         r"\qquad C=\text{the }k\text{ likeliest under }q",

@@ -17,7 +17,7 @@ class TopKRKLConfig(LossConfig):
     """How many tokens."""
 
     k: int = setting(
-        16, description="the student's likeliest tokens that the teacher scores", source="our choice: usual 8 to 64", ge=1
+        16, description="the student's likeliest tokens that the teacher scores", source="our choice, of 8 to 64", ge=1
     )
 
 
@@ -47,7 +47,7 @@ SPEC = LossSpec(
         avoid_when="The teacher's logits are available: rkl has no bias. k is so small that much of the student's mass "
         "is outside: topk-rkl-sampled has no bias on its own text.",
         notes="Bias: the value is at most rkl's. What is missing is q(C̄) times the KL of the two distributions within "
-        "the rest, so no gradient says how the mass within the rest should move; nothing is missing for k ≥ V - 1. With "
+        "the rest, so no gradient says how the mass within the rest should move; none is missing for k ≥ V - 1. With "
         "a served teacher the tokens are chosen by a forward of the student of their own, without dropout: about a "
         "third more time of a step. Infinite where the teacher excludes one of the k tokens.",
         latex=r"\sum_{v\in C}q(v)\log\frac{q(v)}{p(v)}+q(\bar C)\log\frac{q(\bar C)}{p(\bar C)}, \qquad C=\text{the "

@@ -17,7 +17,7 @@ class TopKRKLSampledConfig(LossConfig):
     """How many tokens are exact."""
 
     k: int = setting(
-        16, description="the student's likeliest tokens that the teacher scores", source="our choice: usual 8 to 64", ge=1
+        16, description="the student's likeliest tokens that the teacher scores", source="our choice, of 8 to 64", ge=1
     )
 
 
@@ -56,11 +56,11 @@ SPEC = LossSpec(
         ),
         use_when="The teacher is served and scores ids of the caller's choice, and the student writes the text anew in "
         "each step: less variance than opd, and no bias.",
-        avoid_when="The teacher's logits are available (rkl). The text is old, or was drawn with a temperature, top_k or "
+        avoid_when="The teacher's logits are available (rkl). The text is old, or drawn with a temperature, top_k or "
         "top_p: topk-rkl then has the smaller error.",
         notes="Unbiased: value and gradient are those of rkl, in expectation over text that the student of now drew at "
         "temperature 1. On other text the sampled part is biased, by the ratio of the two policies. The value of a row "
-        "may be negative. With a served teacher the tokens are chosen by a forward of the student of their own, without "
+        "may be negative. With a served teacher a forward of the student of their own chooses the tokens, without "
         "dropout: about a third more time of a step.",
         latex=r"\sum_{v\in C}q(v)\,\ell(v)+\mathbb{1}[y\notin C]\,\ell(y), \qquad \ell=\log q-\log p,\quad C=\text{the "
         r"}k\text{ likeliest under }q,\quad y\sim q",

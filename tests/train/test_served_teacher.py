@@ -135,12 +135,12 @@ def test_too_small_a_limit_is_refused_with_the_command_that_starts_a_larger_one(
 
 
 def test_a_wrong_model_names_what_is_served(served, quiet):
-    with pytest.raises(DpkdError, match="has toy, not llama: set teacher.model to the right name"):
+    with pytest.raises(DpkdError, match=r"has toy, not llama: set teacher.model to the right name"):
         _prepare(served("opd", {"teacher.model": "llama"}), quiet)
 
 
 def test_no_server_is_one_sentence(served, quiet):
-    with pytest.raises(TeacherLost, match="the teacher's server http://127.0.0.1:9 gives no answer: ConnectError"):
+    with pytest.raises(TeacherLost, match=r"the teacher's server http://127.0.0.1:9 gives no answer: ConnectError"):
         _prepare(served("opd", {"teacher.server": "http://127.0.0.1:9/v1"}), quiet)
 
 
@@ -198,7 +198,10 @@ def _last(answer, value):
         (lambda a: _last(a, 3.0), "above 0, so it is no log-prob"),
         (lambda a: _last(a, "low"), "expected a log-prob, got 'low'"),
         (lambda a: {"choices": [{"prompt_logprobs": None}]}, "has no choices.0.prompt_logprobs"),
-        (lambda a: {"choices": [{"prompt_logprobs": a["choices"][0]["prompt_logprobs"][:-1]}]}, "expected log-probs of"),
+        (
+            lambda a: {"choices": [{"prompt_logprobs": a["choices"][0]["prompt_logprobs"][:-1]}]},
+            "expected log-probs of",
+        ),
         (lambda a: {"choices": [{"prompt_logprobs": [{}] * len(a["choices"][0]["prompt_logprobs"])}]}, "are missing"),
         (lambda a: b"<html>", "answers with no JSON"),
     ],

@@ -64,7 +64,7 @@ def server(start):
 
 @pytest.fixture
 def made(settings_of, toy, teacher, server):
-    """`made(loss, changes, local=False)`: a run of the toy GPT-2 under the served teacher, or under the same in memory."""
+    """`made(loss, changes, local=False)`: a run of the toy GPT-2 under the served teacher, or the same in memory."""
 
     def make(loss, changes=None, *, local=False, url=None):
         student = {"student.init": "pretrained", "student.layers": None, "student.model": str(toy / "gpt2")}

@@ -57,9 +57,7 @@ def test_sampled_value_and_gradient_are_those_of_the_dense_loss_on_average(k: in
     """Averaged over every token that the student could draw, with its probability: no sampling, no tolerance for it."""
     leaf = STUDENT.clone().requires_grad_()
     chance = LOG_Q.exp()
-    mean = sum(
-        (chance[:, y] * _value(topk_rkl_sampled, leaf, k, targets=torch.full((4,), y))).sum() for y in range(9)
-    )
+    mean = sum((chance[:, y] * _value(topk_rkl_sampled, leaf, k, targets=torch.full((4,), y))).sum() for y in range(9))
     (gradient,) = torch.autograd.grad(mean, leaf)
     other = STUDENT.clone().requires_grad_()
     dense = kl(other.log_softmax(-1), LOG_P).sum()

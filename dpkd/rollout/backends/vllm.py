@@ -162,7 +162,8 @@ class VllmSampler:
     def _check(self, prompt: dict[str, list[int]]) -> None:
         """Raises DpkdError when the engine's log-probs are not the model's: it may have kept other weights."""
         limit = room(0, len(prompt["prompt_token_ids"]), self._longest, CHECKED_TOKENS)
-        parameters = self._params(n=1, temperature=1.0, seed=0, max_tokens=limit, ignore_eos=True, logprobs=0, detokenize=False)
+        how = {"n": 1, "temperature": 1.0, "seed": 0, "logprobs": 0, "detokenize": False}
+        parameters = self._params(max_tokens=limit, ignore_eos=True, **how)
         (output,) = self._generate([(prompt, parameters)])
         ids = list(output.outputs[0].token_ids)
         theirs = torch.tensor([step[i].logprob for i, step in zip(ids, output.outputs[0].logprobs, strict=True)])
@@ -174,8 +175,8 @@ class VllmSampler:
         apart = float((own - theirs).abs().mean())
         if not apart <= TOLERANCE[self._dtype]:
             raise DpkdError(
-                f"text.backend: vLLM's log-probs are {apart:.3g} nats from those of the model, and {self._dtype} explains "
-                f"{TOLERANCE[self._dtype]:g}: its engine did not take over all weights. Draw with text.backend=hf."
+                f"text.backend: vLLM's log-probs are {apart:.3g} nats from those of the model, and {self._dtype} "
+                f"explains {TOLERANCE[self._dtype]:g}: its engine did not take over all weights. Use text.backend=hf."
             )
         self._checked = True
 
@@ -265,7 +266,8 @@ def _untouched() -> Iterator[None]:
 def _classes_kept(model: nn.Module) -> Iterator[None]:
     """Put back the classes of the model's modules: vLLM's Transformers backend decorates those that it finds."""
     classes = {type(module) for module in model.modules()}
-    kept = {cls: (cls.__bases__, {name: cls.__dict__.get(name) for name in ("__init__", "__call__")}) for cls in classes}
+    names = ("__init__", "__call__")
+    kept = {cls: (cls.__bases__, {name: cls.__dict__.get(name) for name in names}) for cls in classes}
     try:
         yield
     finally:

@@ -118,7 +118,7 @@ def _same_positions(
         apart = max(apart, float(abs(longer.given[0] - drawn.logps[0])))
     if not apart <= CLOSE:
         raise DpkdError(
-            f"the server {url} fails the self-test: log-probs of the same tokens differ by {apart:.2g} nats between two "
-            "requests. Its positions are shifted, or its log-probs are not those of the model at temperature 1 "
+            f"the server {url} fails the self-test: log-probs of the same tokens differ by {apart:.2g} nats between "
+            "two requests. Its positions are shifted, or its log-probs are not those of the model at temperature 1 "
             "(--logprobs-mode)."
         )

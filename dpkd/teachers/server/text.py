@@ -28,7 +28,7 @@ class ServerSampler:
         """A server keeps its weights."""
 
     def draw(self, task: SamplingTask, on_finished: Callable[[int, Sampled], None] | None = None) -> list[Sampled]:
-        """A response per seed, in their order; all are asked for at once. Raises TeacherLost when the server is gone."""
+        """A response per seed, in their order, all requested at once. Raises TeacherLost when the server is gone."""
         if task.mix_with is not None:
             raise DpkdError("a server cannot mix its distribution with another model's")
         waiting = []
