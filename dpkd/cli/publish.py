@@ -11,13 +11,13 @@ import typer
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")]
 
 
-class Format(StrEnum):
+class ExportFormat(StrEnum):
     """What a model is exported to."""
 
     GGUF = "gguf"
 
 
-class Type(StrEnum):
+class WeightType(StrEnum):
     """Type of the weights in a GGUF file; others are made from these by llama.cpp's `llama-quantize`."""
 
     F32 = "f32"
@@ -40,8 +40,8 @@ def push(
 
 def export(
     run: Run,
-    form: Annotated[Format, typer.Option("--format", help="gguf: one file for llama.cpp, Ollama, LM Studio")],
-    type_: Annotated[Type, typer.Option("--type", help="type of the weights")] = Type.F16,
+    form: Annotated[ExportFormat, typer.Option("--format", help="gguf: one file for llama.cpp, Ollama, LM Studio")],
+    type_: Annotated[WeightType, typer.Option("--type", help="type of the weights")] = WeightType.F16,
     output: Annotated[
         Path | None, typer.Option(help="file to write [default: RUN/model-TYPE.gguf]", show_default=False)
     ] = None,
