@@ -97,7 +97,9 @@ def in_our_names(layers: Sequence[Layer], processes: int | None = None) -> list[
         else:
             world = processes or int(os.environ.get("WORLD_SIZE", "1"))
             per_device = sizes.get(_PER_DEVICE, TrainSettings().micro_batch_size)
-            _put(found[last].values, "train.batch_size", per_device * sizes.get(_ACCUMULATION, 1) * world)
+            values = dict(found[last].values)
+            _put(values, "train.batch_size", per_device * sizes.get(_ACCUMULATION, 1) * world)
+            found[last] = Layer(found[last].name, values)
     if problems:
         raise SettingsError(problems)
     return found

@@ -30,7 +30,7 @@ def memory_problems(settings: RunSettings, merged: Merged, given: InMemory) -> l
         for other in pointless:
             if getattr(values, other) != type(values).model_fields[other].default:
                 layer = merged.layer_of(f"{block}.{other}")
-                problems.append(f"{block}.{other}: says nothing of {name}, which is in memory (from {layer})")
+                problems.append(f"{block}.{other}: has no effect on {name}, which is in memory (from {layer})")
     return problems
 
 

@@ -80,7 +80,7 @@ def read_corpus(settings: CorpusSettings, tokenizer: PreTrainedTokenizerBase) ->
     if len(ids) < settings.max_tokens:
         raise DpkdError(
             f"{SETTING}.path: {settings.path} has {len(ids):,} tokens in {count:,} documents, less than one "
-            f"block of {settings.max_tokens:,}. Give more text, or lower {SETTING}.max_tokens."
+            f"block of {settings.max_tokens:,}. Use more text, or lower {SETTING}.max_tokens."
         )
     return Corpus(ids, settings.max_tokens, documents=count, source=source.description)
 

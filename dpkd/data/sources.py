@@ -164,10 +164,10 @@ def _unavailable(place: Place, error: Exception) -> DpkdError:
     reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     own_file = "--data FILE.jsonl" if place.setting == "data.path" else f"--set {place.setting}=FILE.txt"
     advice = (
-        f"Without the hub, pass a file of your own: {own_file} (`dpkd demo` needs no data)."
+        f"Without the hub, pass your own file: {own_file} (`dpkd demo` needs no data)."
         if isinstance(error, OSError)
-        else f"Check the id, split and subset, or pass a file of your own: {own_file}"
+        else f"Check the id, split and subset, or pass your own file: {own_file}"
     )
     return DpkdError(
-        f"{place.setting}: {what} is neither a file here nor could it be had from the hub: {reason}. {advice}"
+        f"{place.setting}: {what} is not a local file, and loading it from the hub failed: {reason}. {advice}"
     )

@@ -233,8 +233,8 @@ def _left_out(tokenizer: Any, others: Any, teacher: str) -> str | None:
     if difference(tokenizer, others) is None:
         return None
     return (
-        f"the teacher {teacher} has another tokenizer: no divergence from it and no reward is measured, token by "
-        "token there is none. bits_per_byte compares models whatever their tokenizers."
+        f"the teacher {teacher} has another tokenizer: divergences from it and rewards are not computed, because "
+        "token-level KL is undefined across tokenizers. bits_per_byte is comparable across tokenizers."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ def device_of(name: str) -> torch.device:
 
     Raises DpkdError for a GPU that is not there.
     """
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if name in there and not there[name]():
         raise DpkdError(
             f"train.device: {name} is asked for, and PyTorch {torch.__version__} finds no such device on this machine. "
@@ -75,3 +76,14 @@ def teacher_dtype(setting: Literal["auto", "fp32", "bf16"], device: torch.device
     In float32 they cost twice the memory and many times the time, and nothing trains them.
     """
     return torch.bfloat16 if device.type == "cuda" and precision_of(setting, device) == "bf16" else None
+
+
+def out_of_memory(error: RuntimeError) -> str | None:
+    """What to say when an error means that memory ran out, on a GPU or a CPU; None for any other."""
+    if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+        return None
+    return (
+        "the memory of the device is too small for this run. Lower train.micro_batch_size, or set batch.tokens: "
+        "neither changes a result. Less is needed too with student.gradient_checkpointing=true, train.precision=bf16 "
+        "and student.lora, and for sampling with a lower text.sampling.batch_size."
+    )

@@ -54,6 +54,7 @@ def _write_missing(
     todo = [s for key, s in distinct.items() if key not in shards]
     waiting: dict[str, dict[str, Tensor]] = {}
     done = tokens = 0
+    teacher.expect(todo, Wants(64, logits=True))
     for group in micro_batches([len(s.prompt_ids) + len(s.response_ids) for s in todo], batch_size):
         members = [todo[i] for i in group]
         batch = collate(members, pad_id=pad_id)

@@ -19,6 +19,7 @@ from dpkd.functional import gather_logps, log_mix
 from dpkd.testing.results import CheckSkipped
 
 VOCABULARY = 7
+CHOSEN = 6  # tokens of the student that a loss may read as its likeliest
 EXCLUDED = 2  # so many of the last tokens may be excluded (logits of -inf); they are never targets
 STUDENT_STACK, TEACHER_STACK = Stack(3, 4), Stack(6, 5)  # of losses on hidden states
 TEACHER_MIX = 0.2  # share of the teacher in the policy that drew a rollout
@@ -146,6 +147,7 @@ def random_batch(
         Signal.TEACHER_LOGITS: teacher,
         Signal.TARGETS: targets,
         Signal.BY_STUDENT: torch.arange(rows) % 2 == 0,
+        Signal.CHOSEN_IDS: student.topk(CHOSEN).indices,
         **{rest: _rest(rows, scale, generator) for rest in _RESTS},
     }
     return SampleBatch(family, signals).to(dtype)

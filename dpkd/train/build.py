@@ -11,6 +11,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from dpkd.api import HIDDEN, Family, ResponseSource, Signal, Text
 from dpkd.api.teachers import Teacher
+from dpkd.config.objective import chosen_ids
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import BatchSettings, RunSettings
 from dpkd.data.batch_sampler import BatchSampler
@@ -81,6 +82,8 @@ class RunParts:
     def close(self) -> None:
         """Give back what lies outside the models."""
         self.rollouts.close()
+        if self.teacher is not None:
+            self.teacher.close()
 
 
 def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> RunParts:
@@ -110,6 +113,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         chunk_mib=settings.train.chunk_mib,
         layers=layers,
         widest=models.teacher.widest if models.teacher is not None else None,
+        chosen=chosen_ids(resolved.objectives),
         reward_scale=1.0 if reward is None else float(reward(resolved.loss_config)),
     ).to(accelerator.device)
     loss_module.compiled = _compile(resolved, models, losses, steps, display)

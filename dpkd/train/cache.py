@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,19 +46,24 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     """
     run = resolved.settings
     display = Display(console or Console())
-    if run.teacher.model is None:
+    if run.teacher.model is None and run.teacher.server is None:
         raise DpkdError("a store is written by a teacher: name its model with --teacher")
     objectives = _reading(resolved)
     kind, k = _kind(resolved, settings)
+    if kind == "sampled" and run.teacher.server is not None:
+        raise DpkdError("a server gives no tokens drawn from its whole distribution: choose --kind topk or tokens")
     prepared = prepare(resolved, display)
+    teacher = prepared.teacher
+    assert teacher is not None
+    teacher.prepare_for(k, 0)  # what the store keeps, more or less than the loss needs
     if prepared.translator is not None:
         raise DpkdError("a store has the teacher's numbers for the student's tokens, and their tokenizers differ")
     vocabulary = max(prepared.tokenizer.get_vocab().values()) + 1
     manifest = Manifest(
         kind,
         k,
-        resolved.given.fingerprint(run.teacher),
-        Path(run.teacher.model).name,
+        teacher.fingerprint(),
+        Path(run.teacher.model or teacher.fingerprint().rpartition(":")[2]).name,
         tokenizer_fingerprint(prepared.tokenizer),
         vocabulary,
         tuple(sorted({writer for objective in objectives for writer in objective.writers})),
@@ -72,12 +78,11 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         ):
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = prepared.teacher
-    assert teacher is not None  # the settings name one
     teacher.load(device)
     teacher.share(prepared.tokenizer, vocabulary)
-    sequences = _sequences(resolved, objectives, prepared, settings.output, display)
-    _write(settings, teacher, sequences, manifest, prepared, display)
+    with closing(teacher):
+        sequences = _sequences(resolved, objectives, prepared, settings.output, display)
+        _write(settings, teacher, sequences, manifest, prepared, display)
     display.say(
         f"train without the teacher: the same command with `--set teacher.store={settings.output}` for --teacher"
     )

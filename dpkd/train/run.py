@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dpkd.api import Callback
+from dpkd.api import Callback, TeacherLost
 from dpkd.config.resolve import Resolved
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
 from dpkd.evaluation.evaluator import metric_specs
 from dpkd.io import remove_leftovers
-from dpkd.models.device import allow_tf32, device_of, precision_of, precision_sentence
+from dpkd.models.device import allow_tf32, device_of, out_of_memory, precision_of, precision_sentence
 from dpkd.models.in_memory import InMemory
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
@@ -28,7 +28,7 @@ from dpkd.train.guard import RunawayGuard
 from dpkd.train.interrupt import stop_on_signal
 from dpkd.train.metrics_log import MetricsLog
 from dpkd.train.nonfinite import NotFinite
-from dpkd.train.probe import out_of_memory, probe
+from dpkd.train.probe import probe
 from dpkd.train.progress import Display
 from dpkd.train.samples import SampleLog
 from dpkd.train.trackers import Trackers
@@ -194,6 +194,8 @@ def _run(
         if (word := out_of_memory(error)) is None:
             raise
         raise DpkdError(word) from error
+    except TeacherLost as error:
+        raise TeacherLost(f"training stopped: {error}. What was done is kept; {again}") from error
     except NotFinite as error:
         kept = checkpoint.latest(folder.checkpoints)
         where = f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet (train.save_every)"

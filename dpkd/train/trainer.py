@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dpkd.api import Callback, ResponseSource, StepResponses
+from dpkd.api import Callback, ResponseSource, StepResponses, Teacher, TeacherLost, Text
 from dpkd.config.settings import TrainSettings
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.interrupt import StopRequest
 from dpkd.train.mean_metrics import MeanMetrics
+from dpkd.train.microbatch import StepBatch
 from dpkd.train.optimizers import learning_rate
 from dpkd.train.progress import Display
 from dpkd.train.schedules import Schedules
@@ -90,7 +91,7 @@ class Trainer:
                 if self.ended is not None:
                     break
                 measure = (step + 1) % self.settings.log_every == 0 or step + 1 == self.steps or step == 0
-                self._step(step, measure)
+                self._stoppable_step(step, measure)
                 self._done = step + 1
                 if measure:
                     self._log(self._done, learning_rate(step, self.steps, self.settings))
@@ -108,7 +109,8 @@ class Trainer:
         values = self.schedules.apply(step, self.steps)
         texts = [source.next(step) for source in self.sources.values()]
         step_batches = self.builder.step_batches(step, texts)
-        metrics = self.train_step(step_batches, lr=learning_rate(step, self.steps, self.settings), measure=measure)
+        lr = learning_rate(step, self.steps, self.settings)
+        metrics = self.train_step(step_batches, lr=lr, measure=measure, ahead=self._ahead(step + 1))
         if self.schedules.follow_the_loss:
             self.schedules.follow(self._losses(metrics))
         if self.accelerator.is_main_process:  # every process knows these: they are counted once
@@ -152,6 +154,41 @@ class Trainer:
         """End what the callbacks have open, however the loop ended."""
         for callback in self.callbacks:
             callback.on_end(self)
+
+    def _ahead(self, step: int) -> list[StepBatch]:
+        """The text of a later step that is fixed, where the teacher can be asked for it already."""
+        if self._remote is None or step >= self.steps or self.accelerator.num_processes > 1:
+            return []
+        return [
+            group.step_batch(
+                StepResponses(group.source.fixed(group.source.context.batches.window(step)), {}), self.builder.prompts
+            )
+            for group in self.builder.groups
+            if Text.STUDENT not in group.source.config.writers
+        ]
+
+    @property
+    def _remote(self) -> Teacher | None:
+        """The teacher, where it may be lost."""
+        teacher = self.train_step.teacher
+        return teacher if teacher is not None and teacher.remote else None
+
+    def _stoppable_step(self, step: int, measure: bool) -> None:
+        """A step; where it loses the teacher, the run is as it was before it, and a checkpoint is written."""
+        if self._remote is None or self.accelerator.num_processes > 1:
+            self._step(step, measure)
+            return
+        random_state = checkpoint.random_state(self.accelerator.device)
+        states = {name: source.state() for name, source in self.sources.items()}
+        try:
+            self._step(step, measure)
+        except TeacherLost:
+            checkpoint.set_random_state(random_state, self.accelerator.device)
+            for name, source in self.sources.items():
+                source.restore(states[name])
+            if step > 0:
+                self.save(step)
+            raise
 
     def _losses(self, metrics: MeanMetrics) -> dict[str, float]:
         """The mean loss of each term of a step, over all processes."""
@@ -199,6 +236,7 @@ class Trainer:
             "loss/total": sum(weighted.values()),
             "text/truncated_share": share,
             **facts,
+            **(self._remote.statistics() if self._remote is not None else {}),
             "peak_memory_mib": _peak_memory_mib(self.accelerator.device),
         }
         self.display.at(step, line)

@@ -109,10 +109,7 @@ WRONG = {
     "bound": (["loss.beta=1.5"], "loss.beta: should be less than 1 (got 1.5, from --set)"),
     "block of a loss": (["loss.inner.mu=2"], "loss.inner.mu: should be less than or equal to 1 (got 2, from --set)"),
     "type": (["train.steps=many"], "train.steps: should be a whole number (got 'many', from --set)"),
-    "no such setting": (
-        ["train.epoch=1"],
-        "train.epoch: no such setting (from --set); did you mean train.epochs?",
-    ),
+    "no such setting": (["train.epoch=1"], "train.epoch: no such setting (from --set); did you mean train.epochs?"),
     "misspelt block": (["trian.lr=1"], "trian: no such setting (from --set); did you mean train?"),
     "misspelt setting of the loss": (
         ["loss.bata=0.1"],
