@@ -95,7 +95,7 @@ def test_gold_with_equal_tokenizers_is_the_jsd(settings_of, quiet):
         ("opd", {}, "the loss opd compares"),
         ("uld", {"terms.extra": {"more": {"loss": "fkl"}}}, "the loss fkl compares"),
         ("uld", {"text.source": "student", "text.teacher_mix": 0.2}, "text.teacher_mix mixes"),
-        ("uld", {"text.source": "student", "text.teacher_veto": 5}, "text.teacher_veto puts"),
+        ("uld", {"text.source": "student", "text.teacher_veto": 5}, "text.teacher_veto lets"),
         ("hidden-cosine", {}, "the loss hidden-cosine compares"),
         ("uld", {"terms.pretrain": {"weight": 1.0, "kd_ratio": 0.5, "corpus": {"path": "CORPUS"}}}, "kd_ratio"),
     ],
