@@ -23,12 +23,15 @@ def sweep(
             show_default=False,
         ),
     ] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="two steps and a few rows for each run, to see that the sweep works")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs; run nothing")] = False,
 ) -> None:
     """Run a matrix of settings, resumable; failed runs are listed and do not stop the others."""
     from dpkd.train.sweep import read_sweep
 
-    plan = read_sweep(file, assignments=set_ or [])
+    plan = read_sweep(file, assignments=set_ or [], tiny=tiny)
     if dry_run:
         for run in plan.runs:
             after = f" (after {', '.join(run.needs)})" if run.needs else ""

@@ -98,12 +98,29 @@ class SweepSettings(Block):
     seeds: list[int] = Field(
         [], description="seeds of the stages that no other uses: all their runs with the first, then with the next"
     )
+    override: dict[str, Any] = Field({}, description="settings over those of all stages, by dotted path")
     evaluate: EvaluateSettings | None = Field(None, description="how the models are scored; None: not at all")
     budget_minutes: float | None = Field(
         None, gt=0, description="no run begins that would end after this time, judged by the longest so far; None: any"
     )
     keep_checkpoints: bool = Field(True, description="False: delete those of finished runs, which cannot go on then")
 
+
+# Whether a sweep works can be seen in minutes: every run and every evaluation, but nothing to learn from.
+TINY: dict[str, Any] = {
+    "train.steps": 2,
+    "train.batch_size": 2,
+    "train.micro_batch_size": 4,
+    "train.warmup_steps": 0,
+    "train.log_every": 1,
+    "data.limit": 8,
+    "dev.limit": 2,
+    "dev.every": 1,
+    "dev.max_new_tokens": 2,
+    "text.sampling.max_new_tokens": 4,
+    "text.teacher_sampling.max_new_tokens": 4,
+}
+TINY_EVALUATION: dict[str, Any] = {"seeds": "10,20", "limit": 3, "max_new_tokens": 4}
 
 SWEEP_ONLY = frozenset(SweepSettings.model_fields) - {"settings"}
 
@@ -153,8 +170,10 @@ class Plan:
         return how is not None and (not how.stages or run.stage in how.stages)
 
 
-def read_sweep(path: Path, registry: Registry | None = None, assignments: Sequence[str] = ()) -> Plan:
-    """Read a sweep and check the settings of every run.
+def read_sweep(
+    path: Path, registry: Registry | None = None, assignments: Sequence[str] = (), *, tiny: bool = False
+) -> Plan:
+    """Read a sweep and check the settings of every run; `tiny` makes all of it as short as can be.
 
     `assignments` are `PATH=VALUE` of the sweep's own (`output=`, `budget_minutes=`, `evaluate.options.limit=`), or of
     its settings for all runs. A student that is named there is taken as it is, not made of the teacher's layers.
@@ -166,6 +185,7 @@ def read_sweep(path: Path, registry: Registry | None = None, assignments: Sequen
         settings = SweepSettings.model_validate(values)
     except ValidationError as error:
         raise SettingsError(sentences(error, merge([Layer(str(path), values)]), all_paths(SweepSettings))) from error
+    settings = _tiny(settings) if tiny else settings
     files = tuple(path.parent / name for name in settings.config)
     runs: list[SweepRun] = []
     for stage in _ordered(settings):
@@ -186,6 +206,13 @@ def _assigned(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, A
     settings |= {path: value for path, value in given.items() if path not in own}
     layers = [Layer("file", {**values, "settings": settings})]
     return merge([*layers, *(flag_layer("--set", path, value) for path, value in own.items())]).values
+
+
+def _tiny(settings: SweepSettings) -> SweepSettings:
+    how = settings.evaluate
+    if how is not None:
+        how = how.model_copy(update={"options": how.options.model_copy(update=TINY_EVALUATION)})
+    return settings.model_copy(update={"override": {**TINY, **settings.override}, "evaluate": how})
 
 
 def _places(values: Any) -> list[tuple[str, str]]:
@@ -250,7 +277,8 @@ def _expanded(settings: SweepSettings, stage: str, standing: Mapping[str, SweepR
         parts = [stage, *(_label(path, value) for path, value in chosen.items())]
         folder = Path(settings.output) / "-".join(parts)
         base = SweepRun(SETTINGS, SETTINGS, folder, settings.settings, ())
-        filled = _filled({**settings.settings, **own.settings, **chosen}, {**standing, SETTINGS: base})
+        values_of = {**settings.settings, **own.settings, **chosen, **settings.override}
+        filled = _filled(values_of, {**standing, SETTINGS: base})
         turn = settings.seeds.index(chosen["seed"]) if seeds else 0
         yield SweepRun(folder.name, stage, folder, filled, tuple(_needs(own)), turn)
 

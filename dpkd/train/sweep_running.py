@@ -58,7 +58,7 @@ class Runner(Protocol):
 
 @dataclass
 class Outcome:
-    """What became of the runs, by name; `failed` has the last lines of logs, `left` came too late."""
+    """What became of the runs, by name: reasons for those that failed or were skipped; `left` came too late."""
 
     done: list[str] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
