@@ -49,7 +49,7 @@ CHOICES = "choices.json"
 
 
 class Runner(Protocol):
-    """How a run is trained and scored: `None` when that went well, the reason when it failed. Stopped ends the sweep."""
+    """How a run is trained and scored: None when that went well, the reason when it failed; raises Stopped."""
 
     def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None: ...
 
