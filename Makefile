@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: demo test bench lint types imports docs links format clean
+.PHONY: demo test bench lint types imports docs links format soak audit clean
 
 demo: $(DEMO)
 	$(BIN)/dpkd demo $(DEMO_FLAGS)
@@ -37,6 +37,15 @@ docs: $(STAMP)
 # External links of the documentation: needs the network, and is no part of `make test`.
 links: $(STAMP)
 	$(BIN)/python docs/links.py
+
+# Kills, full disks and damage at every call of the file system: hours for all of it, resumable (SOAK="--minutes 30").
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/soak.py $(SOAK)
+
+# Known vulnerabilities of every pinned package: needs the network, and is no part of `make test`.
+audit:
+	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet pip-audit==2.10.1)
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

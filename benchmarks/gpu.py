@@ -1,6 +1,6 @@
 """What a GPU makes of dpkd, in bf16: steps, whole runs, decoding, and how busy it is, beside peers and floors.
 
-    python benchmarks/gpu.py --out FOLDER [--part step runs decode mfu] [--limit SECONDS] [--tiny]
+    python benchmarks/gpu.py --out FOLDER [--part check step runs decode mfu] [--limit SECONDS] [--tiny]
 
 Models come from configurations with random weights: no hub, no shared folder; TRL and Liger are measured where they are
 installed. Each part stops after --limit seconds (150). What is measured goes to FOLDER/gpu.jsonl line by line; a second
@@ -16,14 +16,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peers
 import torch
+from gpu_checks import part_check
+from gpu_decode import part_decode
 from gpu_runs import part_runs
-from gpu_tools import CUDA, DEVICE, Book, Numbers, clean, configs, models, peak_mib, wait
+from gpu_tools import CUDA, DEVICE, Book, Numbers, clean, models, peak_mib, wait
 from harness import machine, markdown
 from ours import engine_step
 from shapes import sequences
@@ -113,118 +114,6 @@ def part_step(book: Book, tiny: bool) -> None:
             pair[0].zero_grad(set_to_none=True)
         del pair
         clean()
-
-
-# --- decoding
-
-
-def part_decode(book: Book, tiny: bool) -> None:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    torch.manual_seed(0)
-    with DEVICE:
-        model = AutoModelForCausalLM.from_config(configs("tiny" if tiny else "runs")[0])
-    model = model.to(torch.bfloat16 if CUDA else torch.float32).eval()
-    vocabulary, new = model.config.vocab_size, 4 if tiny else 128
-    for rows in [2] if tiny else [32, 256]:
-        part = f"decode {rows}"
-        prompts = [list(s.prompt_ids) for s in sequences(rows, (4, 8) if tiny else (32, 128), (2, 2), vocabulary)]
-        # The floor first: others are measured against it.
-        ways: dict[str, Callable[[], float]] = {
-            "CUDA graph of one step (floor)": partial(graph_floor, model, prompts, new),
-            "dpkd": partial(decode_ours, model, prompts, new, "auto"),
-            "dpkd, eager": partial(decode_ours, model, prompts, new, "eager"),
-            "generate": partial(decode_generate, model, prompts, new, None),
-            "generate, static cache": partial(decode_generate, model, prompts, new, "static"),
-        }
-        for name, way in ways.items():
-            book.take(part, name, lambda way=way, rows=rows: _rate(way(), rows, new))
-
-
-def _rate(seconds: float, rows: int, new: int) -> Numbers:
-    return {"ms": 1000 * seconds / new, "tokens": rows * new / seconds}
-
-
-def _best(once: Callable[[], Any], warm: int = 1, repeats: int = 2) -> float:
-    """The fastest of some calls, in seconds, after others."""
-    for _ in range(warm if CUDA else 0):
-        once()
-    taken = []
-    for _ in range(repeats if CUDA else 1):
-        wait()
-        began = time.perf_counter()
-        once()
-        wait()
-        taken.append(time.perf_counter() - began)
-    return min(taken)
-
-
-def decode_ours(model: Any, prompts: list[list[int]], new: int, decoding: Any) -> float:
-    from dpkd.api import SamplingSettings
-    from dpkd.rollout.sampling import Decoder
-
-    eos = model.config.vocab_size - 1
-    decoder = Decoder(model, eos_ids=frozenset({eos}), pad_id=eos, vocabulary=None, decoding=decoding)
-    settings = SamplingSettings(max_new_tokens=new, batch_size=len(prompts))
-    return _best(lambda: decoder.draw(prompts, settings, seeds=list(range(len(prompts)))))
-
-
-@torch.no_grad()
-def decode_generate(model: Any, prompts: list[list[int]], new: int, cache: str | None) -> float:
-    eos, width = model.config.vocab_size - 1, max(map(len, prompts))
-    ids = torch.tensor([[eos] * (width - len(one)) + one for one in prompts], device=DEVICE)
-    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=DEVICE)
-    how = {} if cache is None else {"cache_implementation": cache}
-    return _best(
-        lambda: model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            eos_token_id=eos,
-            pad_token_id=eos,
-            **how,
-        ),
-        warm=2 if cache else 1,
-    )
-
-
-@torch.no_grad()
-def graph_floor(model: Any, prompts: list[list[int]], new: int) -> float:
-    """`new` replays of one decoding step over a static cache, the draw included: the floor of eager kernels."""
-    from transformers import StaticCache
-
-    if not CUDA:
-        raise RuntimeError("no GPU")
-    width, rows = max(map(len, prompts)), len(prompts)
-    cache = StaticCache(config=model.config, max_cache_len=width + new)
-    token = torch.zeros(rows, 1, dtype=torch.long, device=DEVICE)
-    model(token.expand(rows, width).contiguous(), past_key_values=cache, use_cache=True)
-    mask = torch.ones(rows, 1, 1, width + new, dtype=torch.bool, device=DEVICE)
-    position = torch.full((rows, 1), width, dtype=torch.long, device=DEVICE)
-
-    def one() -> None:
-        output = model(
-            token, past_key_values=cache, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1
-        )
-        logits = output.logits[:, -1].float()
-        noise = torch.rand_like(logits).log_().neg_()
-        token.copy_((logits.softmax(-1) / noise).argmax(-1, keepdim=True))
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            one()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        one()
-    return _best(lambda: [graph.replay() for _ in range(new)])
 
 
 # --- how busy the GPU is
@@ -318,6 +207,8 @@ def report(book: Book) -> str:
 def _shown(key: str, value: float | None) -> str:
     if value is None:
         return "–"
+    if key.startswith(("values", "gradient")):
+        return f"{value:.1e}"
     digits = 3 if key in ("mfu", "busy", "seconds") else 1 if key in ("ms", "fastest") else 0
     return f"{value:,.{digits}f}"
 
@@ -348,6 +239,8 @@ def verdict(book: Book) -> str:
     lines.append(("decoding 32 rows, time of the graph", ratio("decode 32", "dpkd", floor, "ms"), "≤", 1.5))
     lines.append(("decoding 32 rows, tokens/s of generate", ratio("decode 32", "dpkd", "generate", "tokens"), "≥", 8.0))
     lines.append(("MFU of an off-policy step", book.number("mfu", "runs", "mfu"), "≥", 0.35))
+    for name in book.of("host waits in a step"):
+        lines.append((f"host waits in a step of {name}", book.number("host waits in a step", name, "waits"), "≤", 0.0))
     rows = []
     for what, found, way, target in lines:
         if math.isnan(found):
@@ -358,6 +251,7 @@ def verdict(book: Book) -> str:
 
 
 PARTS: dict[str, Callable[[Book, bool], None]] = {
+    "check": part_check,
     "step": part_step,
     "runs": part_runs,
     "decode": part_decode,

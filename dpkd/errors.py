@@ -6,7 +6,6 @@ import unicodedata
 import warnings
 from collections.abc import Iterable
 
-__all__ = ["DpkdError", "PluginDeprecation", "SettingsError", "Stopped"]
 _BIDI = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
@@ -32,6 +31,28 @@ class Stopped(DpkdError):
     def __init__(self, text: str, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
         super().__init__(text)
+
+
+class ForeignExit(DpkdError):
+    """A plugin or a library ended the program; whatever code it gave, the command was not done."""
+
+    def __init__(self, code: object) -> None:
+        if isinstance(code, int) and code > 128:
+            self.exit_code = code  # a signal
+        super().__init__(
+            f"the program was ended by sys.exit({code!r}), which dpkd itself never calls here: a plugin or a library "
+            "did; --traceback shows which"
+        )
+
+
+def described(error: BaseException, longest: int = 500) -> str:
+    """An error in one line: its class and its message, where that can be had."""
+    try:
+        text = " ".join(str(error).split())
+    except BaseException:  # an error of a plugin may do anything when it is shown
+        return f"{type(error).__name__} (its message cannot be shown)"
+    shown = text if len(text) <= longest else f"{text[:longest]}..."
+    return f"{type(error).__name__}: {shown}" if text else type(error).__name__
 
 
 def printable(text: str) -> str:

@@ -134,6 +134,30 @@ def _seal(folder: Path) -> None:
         sync(Path(place))
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """Make `target` a second folder of the files in `source`, whole or not at all; nothing, where there is none.
+
+    Hard links where the file system has them: our files are replaced and never changed.
+    """
+    if source.is_dir():
+        with whole_folder(target) as unfinished:
+            shutil.copytree(source, unfinished, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; a process that is killed in here leaves no half of it under its name."""
+    going = _temporary(folder)
+    os.rename(folder, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left half-written in a folder; only while its lock is held."""
     for entry in folder.glob(".*.tmp"):

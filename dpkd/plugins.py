@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeAlias
 import pluggy
 
 from dpkd.api import LossSpec
-from dpkd.errors import DpkdError
+from dpkd.errors import DpkdError, SettingsError, described
 from dpkd.hookspecs import KINDS, DpkdHooks, Kind, PluginError, SpecT, kind_of
 
 GROUP = "dpkd"
@@ -105,7 +105,7 @@ class Registry:
         if name not in claims:
             self._ask(kind, self._points)
         if name not in claims:
-            raise DpkdError(self._unknown(kind, name))
+            raise SettingsError([self._unknown(kind, name)])
         if len(claims[name]) > 1:
             raise DpkdError(_conflict(kind, name, claims[name]))
         return claims[name][0]
@@ -289,7 +289,7 @@ def _isolated() -> Iterator[None]:
         except BaseException as error:
             if interrupts:
                 raise
-            raise PluginError(_reason(error)) from error
+            raise PluginError(described(error)) from error
 
 
 @contextmanager
@@ -311,10 +311,3 @@ def _interrupts() -> Iterator[list[int]]:
         yield arrived
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _reason(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except BaseException:
-        return f"{type(error).__name__} (its message cannot be shown)"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from dpkd.errors import DpkdError
+from dpkd.io import lock
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,31 @@ class RunFolder:
         head = f"<code>{escape(str(self.path))}</code>"
         if not points:
             return f"<div>run {head}</div>"
-        state = "finished" if self.model.is_dir() else "not finished"
+        state = "finished" if self.is_finished else "not finished"
         step, loss = points[-1]
         return f"<div>run {head}, {state}: step {step:,}, loss {loss:.4g}<br>{_line(points)}</div>"
+
+    @property
+    def best(self) -> Path:
+        """The best models by the development set, while the run goes on."""
+        return self.path / ".best"
+
+    @property
+    def marker(self) -> Path:
+        """Written last of all when a run is finished: its steps, the step of its model, and the model's checksums."""
+        return self.path / "finished.json"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.marker.is_file() and self.model.is_dir()
+
+    def lock(self) -> AbstractContextManager[None]:
+        """For the time of the block no other process may write here. Raises DpkdError, naming who does."""
+        return lock(self.path / ".lock", str(self.path))
+
+    def _contents(self) -> list[str]:
+        """Names of what the folder holds, without what a run that was killed at its very start leaves behind."""
+        return sorted(e.name for e in self.path.iterdir() if not e.name.startswith(".") and e != self.facts)
 
     @classmethod
     def check_new(cls, output: str | None) -> None:
@@ -74,7 +98,7 @@ class RunFolder:
             )
         if folder.path.exists() and not folder.path.is_dir():
             raise DpkdError(f"--output {folder.path} is a file; expected a folder that is new or empty")
-        if folder.path.exists() and (names := sorted(entry.name for entry in folder.path.iterdir())):
+        if folder.path.exists() and (names := folder._contents()):
             raise DpkdError(
                 f"--output {folder.path} holds {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}; "
                 "expected a folder that is new or empty"
@@ -125,3 +149,17 @@ def _line(points: Sequence[tuple[float, float]], width: int = 320, height: int =
         f"<text x='{width + 6}' y='8' {text}>{high:.4g}</text>"
         f"<text x='{width + 6}' y='{height}' {text}>{low:.4g}</text></g></svg>"
     )
+
+
+def check_trust(values: Mapping[str, Any], source: Path, trusted: bool) -> None:
+    """Settings that come from a folder never decide that somebody's code runs: the present command does.
+
+    Raises DpkdError when they ask for it and the command does not allow it.
+    """
+    asking = [name for name, block in values.items() if isinstance(block, Mapping) and block.get("trust_remote_code")]
+    if asking and not trusted:
+        models = " and ".join(f"the {name} {values[name].get('model')}" for name in asking)
+        raise DpkdError(
+            f"{source} asks to run Python code that comes with {models} (trust_remote_code). A run folder cannot "
+            "decide that: pass --trust-remote-code if you trust this code and whoever gave you this folder."
+        )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dpkd.cli import evaluate_options as flags
-from dpkd.cli.options import SetData, data_settings
+from dpkd.cli.options import SetData, TrustRemoteCode, data_settings
 from dpkd.cli.score import Unit
 from dpkd.errors import SettingsError, printable
 
@@ -49,6 +49,7 @@ def evaluate(
     rewards: flags.Rewards = False,
     output: flags.Output = None,
     as_json: flags.AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score models on held-out rows: Rouge-L, exact match, likelihood, divergence to the teacher; mean ± sd.
 
@@ -64,7 +65,7 @@ def evaluate(
     }
     settings = _settings(seeds, sampling, rewards, cuts, unit, long_prompts)
     given = {"limit": limit, "template": template and template.value, "on_bad_row": on_bad_row and on_bad_row.value}
-    tasks = _tasks(model, teacher, data, sets_folder, given, set_, output)
+    tasks = _tasks(model, teacher, data, sets_folder, given, set_, output, trust_remote_code)
     results = _all_scored(tasks, settings, dtype.value, shown=not as_json, rescored=output is None)
     _print_together(results, as_json)
 
@@ -85,13 +86,14 @@ def _tasks(
     given: dict[str, Any],
     assignments: list[str] | None,
     output: Path | None,
+    trust_remote_code: bool,
 ) -> list[_Task]:
     """What is to be scored on what. Raises SettingsError or DpkdError before anything is loaded."""
     from dpkd.evaluation.sets import find_set
     from dpkd.evaluation.target import find_target
 
     sets = [find_set(name, sets_folder) for name in data]
-    targets = [find_target(name, teacher) for name in models]
+    targets = [find_target(name, teacher, trust_remote_code=trust_remote_code) for name in models]
     rows = {(s.name, one.name): data_settings(one.given(s.data, given), assignments) for s in targets for one in sets}
     folders = _folders(targets, sets, output)
     return [_Task(s, {one.name: (rows[s.name, one.name], folders[s.name, one.name]) for one in sets}) for s in targets]
@@ -174,9 +176,11 @@ def _folders(targets: list[EvalTarget], sets: list[EvalSet], output: Path | None
     Raises SettingsError when two of the models, or of the sets, would be filed under one name.
     """
     if output is not None and len(targets) > 1:
-        raise SettingsError([f"--output {output}: names the folder of one model; with several, each has its own"])
+        raise SettingsError(
+            [f"--output {output}: is the folder of a single model; several models have their default folders"]
+        )
     problems = [
-        f"--{flag}: {', '.join(same)} would all be filed under {name}: evaluate them one by one, with --output"
+        f"--{flag}: {', '.join(same)} would all be saved under {name}: evaluate them one by one, with --output"
         for flag, pairs in (
             ("model", [(str(s.folder), s.name) for s in targets]),
             ("data", [(one.name, one.path) for one in sets]),

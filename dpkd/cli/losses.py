@@ -22,7 +22,7 @@ def list_losses(
     offers: Annotated[
         str | None,
         typer.Option(
-            help="only losses that a teacher with this can serve: text, token-logps, top-k, logits or hidden-states",
+            help="losses that this teacher access serves: text, token-logps, top-k, chosen-ids, logits, hidden-states",
             show_default=False,
         ),
     ] = None,
@@ -71,7 +71,16 @@ def _row(loss: RegisteredLoss) -> dict[str, Any]:
     }
 
 
-_ACCESS = ["nothing", "text", "token log-probs", "sampled tokens", "top-k log-probs", "logits", "hidden states"]
+_ACCESS = [
+    "nothing",
+    "text",
+    "token log-probs",
+    "sampled tokens",
+    "top-k log-probs",
+    "log-probs of chosen ids",
+    "logits",
+    "hidden states",
+]
 
 
 def _wanted(row: dict[str, Any], family: str | None, offers: str | None) -> bool:
@@ -79,7 +88,7 @@ def _wanted(row: dict[str, Any], family: str | None, offers: str | None) -> bool
 
     if family not in (None, "token", "pair", "rollout"):
         raise SettingsError([f"--family {family}: should be token, pair or rollout"])
-    names = {"text": 1, "token-logps": 2, "top-k": 4, "logits": 5, "hidden-states": 6}
+    names = {"text": 1, "token-logps": 2, "top-k": 4, "chosen-ids": 5, "logits": 6, "hidden-states": 7}
     if offers not in (None, *names):
         raise SettingsError([f"--offers {offers}: should be one of {', '.join(names)}"])
     fits = offers is None or _ACCESS.index(row["needs"]) <= names[offers]
@@ -188,7 +197,7 @@ def check_loss(
 
     registry = load_registry()
     if (name is None) == (not check_all):
-        raise SettingsError(["name one loss, or say --all"])
+        raise SettingsError(["name one loss, or pass --all"])
     chosen = list(registry.losses.values()) if check_all else [registry.get(LossSpec, str(name))]
     failed = 0
     for loss in chosen:

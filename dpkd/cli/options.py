@@ -31,6 +31,9 @@ SetData = Annotated[
 Seed = Annotated[
     int | None, typer.Option(help="seed of order, sampling and new weights [default: 10]", show_default=False)
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code from the models' repositories")
+]
 
 
 def data_settings(given: dict[str, Any], assignments: list[str] | None) -> DataSettings:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dpkd.cli.options import TrustRemoteCode
+
 
 def report(
     runs: Annotated[
@@ -23,6 +25,7 @@ def report(
             min=0, help="load teacher and student of each run, and shade each token of this many answers by its reward"
         ),
     ] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """One HTML page about runs, to open from disk or to send to a colleague: curves, scores, samples, settings, cost.
 
@@ -37,7 +40,7 @@ def report(
         from dpkd.report.token_rewards import write_token_rewards
 
         for run in read:
-            typer.echo(f"token rewards  {write_token_rewards(run, token_rewards)}")
+            typer.echo(f"token rewards  {write_token_rewards(run, token_rewards, trust_remote_code=trust_remote_code)}")
         read = read_runs(runs)
     target = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     write_page(read, target)

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from dpkd.cli.options import SetData, data_settings
+from dpkd.cli.options import SetData, TrustRemoteCode, data_settings
 
 
 def sample(
-    model: Annotated[str, typer.Option(help="who writes: hub id, model folder or run folder")],
-    output: Annotated[Path, typer.Option(help="JSONL file to write; an interrupted call is continued")],
+    model: Annotated[str, typer.Option(help="model that generates: hub id, model folder or run folder")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write; rerun to resume an interrupted call")],
     data: Annotated[str, typer.Option(help="prompts: a file or hub id")] = "databricks/databricks-dolly-15k",
     set_: SetData = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy", min=0.0)] = 1.0,
@@ -22,8 +22,9 @@ def sample(
     samples: Annotated[int, typer.Option(help="responses per prompt", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="responses written together", min=1)] = 32,
     limit: Annotated[int | None, typer.Option(help="only the first rows", min=1, show_default=False)] = None,
-    backend: Annotated[str, typer.Option(help="what draws: hf, vllm or another installed sampler")] = "hf",
+    backend: Annotated[str, typer.Option(help="sampler: hf, vllm or another installed one")] = "hf",
     seed: Annotated[int, typer.Option(help="seed of the sampling", min=0)] = 10,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a model's responses to a file: the data of sequence-level distillation."""
     from rich.console import Console
@@ -54,7 +55,7 @@ def sample(
         raise SettingsError([f"--backend: {problem}" for problem in problems])
     with shown(Console(stderr=True)) as progress:
         report = sample_to_file(
-            model_of(model),
+            model_of(model, trust_remote_code=trust_remote_code),
             prompts,
             sampling,
             registry=registry,
@@ -69,7 +70,7 @@ def sample(
     found = f", {report.found} were there" if report.found else ""
     typer.echo(
         f"{output}: {report.written} responses written{found}; "
-        f"{report.truncated} ran into the limit, {report.empty} empty"
+        f"{report.truncated} reached the length limit, {report.empty} empty"
     )
     skip = " --set data.on_bad_row=skip" if report.empty else ""
     typer.echo(f"train on it: dpkd train --loss sft --data {output} --student ...{skip}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dpkd.cli.options import Config, Data, LossName, Output, Seed, Set, Student, Teacher, resolved
+from dpkd.cli.options import Config, Data, LossName, Output, Seed, Set, Student, Teacher, TrustRemoteCode, resolved
 from dpkd.errors import SettingsError
 
 
@@ -22,11 +22,16 @@ def train(
     seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; load no weights")] = False,
     probe: Annotated[
-        bool, typer.Option("--probe", help="run the longest batch first: memory runs out at once or never")
+        bool, typer.Option("--probe", help="run the longest batch first, to detect out-of-memory errors immediately")
     ] = False,
     resume: Annotated[
-        Path | None, typer.Option(help="continue this run folder with its own settings", show_default=False)
+        Path | None,
+        typer.Option(
+            help="resume this run with its settings; --set can change those that do not affect data or models",
+            show_default=False,
+        ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Distil a teacher into a student."""
     flags = {
@@ -37,17 +42,19 @@ def train(
         "--output": ("output", output),
         "--seed": ("seed", seed),
         "--probe": ("batch.probe", True if probe else None),
+        "--trust-remote-code": ("student.trust_remote_code", True if trust_remote_code else None),
     }
     if resume is not None:
-        given = [flag for flag, (_, value) in flags.items() if value is not None]
+        given = [flag for flag, (_, value) in flags.items() if value is not None and flag != "--trust-remote-code"]
         given += ["--config"] if config else []
-        given += ["--set"] if set_ else []
         if given:
-            raise SettingsError([f"--resume continues a run with its own settings; leave out {', '.join(given)}"])
-        from dpkd.train.run import resume_folder
+            raise SettingsError([f"--resume uses the settings of the run; remove {', '.join(given)}"])
+        from dpkd.train.resume import resume_folder
 
-        resume_folder(resume)
+        resume_folder(resume, assignments=set_ or [], trust_remote_code=trust_remote_code)
         return
+    if trust_remote_code and teacher is not None:
+        flags["--trust-remote-code (teacher)"] = ("teacher.trust_remote_code", True)
     settings = resolved(config=config, assignments=set_, flags=flags)
     if dry_run:
         from dpkd.train.plan import dry_run as show_plan

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dpkd.api import SourceSpec
 from dpkd.config.layers import SHORTHANDS
 from dpkd.config.resolve import Resolved
@@ -38,6 +40,30 @@ def _source(path: str, provenance: dict[str, str]) -> str | None:
             return provenance[path]
         path = path.rpartition(".")[0]
     return None
+
+
+def read_sources(text: str) -> dict[str, str]:
+    """Where values come from, by dotted path: the comments of config.resolved.yaml, two spaces to a level."""
+    found: dict[str, str] = {}
+    above: list[str] = []
+    for line in text.splitlines():
+        key, colon, rest = line.strip().partition(":")
+        if not colon:
+            continue
+        level = (len(line) - len(line.lstrip())) // 2
+        above = [*above[:level], key]
+        value, mark, source = rest.rpartition("  # ")
+        if mark and _same_yaml(value, rest):
+            found[".".join(above)] = source.strip()
+    return found
+
+
+def _same_yaml(value: str, with_comment: str) -> bool:
+    """Whether what follows is a comment, and no part of a quoted text."""
+    try:
+        return bool(yaml.safe_load(value) == yaml.safe_load(with_comment))
+    except yaml.YAMLError:
+        return False
 
 
 def write_config(resolved: Resolved, folder: Path) -> None:

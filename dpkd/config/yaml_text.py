@@ -55,7 +55,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
         if not isinstance(key, str):
             raise YamlError(f"the key {key!r} is not text", key_node.start_mark.line + 1)
         if key in values:
-            raise YamlError(f"the key {key!r} stands there twice", key_node.start_mark.line + 1)
+            raise YamlError(f"duplicate key {key!r}", key_node.start_mark.line + 1)
         values[key] = loader.construct_object(value_node, deep=True)
     return values
 

@@ -59,7 +59,11 @@ class DataReport:
             *([self.templates] if self.templates else []),
             f"{self.kept:,} of {self.examples:,} examples kept: {sizes}",
             *(f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()),
-            *([f"cut {self.cut:,}: responses that end at {self.max_tokens:,} tokens, without EOS"] if self.cut else []),
+            *(
+                [f"truncated {self.cut:,}: responses longer than {self.max_tokens:,} tokens, without EOS"]
+                if self.cut
+                else []
+            ),
             *([self.glued] if self.glued else []),
         ]
 
@@ -121,7 +125,7 @@ def check_ids(prompts: Iterable[Prompt], rows: int, who: str) -> None:
         most = max(*prompt.prompt_ids, *prompt.response_ids, *prompt.rejected_ids, 0)
         if most >= rows:
             raise DpkdError(
-                f"{prompt.id}: holds the token {most:,}, but {who} has embeddings for {rows:,} only: model and "
+                f"{prompt.id}: contains the token {most:,}, but {who} has embeddings for {rows:,} only: model and "
                 "tokenizer do not belong together. Use the tokenizer that the model was trained with."
             )
 
@@ -137,7 +141,7 @@ def _glued(rendered: Sequence[Rendered], responses: Sequence[str | None]) -> str
         return None
     prompt, response = found[0]
     return (
-        f"warning: {len(found):,} of {len(rendered):,} prompts run into their response without a space or line break, "
+        f"warning: {len(found):,} of {len(rendered):,} prompts join their response without a space or line break, "
         f"as in {prompt[-40:] + '⟦' + response[:40] + '⟧'!r}. End prompts, or begin responses, with one, or choose a "
         "template: --set data.template=alpaca"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, score_tokens, write_scores
+from dpkd.io import lock
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import DTYPES
@@ -163,8 +165,20 @@ class Evaluator:
     ) -> Evaluation:
         """Score the model on the set of a name; with `output`, answers and scores are written and resumed there.
 
-        Raises DpkdError unless every row was answered and scored.
+        Raises DpkdError unless every row was answered and scored, or while another process writes to `output`.
         """
+        with nullcontext() if output is None else lock(output / ".lock", str(output)):
+            return self._evaluate(name, data, settings, output, progress, say)
+
+    def _evaluate(
+        self,
+        name: str,
+        data: DataSettings,
+        settings: EvaluationSettings,
+        output: Path | None,
+        progress: Progress | None,
+        say: Callable[[str], None] | None,
+    ) -> Evaluation:
         inputs = self.inputs(data, settings)
         tell = say or (lambda text: None)
         tell(f"{name}: {inputs.rows_read:,} rows of {inputs.source}")
@@ -231,8 +245,8 @@ def _left_out(tokenizer: Any, others: Any, teacher: str) -> str | None:
     if difference(tokenizer, others) is None:
         return None
     return (
-        f"the teacher {teacher} has another tokenizer: no divergence from it and no reward is measured, token by "
-        "token there is none. bits_per_byte compares models whatever their tokenizers."
+        f"the teacher {teacher} has another tokenizer: divergences from it and rewards are not computed, because "
+        "token-level KL is undefined across tokenizers. bits_per_byte is comparable across tokenizers."
     )
 
 

@@ -11,8 +11,10 @@ from dpkd.config.problems import checked
 from dpkd.config.yaml_text import read_resolved
 from dpkd.data.memory import is_memory
 from dpkd.errors import DpkdError
+from dpkd.io import read_json
+from dpkd.models.fingerprint import weights_hash
 from dpkd.models.settings import ModelSettings, TeacherSettings
-from dpkd.run_folder import RunFolder
+from dpkd.run_folder import RunFolder, check_trust
 
 
 @dataclass(frozen=True)
@@ -35,40 +37,62 @@ def _run(name: str) -> RunFolder | None:
     return folder if folder.config.is_file() else None
 
 
-def model_of(name: str) -> ModelSettings:
+def model_of(name: str, *, trust_remote_code: bool = False) -> ModelSettings:
     """The model of a run folder, or the model itself.
 
-    Raises DpkdError for a run that is not finished, and for the adapter or the checkpoints of one.
+    Raises DpkdError for a run that is not finished, or whose model is not the one that it saved, and for the adapter
+    or the checkpoints of one.
     """
     run = _run(name)
     if run is None:
         _refuse_parts_of_runs(Path(name))
-        return ModelSettings(model=name)
+        return ModelSettings(model=name, trust_remote_code=trust_remote_code)
     if not run.model.is_dir():
         raise DpkdError(f"{name} has no model yet: finish the run with `dpkd train --resume {name}`")
-    return ModelSettings(model=str(run.model))
+    _check_model(run)
+    return ModelSettings(model=str(run.model), trust_remote_code=trust_remote_code)
+
+
+def _check_model(run: RunFolder) -> None:
+    """Compare the files of a run's model with the checksums that the run wrote down (runs of 0.1.0 did not)."""
+    if not run.marker.is_file():
+        return
+    hashes = read_json(run.marker).get("model")
+    for name, expected in (hashes if isinstance(hashes, dict) else {}).items():
+        file = run.model / Path(name).name
+        if not file.is_file() or weights_hash(file) != expected:
+            raise DpkdError(
+                f"{file} is {'not the file that the run saved' if file.is_file() else 'lost'} ({run.marker.name} has "
+                f"its checksum). Restore it, or name {run.model} to use it unchanged."
+            )
 
 
 def _refuse_parts_of_runs(path: Path) -> None:
     above = next((p for p in (path.parent, path.parent.parent) if _run(str(p)) is not None), None)
     if above is not None and path.is_dir() and path.name != "model":
-        raise DpkdError(f"{path} is part of a run and no model of its own: name the run, {above}")
+        raise DpkdError(f"{path} is part of a run, not a model: pass the run, {above}")
 
 
-def find_target(name: str, teacher: str | None) -> EvalTarget:
+def find_target(name: str, teacher: str | None, *, trust_remote_code: bool = False) -> EvalTarget:
     """A model with its teacher; a run's own teacher and template are used where nothing else is said.
 
-    A teacher that the run had in memory is not to be had from its folder.
+    A teacher that the run had in memory is not to be had from its folder. Raises DpkdError when the folder of the run
+    wants code to be run that comes with its teacher, and `trust_remote_code` does not allow it.
     """
     run = _run(name)
     saved = read_resolved(run.config) if run is not None else {}
     own = {key: value for key, value in (saved.get("data") or {}).items() if key in ("template", "columns")}
-    settings = TeacherSettings(model=teacher) if teacher else None
+    settings = TeacherSettings(model=teacher, trust_remote_code=trust_remote_code) if teacher else None
+    if settings is not None and settings.server is not None:
+        raise DpkdError("--teacher: evaluation compares whole distributions, which no server gives; name a model")
     own_teacher = (saved.get("teacher") or {}).get("model")
-    if teacher is None and own_teacher and not (isinstance(own_teacher, str) and is_memory(own_teacher)):
+    served = (saved.get("teacher") or {}).get("server")
+    if teacher is None and own_teacher and not served and not (isinstance(own_teacher, str) and is_memory(own_teacher)):
+        assert run is not None  # its settings name the teacher
+        check_trust({"teacher": saved["teacher"]}, run.config, trust_remote_code)
         settings = checked(TeacherSettings, saved["teacher"], "teacher")
     folder = run.path / "eval" if run is not None else Path("runs") / "eval" / _filed_under(Path(name))
-    return EvalTarget(name, model_of(name), settings, own, folder)
+    return EvalTarget(name, model_of(name, trust_remote_code=trust_remote_code), settings, own, folder)
 
 
 def _filed_under(path: Path) -> str:

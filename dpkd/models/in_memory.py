@@ -154,7 +154,7 @@ def given_model(what: str, model: Any, tokenizer: Any | None) -> InMemoryModel:
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise DpkdError(
             f"{what}: expected a name, a path, or a causal language model of transformers (AutoModelForCausalLM), but "
-            f"got {type(model).__name__}. Out of DDP, FSDP or torch.compile: accelerator.unwrap_model({what})"
+            f"got {type(model).__name__}. To unwrap DDP, FSDP or torch.compile: accelerator.unwrap_model({what})"
         )
     if hasattr(model, "_original_forward"):
         raise DpkdError(f"{what}: was prepared by accelerate; give accelerator.unwrap_model({what}, False)")

@@ -12,16 +12,16 @@ from dpkd.models.lora import merged
 from dpkd.models.sharding import is_sharded
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write weights (safetensors), configuration and tokenizer; adapters are merged, and also saved as `../adapter`.
+def save_model(model: Any, tokenizer: Any, folder: Path, adapter: Path | None = None) -> None:
+    """Write weights (safetensors), configuration and tokenizer; adapters are merged, and also saved by themselves.
 
-    Each folder appears complete, by a rename; an older one is replaced.
+    `adapter` None: as `../adapter`. Each folder appears complete, by a rename; an older one is replaced.
     """
     if is_sharded(model):
         model = _unsharded(model)
     with quiet_transformers():
         if hasattr(model, "peft_config"):
-            with whole_folder(folder.with_name("adapter")) as unfinished:
+            with whole_folder(adapter or folder.with_name("adapter")) as unfinished:
                 model.save_pretrained(unfinished, save_embedding_layers=False)
             plain = merged(model)
         else:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
+from dpkd.config.write import read_sources
 from dpkd.config.yaml_text import read_resolved
 from dpkd.errors import DpkdError
 from dpkd.io import JsonLog
@@ -41,7 +41,7 @@ class MetricValues(TypedDict, total=False):
 
 
 @with_config(ConfigDict(extra="allow"))
-class Bucket(TypedDict):
+class StoredBucket(TypedDict):
     """Rows whose reference has a length in `label`."""
 
     label: str
@@ -54,7 +54,7 @@ class Lengths(TypedDict, total=False):
     """Scores by length of the reference."""
 
     unit: str
-    buckets: list[Bucket]
+    buckets: list[StoredBucket]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -270,7 +270,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         name,
         path,
         config=_checked(folder.config, Config, read_resolved(folder.config)),
-        sources=_sources(text),
+        sources=read_sources(text),
         facts=_json(folder.facts, Facts) or {},
         metrics=_metrics(folder.metrics),
         dev=_metrics(dev),
@@ -332,27 +332,3 @@ def _json_lines(path: Path, kind: type[T]) -> list[T]:
     """A file of one JSON object a line; a torn last line, of a run that was killed, is left out."""
     rows = JsonLog(path).rows() if path.is_file() else []
     return [_checked(path, kind, row, f":{number}") for number, row in enumerate(rows, start=1)]
-
-
-def _sources(text: str) -> dict[str, str]:
-    """Where values come from, by dotted path: the comments of config.resolved.yaml, two spaces to a level."""
-    found: dict[str, str] = {}
-    above: list[str] = []
-    for line in text.splitlines():
-        key, colon, rest = line.strip().partition(":")
-        if not colon:
-            continue
-        level = (len(line) - len(line.lstrip())) // 2
-        above = [*above[:level], key]
-        value, mark, source = rest.rpartition("  # ")
-        if mark and _same_yaml(value, rest):
-            found[".".join(above)] = source.strip()
-    return found
-
-
-def _same_yaml(value: str, with_comment: str) -> bool:
-    """Whether what follows is a comment, and no part of a quoted text."""
-    try:
-        return bool(yaml.safe_load(value) == yaml.safe_load(with_comment))
-    except (yaml.YAMLError, ValueError):
-        return False

@@ -62,6 +62,7 @@ class TeacherScorer:
         scored = list(responses)
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
         wants = Wants(chunk_rows(self.vocabulary, device=self.device), logps=True)
+        self.teacher.expect(sequences, wants)
         for group in micro_batches(lengths, self.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(self.device)
             logps = self.teacher.score(batch, wants).logps().tolist()

@@ -1,25 +1,44 @@
-"""Checkpoints: everything that decides the next step, in safetensors and JSON, written whole or not at all."""
+"""Checkpoints: everything that decides the next step, in safetensors and JSON, written whole or not at all.
+
+    step-00000008/weights.safetensors, optimizer.safetensors, random-RANK.safetensors, sources.json
+    step-00000008/state.json   step, processes, the loop's own state, and the SHA-256 of each of these files
+
+A checkpoint is never written over, and one whose checksums are wrong is never loaded.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
+import time
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpkd.errors import DpkdError
+from dpkd.io import (
+    JsonLog,
+    digest,
+    dumps,
+    read_json,
+    remove_folder,
+    sha256,
+    storage_errors,
+    whole_folder,
+    with_non_finite,
+    write_json,
+)
+from dpkd.train.nonfinite import ADVICE, NotFinite
 
-FORMAT = 3
+FORMAT = 4
+UNVERIFIED = (2, 3)  # formats without checksums
+SAVE_SECONDS = 600.0  # between checkpoints where `save_every` is auto
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -72,14 +91,6 @@ def _optimiser_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
     return tensors
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """State of this process's random numbers."""
     state = {"cpu": torch.get_rng_state()}
@@ -106,47 +117,129 @@ def save(
     random_states: list[dict[str, Tensor]],
     is_main: bool,
 ) -> Checkpoint:
-    """Write `folder/step-N`: to a temporary folder, flushed, then renamed. All processes call it, one writes."""
+    """Write `folder/step-N`, unless it is there. All processes call it, one writes.
+
+    Raises NotFinite when a weight is not finite: such a state is worth nothing; StorageError when the disk is full.
+    """
     parameters = _trainable(module)
     weights = {name: _full(p) for name, p in parameters.items()}
     optimiser_state = _optimiser_tensors(optimizer, parameters)
+    _check_finite(weights)
     final = folder / f"step-{step:08d}"
-    if not is_main:
+    if not is_main or final.is_dir():
         return Checkpoint(final, step)
-    temporary = folder / f".step-{step:08d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(weights, temporary / "weights.safetensors")
-    save_file(optimiser_state, temporary / "optimizer.safetensors")
-    for rank, state in enumerate(random_states):
-        save_file(state, temporary / f"random-{rank}.safetensors")
-    (temporary / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
-    facts = {"step": step, "processes": len(random_states), "loop": loop, "format": FORMAT}
-    (temporary / "state.json").write_text(json.dumps(facts))
-    for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _sync(folder)
+    with whole_folder(final) as unfinished:
+        save_file(weights, unfinished / "weights.safetensors")
+        save_file(optimiser_state, unfinished / "optimizer.safetensors")
+        for rank, state in enumerate(random_states):
+            save_file(state, unfinished / f"random-{rank}.safetensors")
+        write_json(unfinished / "sources.json", sources)
+        hashes = {file.name: sha256(file) for file in sorted(unfinished.iterdir())}
+        facts = {"format": FORMAT, "step": step, "processes": len(random_states), "loop": loop, "files": hashes}
+        facts = json.loads(dumps(facts))  # as it will be read: keys are texts, tuples are lists
+        write_json(unfinished / "state.json", facts | {"check": digest(facts)})
     return Checkpoint(final, step)
 
 
-def latest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; half-written ones have another name and are never chosen."""
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise NotFinite(f"the weight {name} is not finite, so no checkpoint of it is saved. {ADVICE}")
+
+
+def _all(folder: Path) -> list[Checkpoint]:
+    """From the newest on; half-written ones have another name."""
     found = [
         Checkpoint(path, int(match[1]))
         for path in (folder.iterdir() if folder.is_dir() else [])
-        if (match := _NAME.fullmatch(path.name)) and (path / "state.json").is_file()
+        if (match := _NAME.fullmatch(path.name))
     ]
-    return max(found, key=lambda c: c.step, default=None)
+    return sorted(found, key=lambda c: c.step, reverse=True)
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint; whether its files are as they were written is not looked at."""
+    return next((one for one in _all(folder) if (one.path / "state.json").is_file()), None)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that there are checkpoints of."""
+    return [one.step for one in _all(folder)]
+
+
+def newest_whole(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose checksums are right; damaged ones are set aside as `NAME.damaged`, and named.
+
+    Raises DpkdError when all of them are damaged, or another version of dpkd wrote one.
+    """
+    damaged: list[Checkpoint] = []
+    for one in _all(folder):
+        problem = _problem(one)
+        if problem is None:
+            for other in damaged:
+                other.path.rename(other.path.with_name(f"{other.path.name}.damaged"))
+            return one
+        damaged.append(one)
+        say(f"the checkpoint {one.path} is damaged: {problem}")
+    if damaged:
+        raise DpkdError(
+            f"no checkpoint in {folder} is whole. Delete that folder to train this run from its first step, "
+            "or put back what is damaged."
+        )
+    return None
+
+
+def _problem(checkpoint: Checkpoint) -> str | None:
+    """What is damaged in a checkpoint, in words. Raises DpkdError for one of another version."""
+    try:
+        facts = read_json(checkpoint.path / "state.json")
+        if "check" not in facts and facts.get("format") in UNVERIFIED:
+            return None
+        if facts.get("format") != FORMAT and "check" not in facts:
+            raise ForeignFormat(
+                f"the checkpoint {checkpoint.path} has format {facts.get('format')}, expected {FORMAT}: another "
+                "version of dpkd wrote it. Continue with that version, or start a new run."
+            )
+        check = facts.pop("check", None)
+        if check != digest(facts):
+            return "state.json has a wrong checksum"
+        for name, expected in facts["files"].items():
+            with storage_errors(checkpoint.path / name):
+                if sha256(checkpoint.path / name) != expected:
+                    return f"{name} has a wrong checksum"
+    except ForeignFormat:
+        raise
+    except DpkdError as error:
+        return str(error)
+    return None
+
+
+class ForeignFormat(DpkdError):
+    """A checkpoint of another version of dpkd."""
 
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
-    names = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-    for path in names[:-keep]:
-        shutil.rmtree(path)
+    for one in _all(folder)[keep:]:
+        remove_folder(one.path)
+
+
+@dataclass
+class SaveClock:
+    """When to save between steps: every so many, or (auto) when the last time is ten minutes ago."""
+
+    every: int | Literal["auto"] | None
+    last: float = field(default_factory=time.monotonic)
+
+    def due(self, done: int) -> bool:
+        """Whether to save after `done` steps."""
+        if self.every == "auto":
+            return time.monotonic() - self.last >= SAVE_SECONDS
+        return self.every is not None and done % self.every == 0
+
+    def saved(self) -> None:
+        """Note that a checkpoint was written just now."""
+        self.last = time.monotonic()
 
 
 @torch.no_grad()
@@ -159,22 +252,14 @@ def load(
     processes: int,
     device: torch.device,
 ) -> Restored:
-    """Put a checkpoint into module, optimizer and random numbers; returns what else the loop needs.
+    """Put a checkpoint that is whole into module, optimizer and random numbers; returns what else the loop needs.
 
-    Raises DpkdError when it does not fit: another model, or another number of processes.
+    Raises DpkdError when it does not fit: another model.
     """
-    try:
-        state: dict[str, Any] = json.loads((checkpoint.path / "state.json").read_text())
+    state = read_json(checkpoint.path / "state.json")
+    with storage_errors(checkpoint.path):
         weights = load_file(checkpoint.path / "weights.safetensors")
         optimiser_state = load_file(checkpoint.path / "optimizer.safetensors")
-        sources = _sources(checkpoint.path, state)
-        if state.get("format") not in (2, FORMAT):
-            raise ValueError(f"format {state.get('format')}, expected {FORMAT}: another version of dpkd wrote it")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DpkdError(
-            f"the checkpoint {checkpoint.path} cannot be read ({error}). "
-            "Delete that folder to go on from an earlier one."
-        ) from error
     parameters = _trainable(module)
     if set(parameters) != set(weights):
         odd = sorted(set(parameters) ^ set(weights))[:3]
@@ -188,16 +273,16 @@ def load(
     if state["processes"] == processes:
         random = load_file(checkpoint.path / f"random-{rank}.safetensors")
         set_random_state(random, device)
-    return Restored(sources, state["loop"])
+    return Restored(_sources(checkpoint.path, state), with_non_finite(state["loop"]))
 
 
 def _sources(folder: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The state of the sources; format 2 had it in two places."""
     if state.get("format") != 2:
-        found: dict[str, dict[str, Any]] = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
+        found: dict[str, dict[str, Any]] = with_non_finite(read_json(folder / "sources.json"))
         return found
     responses: defaultdict[str, dict[int, list[Any]]] = defaultdict(dict)
-    for row in map(json.loads, (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()):
+    for row in JsonLog(folder / "responses.jsonl").rows():
         responses[row.pop("group")].setdefault(row.pop("example"), []).append(row)
     adaptive = state["loop"].get("adaptive", {})
     return defaultdict(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpkd.config.resolve import Resolved
 from dpkd.data.memory import is_memory
+from dpkd.io import link_folder, read_json, remove_folder, sha256, write_json
 from dpkd.models.saving import save_model
 from dpkd.report.card import CardFacts, write_model_card
 from dpkd.run_folder import RunFolder
@@ -18,16 +19,47 @@ if TYPE_CHECKING:
     from dpkd.train.build import RunParts
 
 
-def finish(resolved: Resolved, folder: RunFolder, assembly: RunParts, display: Display, dev: Dev | None = None) -> None:
-    """Save the student where `AutoModelForCausalLM.from_pretrained` finds it, and write the card."""
-    save_model(assembly.train_step.inner.student, assembly.tokenizer, folder.model)
-    if dev is not None and dev.lines:
-        display.say(dev.finish())
-    facts = json.loads(folder.facts.read_text(encoding="utf-8"))
+def finish(
+    resolved: Resolved, folder: RunFolder, assembly: RunParts, display: Display, step: int, dev: Dev | None = None
+) -> None:
+    """Put the student where `AutoModelForCausalLM.from_pretrained` finds it, write the card, and mark the run finished.
+
+    With a development set that is the best model, and the last one goes to `last/`. Each part may be done again: a run
+    that was killed in here finishes at the next `--resume`.
+    """
+    student, best = assembly.train_step.inner.student, None if dev is None else dev.best_step
+    if dev is None or best is None or best == dev.lines[-1]["step"]:
+        save_model(student, assembly.tokenizer, folder.model)
+        if best is not None and dev is not None:
+            display.say(f"the last step is the best by dev {dev.settings.metric}: {dev.best:.4g}")
+    else:
+        last = folder.path / "last"
+        save_model(student, assembly.tokenizer, last, last.with_name("last-adapter"))
+        for name in ("adapter", "model"):  # `model` is never there with weights that are not to stay
+            link_folder(dev.saved(best) / name, folder.path / name)
+        said = f"the best by dev {dev.settings.metric}: {dev.best:.4g}"
+        display.say(f"model is that of step {best}, {said}; the last is {last}")
+    facts = read_json(folder.facts)
     write_model_card(folder.path, _card_facts(resolved, folder, facts))
+    steps = assembly.steps
+    model = {file.name: sha256(file) for file in sorted(folder.model.iterdir()) if file.is_file()}
+    write_json(folder.marker, {"step": step, "of": steps, "best_step": best, "model": model})
+    shutil.rmtree(folder.best, ignore_errors=True)
     display.say(
         f"model    {folder.model}\nmetrics  {folder.metrics}\nscore it dpkd eval --model {folder.path} --data FILE"
     )
+
+
+def reopen(folder: RunFolder) -> None:
+    """Make a finished run one that goes on; its model stays as `model-STEP`, and the best one is still known."""
+    facts = read_json(folder.marker)
+    kept = folder.path / f"model-{facts['step']}"
+    if facts["best_step"] is not None:
+        for name in ("adapter", "model"):
+            link_folder(folder.path / name, folder.best / f"step-{facts['best_step']:08d}" / name)
+    link_folder(folder.model, kept)
+    folder.marker.unlink()
+    remove_folder(folder.model)
 
 
 def _card_facts(resolved: Resolved, folder: RunFolder, facts: dict[str, Any]) -> CardFacts:

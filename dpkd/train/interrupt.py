@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
 
 class StopRequest:
-    """Becomes true when SIGINT or SIGTERM arrives; a second SIGINT interrupts at once."""
+    """Becomes true when SIGINT, SIGTERM or SIGHUP arrives; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -33,7 +35,9 @@ def stop_on_signal() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What the caller has switched off stays off: `nohup` ignores SIGHUP.
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request) for number in heard}
     try:
         yield request
     finally:

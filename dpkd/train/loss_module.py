@@ -5,20 +5,25 @@ Shapes: N response positions of the micro-batch, n of one chunk, V shared vocabu
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, TokenInputs
+from dpkd.api import Layers, Pair, PairInputs, RolloutInputs, Signal, TokenInputs
+from dpkd.errors import DpkdError, described
 from dpkd.functional import log_softmax, segment_sum
-from dpkd.models.chunked import chunk_rows, objective, token_logps
+from dpkd.models.chunked import chunk_rows, chunks, objective, token_logps
+from dpkd.models.device import out_of_memory
 from dpkd.models.fused import FusedKL, kl_sum_of, usable
 from dpkd.models.head import Head, head_of
 from dpkd.models.layers import layer_rows
 from dpkd.models.sharding import gathered
+from dpkd.rollout.kv_cache import evaluating
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, Term
 from dpkd.train.observe import observe_pairs, observe_rows, observe_spans
@@ -38,24 +43,25 @@ class LossModule(nn.Module):
         chunk_mib: float | Literal["auto"] = "auto",
         layers: Mapping[str, Layers] | None = None,
         widest: int | None = None,
+        chosen: int = 0,
+        reward_scale: float = 1.0,
     ) -> None:
         """`layers` has the hidden states that losses read, by the name of the loss.
 
+        `chosen` is how many of the student's likeliest tokens they read (Signal.CHOSEN_IDS).
+
         `widest` is the number of logits of a row where a loss sees more than the student's vocabulary.
+        `reward_scale` is β of the implicit reward that is logged.
         """
         super().__init__()
+        self.reward_scale = reward_scale
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.layers = dict(layers or {})
         self.vocabulary = vocabulary
+        self.chosen = min(chosen, vocabulary)
         self.compiled = False
         self.chunk = chunk_rows(widest or vocabulary, chunk_mib, next(student.parameters()).device)
-
-    @property
-    def reward_scale(self) -> float:
-        """β of the implicit reward: that of a pair loss, else 1 (other losses call other things β)."""
-        main = self.losses["main"]
-        return float(getattr(main.config, "beta", 1.0)) if isinstance(main, PairLoss) else 1.0
 
     def lend(self, work: Callable[[nn.Module], T]) -> T:
         """Give the student, with whole weights, to work that is not training: sampling, evaluation, saving.
@@ -67,11 +73,47 @@ class LossModule(nn.Module):
         with torch.no_grad(), gathered(self.student), stance:
             return work(self.student)
 
+    def _values(self, name: str, x: Any, rows: int) -> Tensor:
+        """The values of a loss, one a row. Raises DpkdError when it fails, or returns what training cannot use."""
+        loss = self.losses[name]
+        try:
+            values: Any = loss(x)
+        except (DpkdError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # sys.exit too: a plugin does not end a run
+            if isinstance(error, RuntimeError) and out_of_memory(error) is not None:
+                raise
+            raise DpkdError(f"{_of_plugin(loss)} failed: {described(error)}{_place(error, loss)}") from error
+        if not isinstance(values, Tensor) or values.shape != (rows,) or not values.is_floating_point():
+            found = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise DpkdError(
+                f"{_of_plugin(loss)} returned {found}; expected one number a row: float32 [{rows}]. A loss takes no "
+                "mean and no sum: the engine divides. `dpkd check-loss` finds this before a run"
+            )
+        if rows and torch.is_grad_enabled() and not values.requires_grad:
+            raise DpkdError(
+                f"{_of_plugin(loss)} returned values without a gradient: nothing would be learned. Look for .detach(), "
+                ".item(), torch.no_grad() or argmax in its forward. `dpkd check-loss` finds this before a run"
+            )
+        return values
+
     def layers_of(self, micro_batch: MicroBatch) -> Layers:
         """The hidden states that the losses of this micro-batch read."""
         read = [self.layers[term.name] for term in micro_batch.terms if term.name in self.layers]
         student, teacher = ({i for layers in read for i in layers[of]} for of in (0, 1))
         return Layers(tuple(sorted(student)), tuple(sorted(teacher)))
+
+    @torch.no_grad()
+    def likeliest(self, micro_batch: MicroBatch) -> Tensor:
+        """The student's likeliest tokens `[N, K]` at each response position, by a forward of their own."""
+        with evaluating(self.student):
+            hidden, _ = layer_rows(self.student, micro_batch.batch, ())
+        head = head_of(self.student, self.vocabulary)
+        parts = [self._top(head.logits(hidden[rows])) for rows in chunks(hidden.shape[0], self.chunk)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.chosen, dtype=torch.long, device=hidden.device)
+
+    def _top(self, logits_nV: Tensor) -> Tensor:
+        return logits_nV.detach().topk(self.chosen, dim=-1).indices
 
     def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, MeanMetrics]:
         hidden, states = layer_rows(self.student, micro_batch.batch, self.layers_of(micro_batch).student)
@@ -98,8 +140,9 @@ class LossModule(nn.Module):
             x, with_teacher = self._inputs(micro_batch, logits_nV, rows)
             total = logits_nV.new_zeros(())
             for term in terms:
-                own = (with_teacher if Signal.TEACHER_LOGITS in term.reads else x).only(term.reads)
-                values_n = self.losses[term.name](own)
+                whole = with_teacher if Signal.TEACHER_LOGITS in term.reads else x
+                own = whole.only(term.reads)
+                values_n = self._values(term.name, own, whole.rows)
                 total = total + term.share(values_n, micro_batch.processes)
                 _add_term(metrics, term.name, values_n, own.parts)
             if micro_batch.measured:
@@ -158,6 +201,8 @@ class LossModule(nn.Module):
             Signal.TEACHER_REST: nothing_n,
             **{signal: values[rows] for signal, values in micro_batch.extra.items()},
         }
+        if micro_batch.reads(Signal.CHOSEN_IDS) and Signal.CHOSEN_IDS not in signals:
+            signals[Signal.CHOSEN_IDS] = self._top(logits_nV)
         kind = RolloutInputs if Signal.ADVANTAGES in micro_batch.extra else TokenInputs
         if micro_batch.teacher is None or not (micro_batch.measurable or micro_batch.reads(Signal.TEACHER_LOGITS)):
             x = kind(signals)
@@ -180,7 +225,7 @@ class LossModule(nn.Module):
             signals[Signal.TEACHER_HIDDEN] = torch.stack([micro_batch.teacher.layers[i] for i in layers.teacher], 1)
         x = TokenInputs(signals).only(term.reads)
         with torch.autocast(micro_batch.batch.targets.device.type, enabled=False):
-            values_N = self.losses[term.name](x)
+            values_N = self._values(term.name, x, len(micro_batch.batch.targets))
         _add_term(metrics, term.name, values_N, x.parts)
         return term.share(values_N, micro_batch.processes)
 
@@ -206,12 +251,23 @@ class LossModule(nn.Module):
         for term in micro_batch.terms:
             reads = {signal: value for signal, value in signals.items() if signal in term.reads}
             x = PairInputs(reads)
-            values_B = _some(self.losses[term.name](x), real)
+            values_B = _some(self._values(term.name, x, len(student.chosen)), real)
             total = total + term.share(values_B, micro_batch.processes)
             _add_term(metrics, term.name, values_B, {name: _some(values, real) for name, values in x.parts.items()})
         if micro_batch.measure and micro_batch.responses:
             observe_pairs(student, micro_batch.teacher_logps, lengths, self.reward_scale, metrics)
         return total, metrics
+
+
+def _of_plugin(loss: nn.Module) -> str:
+    return f"the loss {type(loss).__name__} ({type(loss).__module__})"
+
+
+def _place(error: BaseException, loss: nn.Module) -> str:
+    """Where in the loss's own file an error came from, as the end of a sentence."""
+    file = getattr(sys.modules.get(type(loss).__module__), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({file}:{lines[-1]})" if lines else ""
 
 
 def _some(values_B: Tensor, pairs: list[int] | None) -> Tensor:

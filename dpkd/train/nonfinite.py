@@ -28,12 +28,12 @@ def explain(loss_module: LossModule, micro_batch: MicroBatch) -> NotFinite:
     """Look for the culprit of a loss that is not finite, in the order of the data flow."""
     for name, parameter in loss_module.named_parameters():
         if _bad(parameter):
-            return NotFinite(f"the weight {name} is not finite. {_ADVICE}")
+            return NotFinite(f"the weight {name} is not finite. {ADVICE}")
     hidden = hidden_rows(loss_module.student, micro_batch.batch)
     if _bad(hidden):
-        return NotFinite(f"the student's hidden states are not finite in the batch `{micro_batch.name}`. {_ADVICE}")
+        return NotFinite(f"the student's hidden states are not finite in the batch `{micro_batch.name}`. {ADVICE}")
     if _bad(head_of(loss_module.student, loss_module.vocabulary).logits(hidden[:64])):
-        return NotFinite(f"the student's logits are not finite in the batch `{micro_batch.name}`. {_ADVICE}")
+        return NotFinite(f"the student's logits are not finite in the batch `{micro_batch.name}`. {ADVICE}")
     if micro_batch.teacher is not None and not micro_batch.teacher.is_finite():
         return NotFinite(
             "the teacher's logits are not finite. Try another teacher.dtype (float32) or teacher.attention."
@@ -50,8 +50,8 @@ def explain_gradient(loss_module: LossModule) -> NotFinite:
     """Name the first parameter whose gradient is not finite."""
     for name, parameter in loss_module.named_parameters():
         if parameter.grad is not None and _bad(parameter.grad):
-            return NotFinite(f"the gradient of {name} is not finite, though the loss is. {_ADVICE}")
-    return NotFinite(f"the norm of the gradient is not finite. {_ADVICE}")
+            return NotFinite(f"the gradient of {name} is not finite, though the loss is. {ADVICE}")
+    return NotFinite(f"the norm of the gradient is not finite. {ADVICE}")
 
 
 class FiniteWatch:
@@ -94,4 +94,4 @@ class FiniteWatch:
         return next((step for (step, _), flag in zip(steps, flags, strict=True) if flag), None)
 
 
-_ADVICE = "Try a lower train.lr, a clipped gradient (train.clip=1, or less), or train.precision=fp32."
+ADVICE = "Try a lower train.lr, a clipped gradient (train.clip=1, or less), or train.precision=fp32."

@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import torch
-
 from dpkd.api import Response, Signal, StepResponses, Text
 from dpkd.train import checkpoint
 from dpkd.train.microbatch import MicroBatch
@@ -74,14 +72,3 @@ def _run(train_step: TrainStep, micro_batches: Sequence[MicroBatch]) -> None:
 def _shape(micro_batch: MicroBatch) -> str:
     rows, tokens = micro_batch.batch.input_ids.shape
     return f"{len(micro_batch.batch.sequences)} sequences, {rows} x {tokens} tokens"
-
-
-def out_of_memory(error: RuntimeError) -> str | None:
-    """What to say when an error means that memory ran out, on a GPU or a CPU; None for any other."""
-    if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
-        return None
-    return (
-        "the memory of the device is too small for this run. Lower train.micro_batch_size, or set batch.tokens: "
-        "neither changes a result. Less is needed too with student.gradient_checkpointing=true, train.precision=bf16 "
-        "and student.lora, and for sampling with a lower text.sampling.batch_size."
-    )

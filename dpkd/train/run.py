@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import signal
-import sys
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 
-from dpkd import __version__
-from dpkd.config.aliases import written_layers
-from dpkd.config.resolve import Resolved, resolve
+from dpkd.api import Callback, TeacherLost
+from dpkd.config.resolve import Resolved
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
 from dpkd.evaluation.evaluator import metric_specs
-from dpkd.io import write_json
-from dpkd.models.device import allow_tf32, device_of, precision_of, precision_sentence
+from dpkd.io import remove_leftovers
+from dpkd.models.device import allow_tf32, device_of, out_of_memory, precision_of, precision_sentence
 from dpkd.models.in_memory import InMemory
-from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.build import RunParts, assemble
+from dpkd.train.defaults import with_defaults
 from dpkd.train.dev import Dev
-from dpkd.train.finish import finish
+from dpkd.train.facts import change_facts, check_same, write_facts
+from dpkd.train.finish import finish, reopen
+from dpkd.train.guard import RunawayGuard
 from dpkd.train.interrupt import stop_on_signal
 from dpkd.train.metrics_log import MetricsLog
 from dpkd.train.nonfinite import NotFinite
-from dpkd.train.probe import out_of_memory, probe
+from dpkd.train.probe import probe
 from dpkd.train.progress import Display
 from dpkd.train.samples import SampleLog
 from dpkd.train.trackers import Trackers
@@ -42,7 +38,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
+def train(resolved: Resolved, *, callbacks: Sequence[Callback] = (), console: Console | None = None) -> RunFolder:
     """Run a distillation from the start and return its folder.
 
     Raises DpkdError for whatever the user can put right, NotFinite when numbers explode, and Stopped when the user
@@ -52,28 +48,64 @@ def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
+    resolved = with_defaults(resolved, display)
     assembly = assemble(resolved, accelerator, display)
     _check_processes_agree(accelerator, assembly)
     folder = _shared_folder(accelerator, resolved)
     display.say(f"run folder: {folder.path}")
-    if accelerator.is_main_process:
-        write_config(resolved, folder.path)
-        _write_facts(folder, resolved, assembly)
-    return _run(resolved, folder, assembly, accelerator, display)
+    with _locked(folder, accelerator):
+        if accelerator.is_main_process:
+            write_facts(folder, resolved, assembly)  # first: a folder with nothing else can be started again
+            write_config(resolved, folder.path)
+        return _run(resolved, folder, assembly, accelerator, display, callbacks=callbacks)
 
 
-def resume(resolved: Resolved, folder: RunFolder, *, console: Console | None = None) -> RunFolder:
-    """Continue a run from its newest checkpoint, bit for bit; without one, from the start.
+def resume(
+    resolved: Resolved,
+    folder: RunFolder,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
+) -> RunFolder:
+    """Continue a run from its newest whole checkpoint, bit for bit; without one, from the start.
 
-    Raises DpkdError when data or models are not those that the run began with.
+    `changes` are the settings, by dotted path, that are not what they were. What an interrupt left undone in the
+    folder is made up for. Raises DpkdError when data or models are not those that the run began with, or when what
+    the folder holds is damaged.
     """
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
-    assembly = assemble(resolved, accelerator, display)
-    _check_processes_agree(accelerator, assembly)
-    _check_same(folder, assembly)
-    return _run(resolved, folder, assembly, accelerator, display, checkpoint.latest(folder.checkpoints))
+    with _locked(folder, accelerator):
+        if accelerator.is_main_process:
+            remove_leftovers(folder.path)
+            remove_leftovers(folder.checkpoints)
+        assembly = assemble(resolved, accelerator, display)
+        _check_processes_agree(accelerator, assembly)
+        if folder.facts.is_file():
+            check_same(folder, assembly)
+        elif accelerator.is_main_process:
+            display.say(f"{folder.facts} is lost: written again from what data and models are now")
+            write_facts(folder, resolved, assembly)
+        accelerator.wait_for_everyone()
+        newest = checkpoint.newest_whole(folder.checkpoints, display.say)
+        start = 0 if newest is None else newest.step
+        if accelerator.is_main_process:
+            if changes and folder.is_finished:
+                reopen(folder)
+            if changes:
+                change_facts(folder, assembly, start, changes)
+                write_config(resolved, folder.path)
+        if newest is None:
+            display.say(f"{folder.path} has no checkpoint yet: training from the first step")
+        accelerator.wait_for_everyone()
+        return _run(resolved, folder, assembly, accelerator, display, newest, callbacks=callbacks)
+
+
+def _locked(folder: RunFolder, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """The main process writes, and holds the lock."""
+    return folder.lock() if accelerator.is_main_process else nullcontext()
 
 
 def _check_processes_agree(accelerator: Accelerator, assembly: RunParts) -> None:
@@ -86,47 +118,6 @@ def _check_processes_agree(accelerator: Accelerator, assembly: RunParts) -> None
     first, *others = gather_object([own])
     if odd := sorted({what for other in others for what in first if other.get(what) != first[what]}):
         raise DpkdError(f"the processes of this run differ in their {' and '.join(odd)}: give all of them the same")
-
-
-def _check_same(folder: RunFolder, assembly: RunParts) -> None:
-    """Compare what lies outside the run folder with what run.json says of the run's beginning."""
-    if not folder.facts.is_file():
-        return
-    before, now = json.loads(folder.facts.read_text(encoding="utf-8")), assembly.facts
-    compared: dict[str, Callable[[Any], Any]] = {
-        "the data (data.path)": lambda facts: facts["data"]["fingerprint"],
-        "the plain text (terms.pretrain.corpus)": lambda facts: (facts.get("corpus") or {}).get("fingerprint"),
-        "the student (student.model)": lambda facts: facts.get("models", {}).get("student"),
-        "the teacher (teacher.model)": lambda facts: facts.get("models", {}).get("teacher"),
-    }
-    changed = [what for what, of in compared.items() if of(before) != of(now)]
-    if changed:
-        raise DpkdError(
-            f"{folder.path} cannot be continued: since it began, {' and '.join(changed)} changed. "
-            "Put the old ones back, or start a new run."
-        )
-
-
-def resume_folder(
-    path: Path, *, given: InMemory | None = None, registry: Registry | None = None, console: Console | None = None
-) -> RunFolder:
-    """Continue the run in a folder with its own settings; `given` has what was in memory when it began.
-
-    `registry` has the plugins (None: the installed ones).
-
-    Raises DpkdError when the folder holds no run, or one that is finished, or when `given` is not what it needs.
-    """
-    folder = RunFolder.existing(path)
-    if folder.model.is_dir():
-        raise DpkdError(f"{path} is finished: its model is {folder.model}")
-    given = given or InMemory()
-    registry = registry or load_registry()
-    resolved = resolve(written_layers(folder.config, registry), registry, given)
-    settings = resolved.settings
-    needed = {settings.teacher.model, settings.student.model, settings.data.path}
-    if unused := sorted({*given.models, *given.data} - needed):
-        raise DpkdError(f"{path} did not begin with {' and '.join(unused)}: its settings name what it reads")
-    return resume(resolved, folder, console=console)
 
 
 def _accelerator(resolved: Resolved) -> Accelerator:
@@ -161,8 +152,21 @@ def _run(
     accelerator: Accelerator,
     display: Display,
     newest: checkpoint.Checkpoint | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
 ) -> RunFolder:
-    trainer = _trainer(resolved, folder, assembly, accelerator, display)
+    dev = _dev(resolved, folder, assembly, accelerator)
+    extras = _callbacks(resolved, folder, assembly, accelerator, dev)
+    trainer = Trainer(
+        accelerator=accelerator,
+        train_step=assembly.train_step,
+        builder=assembly.builder,
+        schedules=assembly.schedules,
+        settings=resolved.settings.train,
+        folder=folder,
+        display=display,
+        callbacks=[*extras, *callbacks],
+    )
     start = 0
     if newest is not None:
         start = newest.step
@@ -178,12 +182,6 @@ def _run(
             )
         )
         display.say(f"continuing {folder.path} after step {start} of {assembly.steps}")
-    if trainer.log is not None:
-        trainer.log.truncate_after(start)
-    if trainer.samples is not None:
-        trainer.samples.truncate_after(start)
-    if trainer.dev is not None:
-        trainer.dev.restore(start)
     again = f"continue with: {_resume_call(folder, resolved.given)}"
     try:
         if resolved.settings.batch.probe:
@@ -196,20 +194,23 @@ def _run(
         if (word := out_of_memory(error)) is None:
             raise
         raise DpkdError(word) from error
+    except TeacherLost as error:
+        raise TeacherLost(f"training stopped: {error}. What was done is kept; {again}") from error
     except NotFinite as error:
         kept = checkpoint.latest(folder.checkpoints)
         where = f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet (train.save_every)"
-        raise NotFinite(f"training stopped: {error}\n{where}") from error
+        lower = f"go on with a lower rate: dpkd train --resume {folder.path} --set train.lr=..."
+        raise NotFinite(f"training stopped: {error}\n{where}; {lower}") from error
     finally:
         display.close()
         assembly.close()
-        if trainer.trackers is not None:
-            trainer.trackers.close()
+        trainer.close()
     if done < assembly.steps and trainer.ended is None:
         raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
     accelerator.wait_for_everyone()
+    is_main = accelerator.is_main_process
     assembly.train_step.inner.lend(
-        lambda _: finish(resolved, folder, assembly, display, trainer.dev) if accelerator.is_main_process else None
+        lambda _: finish(resolved, folder, assembly, display, done, dev) if is_main else None
     )
     accelerator.wait_for_everyone()
     return folder
@@ -234,54 +235,32 @@ def _write_teacher_text(assembly: RunParts, again: str) -> None:
         raise Stopped(f"stopped while the teacher wrote; what it wrote is kept; {again}", signal.SIGINT) from None
 
 
-def _trainer(
-    resolved: Resolved, folder: RunFolder, assembly: RunParts, accelerator: Accelerator, display: Display
-) -> Trainer:
-    """The loop with its logs, which the main process alone writes."""
-    settings = resolved.settings.train
-    log = samples = trackers = None
-    if accelerator.is_main_process:
-        log = MetricsLog(folder.metrics)
-        samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts)
-        trackers = Trackers(settings.trackers, folder.path, folder.path.name, resolved.as_dict())
-    dev = None
-    if assembly.dev is not None:
-        live = assembly.teacher if assembly.teacher is not None and assembly.teacher.measurable else None
-        dev = Dev(
-            resolved.settings.dev,
-            assembly.dev,
-            assembly.tokenizer,
-            live,
-            assembly.vocabulary,
-            resolved.settings.seed,
-            folder,
-            accelerator.is_main_process,
-            metric_specs(resolved.registry),
-        )
-    return Trainer(
-        accelerator,
-        assembly.train_step,
-        assembly.builder,
-        assembly.schedules,
-        settings,
-        folder,
-        log,
-        trackers,
-        samples,
-        display,
-        dev,
+def _dev(resolved: Resolved, folder: RunFolder, assembly: RunParts, accelerator: Accelerator) -> Dev | None:
+    """The evaluation on held-out rows while training, where the settings name some."""
+    if assembly.dev is None:
+        return None
+    teacher = assembly.teacher if assembly.teacher is not None and assembly.teacher.measurable else None
+    return Dev(
+        settings=resolved.settings.dev,
+        inputs=assembly.dev,
+        tokenizer=assembly.tokenizer,
+        teacher=teacher,
+        vocabulary=assembly.vocabulary,
+        seed=resolved.settings.seed,
+        folder=folder,
+        is_main=accelerator.is_main_process,
+        specs=metric_specs(resolved.registry),
+        first=any(group.source.config.follows_dev for group in assembly.builder.groups),
     )
 
 
-def _write_facts(folder: RunFolder, resolved: Resolved, assembly: RunParts) -> None:
-    """run.json: versions, machine, data fingerprints, sizes, and the command."""
-    libraries = ("torch", "transformers", "datasets", "accelerate", "pluggy", "pydantic", "safetensors")
-    facts: dict[str, Any] = {
-        "dpkd": __version__,
-        "loss": {"name": resolved.loss.name, "plugin": resolved.plugin},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
-        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
-        "command": sys.argv,
-        **assembly.facts,
-    }
-    write_json(folder.facts, facts)
+def _callbacks(
+    resolved: Resolved, folder: RunFolder, assembly: RunParts, accelerator: Accelerator, dev: Dev | None
+) -> list[Callback]:
+    """What a run does beside training. The logs are the main process's alone."""
+    found: list[Callback] = [] if dev is None else [dev]
+    if not accelerator.is_main_process:
+        return found
+    trackers = Trackers(resolved.settings.train.trackers, folder.path, folder.path.name, resolved.as_dict())
+    samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts)
+    return [MetricsLog(folder.metrics), trackers, RunawayGuard(), samples, *found]

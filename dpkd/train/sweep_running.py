@@ -25,24 +25,28 @@ import torch
 from rich.console import Console
 
 from dpkd.api import SamplingSettings
+from dpkd.config.layers import file_layer
 from dpkd.config.problems import checked
 from dpkd.config.resolve import resolve
 from dpkd.config.yaml_text import dump_value
 from dpkd.data.settings import DataSettings
-from dpkd.errors import DpkdError, Stopped
+from dpkd.errors import DpkdError, SettingsError, Stopped
 from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, metric_specs, parse_seeds
 from dpkd.evaluation.lengths import WORDS, parse_cuts
 from dpkd.evaluation.sets import find_set
 from dpkd.evaluation.target import find_target
-from dpkd.io import write_json, write_text
+from dpkd.io import lock, write_json, write_text
 from dpkd.models.shared import Shared
 from dpkd.plugins import Registry, load_registry
 from dpkd.report.card import rescore
 from dpkd.run_folder import RunFolder
 from dpkd.train.accelerate_state import own_accelerate_state
+from dpkd.train.children import Children, children
 from dpkd.train.dev import direction_of
+from dpkd.train.interrupt import STOP_SIGNALS
 from dpkd.train.progress import Display
-from dpkd.train.run import resume_folder, train
+from dpkd.train.resume import flat, resume_folder
+from dpkd.train.run import train
 from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
 
 CHOICES = "choices.json"
@@ -83,19 +87,23 @@ def run_sweep(
     """Run what is not finished yet, and score the models.
 
     One run follows another in this process, and shares what was loaded for those before it. With `isolate`, or on
-    `devices` (one run on each at a time), each has a process of its own. Raises Stopped when a signal ends it.
+    `devices` (one run on each at a time), each has a process of its own. A signal to stop reaches the runs that go on:
+    they write a checkpoint and end, and so does the sweep. Raises Stopped then, and DpkdError when another process runs
+    the same sweep.
     """
     output = Path(plan.settings.output)
-    output.mkdir(parents=True, exist_ok=True)
     registry = registry or load_registry()
-    runner: Runner = Isolated() if isolate or devices else InProcess(registry)
-    sweep = _Sweep(plan, runner, registry, Display(console or Console(file=sys.stdout)))
-    for device in devices or (None,):
-        sweep.slots.put(device)
+    isolated = isolate or bool(devices)
     best: dict[str, SweepRun] = {}
     with (
-        interruptible() as stop,
-        sweep.display.bar("sweep", len(plan.runs)),
+        lock(output / ".lock", f"the sweep {output}"),
+        children() if isolated else interruptible() as heard,
+        _Sweep(
+            plan,
+            Isolated(heard, registry) if isinstance(heard, Children) else InProcess(registry),
+            registry,
+            Display(console or Console(file=sys.stdout)),
+        ).on(devices) as sweep,
         ThreadPoolExecutor(max(1, len(devices))) as pool,
     ):
         try:
@@ -110,7 +118,7 @@ def run_sweep(
                     if turn == 0 and plan.settings.stages[stage].best_by_dev:
                         best |= sweep.best(stage, runs)
         except (KeyboardInterrupt, Stopped) as error:
-            number = stop.number or (error.exit_code - 128 if isinstance(error, Stopped) else signal.SIGINT)
+            number = heard.stopped_by or (error.exit_code - 128 if isinstance(error, Stopped) else signal.SIGINT)
             ended = len(sweep.outcome.done) + len(sweep.outcome.found)
             raise Stopped(
                 f"the sweep stopped after {ended} of {len(plan.runs)} runs; call it again to go on", number
@@ -131,6 +139,14 @@ class _Sweep:
     began: float = field(default_factory=time.monotonic)
     longest: float = 0.0
     without_best: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def on(self, devices: Sequence[str]) -> Iterator[_Sweep]:
+        """The sweep, one run on each device at a time, with a bar."""
+        for device in devices or (None,):
+            self.slots.put(device)
+        with self.display.bar("sweep", len(self.plan.runs)):
+            yield self
 
     def one(self, run: SweepRun) -> None:
         """Train and score one run, where that is still to be done."""
@@ -165,7 +181,7 @@ class _Sweep:
     def _dev(self, run: SweepRun) -> float | None:
         """The value of dev.metric that decided a finished run's model."""
         file = run.folder / "dev.jsonl"
-        if not RunFolder(run.folder).model.is_dir() or not file.is_file():
+        if not RunFolder(run.folder).is_finished or not file.is_file():
             return None
         metric = resolve(self.plan.layers(run), self.registry).settings.dev.metric
         sign = direction_of(metric, metric_specs(self.registry))
@@ -175,7 +191,10 @@ class _Sweep:
     def _result(self, run: SweepRun, device: str | None) -> str:
         folder, began = RunFolder(run.folder), time.monotonic()
         missing = [name for name in run.needs if name in self.without_best or not self._has_model(name)]
-        found = folder.model.is_dir()
+        if reason := self._changed(run):
+            self.outcome.failed[run.name] = reason
+            return reason
+        found = folder.is_finished
         if not found and (self._is_late() or any(self._was_left(name) for name in missing)):
             self.outcome.left.append(run.name)
             return ""
@@ -196,11 +215,33 @@ class _Sweep:
         self.longest = max(self.longest, time.monotonic() - began)
         return f"done in {time.monotonic() - began:.0f} s{_in_short(run)}"
 
+    def _changed(self, run: SweepRun) -> str | None:
+        """Which settings the folder's run has otherwise than the sweep now, as a sentence; None: it has them all."""
+        config = RunFolder(run.folder).config
+        if not config.is_file():
+            return None
+        wanted = flat(resolve(self.plan.layers(run), self.registry).as_dict())
+        try:
+            stored = flat(resolve([file_layer(config)], self.registry).as_dict())
+        except SettingsError as error:
+            return f"{config} cannot be read: {'; '.join(error.problems)}. Delete {run.folder} to train this run again."
+        differing = [
+            f"{path} is {stored.get(path)!r} there and {wanted.get(path)!r} here"
+            for path in sorted(wanted.keys() | stored.keys())
+            if path != "output" and stored.get(path) != wanted.get(path)
+        ]
+        if not differing:
+            return None
+        return (
+            f"{run.folder} holds a run with other settings: {'; '.join(differing[:5])}. Delete that folder to train it "
+            "with the new ones, or give the sweep another `output`."
+        )
+
     def _has_model(self, stage: str) -> bool:
         first = next(run for run in self.plan.runs if run.stage == stage)
         if self.plan.settings.stages[stage].best_by_dev:
             return True
-        return RunFolder(first.folder).model.is_dir()
+        return RunFolder(first.folder).is_finished
 
     def _was_left(self, stage: str) -> bool:
         return any(run.stage == stage and run.name in self.outcome.left for run in self.plan.runs)
@@ -230,7 +271,13 @@ class InProcess:
     def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
         def train_it(console: Console) -> None:
             if RunFolder(run.folder).config.is_file():
-                resume_folder(run.folder, given=self.shared, registry=self.registry, console=console)
+                resume_folder(
+                    run.folder,
+                    trust_remote_code=_is_trusted(plan, run, self.registry),
+                    given=self.shared,
+                    registry=self.registry,
+                    console=console,
+                )
             else:
                 train(resolve(plan.layers(run), self.registry, self.shared), console=console)
 
@@ -301,16 +348,26 @@ def _score(
     rescore(run.folder)
 
 
+def _is_trusted(plan: Plan, run: SweepRun, registry: Registry) -> bool:
+    """Whether the sweep itself, not a run's folder, allows code that comes with a model."""
+    settings = resolve(plan.layers(run), registry).settings
+    return settings.student.trust_remote_code or settings.teacher.trust_remote_code
+
+
 class Isolated:
     """Each run, and each evaluation, in a process of its own."""
 
+    def __init__(self, started: Children, registry: Registry) -> None:
+        self.started, self.registry = started, registry
+
     def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
         if RunFolder(run.folder).config.is_file():
-            return _command(["train", "--resume", str(run.folder)], run, device)
+            trust = ["--trust-remote-code"] if _is_trusted(plan, run, self.registry) else []
+            return self._command(["train", "--resume", str(run.folder), *trust], run, device)
         own = run.folder.with_name(f"{run.name}.yaml")
         write_text(own, _as_yaml(run))
         files = [part for file in (*plan.files, own) for part in ("--config", str(file))]
-        return _command(["train", *files, "--output", str(run.folder)], run, device)
+        return self._command(["train", *files, "--output", str(run.folder)], run, device)
 
     def evaluate(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
         how = plan.settings.evaluate
@@ -319,7 +376,26 @@ class Isolated:
         options = [part for name, value in given.items() for part in _option(name, value)]
         options += [part for name, value in how.options.set.items() for part in ("--set", f"data.{name}={value}")]
         sets = [part for name in how.data for part in ("--data", name)]
-        return _command(["eval", "--model", str(run.folder), *sets, *options], run, device)
+        return self._command(["eval", "--model", str(run.folder), *sets, *options], run, device)
+
+    def _command(self, arguments: Sequence[str], run: SweepRun, device: str | None) -> str | None:
+        """Run `dpkd ...`; its output goes to NAME.log. Returns the last line of a failure; raises Stopped."""
+        environment = dict(os.environ)
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        log = log_of(run)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ dpkd {' '.join(arguments)}\n")
+            file.flush()
+            began = time.monotonic()
+            code = self.started.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            file.write(f"# exit {code}, {time.monotonic() - began:.0f} s\n")
+        if code == 0:
+            return None
+        if self.started.stopped_by is not None:
+            raise Stopped(f"{run.name} was stopped", self.started.stopped_by)
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip() and line[0] != "#"]
+        return f"{lines[-1].strip()} ({log})" if lines else f"exit code {code} ({log})"
 
 
 def _as_yaml(run: SweepRun) -> str:
@@ -346,40 +422,14 @@ def log_of(run: SweepRun) -> Path:
     return run.folder.with_name(f"{run.name}.log")
 
 
-def _command(arguments: Sequence[str], run: SweepRun, device: str | None) -> str | None:
-    """Run `dpkd ...`; its output goes to NAME.log. Returns the last line when it fails."""
-    environment = dict(os.environ)
-    if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = device
-    log = log_of(run)
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ dpkd {' '.join(arguments)}\n")
-        file.flush()
-        began = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dpkd.cli.main", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()  # it writes a checkpoint and goes
-            process.wait()
-            raise
-        file.write(f"# exit {code}, {time.monotonic() - began:.0f} s\n")
-    if code == 0:
-        return None
-    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
-    return f"{lines[-1].strip()} ({log})" if lines else f"exit code {code} ({log})"
-
-
 @dataclass
 class StopSignal:
     """The signal that asked the sweep to stop."""
 
-    number: int | None = None
+    stopped_by: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+        self.stopped_by = number
         raise KeyboardInterrupt
 
 
@@ -393,7 +443,8 @@ def interruptible() -> Iterator[StopSignal]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield stop
     finally:

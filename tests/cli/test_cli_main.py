@@ -63,7 +63,7 @@ def test_a_mistake_is_a_sentence_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("DPKD_DEBUG", raising=False)
-    assert call(monkeypatch, "describe-loss", "kdd") == DpkdError.exit_code == 1
+    assert call(monkeypatch, "describe-loss", "kdd") == SettingsError.exit_code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "no loss is called 'kdd'; did you mean kd" in printed.err
@@ -83,6 +83,41 @@ def test_dpkd_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "argv", ["dpkd", "describe-loss", "kdd"])
     with pytest.raises(DpkdError):
         main()
+
+
+def test_traceback_shows_it_wherever_the_flag_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dpkd", "describe-loss", "kdd", "--traceback"])
+    with pytest.raises(DpkdError):
+        main()
+
+
+class _Unshowable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("error", [_Unshowable(), KeyError("x"), GeneratorExit(), RecursionError("deep")])
+def test_the_unforeseen_is_a_sentence_with_a_file_to_report(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("dpkd.plugins.load_registry", fail)
+    assert call(monkeypatch, "list-losses") == 1
+    (file,) = tmp_path.iterdir()
+    printed = capsys.readouterr().err
+    assert type(error).__name__ in printed
+    assert str(file) in printed
+    assert "Traceback" not in printed
+    assert "test_cli_main.py" in file.read_text()
+
+
+def test_exit_in_a_plugin_is_not_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("dpkd.plugins.load_registry", lambda: sys.exit(0))
+    assert call(monkeypatch, "list-losses") == 1
+    assert "sys.exit(0)" in capsys.readouterr().err
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,10 +144,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     def stand_in(module: str, **names: str) -> None:
         fake = ModuleType(module)
         for name, label in names.items():
-            setattr(fake, name, lambda given, label=label: calls.append((label, given)))
+            setattr(fake, name, lambda given, label=label, **_: calls.append((label, given)))
         monkeypatch.setitem(sys.modules, module, fake)
 
-    stand_in("dpkd.train.run", train="train", resume_folder="resume")
+    stand_in("dpkd.train.run", train="train")
+    stand_in("dpkd.train.resume", resume_folder="resume")
     stand_in("dpkd.train.plan", dry_run="dry run")
     return calls
 
@@ -146,7 +182,7 @@ def test_resume_takes_no_other_settings(engine: list[tuple[str, Any]], tmp_path:
     assert engine == [("resume", tmp_path)]
     result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), "--seed", "1", "--set", "seed=2"])
     assert isinstance(result.exception, SettingsError)
-    assert "leave out --seed, --set" in str(result.exception)
+    assert "remove --seed, --set" in str(result.exception)
     assert len(engine) == 1
 
 

@@ -151,7 +151,7 @@ def test_long_responses_are_cut_without_eos_and_counted(byte_level):
     ]
     assert data.report.lines()[1:3] == [
         "4 of 4 examples kept: 31 tokens, 19 in responses, the longest 8",
-        "cut 2: responses that end at 8 tokens, without EOS",
+        "truncated 2: responses longer than 8 tokens, without EOS",
     ]
 
 
@@ -241,7 +241,7 @@ def test_a_prompt_glued_to_its_response_is_a_warning(byte_level, prompt, respons
     found = [line for line in lines if line.startswith("warning:")]
     assert len(found) == warns
     if warns:
-        assert "1 of 2 prompts run into their response" in found[0]
+        assert "1 of 2 prompts join their response" in found[0]
         assert "'Name a colour⟦blue⟧'" in found[0]
 
 

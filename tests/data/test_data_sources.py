@@ -106,7 +106,7 @@ def test_the_default_data_without_a_hub():
         "nor could it be had "
         "from the hub: Couldn't reach 'databricks/databricks-dolly-15k' on the Hub "
         "(OfflineModeIsEnabled). Without "
-        "the hub, pass a file of your own: --data FILE.jsonl (`dpkd demo` needs no data)."
+        "the hub, pass your own file: --data FILE.jsonl (`dpkd demo` needs no data)."
     )
 
 
@@ -123,7 +123,7 @@ def test_a_wrong_split_of_a_hub_data_set(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert problem("somebody/something", split="trian") == (
-        "data.path: the data set somebody/something is neither a file here nor could it be had from the hub: "
+        "data.path: the data set somebody/something is not a local file, and loading it from the hub failed: "
         "Unknown split \"trian\". Should be one of ['train']. Check the id, split and subset, "
         "or pass a file of your "
         "own: --data FILE.jsonl"

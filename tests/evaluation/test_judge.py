@@ -338,7 +338,7 @@ def test_words_are_left_alone():
 def test_a_dripping_server_times_out_as_a_whole(server, tmp_path):
     server.script = ["drip"]
     began = time.monotonic()
-    with pytest.raises(DpkdError, match=r"the last failed: no whole answer in 0.3 s"):
+    with pytest.raises(DpkdError, match=r"the last failed: no complete reply within 0.3 s"):
         run(server, tmp_path, 1, endpoint={"attempts": 2})
     assert time.monotonic() - began < 5
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from toy_runs import _fresh_accelerate, quiet, settings_of, toy  # noqa: F401
 
 
 @contextmanager

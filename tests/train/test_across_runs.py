@@ -20,6 +20,7 @@ from dpkd.run_metrics import read_metrics
 from dpkd.train import run
 from dpkd.train.cache import CacheSettings, cache
 from dpkd.train.plan import dry_run
+from dpkd.train.resume import resume_folder
 from dpkd.train.trainer import Trainer
 
 
@@ -35,7 +36,7 @@ def test_a_run_goes_on_bit_for_bit_and_logs_no_kl(across, quiet, monkeypatch):
         patch.setattr(Trainer, "_stops", lambda self, stop: True)
         with pytest.raises(Stopped):
             run.train(across("uld", changes, "again", swap=True), console=quiet)
-    again = run.resume_folder(whole.path.with_name("again"), console=quiet)
+    again = resume_folder(whole.path.with_name("again"), console=quiet)
     one, two = (load_file(folder.model / "model.safetensors") for folder in (whole, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
     lines = read_metrics(whole.metrics)

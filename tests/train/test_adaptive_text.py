@@ -15,6 +15,7 @@ from dpkd.train import dev as module
 from dpkd.train import run
 from dpkd.train.plan import make_plan
 from dpkd.train.progress import Display
+from dpkd.train.resume import resume_folder
 from dpkd.train.trainer import Trainer
 
 
@@ -59,7 +60,7 @@ def test_an_interrupted_run_has_its_share_and_buffer_back(settings_of, toy, quie
         with pytest.raises(Stopped):
             run.train(settings_of("distillm", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
     torch.manual_seed(999)
-    continued = run.resume_folder(tmp_path / "stopped", console=quiet)
+    continued = resume_folder(tmp_path / "stopped", console=quiet)
     one, two = (load_file(folder.model / "model.safetensors") for folder in (whole, continued))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert whole.samples.read_text() == continued.samples.read_text()

@@ -15,6 +15,7 @@ from dpkd.config.settings import ScheduleSettings
 from dpkd.errors import SettingsError, Stopped
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
+from dpkd.train.resume import resume_folder
 from dpkd.train.schedules import LossPace, scheduled
 
 KL = {"loss": "kd", "settings": {"kd_ratio": 1.0}}
@@ -86,7 +87,7 @@ def test_a_run_with_several_losses_logs_each_and_resumes(settings_of, quiet, mon
         patch.setattr(run, "stop_on_signal", stop_early)
         with pytest.raises(Stopped):
             run.train(resolved, console=quiet)
-    continued = run.resume_folder(tmp_path / "stopped", console=quiet)
+    continued = resume_folder(tmp_path / "stopped", console=quiet)
     one, two = (load_file(folder.model / "model.safetensors") for folder in (whole, continued))
     assert all(torch.equal(one[name], two[name]) for name in one)
     values = [[line["schedule/temperature"] for line in read_metrics(f.metrics)] for f in (whole, continued)]

@@ -17,6 +17,7 @@ from dpkd.train import dev as module
 from dpkd.train import run
 from dpkd.train.dev import direction_of
 from dpkd.train.plan import dry_run
+from dpkd.train.resume import resume_folder
 from dpkd.train.trainer import Trainer
 
 
@@ -79,7 +80,7 @@ def test_an_interrupted_run_evaluates_nothing_twice(settings_of, toy, quiet, mon
     folder = RunFolder(tmp_path / "stopped")
     with (folder.path / "dev.jsonl").open("a") as file:
         file.write('{"step": 4, "rouge_l": 99.0, "nll": 0.1}\n')  # after the checkpoint: it did not happen
-    run.resume_folder(folder.path, console=quiet)
+    resume_folder(folder.path, console=quiet)
     for one, two in zip(lines(whole), lines(folder), strict=True):
         assert {**one, "seconds": 0} == pytest.approx({**two, "seconds": 0})
 

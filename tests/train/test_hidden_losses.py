@@ -18,6 +18,7 @@ from dpkd.train.cache import CacheSettings, cache
 from dpkd.train.hidden_states import check_stack, stack_of
 from dpkd.train.plan import make_plan
 from dpkd.train.progress import Display
+from dpkd.train.resume import resume_folder
 
 WIDER = {"student.init": "pretrained", "student.layers": None}
 EXTRA = {"terms.extra.far": {"loss": "hidden-mse", "weight": 0.5, "settings": {"pairs": [[1, 2], [2, 4]]}}}
@@ -108,7 +109,7 @@ def test_weights_of_the_loss_are_trained_kept_and_restored(changes, settings_of,
         with pytest.raises(Stopped):
             run.train(settings_of("kd", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
     torch.manual_seed(999)
-    continued = run.resume_folder(tmp_path / "stopped", console=quiet)
+    continued = resume_folder(tmp_path / "stopped", console=quiet)
     weights = [load_file(checkpoint.latest(f.checkpoints).path / "weights.safetensors") for f in (whole, continued)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

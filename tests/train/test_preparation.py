@@ -16,6 +16,7 @@ from dpkd.run_folder import RunFolder
 from dpkd.train import run
 from dpkd.train.build import _check_sharding
 from dpkd.train.plan import dry_run
+from dpkd.train.resume import resume_folder
 from dpkd.train.trainer import Trainer
 
 
@@ -150,16 +151,16 @@ def test_changed_data_or_teacher_is_not_continued(settings_of, toy, quiet, monke
     folder = _stopped(resolved, quiet, monkeypatch)
     _write(tmp_path / "d.jsonl", [{"prompt": "c", "response": "d"}, {"prompt": "a", "response": "b"}])
     with pytest.raises(DpkdError, match=r"since it began, the data \(data.path\) changed"):
-        run.resume_folder(folder.path, console=quiet)
+        resume_folder(folder.path, console=quiet)
     _write(tmp_path / "d.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}])
     weights = teacher / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-40:] = bytes(40)
     weights.write_bytes(content)
     with pytest.raises(DpkdError, match=r"the teacher \(teacher.model\) changed"):
-        run.resume_folder(folder.path, console=quiet)
+        resume_folder(folder.path, console=quiet)
     shutil.copy(toy / "teacher" / "model.safetensors", weights)
-    run.resume_folder(folder.path, console=quiet)
+    resume_folder(folder.path, console=quiet)
 
 
 def test_the_corpus_is_in_the_facts(settings_of, toy, shown):

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 
 from dpkd.api import Text
 from dpkd.errors import DpkdError
+from dpkd.models.device import out_of_memory
 from dpkd.train import run
 from dpkd.train.build import assemble
-from dpkd.train.probe import longest_responses, out_of_memory
+from dpkd.train.probe import longest_responses
 from dpkd.train.progress import Display
 from dpkd.train.train_step import TrainStep
 

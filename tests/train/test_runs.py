@@ -19,6 +19,7 @@ from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
 from dpkd.train import checkpoint, run
 from dpkd.train.nonfinite import NotFinite
+from dpkd.train.resume import resume_folder
 
 PRETRAINED = {"student.init": "pretrained", "student.layers": None}
 METRICS = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
@@ -176,7 +177,7 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, to
     assert not stopped.model.exists()
     assert checkpoint.latest(stopped.checkpoints).step == 3
     torch.manual_seed(999)  # whatever happened between
-    continued = run.resume_folder(stopped.path, console=quiet)
+    continued = resume_folder(stopped.path, console=quiet)
     one, two = (load_file(f.model / "model.safetensors") for f in (whole, continued))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -193,11 +194,11 @@ def test_a_finished_run_is_not_resumed_and_a_used_folder_not_overwritten(setting
     resolved = settings_of("sft")
     folder = run.train(resolved, console=quiet)
     with pytest.raises(DpkdError, match="is finished: its model is"):
-        run.resume_folder(folder.path, console=quiet)
+        resume_folder(folder.path, console=quiet)
     with pytest.raises(DpkdError, match="holds a run already"):
         run.train(resolved, console=quiet)
     with pytest.raises(DpkdError, match="not a run folder"):
-        run.resume_folder(folder.path.parent / "nothing", console=quiet)
+        resume_folder(folder.path.parent / "nothing", console=quiet)
 
 
 def test_numbers_that_explode_name_the_culprit_and_keep_the_checkpoint(settings_of, quiet):
@@ -249,5 +250,5 @@ def test_the_reference_is_the_student_as_it_started(settings_of, toy, quiet, mon
         patch.setattr(run, "stop_on_signal", stop_early)
         with pytest.raises(Stopped):
             run.train(resolved, console=quiet)
-    continued = run.resume_folder(tmp_path / "stopped", console=quiet)
+    continued = resume_folder(tmp_path / "stopped", console=quiet)
     assert [line["loss/main"] for line in read_metrics(continued.metrics)] == losses

@@ -23,6 +23,7 @@ from dpkd.train import run
 from dpkd.train.build import assemble
 from dpkd.train.probe import longest_responses
 from dpkd.train.progress import Display
+from dpkd.train.resume import resume_folder
 from dpkd.train.trainer import Trainer
 
 STUDENT = {"text.source": "student", "train.batch_size": 4}
@@ -129,7 +130,7 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, settings_of, quiet, monk
     (kept,) = (tmp_path / "stopped/checkpoints").glob("step-*/sources.json")
     rows = json.loads(kept.read_text(encoding="utf-8"))["main"]["responses"]
     assert [len(responses) for _, responses in rows] == [2] * 8
-    resumed = run.resume_folder(tmp_path / "stopped", console=quiet)
+    resumed = resume_folder(tmp_path / "stopped", console=quiet)
     timed = {"seconds", "tokens_per_second", "peak_memory_mib"}
     for one, other in zip(read_metrics(straight.metrics), read_metrics(resumed.metrics), strict=True):
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}

@@ -1,0 +1,86 @@
+"""`dpkd` commands in processes of their own that never outlive this one and stop when it is asked to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from dpkd.train.interrupt import STOP_SIGNALS
+
+_CHILD = "from dpkd.train.children import die_with_parent; die_with_parent(); from dpkd.cli.main import main; main()"
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+class Children:
+    """The commands that run now; a signal to stop goes to all of them, and no other is started after it."""
+
+    def __init__(self) -> None:
+        self.stopped_by: int | None = None
+        self._running: set[subprocess.Popen[Any]] = set()
+        self._lock = threading.RLock()  # a signal's handler may come while its own thread holds it
+
+    def run(self, arguments: Sequence[str], **options: Any) -> int:
+        """Run `dpkd ARGUMENTS` and return its exit code; that of the signal when it is too late to start.
+
+        The command has a session of its own: Ctrl-C reaches it once, through us. `-P` keeps a `dpkd.py` in the
+        working directory from being run in the place of this package.
+        """
+        command = [sys.executable, "-P", "-c", _CHILD, str(os.getpid()), *arguments]
+        with self._lock:
+            if self.stopped_by is not None:
+                return 128 + self.stopped_by
+            process = subprocess.Popen(command, start_new_session=True, **options)
+            self._running.add(process)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()  # it writes a checkpoint and goes
+            process.wait()
+            raise
+        finally:
+            with self._lock:
+                self._running.discard(process)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Pass a signal on."""
+        with self._lock:
+            if self.stopped_by is None:
+                sys.stderr.write("stopping: the runs that go on write a checkpoint and end\n")
+                self.stopped_by = number
+            for process in self._running:
+                process.send_signal(number)
+
+
+@contextmanager
+def children() -> Iterator[Children]:
+    """Commands that are stopped by the signals that this process gets in the block (in its main thread only)."""
+    started = Children()
+    if threading.current_thread() is not threading.main_thread():
+        yield started
+        return
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, started) for number in heard}
+    try:
+        yield started
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def die_with_parent() -> None:
+    """In a child: ask for SIGTERM when the parent, the first argument, dies, even by SIGKILL."""
+    parent = int(sys.argv.pop(1))
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before
+        sys.exit(128 + signal.SIGTERM)
+    sys.argv[0] = "dpkd"

@@ -1,0 +1,117 @@
+"""A sweep that is stopped takes its run with it; one that was changed says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from toy_commands import write_toy
+
+from dpkd.train import checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Toy models, data, and a sweep of one long run."""
+    folder = tmp_path_factory.mktemp("sweep")
+    write_toy(folder / "toy")
+    write_sweep(folder, 1_000_000)
+    return folder
+
+
+def write_sweep(folder: Path, steps: int, lr: float = 1e-3) -> None:
+    settings = {
+        "output": "runs",
+        "settings": {"teacher.model": "toy/model", "data.path": "toy/data.jsonl", "train.steps": steps, "train.lr": lr},
+        "stages": {"one": {"settings": {"loss.name": "kd", "student.init": "layers", "student.layers": 1}}},
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(settings))
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-P", "-m", "dpkd.cli.main", "sweep", "sweep.yaml", *options]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def child_of(parent: int) -> int:
+    """The run that a sweep started, once it trains."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                status = (entry / "stat").read_text().rpartition(")")[2].split()
+                trains = b"train" in (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if int(status[1]) == parent and trains:
+                return int(entry.name)
+        time.sleep(0.05)
+    raise AssertionError("no run was started")
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def ends(process: int) -> bool:
+    deadline = time.monotonic() + 200
+    while is_alive(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not is_alive(process)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_a_sweep_that_is_stopped_takes_its_run_with_it(number, folder):
+    sweep = start(folder, "--isolate")
+    run = child_of(sweep.pid)
+    metrics = folder / "runs/one/metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
+    deadline = time.monotonic() + 200
+    while (metrics.stat().st_size if metrics.exists() else 0) <= size and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(sweep.pid, number)
+    said, _ = sweep.communicate(timeout=200)
+    assert ends(run)
+    assert sweep.returncode == (-9 if number == signal.SIGKILL else 128 + number), said
+    if number != signal.SIGKILL:
+        assert "the sweep stopped after 0 of 1 runs; call it again to go on" in said
+    assert checkpoint.latest(folder / "runs/one/checkpoints") is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_in_one_process_stops_with_a_checkpoint(number, tmp_path):
+    write_toy(tmp_path / "toy")
+    write_sweep(tmp_path, 1_000_000)
+    sweep = start(tmp_path)
+    metrics = tmp_path / "runs/one/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(sweep.pid, number)
+    said, _ = sweep.communicate(timeout=200)
+    assert sweep.returncode == 128 + number, said
+    assert "the sweep stopped after 0 of 1 runs; call it again to go on" in said
+    assert checkpoint.latest(tmp_path / "runs/one/checkpoints") is not None
+
+
+def test_settings_that_changed_are_refused_by_name(tmp_path):
+    write_toy(tmp_path / "toy")
+    write_sweep(tmp_path, 1)
+    first = start(tmp_path)
+    said, _ = first.communicate(timeout=300)
+    assert first.returncode == 0, said
+    write_sweep(tmp_path, 1, lr=0.05)
+    second = start(tmp_path)
+    said, _ = second.communicate(timeout=300)
+    assert second.returncode == 1
+    assert "holds a run with other settings: train.lr is 0.001 there and 0.05 here" in " ".join(said.split())
