@@ -209,7 +209,7 @@ def _run(
         raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
     accelerator.wait_for_everyone()
     is_main = accelerator.is_main_process
-    assembly.train_step.inner.lend(
+    assembly.train_step.lend_saved(
         lambda _: finish(resolved, folder, assembly, display, done, dev) if is_main else None
     )
     accelerator.wait_for_everyone()
