@@ -109,8 +109,8 @@ def test_everything_that_cannot_be_read_is_reported_at_once(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("train: {lr: 1}\ntrain: {lr: 2}", ":2: the key 'train' stands there twice"),
-        ("train:\n  lr: 1\n  lr: 2", ":3: the key 'lr' stands there twice"),
+        ("train: {lr: 1}\ntrain: {lr: 2}", ":2: duplicate key 'train'"),
+        ("train:\n  lr: 1\n  lr: 2", ":3: duplicate key 'lr'"),
         ("text:\n  mix:\n    1: 2", ":3: the key 1 is not text"),
         ("- kd", ": expected blocks of settings"),
         ("just text", ": expected blocks of settings"),
