@@ -120,8 +120,8 @@ def tokenize(
     report = _report(len(examples), prompts, dropped, cut, settings.max_tokens)
     templates = template_line((one.form for one in rendered), settings.template)
     whole = [(len(p), max(len(r), len(o))) for p, r, o in zip(prompt_ids, response_ids, rejected_ids, strict=True)]
-    notes = {"lengths": _length_advice(whole, settings), "glued": _glued(rendered, responses)}
-    return EncodedData(prompts, replace(report, templates=templates, **notes))
+    lengths, glued = _length_advice(whole, settings), _glued(rendered, responses)
+    return EncodedData(prompts, replace(report, templates=templates, lengths=lengths, glued=glued))
 
 
 def check_ids(prompts: Iterable[Prompt], rows: int, who: str) -> None:

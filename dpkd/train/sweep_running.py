@@ -186,7 +186,7 @@ class _Sweep:
         metric = resolve(self.plan.layers(run), self.registry).settings.dev.metric
         sign = direction_of(metric, metric_specs(self.registry))
         values = [json.loads(line)[metric] for line in file.read_text(encoding="utf-8").splitlines() if line]
-        return sign * max(sign * value for value in values)
+        return float(sign * max(sign * value for value in values))
 
     def _result(self, run: SweepRun, device: str | None) -> str:
         folder, began = RunFolder(run.folder), time.monotonic()
