@@ -1,4 +1,3 @@
-
 """Bad input, generated from a seed: settings, YAML, arguments, data, models, plugins, damaged folders.
 
 A case is a family and a number, which decide all of it. The command runs in this process, with a limit of time and
