@@ -23,7 +23,7 @@ from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.inputs import Inputs, read_inputs
 from dpkd.models.loading import context_length
 from dpkd.models.student_init import student_config
-from dpkd.models.tokenizers import difference, shared_vocabulary
+from dpkd.models.tokenizers import difference, shared_vocabulary, tokenizer_fingerprint
 from dpkd.plugins import Registry
 from dpkd.teachers.aligned import AlignedTeacher
 from dpkd.train.cross_tokenizer import make_translator, token_by_token
@@ -85,7 +85,10 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     pairs = any(objective.text.preferences for objective in resolved.objectives)
     rows = given.rows(settings.data.path)
     examples = read_examples(settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed)
-    data = tokenize(examples.examples, tokenizer, settings.data, require_response=responses)
+    data = given.remembered(
+        (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses),
+        lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses),
+    )
     for line in [*examples.lines()[1:], *data.report.lines()]:
         display.say(line)
     translator = None

@@ -148,8 +148,8 @@ def test_rows_left_out_are_shown(here):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--seeds", "1,1"), "--seeds '1,1': expected different whole numbers"),
-        (("--seeds", "a"), "--seeds 'a': expected different whole numbers"),
+        (("--seeds", "1,1"), "--seeds '1,1': expected distinct comma-separated integers"),
+        (("--seeds", "a"), "--seeds 'a': expected distinct comma-separated integers"),
         (("--cuts", "5,2"), "length cuts 5,2: expected"),
         (("--set", "train.lr=1"), "only settings of `data`"),
         (("--set", "data.max_promt_tokens=1"), "did you mean data.max_prompt_tokens"),

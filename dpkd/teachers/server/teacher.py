@@ -130,11 +130,11 @@ class ServerTeacher(Teacher):
 
     def text(self) -> TeacherText:
         """The server writes its own responses."""
+        return TeacherText(None, self.vocabulary, self.fingerprint(), sampler=self.sampler)
 
-        def sampler() -> ServerSampler:
-            return ServerSampler(self.client, self.protocol, self._tokenizer, self.vocabulary, self.context)
-
-        return TeacherText(None, self.vocabulary, self.fingerprint(), sampler=sampler)
+    def sampler(self) -> ServerSampler:
+        """What draws by the server."""
+        return ServerSampler(self.client, self.protocol, self._tokenizer, self.vocabulary, self.context)
 
     def statistics(self) -> Mapping[str, float]:
         """Tokens that servers scored a second, seconds that the run waited for answers, attempts that failed."""
