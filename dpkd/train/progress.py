@@ -106,12 +106,12 @@ class Display:
                 self._progress.update(self._task, speed=f"{metrics['tokens_per_second']:,.0f} tok/s")
 
     def _left(self, done: int) -> str:
-        """Time so far and to go, where no bar shows it."""
+        """Time to go, where no bar shows it."""
         passed = time.monotonic() - self._began
         if not self._start < done < self._total:
             return ""
         left = passed / (done - self._start) * (self._total - done)
-        return f"  ({timedelta(seconds=round(passed))} elapsed, {timedelta(seconds=round(left))} left)"
+        return f"  left {timedelta(seconds=round(left))}"
 
     def pulse(self, done: int, total: int) -> None:
         """Where the writing of responses is: in place of the bar's title, or in a bar of its own."""
