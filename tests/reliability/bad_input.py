@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (tables of odd values)
 """Bad input, generated from a seed: settings, YAML, arguments, data, models, plugins, damaged folders.
 
 A case is a family and a number, which decide all of it. The command runs in this process, with a limit of time and
@@ -148,6 +147,8 @@ def _outcome(case: Case, code: int | str, text: str) -> str:
         return code
     if "Traceback (most recent call last)" in text:
         return "traceback"
+    if "unexpected error, Hang" in text:
+        return "hang"
     if "unexpected error, " in text:
         return "unforeseen"
     if code not in case.codes or (code and not text.strip()):
