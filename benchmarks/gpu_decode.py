@@ -95,10 +95,12 @@ def graph_floor(model: Any, prompts: list[list[int]], new: int) -> float:
     if not CUDA:
         raise RuntimeError("no GPU")
     width, rows = max(map(len, prompts)), len(prompts)
-    cache = StaticCache(config=model.config, max_cache_len=width + new)
+    cache = StaticCache(
+        config=model.config, max_cache_len=width + new + 4
+    )  # two steps before, one while it is captured
     token = torch.zeros(rows, 1, dtype=torch.long, device=DEVICE)
     model(token.expand(rows, width).contiguous(), past_key_values=cache, use_cache=True)
-    mask = torch.ones(rows, 1, 1, width + new, dtype=torch.bool, device=DEVICE)
+    mask = torch.ones(rows, 1, 1, width + new + 4, dtype=torch.bool, device=DEVICE)
     position = torch.full((rows, 1), width, dtype=torch.long, device=DEVICE)
 
     def one() -> None:
@@ -118,4 +120,11 @@ def graph_floor(model: Any, prompts: list[list[int]], new: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         one()
-    return _best(lambda: [graph.replay() for _ in range(new)])
+
+    def replays() -> None:
+        for layer in cache.layers:  # each replay moves on by a column: begin behind the prompt again
+            layer.cumulative_length.fill_(width)
+        for _ in range(new):
+            graph.replay()
+
+    return _best(replays)

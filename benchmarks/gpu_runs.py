@@ -199,14 +199,16 @@ def part_runs(book: Book, tiny: bool) -> None:
     pair = models("tiny" if tiny else "runs")
     student = {"text.source": "student"}
     runs: dict[str, Callable[[], Numbers]] = {
+        # TRL's trainers wrap the models that they are given: ours come first.
         "dpkd jsd, off-policy": lambda: run_ours("jsd", pair, rows, size),
-        "TRL GKD, off-policy": lambda: run_trl("GKD off-policy", pair, rows, size),
         "dpkd jsd, on-policy": lambda: run_ours("jsd", pair, few, slow, **student),
-        "TRL DistillationTrainer, on-policy": lambda: run_trl("Distillation on-policy", pair, few, slow),
         "dpkd pairs": lambda: run_ours("dpkd", pair, rows, size, **{"text.source": "preference"}),
+        "dpkd minillm": lambda: run_ours("minillm", pair, few, slow, **{"text.every": 1, "text.num_iterations": 1}),
+        "dpkd jsd, off-policy, compiled": lambda: run_ours("jsd", pair, rows, size, **{"train.compile": "on"}),
+        "TRL GKD, off-policy": lambda: run_trl("GKD off-policy", pair, rows, size),
+        "TRL DistillationTrainer, on-policy": lambda: run_trl("Distillation on-policy", pair, few, slow),
         "TRL DPOTrainer": lambda: run_trl("DPO", pair, rows, size),
         "TRL GKD, on-policy": lambda: run_trl("GKD on-policy", pair, few, slow),
-        "dpkd minillm": lambda: run_ours("minillm", pair, few, slow, **{"text.every": 1, "text.num_iterations": 1}),
     }
     for name, run in runs.items():
         book.take("runs", name, run)

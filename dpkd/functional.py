@@ -34,6 +34,7 @@ __all__ = [
     "returns_to_go",
     "segment_sum",
     "sorted_distance",
+    "with_rest",
 ]
 
 
@@ -119,6 +120,17 @@ def gather_logps(log_q_NV: Tensor, ids_N: Tensor) -> Tensor:
 def nll(log_q_NV: Tensor, ids_N: Tensor) -> Tensor:
     """Negative log-likelihood `[N]` in nats of one token per position."""
     return -gather_logps(log_q_NV, ids_N)
+
+
+def with_rest(log_NV: Tensor, ids_NK: Tensor) -> Tensor:
+    """Log-probabilities of some tokens and, last, of all others together `[N, K+1]`.
+
+    >>> with_rest(torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0]])).exp()
+    tensor([[0.5000, 0.5000]])
+    """
+    # Summing what is left, not 1 - Σ: that would be rounding where the K tokens hold nearly all.
+    rest_N = log_total(log_NV.scatter(-1, ids_NK, -math.inf))
+    return torch.cat([log_NV.gather(-1, ids_NK), rest_N.unsqueeze(-1)], dim=-1)
 
 
 def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float) -> Tensor:

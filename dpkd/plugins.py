@@ -250,6 +250,7 @@ def _without_hook(point: EntryPoint) -> str:
 
 def _conflict(kind: Kind[Any], name: str, found: Sequence[Registered[Any]]) -> str:
     """Who claims a name."""
+    found = sorted(found, key=lambda one: one.origin)
     claims = " and ".join(one.origin for one in found)
     return (
         f"two {kind.plural} are called {name!r}: {claims}. Uninstall one, or name the plugins to load, separated by "

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dpkd.api import LossSpec
+    from dpkd.api import Callback, LossSpec
     from dpkd.evaluation.results import Evaluation
     from dpkd.losses.base import ZooLoss
     from dpkd.models.in_memory import InMemory
@@ -36,6 +36,7 @@ def train(
     seed: int | None = None,
     config: Sequence[str | Path] = (),
     settings: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RunFolder:
     """Distil, as `dpkd train` does. Returns the run's folder; its `model` loads with `AutoModelForCausalLM`.
 
@@ -49,6 +50,7 @@ def train(
     seed       of everything random in the run
     config     YAML files, later ones over earlier ones
     settings   dotted paths and their values, over all else: `{"train.lr": 1e-4}`
+    callbacks  what to do beside training, see `dpkd.api.Callback`
 
     Raises SettingsError with every mistake in the settings, DpkdError for what the run stumbles over.
     """
@@ -73,7 +75,7 @@ def train(
     layers += [flag_layer("settings", path, value) for path, value in (settings or {}).items()]
     resolved = resolve(layers, registry, given)
     with own_accelerate_state(), given.left_alone():
-        return run(resolved)
+        return run(resolved, callbacks=callbacks)
 
 
 def resume(
@@ -84,6 +86,7 @@ def resume(
     student: PreTrainedModel | None = None,
     data: Iterable[Mapping[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RunFolder:
     """Continue an interrupted run, as `dpkd train --resume` does, bit for bit.
 
@@ -104,7 +107,7 @@ def resume(
     _, given = _names({"teacher": teacher, "student": student}, data, tokenizer)
     path = folder if isinstance(folder, str | Path) else folder.path
     with own_accelerate_state(), given.left_alone():
-        return resume_folder(Path(path), given=given, registry=registry)
+        return resume_folder(Path(path), given=given, registry=registry, callbacks=callbacks)
 
 
 def evaluate(

@@ -6,6 +6,7 @@ It is copied to `vllm.py` by tests. Slow and plain: a whole forward pass for eac
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -13,6 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ENGINES: list[LLM] = []
+# Found as a module, and no package: `vllm.platforms` is put beside it.
+sys.modules["vllm.platforms"] = SimpleNamespace(  # type: ignore[assignment]
+    current_platform=SimpleNamespace(is_cpu=lambda: False, is_sleep_mode_available=lambda: True)
+)
 
 
 @dataclass
@@ -26,24 +31,15 @@ class SamplingParams:
     stop_token_ids: list[int] = field(default_factory=list)
     ignore_eos: bool = False
     logprobs: int | None = None
-    allowed_token_ids: list[int] | None = None
     detokenize: bool = True
 
 
-class _Engine:
-    """The model inside the engine: it has its own names for nothing, and refuses what it does not know."""
+class _Engine(torch.nn.Module):
+    """The model inside the engine."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
         self.model = model
-
-    @torch.no_grad()
-    def load_weights(self, weights):
-        own = dict(self.model.named_parameters())
-        loaded = set()
-        for name, weight in weights:
-            own[name].copy_(weight)
-            loaded.add(name)
-        return loaded
 
 
 class LLM:
@@ -55,6 +51,7 @@ class LLM:
         skip_tokenizer_init,
         dtype,
         max_model_len,
+        max_num_batched_tokens,
         gpu_memory_utilization,
         enforce_eager,
         enable_sleep_mode,
@@ -65,7 +62,12 @@ class LLM:
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         assert (load_format, skip_tokenizer_init, logprobs_mode) == ("dummy", True, "processed_logprobs")
         assert 0 < gpu_memory_utilization < 1
+        assert max_num_batched_tokens >= (max_model_len or 0)
         self.config = AutoConfig.from_pretrained(model)
+        assert self.config.architectures, "vLLM takes a model without a class for an embedder"
+        core = SimpleNamespace(shutdown=lambda: None)
+        core.model_executor = core.scheduler = core
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(engine_core=core))
         with torch.random.fork_rng():
             self._engine = _Engine(AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval())
         self.max_model_len, self.can_sleep = max_model_len, enable_sleep_mode
@@ -87,8 +89,17 @@ class LLM:
 
     def apply_model(self, func):
         assert "weights" in self.awake
-        self.log.append("weights")
         return [func(self._engine)]
+
+    @torch.no_grad()
+    def collective_rpc(self, method, kwargs):
+        assert "weights" in self.awake
+        assert method == "reload_weights"
+        self.log.append("weights")
+        own = dict(self._engine.model.named_parameters())
+        for name, weight in kwargs["weights_iterator"]:
+            own[name].copy_(weight)
+        return [None]
 
     def reset_prefix_cache(self):
         self.log.append("reset")
@@ -107,10 +118,6 @@ class LLM:
         ids, logprobs = [], []
         while len(ids) < params.max_tokens and len(prompt) + len(ids) < (self.max_model_len or 10**9):
             logits = self._engine.model(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, -1].double()
-            if params.allowed_token_ids is not None:
-                kept = torch.full_like(logits, -torch.inf)
-                kept[params.allowed_token_ids] = logits[params.allowed_token_ids]
-                logits = kept
             log_p = (logits / (params.temperature or 1.0)).log_softmax(-1)
             greedy = params.temperature == 0
             token = log_p.argmax() if greedy else torch.multinomial(log_p.exp(), 1, generator=generator)

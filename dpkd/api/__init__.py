@@ -16,6 +16,7 @@ from typing import Any
 
 import pluggy
 
+from dpkd.api.callbacks import Callback, Training
 from dpkd.api.cards import Card, Source
 from dpkd.api.generators import Ability, GenerationModel, Sampled, Sampler, SamplerConfig, SamplerSpec, SamplingTask
 from dpkd.api.inputs import (
@@ -63,6 +64,7 @@ from dpkd.api.teachers import (
     SharedVocabulary,
     Teacher,
     TeacherBatch,
+    TeacherLost,
     TeacherOffer,
     TeacherOutput,
     TeacherSpec,
@@ -77,6 +79,7 @@ __all__ = [
     "Ability",
     "Answers",
     "Block",
+    "Callback",
     "Card",
     "Family",
     "GenerationModel",
@@ -114,6 +117,7 @@ __all__ = [
     "TeacherAccess",
     "TeacherBatch",
     "TeacherGuided",
+    "TeacherLost",
     "TeacherOffer",
     "TeacherOutput",
     "TeacherSpec",
@@ -122,6 +126,7 @@ __all__ = [
     "TokenInputs",
     "TokenLoss",
     "TokenScores",
+    "Training",
     "Trait",
     "UndeclaredSignal",
     "Wants",

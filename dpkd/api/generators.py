@@ -100,6 +100,7 @@ class GenerationModel:
     vocabulary  only ids below it are drawn, and log-probs are normalized over them; None: all that the model has
     eos_ids     a response ends with any of them
     context     prompt and response have so many tokens at most, if not fewer by the model itself; None: the model's
+    longest     tokens of the longest prompt with its response that will be asked for; None: not known
     decoding    how a sampler of this process decodes, `text.decoding`: auto, graph or eager
     """
 
@@ -109,6 +110,7 @@ class GenerationModel:
     pad_id: int
     context: int | None = None
     decoding: Decoding = "auto"
+    longest: int | None = None
 
 
 class SamplerConfig(Block):

@@ -23,6 +23,7 @@ class Signal(StrEnum):
     BY_STUDENT = "by_student"  # whether the student wrote the response that the position is in [N], bool
     STUDENT_LOGITS = "student_logits"  # [N, V]
     TEACHER_LOGITS = "teacher_logits"  # [N, V]
+    CHOSEN_IDS = "chosen_ids"  # the student's likeliest tokens, likeliest first [N, K]: the teacher may know no others
     STUDENT_LOGPS = "student_logps"  # of whole responses, chosen and rejected [B]
     TEACHER_LOGPS = "teacher_logps"  # of whole responses [B]; in a RolloutLoss of the drawn tokens [N]
     REFERENCE_LOGPS = "reference_logps"  # of whole responses, under the student as it was at the start of the run [B]
@@ -146,6 +147,11 @@ class TokenInputs(_Inputs):
     def targets(self) -> Tensor:
         """The response's token id at each position, `[N]`."""
         return self[Signal.TARGETS]  # type: ignore[no-any-return]
+
+    @property
+    def chosen_ids(self) -> Tensor:
+        """The student's likeliest tokens `[N, K]`: beside the target, the only ones that a server was asked for."""
+        return self[Signal.CHOSEN_IDS]  # type: ignore[no-any-return]
 
     @property
     def by_student(self) -> Tensor:

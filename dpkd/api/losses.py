@@ -32,6 +32,7 @@ class TeacherAccess(StrEnum):
     TOKEN_LOGPS = "token log-probs"
     SAMPLED = "sampled tokens"
     TOP_K = "top-k log-probs"
+    CHOSEN_IDS = "log-probs of chosen ids"
     LOGITS = "logits"
     HIDDEN = "hidden states"
 
@@ -136,8 +137,11 @@ class LossSpec:
     reads     the signals it reads, or a function from its config to them
     accepts   who may have written the text (for pairs: either response)
     top_k     how many of the teacher's likeliest tokens, beside the mass of the rest, decide the value; None: all
+    chosen_k  how many of the student's likeliest tokens (Signal.CHOSEN_IDS), beside the given one and the mass of the
+              rest, decide what is read of the teacher; None: not these alone
     suggests  run settings that the paper used, as a nested mapping; any layer of the user overrides them
     traits    promises that the conformance kit verifies
+    reward_scale β of the implicit reward β log q/p that is logged; None: 1
     linear_when  under which settings LINEAR_IN_TEACHER holds; None: under all
     preset_of the loss that this one is, with other defaults or another text; empty for a loss of its own
     """
@@ -151,7 +155,9 @@ class LossSpec:
     suggests: Mapping[str, Any] = field(default_factory=dict)
     traits: frozenset[Trait] = frozenset()
     top_k: Callable[[Any], int] | None = None
+    chosen_k: Callable[[Any], int] | None = None
     linear_when: Callable[[Any], bool] | None = None
+    reward_scale: Callable[[Any], float] | None = None
     preset_of: str = ""
 
     @property
@@ -174,6 +180,8 @@ class LossSpec:
         signals = self.signals(config)
         if Signal.TEACHER_HIDDEN in signals:
             return TeacherAccess.HIDDEN
+        if Signal.TEACHER_LOGITS in signals and self.chosen_k is not None:
+            return TeacherAccess.CHOSEN_IDS
         if Signal.TEACHER_LOGITS in signals:
             return TeacherAccess.LOGITS if self.top_k is None else TeacherAccess.TOP_K
         if Signal.TEACHER_LOGPS in signals:

@@ -445,7 +445,13 @@ def useful(written: Written, eos_ids: frozenset[int], *, pairs: bool) -> StepRes
             continue
         if own:
             kept.append((index, own))
-    return StepResponses(kept, counts)
+    gaps = [
+        abs(q - drawn)
+        for _, responses in written
+        for r in responses
+        for q, drawn in zip(r.rollout_logps or (), r.behaviour_logps or (), strict=True)
+    ]
+    return StepResponses(kept, {**counts, "policy_gap": sum(gaps) / len(gaps)} if gaps else counts)
 
 
 @dataclass(frozen=True)

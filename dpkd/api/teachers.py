@@ -13,11 +13,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpkd.api.generators import Sampler
 from dpkd.api.inputs import Signal
 from dpkd.api.losses import TeacherAccess, Text
 from dpkd.errors import DpkdError
 from dpkd.functional import gather_logps, log_softmax
 from dpkd.settings import Block
+
+
+class TeacherLost(DpkdError):
+    """A teacher that is not in this process gives no answer any more: the run stops at a checkpoint."""
 
 
 class SharedVocabulary(NamedTuple):
@@ -52,12 +57,14 @@ class Wants(NamedTuple):
 
     chunk   rows of logits that may be held at a time
     layers  the hidden states that losses read
+    chosen  [N, K] the only ids, beside the given ones, at which logits are read; None: any
     """
 
     chunk: int
     logps: bool = False
     logits: bool = False
     layers: tuple[int, ...] = ()
+    chosen: Tensor | None = None
 
     @property
     def anything(self) -> bool:
@@ -110,7 +117,7 @@ class TeacherOffer:
     """What a teacher can give, known before anything of it is loaded: compared with what the losses of a run need.
 
     access      the most that it gives
-    k           of TOP_K and SAMPLED: how many tokens; `vocabulary` ids or more are the whole distribution
+    k           of TOP_K, CHOSEN_IDS and SAMPLED: how many tokens; `vocabulary` ids or more are the whole distribution
     writers     on whose responses; None: on anybody's
     writes      whether it writes responses of its own
     what, has   for messages: `the store` has `the 64 likeliest tokens and the mass of the rest`
@@ -135,12 +142,14 @@ class TeacherText:
     vocabulary   ids that may be drawn
     fingerprint  whose they are, for the key of the store of responses
     folder       the store of responses; None: the user's
+    sampler      opens what writes them where that is no model of this process
     """
 
     model: nn.Module | None
     vocabulary: int
     fingerprint: str
     folder: Path | None = None
+    sampler: Callable[[], Sampler] | None = None
 
 
 class Teacher:
@@ -151,6 +160,9 @@ class Teacher:
     config      of the causal LM, where it is one: sizes, and the longest sequence that it reads
     model       that LM, once it is loaded: a student may start from its layers
     measurable  whether it has the whole distribution at every row of the student's tokens: divergences are logged
+    remote      whether it answers from outside this process: it is asked ahead, and may be lost (TeacherLost)
+    chooses     whether it must be told at which ids logits are read, where losses read the student's likeliest only
+    context     the longest sequence that it reads, where it has no `config` that says it
     widest      logits of a row that a loss sees, where that is more than the student's vocabulary
     vocabulary  ids that it predicts, once it is loaded
     """
@@ -160,6 +172,9 @@ class Teacher:
     config: Any | None = None
     model: nn.Module | None = None
     measurable: bool = True
+    remote: bool = False
+    chooses: bool = False
+    context: int | None = None
     widest: int | None = None
     vocabulary: int = 0
 
@@ -174,6 +189,9 @@ class Teacher:
     def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
         """Memory of its weights in this process; `dtype` as in `load`."""
         return 0.0
+
+    def prepare_for(self, kept: int, chosen: int) -> None:
+        """Told before `check`: of its likeliest tokens the losses need `kept`, and `chosen` of the student's."""
 
     def check(self, tokenizer: Any) -> None:
         """Raises DpkdError when it cannot be the teacher of a student with this tokenizer; nothing is loaded yet."""
@@ -196,6 +214,13 @@ class Teacher:
                 f"{student_rows:,} rows"
             )
         return SharedVocabulary(self.vocabulary)
+
+    def expect(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], wants: Wants) -> None:
+        """Prompts and responses that it will soon be asked to score: what answers from afar begins now."""
+
+    def statistics(self) -> Mapping[str, float]:
+        """What it measured of itself since the last call, for the log."""
+        return {}
 
     def score(self, batch: Any, wants: Wants) -> TeacherOutput:
         """What it says of the response positions of a batch (a `TeacherBatch`), without gradient."""

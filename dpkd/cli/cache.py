@@ -12,7 +12,7 @@ from dpkd.errors import SettingsError
 
 
 def cache(
-    output: Annotated[Path, typer.Option(help="folder of the store; an interrupted call is continued")],
+    output: Annotated[Path, typer.Option(help="folder of the store; rerun to resume an interrupted call")],
     loss: LossName = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -23,8 +23,8 @@ def cache(
     kind: Annotated[
         str | None, typer.Option(help="tokens, topk or sampled [default: what the loss needs]", show_default=False)
     ] = None,
-    k: Annotated[int | None, typer.Option(help="tokens kept at each position", min=1, show_default=False)] = None,
-    dtype: Annotated[str, typer.Option(help="of the log-probs: float16 or float32")] = "float16",
+    k: Annotated[int | None, typer.Option(help="tokens stored at each position", min=1, show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="type of the log-probs: float16 or float32")] = "float16",
     batch_size: Annotated[int, typer.Option(help="responses read together", min=1)] = 16,
 ) -> None:
     """Write down what the teacher says of a run's text, so that the run needs no teacher: flags as for `dpkd train`."""

@@ -17,7 +17,7 @@ ABSENT = "—"  # the loss has no such setting
 
 
 @dataclass(frozen=True)
-class Difference:
+class SettingDifference:
     """One aspect of two losses: what each says, and whether that is the same."""
 
     what: str
@@ -31,11 +31,11 @@ class Difference:
 
 def compare(
     first: RegisteredLoss, first_row: Mapping[str, Any], second: RegisteredLoss, second_row: Mapping[str, Any]
-) -> list[Difference]:
+) -> list[SettingDifference]:
     """Formula, family, text, needs, promises, advice and every setting of two losses, the same aspects of both."""
     one, other = _aspects(first, first_row), _aspects(second, second_row)
     ordered = [*one, *(what for what in other if what not in one)]
-    return [Difference(what, one.get(what, ABSENT), other.get(what, ABSENT)) for what in ordered]
+    return [SettingDifference(what, one.get(what, ABSENT), other.get(what, ABSENT)) for what in ordered]
 
 
 def _aspects(loss: RegisteredLoss, row: Mapping[str, Any]) -> dict[str, str]:
@@ -53,12 +53,12 @@ def _settings(schema: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def as_json(names: tuple[str, str], rows: list[Difference]) -> dict[str, Any]:
+def as_json(names: tuple[str, str], rows: list[SettingDifference]) -> dict[str, Any]:
     """The comparison as plain data."""
     return {"losses": list(names), "rows": [{**asdict(row), "same": row.same} for row in rows]}
 
 
-def print_comparison(names: tuple[str, str], rows: list[Difference], console: Console | None = None) -> None:
+def print_comparison(names: tuple[str, str], rows: list[SettingDifference], console: Console | None = None) -> None:
     """Print the two beside each other; ≠ marks what differs."""
     from rich import box
     from rich.console import Console as Terminal

@@ -157,15 +157,12 @@ def _settings(
 ) -> EvaluationSettings:
     from dpkd.api import SamplingSettings
     from dpkd.config.problems import checked
-    from dpkd.evaluation.evaluator import EvaluationSettings
+    from dpkd.evaluation.evaluator import EvaluationSettings, parse_seeds
     from dpkd.evaluation.lengths import WORDS, parse_cuts
 
-    parts = [part.strip() for part in seeds.split(",") if part.strip()]
-    if not parts or not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
-        raise SettingsError([f"--seeds {seeds!r}: expected different whole numbers with commas between, such as 10,20"])
     return EvaluationSettings(
         checked(SamplingSettings, sampling, "sampling"),
-        tuple(map(int, parts)),
+        parse_seeds(seeds),
         rewards,
         parse_cuts(cuts),
         WORDS if unit is Unit.WORDS else None,
@@ -179,9 +176,11 @@ def _folders(targets: list[EvalTarget], sets: list[EvalSet], output: Path | None
     Raises SettingsError when two of the models, or of the sets, would be filed under one name.
     """
     if output is not None and len(targets) > 1:
-        raise SettingsError([f"--output {output}: names the folder of one model; with several, each has its own"])
+        raise SettingsError(
+            [f"--output {output}: is the folder of a single model; several models have their default folders"]
+        )
     problems = [
-        f"--{flag}: {', '.join(same)} would all be filed under {name}: evaluate them one by one, with --output"
+        f"--{flag}: {', '.join(same)} would all be saved under {name}: evaluate them one by one, with --output"
         for flag, pairs in (
             ("model", [(str(s.folder), s.name) for s in targets]),
             ("data", [(one.name, one.path) for one in sets]),

@@ -40,7 +40,9 @@ Models = Annotated[list[str], typer.Option(help="run folder, model folder or hub
 Sets = Annotated[
     list[str], typer.Option(help="a file, folder, hub id, or dolly, self-inst, vicuna, sinst, uinst; repeatable")
 ]
-Teacher = Annotated[str | None, typer.Option(help="for the divergences; a run brings its own", show_default=False)]
+Teacher = Annotated[
+    str | None, typer.Option(help="teacher for the divergences [default: the run's]", show_default=False)
+]
 Seeds = Annotated[str, typer.Option(help="seeds of the sampling")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="decode greedily, once, instead of sampling")]
 Temperature = Annotated[float, typer.Option(help="of the sampling", min=0.0)]
@@ -49,23 +51,23 @@ TopK = Annotated[int, typer.Option(help="0: all tokens", min=0)]
 MaxNewTokens = Annotated[int, typer.Option(help="length limit of an answer", min=1)]
 BatchSize = Annotated[int, typer.Option(help="answers written together", min=1)]
 Weights = Annotated[
-    DType, typer.Option(help="of the weights; half precision is faster, but answers depend on the batch")
+    DType, typer.Option(help="type of the weights; half precision is faster, but answers depend on the batch")
 ]
 Limit = Annotated[int | None, typer.Option(help="only the first rows", min=1, show_default=False)]
 TemplateFlag = Annotated[
-    Template | None, typer.Option(help="how a prompt is written [default: the set's, else the run's, else auto]")
+    Template | None, typer.Option(help="prompt template [default: the set's, else the run's, else auto]")
 ]
-OnBadRow = Annotated[OnRow | None, typer.Option(help="a row that cannot be read: stop, or leave it out and count it")]
+OnBadRow = Annotated[OnRow | None, typer.Option(help="rows that cannot be read: stop, or skip and count them")]
 LongPrompts = Annotated[
-    OnRow, typer.Option(help="a prompt beyond data.max_prompt_tokens or the model: stop, or leave it out and count")
+    OnRow, typer.Option(help="prompts beyond data.max_prompt_tokens or the context: stop, or skip and count")
 ]
 SetsFolder = Annotated[
-    str | None, typer.Option(help="where the papers' sets are [default: $DPKD_SETS, else the hub]", show_default=False)
+    str | None, typer.Option(help="folder of the papers' sets [default: $DPKD_SETS, else the hub]", show_default=False)
 ]
-Cuts = Annotated[str, typer.Option(help="ends of the buckets of reference length; '': none")]
-UnitFlag = Annotated[Unit, typer.Option(help="what the cuts count; tokens: the model's")]
+Cuts = Annotated[str, typer.Option(help="upper bounds of the reference-length buckets; '': none")]
+UnitFlag = Annotated[Unit, typer.Option(help="unit of the cuts; tokens: the model's")]
 Rewards = Annotated[
-    bool, typer.Option("--rewards", help="also the implicit reward of the model's and the teacher's answers")
+    bool, typer.Option("--rewards", help="also compute implicit rewards of the model's and the teacher's answers")
 ]
 Output = Annotated[Path | None, typer.Option(help="folder of the results [default: RUN/eval/SET]", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]

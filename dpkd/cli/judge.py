@@ -19,26 +19,26 @@ KEY = "DPKD_JUDGE_KEY"
 
 def judge(
     predictions: Annotated[Path, typer.Argument(help="predictions-SEED.jsonl, or JSON lines with prompt and answer")],
-    model: Annotated[str, typer.Option(help="who judges, by the endpoint's name for it")],
+    model: Annotated[str, typer.Option(help="name of the judge model at the endpoint")],
     references: Annotated[
         Path | None, typer.Argument(help="references; without it: those in PREDICTIONS", show_default=False)
     ] = None,
     endpoint: Annotated[
         str, typer.Option(help="base URL of an OpenAI-compatible API; its key is read from DPKD_JUDGE_KEY")
     ] = "https://api.openai.com/v1",
-    limit: Annotated[int, typer.Option(help="judge the first rows; 0: all", min=0)] = 100,
+    limit: Annotated[int, typer.Option(help="number of rows to judge, from the first; 0: all", min=0)] = 100,
     parallel: Annotated[int, typer.Option(help="requests at a time", min=1)] = 4,
     timeout: Annotated[float, typer.Option(help="seconds to wait for an answer", min=0.1)] = 60.0,
-    attempts: Annotated[int, typer.Option(help="requests for a row at most", min=1)] = 6,
+    attempts: Annotated[int, typer.Option(help="maximum number of requests per row", min=1)] = 6,
     price_prompt: Annotated[
         float | None, typer.Option(help="price of a million prompt tokens", min=0.0, show_default=False)
     ] = None,
     price_completion: Annotated[
         float | None, typer.Option(help="price of a million tokens of answers", min=0.0, show_default=False)
     ] = None,
-    extra: Annotated[str, typer.Option(help="more fields of a request, as JSON; null takes one away")] = "{}",
+    extra: Annotated[str, typer.Option(help="additional request fields, as JSON; null removes one")] = "{}",
     output: Annotated[
-        Path | None, typer.Option(help="file of the verdicts [default: beside PREDICTIONS]", show_default=False)
+        Path | None, typer.Option(help="file of the judgements [default: beside PREDICTIONS]", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a sentence")] = False,
 ) -> None:
@@ -63,7 +63,7 @@ def judge(
     count = limit or len(rows)
     verdicts, summary = verdict_files(predictions, model) if output is None else (output, output.with_suffix(".json"))
     if summary == verdicts:
-        raise SettingsError([f"--output {output}: expected a .jsonl file; the summary goes beside it, as .json"])
+        raise SettingsError([f"--output {output}: expected a .jsonl file; the summary is written beside it, as .json"])
     asked = Endpoint(endpoint, model, os.environ.get(KEY, "").strip() or None, _extra(extra), timeout, attempts)
     with shown(Console(stderr=True)) as progress:
         report = run(
@@ -99,7 +99,7 @@ def _print(report: JudgeReport, rows: int, verdicts: Path) -> None:
     typer.echo(f"{report.judge}: {score}, on a scale from 1 to 10")
     of = f" of {rows} in the file" if rows != facts["rows"] else ""
     missing = facts["rows"] - facts["judged"]
-    again = f"; {missing} got no score, call again to ask once more" if missing else ""
+    again = f"; {missing} got no score: rerun to retry" if missing else ""
     typer.echo(f"{facts['rows']} rows{of}: {facts['judged']} judged, {facts['asked_now']} asked now{again}")
     cost = "" if facts["new_cost"] is None else f", cost {facts['new_cost']:.4f} (all rows: {facts['cost']:.4f})"
     typer.echo(f"{facts['new_prompt_tokens']:,} + {facts['new_completion_tokens']:,} tokens used now{cost}")

@@ -22,7 +22,7 @@ def list_losses(
     offers: Annotated[
         str | None,
         typer.Option(
-            help="only losses that a teacher with this can serve: text, token-logps, top-k, logits or hidden-states",
+            help="losses that this teacher access serves: text, token-logps, top-k, chosen-ids, logits, hidden-states",
             show_default=False,
         ),
     ] = None,
@@ -71,7 +71,16 @@ def _row(loss: RegisteredLoss) -> dict[str, Any]:
     }
 
 
-_ACCESS = ["nothing", "text", "token log-probs", "sampled tokens", "top-k log-probs", "logits", "hidden states"]
+_ACCESS = [
+    "nothing",
+    "text",
+    "token log-probs",
+    "sampled tokens",
+    "top-k log-probs",
+    "log-probs of chosen ids",
+    "logits",
+    "hidden states",
+]
 
 
 def _wanted(row: dict[str, Any], family: str | None, offers: str | None) -> bool:
@@ -79,7 +88,7 @@ def _wanted(row: dict[str, Any], family: str | None, offers: str | None) -> bool
 
     if family not in (None, "token", "pair", "rollout"):
         raise SettingsError([f"--family {family}: should be token, pair or rollout"])
-    names = {"text": 1, "token-logps": 2, "top-k": 4, "logits": 5, "hidden-states": 6}
+    names = {"text": 1, "token-logps": 2, "top-k": 4, "chosen-ids": 5, "logits": 6, "hidden-states": 7}
     if offers not in (None, *names):
         raise SettingsError([f"--offers {offers}: should be one of {', '.join(names)}"])
     fits = offers is None or _ACCESS.index(row["needs"]) <= names[offers]
@@ -90,19 +99,38 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    console = Console()
+    wide = console.width >= 120
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", style="bold", no_wrap=True)
     table.add_column("family")
-    table.add_column("text by")
-    table.add_column("of the teacher")
-    table.add_column("paper", overflow="fold")
+    if wide:
+        table.add_column("text by")
+    table.add_column("of the teacher", max_width=10 if not wide else None)
+    table.add_column("what it does", ratio=1)
+    table.add_column("paper", no_wrap=True, max_width=14)
     for row in rows:
-        paper = row["paper"].removeprefix("https://").removeprefix("arxiv.org/abs/").removeprefix("github.com/")
         text = "anyone" if len(row["text"]) == 3 else ", ".join(row["text"])
-        table.add_row(row["name"], row["family"], text, row["needs"], paper)
-    Console().print(table)
+        said = row["summary"] if wide else row["title"]
+        paper = Text(_short(row["paper"]), f"link {row['paper']}" if row["paper"] else "")
+        table.add_row(row["name"], row["family"], *([text] if wide else []), row["needs"], said, paper)
+    console.print(table)
     typer.echo("dpkd describe-loss NAME shows formula, settings, and when to use it")
+
+
+def _short(address: str) -> str:
+    """A link for a narrow column: the number at arXiv, the project at GitHub, else the site.
+
+    >>> _short("https://arxiv.org/abs/2306.13649"), _short("https://github.com/huggingface/trl/pull/1"), _short("")
+    ('2306.13649', 'github trl', '')
+    """
+    host, _, path = address.removeprefix("https://").partition("/")
+    parts = path.split("/")
+    if host == "arxiv.org":
+        return parts[-1]
+    return f"github {parts[1]}" if host == "github.com" and len(parts) > 1 else host.removeprefix("www.")
 
 
 def _print_broken(registry: Registry, as_json: bool) -> None:
@@ -188,7 +216,7 @@ def check_loss(
 
     registry = load_registry()
     if (name is None) == (not check_all):
-        raise SettingsError(["name one loss, or say --all"])
+        raise SettingsError(["name one loss, or pass --all"])
     chosen = list(registry.losses.values()) if check_all else [registry.get(LossSpec, str(name))]
     failed = 0
     for loss in chosen:

@@ -17,6 +17,7 @@ from dpkd.cli.evaluate import evaluate
 from dpkd.cli.judge import judge
 from dpkd.cli.losses import check_loss, describe_loss, list_losses
 from dpkd.cli.new_loss import new_loss
+from dpkd.cli.publish import export, push
 from dpkd.cli.report import report
 from dpkd.cli.sample import sample
 from dpkd.cli.score import score
@@ -38,7 +39,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="dpkd",
     cls=_Commands,
-    help="Distil language models with any objective.",
+    help="Distill language models with any objective.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,17 +50,19 @@ app.command("train")(train)
 app.command("sweep", short_help="Run a matrix of settings.")(sweep)
 app.command("eval", short_help="Score a model on held-out rows.")(evaluate)
 app.command("sample", short_help="Write a model's responses to a file.")(sample)
-app.command("cache", short_help="Store what the teacher says of a run's text.")(cache)
+app.command("cache", short_help="Store the teacher's log-probs of a run's text.")(cache)
 app.command("compare", short_help="Compare runs: scores, significance, cost.")(compare_runs)
 app.command("report", short_help="Write a page about runs: curves, scores, samples.")(report)
 app.command("score", short_help="Score a file of predictions.")(score)
-app.command("judge", short_help="Have a language model score answers.")(judge)
+app.command("judge", short_help="Score answers with a language model.")(judge)
+app.command("push", short_help="Upload a model and its card to the hub.")(push)
+app.command("export", short_help="Write a model as GGUF.")(export)
 app.command("list-losses")(list_losses)
 app.command("describe-loss", short_help="Explain a loss and its settings.")(describe_loss)
 app.command("check-loss", short_help="Run the conformance checks on a loss.")(check_loss)
-app.command("new-loss", short_help="Write a package for a loss of your own.")(new_loss)
+app.command("new-loss", short_help="Write a package for your own loss.")(new_loss)
 app.add_typer(config_app, name="config")
-app.command("demo", short_help="Distil a real teacher, here and now.")(demo)
+app.command("demo", short_help="Distill a small real model on this machine.")(demo)
 
 
 def _version(asked: bool) -> None:
@@ -79,7 +82,7 @@ def _root(
         bool, typer.Option("--traceback", help="show the traceback of an error; may stand anywhere in a call")
     ] = False,
 ) -> None:
-    """Distil language models with any objective."""
+    """Distill language models with any objective."""
 
 
 def main() -> None:

@@ -9,12 +9,12 @@ import typer
 
 
 def new_loss(
-    name: Annotated[str, typer.Argument(help="name of the loss: what --loss will take")],
+    name: Annotated[str, typer.Argument(help="name of the loss, for --loss")],
     kind: Annotated[
         str, typer.Option(help="what it works on: token (logits), pair (two responses) or rollout (policy gradients)")
     ] = "token",
     output: Annotated[
-        Path | None, typer.Option(help="folder to write [default: dpkd-NAME, here]", show_default=False)
+        Path | None, typer.Option(help="folder to write [default: ./dpkd-NAME]", show_default=False)
     ] = None,
 ) -> None:
     """Write a package for a loss of your own: module, test, pyproject and README, which work as they are."""
@@ -31,6 +31,7 @@ def new_loss(
     for path in write_package(names, kind, folder):
         typer.echo(path)
     typer.echo(
-        f"\nIt works as it is. Next:\n  cd {folder}\n  pip install --editable .\n  dpkd check-loss {name}\n  pytest\n"
+        f"\nThe package works as written. Next:\n  cd {folder}\n  pip install --editable .\n  dpkd check-loss {name}\n"
+        "  pytest\n"
         f"then write your own formula into {names.test}.py and {names.module}.py (README.md says in which order)"
     )

@@ -32,7 +32,7 @@ Seed = Annotated[
     int | None, typer.Option(help="seed of order, sampling and new weights [default: 10]", show_default=False)
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="run Python code that comes with the models that this call names")
+    bool, typer.Option("--trust-remote-code", help="run Python code from the models' repositories")
 ]
 
 

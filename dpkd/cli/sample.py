@@ -11,8 +11,10 @@ from dpkd.cli.options import SetData, TrustRemoteCode, data_settings
 
 
 def sample(
-    model: Annotated[str, typer.Option(help="who writes: hub id, model folder or run folder")],
-    output: Annotated[Path, typer.Option(help="JSONL file to write; an interrupted call is continued")],
+    model: Annotated[
+        str, typer.Option(help="what generates: hub id, model folder, run folder, or address of a server")
+    ],
+    output: Annotated[Path, typer.Option(help="JSONL file to write; rerun to resume an interrupted call")],
     data: Annotated[str, typer.Option(help="prompts: a file or hub id")] = "databricks/databricks-dolly-15k",
     set_: SetData = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy", min=0.0)] = 1.0,
@@ -22,8 +24,15 @@ def sample(
     samples: Annotated[int, typer.Option(help="responses per prompt", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="responses written together", min=1)] = 32,
     limit: Annotated[int | None, typer.Option(help="only the first rows", min=1, show_default=False)] = None,
-    backend: Annotated[str, typer.Option(help="what draws: hf, vllm or another installed sampler")] = "hf",
+    backend: Annotated[str, typer.Option(help="sampler: hf, vllm or another installed one")] = "hf",
     seed: Annotated[int, typer.Option(help="seed of the sampling", min=0)] = 10,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="with a server: hub id or folder of its tokenizer", show_default=False)
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="with a server: vllm, sglang or openai")] = "vllm",
+    served_name: Annotated[
+        str | None, typer.Option(help="with a server of several models: the model's name there", show_default=False)
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a model's responses to a file: the data of sequence-level distillation."""
@@ -34,6 +43,7 @@ def sample(
     from dpkd.config.problems import checked
     from dpkd.errors import SettingsError
     from dpkd.evaluation.target import model_of
+    from dpkd.models.settings import ModelSettings, TeacherSettings, is_address
     from dpkd.plugins import load_registry
     from dpkd.rollout.generator import refusals
     from dpkd.rollout.sample_file import sample_to_file
@@ -53,9 +63,17 @@ def sample(
     registry = load_registry()
     if problems := refusals(registry.get(SamplerSpec, backend).spec, {}):
         raise SettingsError([f"--backend: {problem}" for problem in problems])
+    source: ModelSettings
+    if is_address(model):
+        served = {"server": model, "model": served_name, "protocol": protocol, "tokenizer": tokenizer or served_name}
+        source = checked(TeacherSettings, served, "teacher")
+        if tokenizer is None and served_name is None:
+            raise SettingsError(["--tokenizer: is missing; a server's tokenizer is named by its hub id or folder"])
+    else:
+        source = model_of(model, trust_remote_code=trust_remote_code)
     with shown(Console(stderr=True)) as progress:
         report = sample_to_file(
-            model_of(model, trust_remote_code=trust_remote_code),
+            source,
             prompts,
             sampling,
             registry=registry,
@@ -70,7 +88,7 @@ def sample(
     found = f", {report.found} were there" if report.found else ""
     typer.echo(
         f"{output}: {report.written} responses written{found}; "
-        f"{report.truncated} ran into the limit, {report.empty} empty"
+        f"{report.truncated} reached the length limit, {report.empty} empty"
     )
     skip = " --set data.on_bad_row=skip" if report.empty else ""
     typer.echo(f"train on it: dpkd train --loss sft --data {output} --student ...{skip}")

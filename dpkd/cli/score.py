@@ -33,7 +33,7 @@ def score(
         Path | None,
         typer.Argument(help="JSON lines with `references` (or output, ...), or .txt; without it: those in PREDICTIONS"),
     ] = None,
-    cuts: Annotated[str, typer.Option(help="ends of the buckets of reference length; '': none")] = "30,70",
+    cuts: Annotated[str, typer.Option(help="upper bounds of the reference-length buckets; '': none")] = "30,70",
     unit: Annotated[Unit, typer.Option(help="what the cuts count")] = Unit.WORDS,
     tokenizer: Annotated[Path | None, typer.Option(help="folder, with --unit tokens")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
@@ -62,7 +62,7 @@ def _measure(unit: Unit, tokenizer: Path | None) -> LengthMeasure:
 
     if (unit is Unit.TOKENS) != (tokenizer is not None):
         if tokenizer is None:
-            raise SettingsError(["--unit tokens needs --tokenizer FOLDER: nothing else knows what a token is"])
+            raise SettingsError(["--unit tokens needs --tokenizer FOLDER, which defines the tokens"])
         raise SettingsError([f"--tokenizer {tokenizer} is used only with --unit tokens, found --unit {unit}"])
     return WORDS if tokenizer is None else tokens_of(tokenizer)
 

@@ -66,7 +66,7 @@ def _by_length(result: Evaluation) -> Table:
 def counted(result: Evaluation) -> str:
     """How many rows were read, left out and scored, in words."""
     read, skipped = result.facts["data"]["rows_read"], result.facts["data"]["skipped"]
-    left_out = "".join(f", {count} left out ({reason})" for reason, count in skipped.items())
+    left_out = "".join(f", {count} skipped ({reason})" for reason, count in skipped.items())
     under = f" under each of {len(result.seeds)} seeds" if len(result.seeds) > 1 else ""
     return f"{read} rows read{left_out}, {result.rows} scored{under}"
 

@@ -22,12 +22,12 @@ def train(
     seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; load no weights")] = False,
     probe: Annotated[
-        bool, typer.Option("--probe", help="run the longest batch first: memory runs out at once or never")
+        bool, typer.Option("--probe", help="run the longest batch first, to detect out-of-memory errors immediately")
     ] = False,
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="continue this run folder with its own settings; --set changes those that leave data and models alone",
+            help="resume this run with its settings; --set can change those that do not affect data or models",
             show_default=False,
         ),
     ] = None,
@@ -48,7 +48,7 @@ def train(
         given = [flag for flag, (_, value) in flags.items() if value is not None and flag != "--trust-remote-code"]
         given += ["--config"] if config else []
         if given:
-            raise SettingsError([f"--resume continues a run with its own settings; leave out {', '.join(given)}"])
+            raise SettingsError([f"--resume uses the settings of the run; remove {', '.join(given)}"])
         from dpkd.train.resume import resume_folder
 
         resume_folder(resume, assignments=set_ or [], trust_remote_code=trust_remote_code)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from dpkd.api import Family, LossSpec
 from dpkd.config.layers import Layer, file_layer, get_path
+from dpkd.config.settings import TrainSettings
 from dpkd.errors import SettingsError
 from dpkd.plugins import Registry
 
@@ -25,12 +27,89 @@ RENAMED: dict[str, str] = {
 }
 # Old path → a setting that it stood for without a word, where the layer does not give that one.
 IMPLIED: dict[str, tuple[str, str]] = {"text.pairs": ("text.source", "pairs")}
+# Names that transformers, TRL and accelerate give to these settings: valid as they are, or in the block `train`.
+FIELD: dict[str, str] = {
+    "model_name_or_path": "student.model",
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "lr_scheduler_type": "train.schedule",
+    "max_grad_norm": "train.clip",
+    "report_to": "train.trackers",
+    "logging_steps": "train.log_every",
+    "save_steps": "train.save_every",
+    "optim": "train.optimizer",
+    "gradient_checkpointing": "student.gradient_checkpointing",
+    "max_length": "data.max_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_completion_length": "text.sampling.max_new_tokens",
+    "max_new_tokens": "text.sampling.max_new_tokens",
+    "temperature": "text.sampling.temperature",
+    "output_dir": "output",
+}
+# Values of those that say "not given" or are spelt otherwise.
+_NOTHING: dict[str, tuple[Any, ...]] = {"max_steps": (-1,), "max_grad_norm": (0, 0.0), "report_to": ("none", ["none"])}
+_PER_DEVICE, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 # The responses of a loss beside the main one have settings of the same names.
 EXTRA = "terms.extra.*."
 
 
 class SettingRenamed(FutureWarning):
     """A setting has a new path. Shown by default: whoever wrote the old one can change it."""
+
+
+def in_our_names(layers: Sequence[Layer], processes: int | None = None) -> list[Layer]:
+    """The layers with the settings that go by the field's names under dpkd's; without a warning, they are not old.
+
+    `train.batch_size` counts over the accumulation and over all processes: it is the product of
+    `per_device_train_batch_size`, `gradient_accumulation_steps` and the `processes` (None: those that
+    `accelerate launch` or `torchrun` started), where any layer gives one of the first two. Raises SettingsError where
+    a layer gives a setting under both names, or the product and `train.batch_size` are both given.
+    """
+    found: list[Layer] = []
+    sizes: dict[str, int] = {}
+    last, problems = -1, []
+    for layer in layers:
+        values = deepcopy(dict(layer.values))
+        for name in (*FIELD, _ACCUMULATION):
+            for path in (name, f"train.{name}"):
+                if get_path(values, path) is None:
+                    continue
+                value = _pop(values, path)
+                if name in (_PER_DEVICE, _ACCUMULATION):
+                    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                        problems.append(f"{path}: should be a whole number from 1 (got {value!r}, from {layer.name})")
+                        continue
+                    sizes[name], last = value, len(found)
+                if name not in FIELD:
+                    continue
+                if get_path(values, FIELD[name]) is not None:
+                    problems.append(f"{path}: is the same as {FIELD[name]}, and both are given (from {layer.name})")
+                elif value not in _NOTHING.get(name, ()):
+                    _put(values, FIELD[name], _own_value(name, value))
+        found.append(Layer(layer.name, values))
+    if sizes and not problems:
+        given = next((layer for layer in found if get_path(layer.values, "train.batch_size") is not None), None)
+        if given is not None:
+            names = " and ".join(sizes)
+            problems.append(f"train.batch_size: is what {names} make, and both are given (from {given.name})")
+        else:
+            world = processes or int(os.environ.get("WORLD_SIZE", "1"))
+            per_device = sizes.get(_PER_DEVICE, TrainSettings().micro_batch_size)
+            values = dict(found[last].values)
+            _put(values, "train.batch_size", per_device * sizes.get(_ACCUMULATION, 1) * world)
+            found[last] = Layer(found[last].name, values)
+    if problems:
+        raise SettingsError(problems)
+    return found
+
+
+def _own_value(name: str, value: Any) -> Any:
+    """A value of the field's as dpkd writes it."""
+    if name == "report_to":
+        return [value] if isinstance(value, str) else value
+    return "adamw" if name == "optim" and str(value).startswith("adamw_torch") else value
 
 
 def renamed(layer: Layer, *, quiet: bool = False) -> Layer:

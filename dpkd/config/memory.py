@@ -11,7 +11,7 @@ from dpkd.models.in_memory import InMemory
 # How something is found and read: of an object in memory that was decided before.
 POINTLESS = {
     "teacher.model": ("revision", "dtype", "attention", "quantization", "trust_remote_code"),
-    "student.model": ("revision", "attention", "trust_remote_code"),
+    "student.model": ("revision", "attention", "quantization", "trust_remote_code"),
     "data.path": ("subset", "split", "streaming"),
 }
 
@@ -30,7 +30,7 @@ def memory_problems(settings: RunSettings, merged: Merged, given: InMemory) -> l
         for other in pointless:
             if getattr(values, other) != type(values).model_fields[other].default:
                 layer = merged.layer_of(f"{block}.{other}")
-                problems.append(f"{block}.{other}: says nothing of {name}, which is in memory (from {layer})")
+                problems.append(f"{block}.{other}: has no effect on {name}, which is in memory (from {layer})")
     return problems
 
 

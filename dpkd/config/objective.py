@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +67,15 @@ def schedule_problems(
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def kept_tokens(objectives: Sequence[Objective]) -> int:
+    """How many of the teacher's likeliest tokens the losses need; 0: none reads them."""
+    return max(
+        (o.spec.top_k(o.config) for o in objectives if o.spec.top_k and Signal.TEACHER_LOGITS in o.reads), default=0
+    )
+
+
+def chosen_ids(objectives: Sequence[Objective]) -> int:
+    """How many of the student's likeliest tokens the losses read; 0: none reads them."""
+    return max((o.spec.chosen_k(o.config) for o in objectives if o.spec.chosen_k), default=0)

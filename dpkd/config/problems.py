@@ -116,20 +116,20 @@ def _shown(value: Any) -> str:
 
 
 def _nearest(path: str, known: list[str]) -> str | None:
-    """The right path nearest to a wrong one: in the same block first, then anywhere by the last part."""
+    """The right path nearest to a wrong one: of the same last part, in the same block, then anywhere."""
     if len(path) > LONGEST_NAME:
         return None
     block, _, key = path.rpartition(".")
+    # Of one name in several blocks, that of training is meant; `batch.size` may be `train.batch_size`.
+    exact = [p for p in known if p.rpartition(".")[2] in (key, path.replace(".", "_"))]
+    if exact:
+        return min(exact, key=lambda p: not p.startswith("train."))
     here = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == block}
     near = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
     if near:
         return here[near[0]]
-    exact = [p for p in known if p.rpartition(".")[2] == key]
-    if exact:
-        return exact[0]
-    aliases = _ALIASES.get(key)
-    if aliases in known:
-        return aliases
+    if _NEAR.get(key) in known:
+        return _NEAR[key]
     anywhere = {p.rpartition(".")[2]: p for p in known}
     near = difflib.get_close_matches(key, anywhere, n=1, cutoff=0.75) or difflib.get_close_matches(
         path, known, n=1, cutoff=0.75
@@ -137,28 +137,8 @@ def _nearest(path: str, known: list[str]) -> str | None:
     return anywhere.get(near[0], near[0]) if near else None
 
 
-# Names that other tools use for these settings.
-_ALIASES = {
-    "learning_rate": "train.lr",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_size",
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.steps",
-    "lr_scheduler_type": "train.schedule",
-    "max_grad_norm": "train.clip",
-    "report_to": "train.trackers",
-    "logging_steps": "train.log_every",
-    "save_steps": "train.save_every",
-    "max_length": "data.max_tokens",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "samples_per_prompt": "text.num_generations",
-    "max_completion_length": "text.sampling.max_new_tokens",
-    "max_new_tokens": "text.sampling.max_new_tokens",
-    "temperature": "text.sampling.temperature",
-    "lmbda": "text.mix",
-    "bf16": "train.precision",
-    "output_dir": "output",
-}
+# Names that other tools use for these settings, where the meaning is not quite the same.
+_NEAR = {"samples_per_prompt": "text.num_generations", "lmbda": "text.mix", "bf16": "train.precision"}
 
 
 def checked(model: type[ModelT], values: Mapping[str, Any], block: str) -> ModelT:

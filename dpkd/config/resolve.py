@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dpkd.api import Family, LossConfig, LossSpec, SourceConfig, SourceSpec, TeacherAccess, TeacherOffer, Text
-from dpkd.config.aliases import renamed
+from dpkd.config.aliases import in_our_names, renamed
 from dpkd.config.extras import extra_objective
 from dpkd.config.layers import Layer, Merged, drop, merge, suggestion_layer
 from dpkd.config.memory import memory_problems
@@ -82,7 +82,7 @@ def resolve(layers: Sequence[Layer], registry: Registry, given: InMemory | None 
 
     Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
     """
-    layers = [renamed(layer) for layer in layers]
+    layers = in_our_names([renamed(layer) for layer in layers])
     merged = merge(layers)
     problems: list[str] = []
     registered = _registered(merged, registry, problems)
@@ -268,9 +268,10 @@ def _cross_checks(
 
 def _offer_problems(settings: RunSettings, objectives: Sequence[Objective], offer: TeacherOffer) -> list[str]:
     """What the teacher of this run cannot do for it."""
-    place = "teacher.store" if settings.teacher.store is not None else "teacher"
-    reasons = [] if settings.teacher.model is not None else _model_reasons(settings)
-    problems = [f"{place}: {'; '.join(reasons)}: that takes the teacher's model"] if reasons else []
+    named = [name for name in ("store", "server") if getattr(settings.teacher, name) is not None]
+    place = f"teacher.{named[0]}" if named else "teacher"
+    reasons = [] if settings.teacher.in_memory else _model_reasons(settings)
+    problems = [f"{place}: {'; '.join(reasons)}: this needs the teacher's model"] if reasons else []
     found = [why_not(o.spec, o.config, o.reads, set(o.writers), offer) for o in objectives]
     return [*problems, *(f"{place}: {reason}" for reason in found if reason is not None)]
 
@@ -295,8 +296,8 @@ def _quantization_problems(settings: RunSettings) -> list[str]:
     if settings.teacher.quantization == "none" or settings.student.init != "layers":
         return []
     return [
-        f"teacher.quantization: {settings.teacher.quantization} packs the weights, and student.init=layers copies "
-        "them. Make such a student by a run without quantization first, and name its model as student.model"
+        f"teacher.quantization: {settings.teacher.quantization} quantizes the weights, but student.init=layers copies "
+        "them. Create the student in a run without quantization first, and pass its model as student.model"
     ]
 
 

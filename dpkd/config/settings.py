@@ -42,7 +42,7 @@ class PretrainTerm(Block):
     @model_validator(mode="after")
     def _has_text(self) -> PretrainTerm:
         if self.weight > 0 and self.corpus is None:
-            raise ValueError("a weight above 0 needs `corpus.path`: a file of plain text, one document a line")
+            raise ValueError("a weight above 0 needs `corpus.path`: a file of plain text, one document per line")
         return self
 
 
@@ -98,8 +98,18 @@ class TrainSettings(Block):
     steps: int | None = Field(None, ge=1, description="optimizer steps; None: `epochs` of the data")
     epochs: float = Field(1.0, gt=0, description="passes over the data when `steps` is not given")
     batch_size: int = Field(8, ge=1, description="examples per optimizer step, over all processes")
-    micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass and process; never changes a result")
-    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    micro_batch_size: int = Field(
+        8,
+        ge=1,
+        description="sequences per forward pass and process; gradients are accumulated up to batch_size, so that it "
+        "never changes a result",
+    )
+    lr: float = Field(
+        5e-4,
+        gt=0,
+        description="peak learning rate; where neither you nor the loss gives one, it follows the student's size: 5e-4 "
+        "below 200 M parameters, 5e-5 below 1 B, 1e-5 above; adapters (LoRA) 1e-3, 5e-4, 2e-4",
+    )
     min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the cosine or linear schedule")
     schedule: ScheduleName = Field("cosine", description="shape after the warm-up; other names as in transformers")
     schedule_settings: dict[str, Any] = Field({}, description="settings of a schedule of transformers")
@@ -110,6 +120,12 @@ class TrainSettings(Block):
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW, 8-bit or not")
     eps: float = Field(1e-8, gt=0, description="of AdamW, 8-bit or not")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; None: no clipping")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of a moving average of the weights, which is evaluated and saved in their place (0.99)",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="autocast; log-probs are float32 in all; auto: bf16 on a GPU that has it, else fp32"
     )
@@ -126,7 +142,7 @@ class TrainSettings(Block):
     save_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         "auto", description="steps between checkpoints; auto: about every ten minutes; None: at the end and on a stop"
     )
-    keep_checkpoints: int = Field(1, ge=1, description="how many of the newest checkpoints stay")
+    keep_checkpoints: int = Field(1, ge=1, description="number of recent checkpoints to keep")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="also log to these")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
 
@@ -170,13 +186,13 @@ class BatchSettings(Block):
         description="tokens per forward pass and process, padding included (beside train.micro_batch_size); None: any",
     )
     shared_prompts: bool = Field(
-        True, description="the responses of a pair stand behind one copy of their prompt, where the models allow it"
+        True, description="place the responses of a pair after one copy of their prompt, if the models support it"
     )
     packing: Literal["auto", "on", "off"] = Field(
         "auto", description="the sequences of a forward pass in one row, without padding; auto: with flash attention"
     )
     probe: bool = Field(
-        False, description="run the longest forward and backward pass first: memory runs out at once or never"
+        False, description="run the longest forward and backward pass first, to detect out-of-memory errors immediately"
     )
 
 
@@ -187,8 +203,8 @@ class DevSettings(Block):
     split: str = Field("validation", description="split of a hub data set")
     limit: int = Field(64, ge=1, description="only the first rows: the fixed probe set")
     every: int = Field(100, ge=1, description="optimizer steps between evaluations")
-    metric: str = Field("rouge_l", description="what decides which model is the best")
-    patience: int | None = Field(None, ge=1, description="stop after so many evaluations that are no better")
+    metric: str = Field("rouge_l", description="metric that selects the best model")
+    patience: int | None = Field(None, ge=1, description="stop after this many evaluations without improvement")
     temperature: float = Field(1.0, ge=0, description="of the answers, as in `dpkd eval`; 0 is greedy")
     max_new_tokens: int = Field(128, ge=1, description="length limit of an answer")
     batch_size: int = Field(32, ge=1, description="answers written together")
@@ -207,4 +223,4 @@ class RunSettings(Block):
     dev: DevSettings = DevSettings()
     schedules: dict[str, ScheduleSettings] = Field({}, description="settings of the loss that follow the step, by name")
     output: str | None = Field(None, description="run folder; None: runs/LOSS-N")
-    seed: int = Field(10, ge=0, description="decides order, sampling and initial weights (MiniLLM's scripts: 10)")
+    seed: int = Field(10, ge=0, description="seed of data order, sampling and initial weights (MiniLLM's scripts: 10)")

@@ -10,6 +10,7 @@ from dpkd.models.in_memory import InMemory
 from dpkd.models.settings import TeacherSettings
 from dpkd.plugins import Registry
 from dpkd.teachers.local import LocalTeacher
+from dpkd.teachers.server.teacher import ServerTeacher, served_offer
 from dpkd.teachers.store import StoreTeacher
 from dpkd.teachers.store_manifest import read_manifest
 
@@ -22,6 +23,8 @@ def offer_of(settings: TeacherSettings, registry: Registry) -> TeacherOffer | No
     if settings.kind != "auto":
         spec, config = _kind(settings, registry)
         return spec.offer(config)
+    if settings.server is not None:
+        return served_offer(settings)
     if settings.store is not None:
         return read_manifest(settings.store).offer
     return TeacherOffer(TeacherAccess.HIDDEN) if settings.model is not None else None
@@ -32,6 +35,8 @@ def make_teacher(settings: TeacherSettings, registry: Registry, in_memory: InMem
     if settings.kind != "auto":
         spec, config = _kind(settings, registry)
         return spec.open(config)
+    if settings.server is not None:
+        return ServerTeacher(settings)
     if settings.store is not None:
         return StoreTeacher(settings.store)
     return LocalTeacher(settings, in_memory) if settings.model is not None else None

@@ -91,7 +91,7 @@ def dev_problems(settings: RunSettings, objectives: Mapping[str, Objective]) -> 
     lacking = []
     if settings.dev.path is None:
         lacking.append("held-out rows (dev.path, and dev.every for how often)")
-    if settings.teacher.model is None:
+    if not settings.teacher.in_memory:
         lacking.append("the teacher's model, with which the loss on them is taken (--teacher)")
     return [
         f"{path}.source: {objective.text.source} follows the loss on held-out text, and needs {' and '.join(lacking)}"

@@ -111,9 +111,9 @@ def trained_turns(turns: Turns, name: str, *, first: int, every: bool, required:
     if not every or not usable:
         last = answers[-1]
         if "tool_calls" in turns.more.get(last, {}):
-            raise BadValueError("tool call", f"message {last + 1} calls a tool; only text can be trained")
+            raise BadValueError("tool call", f"message {last + 1} calls a tool; only text can be trained on")
         if required and not messages[last].content.strip():
-            raise BadValueError("empty response", "the last assistant message holds no text")
+            raise BadValueError("empty response", "the last assistant message has no text")
         usable = [last]
     if usable[0] == 0:
         usable = usable[1:]
@@ -143,7 +143,7 @@ def last_response(values: Any, name: str) -> str:
     """The text of the assistant message that ends a conversation. Raises BadValueError."""
     messages = read_messages(values, name).messages
     if not messages or messages[-1].role != "assistant" or not messages[-1].content.strip():
-        raise BadValueError("missing field", f"`{name}` does not end with an assistant message that holds text")
+        raise BadValueError("missing field", f"`{name}` does not end with an assistant message with text")
     return messages[-1].content
 
 

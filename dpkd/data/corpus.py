@@ -13,7 +13,7 @@ from dpkd.data.encoding import encode, require_eos
 from dpkd.data.formats import check_text
 from dpkd.data.rows import BadRow, RawRow, text_rows
 from dpkd.data.settings import CorpusSettings
-from dpkd.data.sources import Place, Source, open_source
+from dpkd.data.sources import DataFile, Place, open_source
 from dpkd.errors import DpkdError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def check_corpus(settings: CorpusSettings) -> None:
         pass
 
 
-def _rows(settings: CorpusSettings) -> Source:
+def _rows(settings: CorpusSettings) -> DataFile:
     place = Place(settings.path, settings.split, f"{SETTING}.path")
     return open_source(place, {".txt": partial(text_rows, column=settings.column)})
 
@@ -80,7 +80,7 @@ def read_corpus(settings: CorpusSettings, tokenizer: PreTrainedTokenizerBase) ->
     if len(ids) < settings.max_tokens:
         raise DpkdError(
             f"{SETTING}.path: {settings.path} has {len(ids):,} tokens in {count:,} documents, less than one "
-            f"block of {settings.max_tokens:,}. Give more text, or lower {SETTING}.max_tokens."
+            f"block of {settings.max_tokens:,}. Use more text, or lower {SETTING}.max_tokens."
         )
     return Corpus(ids, settings.max_tokens, documents=count, source=source.description)
 

@@ -125,7 +125,7 @@ def _check_pairs(examples: Sequence[Example], settings: DataSettings, pairs: boo
     has = next((example for example in examples if example.rejected is not None), None)
     if pairs is False and has is not None and not settings.drop_rejected:
         raise DpkdError(
-            f"{has.id}: the rows are pairs of a chosen and a rejected response, and nothing would read the rejected "
+            f"{has.id}: the rows are pairs of a chosen and a rejected response, but this loss ignores the rejected "
             "one. For a loss on pairs: --set text.source=preference. To train on the chosen responses alone: --set "
             "data.drop_rejected=true"
         )
@@ -203,7 +203,7 @@ def _bad_rows(source: str, bad: tuple[BadRow, ...]) -> DpkdError:
             [
                 f"data.path: {count} of {source} cannot be read:",
                 *(f"  {row}" for row in bad),
-                "Mend them, or leave bad rows out and count them: --set data.on_bad_row=skip",
+                "Fix these rows, or skip and count them: --set data.on_bad_row=skip",
             ]
         )
     )

@@ -95,7 +95,7 @@ def _fits(shape: RowFormat, row: Mapping[str, Any], require_response: bool) -> b
 def _ambiguous(row: RawRow, names: list[str], shape: RowFormat | None) -> str:
     setting = f"data.columns.{shape.kind}={shape.main}" if shape else f"data.columns.output={names[0].strip('`')}"
     role = "prompt" if shape else "response"
-    return f"{row.id}: the {role} may be in {' or in '.join(names)}. Say which, e.g. --set {setting}"
+    return f"{row.id}: the {role} may be in {' or in '.join(names)}. Choose one, e.g. --set {setting}"
 
 
 def not_understood(row: RawRow, columns: Columns, *, require_response: bool) -> DpkdError:
@@ -106,7 +106,7 @@ def not_understood(row: RawRow, columns: Columns, *, require_response: bool) -> 
     return DpkdError(
         f"{row.id}: the columns are not understood: {', '.join(map(str, row.value)) or 'none'}{by_settings}. "
         f"dpkd reads instruction (and input or context){response}; prompt{response}; or chat messages (messages, "
-        "conversations). Say which column is which: --set data.columns.instruction=COLUMN --set "
+        "conversations). Map the columns: --set data.columns.instruction=COLUMN --set "
         "data.columns.output=COLUMN (or data.columns.prompt, data.columns.messages)."
     )
 

@@ -22,6 +22,6 @@ def refuse_memory(name: str, setting: str) -> None:
     if is_memory(name):
         what = name.removeprefix(PREFIX)
         raise DpkdError(
-            f"{setting}: {name} stands for an object that a Python program had in memory, and it is not in this one. "
-            f"To continue such a run: dpkd.resume(FOLDER, {what}=...), with the same object"
+            f"{setting}: {name} refers to an object in the memory of another Python process. "
+            f"To resume such a run: dpkd.resume(FOLDER, {what}=...), with the same object"
         )

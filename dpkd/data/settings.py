@@ -57,9 +57,9 @@ class DataSettings(Block):
     mix: tuple[MixPart, ...] = Field((), description="several data sets, in place of `path`: a list of blocks")
     mix_until: Literal["first_exhausted", "all_exhausted"] = Field(
         "first_exhausted",
-        description="a mixture ends with the first data set that ends, or goes on, with rows again, to the last",
+        description="end a mixture when the first data set is exhausted, or repeat rows until all are",
     )
-    columns: Columns = Field(Columns(), description="column names, where detection does not fit")
+    columns: Columns = Field(Columns(), description="column names, if detection does not find them")
     template: Template = Field(
         "auto",
         description="how a prompt is written: the papers' Alpaca form, the tokenizer's chat template, or as it is; "
@@ -69,13 +69,11 @@ class DataSettings(Block):
         None, description="file of a chat template (Jinja) that replaces the tokenizer's, and is saved with the model"
     )
     train_on: Literal["all", "last"] = Field(
-        "all", description="which assistant turns of a conversation are trained on: each is an example of its own"
+        "all", description="assistant turns of a conversation to train on: each becomes one example"
     )
-    drop_rejected: bool = Field(
-        False, description="train on the chosen responses of preference data alone and leave the rejected ones out"
-    )
+    drop_rejected: bool = Field(False, description="train only on the chosen responses of preference data")
     max_prompt_tokens: int = Field(256, ge=1, description="rows with a longer prompt are dropped and counted")
-    max_tokens: int = Field(512, ge=2, description="prompt and response together; longer responses are cut")
+    max_tokens: int = Field(512, ge=2, description="prompt and response together; longer responses are truncated")
     min_response_words: int = Field(
         0, ge=0, description="keep responses longer than this many words (the DPKD paper: 10); 0 keeps all"
     )
@@ -104,9 +102,11 @@ class DataSettings(Block):
 
 
 class CorpusSettings(Block):
-    """Plain text for the pre-training term: one document a line (or a column `text`)."""
+    """Plain text for the pre-training term: one document per line (or a column `text`)."""
 
-    path: str = Field(description="a .txt file with one document a line, a JSONL/parquet file with `text`, or a hub id")
+    path: str = Field(
+        description="a .txt file with one document per line, a JSONL/parquet file with `text`, or a hub id"
+    )
     split: str = Field("train", description="split of a hub data set")
     column: str = Field("text", description="column of the text")
     max_tokens: int = Field(512, ge=2, description="documents are joined with EOS and cut into blocks of this length")

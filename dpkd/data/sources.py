@@ -30,14 +30,14 @@ class Place(NamedTuple):
     streaming: bool = False
 
 
-class Source(NamedTuple):
+class DataFile(NamedTuple):
     """Rows, read lazily, and a description for people."""
 
     description: str
     rows: Iterator[RawRow | BadRow]
 
 
-def open_source(place: Place, extra_readers: dict[str, Reader] | None = None) -> Source:
+def open_source(place: Place, extra_readers: dict[str, Reader] | None = None) -> DataFile:
     """Find the rows; nothing is read yet, but for the header of a hub data set.
 
     Raises DpkdError when there is no such file, a folder is ambiguous, or the hub cannot be reached.
@@ -55,15 +55,15 @@ def open_source(place: Place, extra_readers: dict[str, Reader] | None = None) ->
                 f"{place.setting}: {place.path} is not a format that dpkd reads; expected "
                 f"{_listed(readers)}, or a folder of such files."
             )
-        return Source(place.path, readers[path.suffix.lower()](path, path.name))
+        return DataFile(place.path, readers[path.suffix.lower()](path, path.name))
     if _looks_local(place.path, readers):
         raise DpkdError(f"{place.setting}: there is no file {place.path}.{_nearest(path)}")
     return _hub_source(place)
 
 
-def memory_source(rows: Iterable[Any]) -> Source:
+def memory_source(rows: Iterable[Any]) -> DataFile:
     """Rows that are in memory already; their ids are `row:NUMBER`, counted from 1."""
-    return Source("rows in memory", (_as_row(f"row:{number}", value) for number, value in enumerate(rows, 1)))
+    return DataFile("rows in memory", (_as_row(f"row:{number}", value) for number, value in enumerate(rows, 1)))
 
 
 def _as_row(where: str, value: Any) -> RawRow | BadRow:
@@ -93,11 +93,11 @@ def _nearest(path: Path) -> str:
     return f" There is no folder {missing} either." if missing != path else ""
 
 
-def _folder_source(place: Place, folder: Path, readers: dict[str, Reader]) -> Source:
+def _folder_source(place: Place, folder: Path, readers: dict[str, Reader]) -> DataFile:
     files = _choose_files(place, folder, readers)
     parts = (readers[file.suffix.lower()](file, file.relative_to(folder).as_posix()) for file in files)
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
-    return Source(f"{place.path} ({count})", (row for part in parts for row in part))
+    return DataFile(f"{place.path} ({count})", (row for part in parts for row in part))
 
 
 def _choose_files(place: Place, folder: Path, readers: dict[str, Reader]) -> list[Path]:
@@ -124,7 +124,7 @@ def _words(file: Path, folder: Path) -> set[str]:
     return {re.split(r"[-_.]", part)[0].lower() for part in file.relative_to(folder).parts}
 
 
-def _saved_source(place: Place, path: Path) -> Source:
+def _saved_source(place: Place, path: Path) -> DataFile:
     """A folder written by `datasets`' save_to_disk."""
     import datasets
 
@@ -135,10 +135,10 @@ def _saved_source(place: Place, path: Path) -> Source:
                 f"{place.setting}: {place.path} has no split {place.split!r}; it has {', '.join(map(str, saved))}."
             )
         saved = saved[place.split]
-    return Source(place.path, _numbered(place, saved))
+    return DataFile(place.path, _numbered(place, saved))
 
 
-def _hub_source(place: Place) -> Source:
+def _hub_source(place: Place) -> DataFile:
     import datasets
 
     load = partial(datasets.load_dataset, place.path, place.subset, split=place.split, streaming=place.streaming)
@@ -147,7 +147,7 @@ def _hub_source(place: Place) -> Source:
             dataset = load()
     except Exception as error:  # the library has no common base: network, name, subset, split, format
         raise _unavailable(place, error) from error
-    return Source(f"hub data set {place.path}, split {place.split}", _numbered(place, dataset))
+    return DataFile(f"hub data set {place.path}, split {place.split}", _numbered(place, dataset))
 
 
 def _numbered(place: Place, dataset: Any) -> Rows:
@@ -164,10 +164,10 @@ def _unavailable(place: Place, error: Exception) -> DpkdError:
     reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     own_file = "--data FILE.jsonl" if place.setting == "data.path" else f"--set {place.setting}=FILE.txt"
     advice = (
-        f"Without the hub, pass a file of your own: {own_file} (`dpkd demo` needs no data)."
+        f"Without the hub, pass your own file: {own_file} (`dpkd demo` needs no data)."
         if isinstance(error, OSError)
-        else f"Check the id, split and subset, or pass a file of your own: {own_file}"
+        else f"Check the id, split and subset, or pass your own file: {own_file}"
     )
     return DpkdError(
-        f"{place.setting}: {what} is neither a file here nor could it be had from the hub: {reason}. {advice}"
+        f"{place.setting}: {what} is not a local file, and loading it from the hub failed: {reason}. {advice}"
     )

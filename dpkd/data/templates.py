@@ -88,8 +88,8 @@ def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         advice = (
             "Use an instruction-tuned model, or --set data.template=alpaca"
             if len(turns) <= 1
-            else f"Nothing else can write {len(turns)} messages as one prompt: use an instruction-tuned model, or "
-            "bring a template: --set data.chat_template=FILE"
+            else f"Other templates cannot format {len(turns)} messages as one prompt: use an instruction-tuned model, "
+            "or bring a template: --set data.chat_template=FILE"
         )
         raise DpkdError(
             f"{example.id}: data.template is chat (auto picks it for `messages`), but the tokenizer{where} "
@@ -116,7 +116,7 @@ def _apply(
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
         raise DpkdError(
-            f"{where}: the tokenizer's chat template refuses the messages ({roles}): {error}. "
+            f"{where}: the tokenizer's chat template rejects the messages ({roles}): {error}. "
             "Fix the row, or use another --set data.template"
         ) from error
     return str(text)
@@ -152,7 +152,7 @@ def with_chat_template(tokenizer: TokenizerT, file: str | None) -> TokenizerT:
     except (OSError, UnicodeDecodeError) as error:
         raise DpkdError(f"data.chat_template: {file} cannot be read: {error}") from error
     except TemplateError as error:
-        raise DpkdError(f"data.chat_template: {file} is no Jinja template: {error}") from error
+        raise DpkdError(f"data.chat_template: {file} is not a valid Jinja template: {error}") from error
     changed = deepcopy(tokenizer)
     changed.chat_template = text  # type: ignore[attr-defined]
     return changed

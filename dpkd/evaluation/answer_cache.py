@@ -22,7 +22,7 @@ class AnswerCache:
     """The folder of an evaluation: which answers are there already, under the same settings."""
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        """Raises DpkdError when the folder holds answers that were drawn otherwise: by another model, say."""
+        """Raises DpkdError when the folder holds answers sampled in another way: by another model, say."""
         self.folder = folder
         self._logs: dict[int, JsonLog] = {}
         manifest = folder / "answers.json"
@@ -31,7 +31,7 @@ class AnswerCache:
             changed = [name for name in facts if before.get(name) != facts[name]]
             if changed:
                 raise DpkdError(
-                    f"{folder} holds answers that were drawn otherwise: {', '.join(changed)} changed "
+                    f"{folder} holds answers sampled in another way: {', '.join(changed)} changed "
                     f"({manifest.name}). Choose another --output, or delete that folder."
                 )
         else:
@@ -87,7 +87,7 @@ def answer(
     Each row has its own seed, so that neither order nor batch nor an interruption changes an answer.
     """
     if len({p.id for p in prompts}) != len(prompts):
-        raise DpkdError("two rows of the set have one id and cannot be told apart: give each of its files another name")
+        raise DpkdError("two rows of the set have the same id: rename its files so that the ids are distinct")
     known = answer_cache.found(seed) if answer_cache is not None else {}
     todo = [p for p in prompts if p.id not in known]
     done = len(prompts) - len(todo)

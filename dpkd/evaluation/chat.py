@@ -48,7 +48,7 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         if self.key and not (self.key.isascii() and self.key.isprintable()):
-            raise DpkdError("the key of the endpoint holds characters that no HTTP header may have")
+            raise DpkdError("the key of the endpoint contains characters that are not allowed in an HTTP header")
 
     @property
     def address(self) -> str:
@@ -199,7 +199,7 @@ async def _ask(
                 if len(raw) > LARGEST_ANSWER:
                     raise _Failed(f"an answer of more than {LARGEST_ANSWER:,} bytes")
     except TimeoutError as error:
-        raise _Failed(f"no whole answer in {endpoint.timeout:g} s") from error
+        raise _Failed(f"no complete reply within {endpoint.timeout:g} s") from error
     except (httpx.HTTPError, OSError) as error:  # no connection, half an answer
         reason = endpoint.redacted(f"{type(error).__name__}: {error}".rstrip(": "))
         raise _Failed(reason) from error

@@ -17,7 +17,7 @@ from dpkd.data.batches import TokenSequence
 from dpkd.data.encode import check_ids
 from dpkd.data.encoding import continuation
 from dpkd.data.settings import DataSettings
-from dpkd.errors import DpkdError
+from dpkd.errors import DpkdError, SettingsError
 from dpkd.evaluation.answer_cache import AnswerCache, answer, as_answers
 from dpkd.evaluation.divergences import measure
 from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
@@ -37,6 +37,18 @@ from dpkd.teachers.local import LocalTeacher
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
 Progress = Callable[[str, int, int], None]  # what, done, of
 REWARDS = ("reward_sum", "reward_mean")  # measured on answers too, with `rewards`
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`"10,20"` as numbers. Raises SettingsError unless they are distinct whole numbers.
+
+    >>> parse_seeds("10,20")
+    (10, 20)
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise SettingsError([f"--seeds {text!r}: expected distinct comma-separated integers, such as 10,20"])
+    return tuple(map(int, parts))
 
 
 @dataclass(frozen=True)
@@ -233,8 +245,8 @@ def _left_out(tokenizer: Any, others: Any, teacher: str) -> str | None:
     if difference(tokenizer, others) is None:
         return None
     return (
-        f"the teacher {teacher} has another tokenizer: no divergence from it and no reward is measured, token by "
-        "token there is none. bits_per_byte compares models whatever their tokenizers."
+        f"the teacher {teacher} has another tokenizer: divergences from it and rewards are not computed, because "
+        "token-level KL is undefined across tokenizers. bits_per_byte is comparable across tokenizers."
     )
 
 

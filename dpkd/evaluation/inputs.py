@@ -42,9 +42,11 @@ class Inputs:
 
     def lines(self) -> list[str]:
         """For printing."""
-        lines = [f"left out {count:,} of {self.rows_read:,} rows: {reason}" for reason, count in self.skipped.items()]
+        lines = [f"skipped {count:,} of {self.rows_read:,} rows: {reason}" for reason, count in self.skipped.items()]
         if self.cut:
-            lines.append(f"cut {self.cut:,} references for the likelihood and the divergences; scores see them whole")
+            lines.append(
+                f"truncated {self.cut:,} references for the likelihood and the divergences; text metrics use them whole"
+            )
         if self.tight:
             lines.append(f"{self.tight:,} prompts leave less room for an answer in the model than the length limit")
         return lines
@@ -110,7 +112,7 @@ def _too_long(long: Sequence[Prompt], count: int, data: DataSettings, context: i
     most = max(len(p.prompt_ids) for p in long)
     first = f"the first is {long[0].id} with {len(long[0].prompt_ids):,} tokens, the longest has {most:,}"
     verb = "is" if len(long) == 1 else "are"
-    skip = "To leave such rows out, and have them counted: --long-prompts skip"
+    skip = "To skip and count such rows: --long-prompts skip"
     beyond = [p for p in long if context is not None and len(p.prompt_ids) >= context]
     if beyond:
         return DpkdError(
@@ -121,6 +123,6 @@ def _too_long(long: Sequence[Prompt], count: int, data: DataSettings, context: i
     room = f" --set data.max_tokens={most + 256}" if most >= data.max_tokens else ""
     return DpkdError(
         f"{data.path}: {len(long):,} of {count:,} prompts {verb} longer than data.max_prompt_tokens="
-        f"{data.max_prompt_tokens:,} ({first}). Every row that is read is to be scored: --set "
+        f"{data.max_prompt_tokens:,} ({first}). Every row must be scored: --set "
         f"data.max_prompt_tokens={most}{room}. {skip}"
     )

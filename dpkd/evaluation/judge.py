@@ -123,7 +123,7 @@ def parse_score(text: str) -> float | None:
 def messages_of(row: Prediction, reference: str) -> list[dict[str, str]]:
     """What the judge is asked about a row. Raises DpkdError when the row does not say its prompt."""
     if row.prompt is None:
-        raise DpkdError(f"{row.where or row.id}: no `prompt` here: a judge must know the task")
+        raise DpkdError(f"{row.where or row.id}: no `prompt`: the judge needs the task")
     parts = {"task": row.prompt, "reference": reference, "answer": row.prediction.strip() or "(no answer)"}
     # Not str.format, and in one pass: the texts may hold braces themselves.
     text = re.sub(r"\{(task|reference|answer)\}", lambda place: parts[place[1]].strip(), PROMPT)

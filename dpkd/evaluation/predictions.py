@@ -115,7 +115,7 @@ def _match_by_id(predictions: Sequence[Prediction], references: Sequence[Referen
     by_id = {row.id: row.texts for row in references}
     twice = [name for name, count in Counter(row.id for row in references).items() if count > 1]
     if twice:
-        raise DpkdError(f"{_file(references)}: {len(twice)} ids stand on several rows: {_some(twice)}")
+        raise DpkdError(f"{_file(references)}: {len(twice)} ids occur in several rows: {_some(twice)}")
     seeds: dict[int | None, list[str | None]] = {}
     for row in predictions:
         seeds.setdefault(row.seed, []).append(row.id)

@@ -166,7 +166,7 @@ def _buckets(
                 metrics[name] = Metric.of(spec, [mean for mean in means if mean is not None])
         buckets.append(Bucket(label, len(inside), metrics))
     if sum(bucket.rows for bucket in buckets) != len(references):
-        raise DpkdError(f"{len(references)} rows were scored, but {sum(b.rows for b in buckets)} lie in a bucket")
+        raise DpkdError(f"{len(references)} rows were scored, but {sum(b.rows for b in buckets)} are in a bucket")
     return tuple(buckets)
 
 

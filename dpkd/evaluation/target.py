@@ -63,14 +63,14 @@ def _check_model(run: RunFolder) -> None:
         if not file.is_file() or weights_hash(file) != expected:
             raise DpkdError(
                 f"{file} is {'not the file that the run saved' if file.is_file() else 'lost'} ({run.marker.name} has "
-                f"its checksum). Restore it, or name {run.model} to use it as it is."
+                f"its checksum). Restore it, or name {run.model} to use it unchanged."
             )
 
 
 def _refuse_parts_of_runs(path: Path) -> None:
     above = next((p for p in (path.parent, path.parent.parent) if _run(str(p)) is not None), None)
     if above is not None and path.is_dir() and path.name != "model":
-        raise DpkdError(f"{path} is part of a run and no model of its own: name the run, {above}")
+        raise DpkdError(f"{path} is part of a run, not a model: pass the run, {above}")
 
 
 def find_target(name: str, teacher: str | None, *, trust_remote_code: bool = False) -> EvalTarget:
@@ -83,8 +83,11 @@ def find_target(name: str, teacher: str | None, *, trust_remote_code: bool = Fal
     saved = read_resolved(run.config) if run is not None else {}
     own = {key: value for key, value in (saved.get("data") or {}).items() if key in ("template", "columns")}
     settings = TeacherSettings(model=teacher, trust_remote_code=trust_remote_code) if teacher else None
+    if settings is not None and settings.server is not None:
+        raise DpkdError("--teacher: evaluation compares whole distributions, which no server gives; name a model")
     own_teacher = (saved.get("teacher") or {}).get("model")
-    if teacher is None and own_teacher and not (isinstance(own_teacher, str) and is_memory(own_teacher)):
+    served = (saved.get("teacher") or {}).get("server")
+    if teacher is None and own_teacher and not served and not (isinstance(own_teacher, str) and is_memory(own_teacher)):
         assert run is not None  # its settings name the teacher
         check_trust({"teacher": saved["teacher"]}, run.config, trust_remote_code)
         settings = checked(TeacherSettings, saved["teacher"], "teacher")

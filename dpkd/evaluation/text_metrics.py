@@ -191,7 +191,7 @@ def score_texts(
     scored = tuple(BucketScore(label, _mean_score(bucket)) for label, bucket in labelled)
     total = sum(bucket.score.rows for bucket in scored)
     if not overall.rows == total == len(predictions):
-        raise DpkdError(f"{len(predictions)} rows came in, {overall.rows} were scored and {total} lie in a bucket")
+        raise DpkdError(f"{len(predictions)} rows were given, {overall.rows} were scored and {total} are in a bucket")
     return TextScores(overall, measure.unit, cuts, scored if cuts else (), text_statistics(predictions))
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
+
+from dpkd.errors import DpkdError
 
 Precision = Literal["fp32", "bf16"]
 
 
 def device_of(name: str) -> torch.device:
-    """The device of a setting; `auto` is the first GPU, then Apple's, then the CPU."""
+    """The device of a setting; `auto` is the first GPU, then Apple's, then the CPU.
+
+    Raises DpkdError for a GPU that is not there.
+    """
+    there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if name in there and not there[name]():
+        raise DpkdError(
+            f"train.device: {name} is asked for, and PyTorch {torch.__version__} finds no such device on this machine. "
+            "Leave it at auto, or check the driver and the build: "
+            f"python -c 'import torch; print(torch.{'' if name == 'cuda' else 'backends.'}{name}.is_available())'"
+        )
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
@@ -31,13 +45,29 @@ def allow_tf32() -> None:
         torch.set_float32_matmul_precision("high")
 
 
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that a device has, within the limit of the container; None where it does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu":
+        return None
+    import psutil
+
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    total = int(psutil.virtual_memory().total)
+    return total if allowed == "max" else min(total, int(allowed))
+
+
 def precision_sentence(device: torch.device, mixed_precision: str) -> str:
     """The line at the start of a run."""
+    memory = memory_of(device)
     gpu = device.type == "cuda"
     what = "bf16 autocast" if mixed_precision == "bf16" else "fp32"
     name = torch.cuda.get_device_name(device) if gpu else device.type
     rest = ", TF32 for what stays fp32" if gpu else ""
-    return f"device: {name}, {what}{rest} (train.precision)"
+    size = "" if memory is None else f", {memory / 2**30:.1f} GiB of memory"
+    return f"device: {name}{size}, {what}{rest} (train.device, train.precision)"
 
 
 def teacher_dtype(setting: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype | None:

@@ -6,12 +6,12 @@ files and messages read as they do for any other model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from dpkd.errors import DpkdError
 from dpkd.models.fingerprint import fingerprint_of, memory_fingerprint
 from dpkd.models.loading import DTYPES, config_of, load_model, load_tokenizer, usable_tokenizer
 from dpkd.models.settings import ModelSettings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ class InMemory:
         refuse_memory(str(settings.model), "model")
         return fingerprint_of(settings)
 
+    def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives; runs that share it (see `models.shared`) make it once for a key."""
+        return make()
+
     def described(self) -> dict[str, str]:
         """For run.json: what kind of object each name stands for, and where a model says that it came from."""
         kinds = {name: type(rows).__name__ for name, rows in self.data.items()}
@@ -148,7 +154,7 @@ def given_model(what: str, model: Any, tokenizer: Any | None) -> InMemoryModel:
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise DpkdError(
             f"{what}: expected a name, a path, or a causal language model of transformers (AutoModelForCausalLM), but "
-            f"got {type(model).__name__}. Out of DDP, FSDP or torch.compile: accelerator.unwrap_model({what})"
+            f"got {type(model).__name__}. To unwrap DDP, FSDP or torch.compile: accelerator.unwrap_model({what})"
         )
     if hasattr(model, "_original_forward"):
         raise DpkdError(f"{what}: was prepared by accelerate; give accelerator.unwrap_model({what}, False)")

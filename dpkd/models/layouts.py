@@ -21,11 +21,11 @@ def why_not(model: nn.Module, layout: Layout) -> str | None:
     lm = causal_lm(model)
     kind = implementation(lm)
     if kind not in ("sdpa", "eager", "flex_attention") and not (kind in VARLEN and not layout.shared):
-        return f"its attention ({kind}) takes no such mask"
+        return f"its attention ({kind}) does not support this mask"
     if "position_ids" not in signature(lm.base_model.forward).parameters:
-        return "it counts positions by itself"
+        return "it computes positions by itself"
     if windowed(lm.config.get_text_config()):
-        return "some of its layers do not attend to all that came before"
+        return "some of its layers do not attend to all earlier tokens"
     if kind in VARLEN:  # only half precision on a GPU: the probe would tell nothing
         return None
     device, ids = next(lm.parameters()).device, lm.get_input_embeddings().num_embeddings

@@ -13,7 +13,13 @@ import torch
 
 from dpkd.errors import DpkdError
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
-from dpkd.models.quantization import check_quantization, quantization_of, quantization_options, quiet_bitsandbytes
+from dpkd.models.quantization import (
+    check_quantization,
+    explained_packing,
+    quantization_of,
+    quantization_options,
+    quiet_bitsandbytes,
+)
 from dpkd.models.settings import ModelSettings
 
 # Of the settings; `auto` is left out.
@@ -57,7 +63,7 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
     # Mismatches are collected here and refused below: transformers' own words for them do not name the file.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     quiet = quiet_bitsandbytes() if packed is not None else nullcontext()
-    with quiet_transformers(), explained(settings, "model"), quiet:
+    with quiet_transformers(), explained(settings, "model"), quiet, explained_packing(settings, device):
         if is_gguf(settings.model):
             # Its progress bar heeds no switch; errors are exceptions and do not pass through stderr.
             with redirect_stderr(io.StringIO()):

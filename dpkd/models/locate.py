@@ -84,7 +84,7 @@ def _why(settings: ModelSettings, what: str, error: Exception) -> str:
         first = f"{type(error).__name__}: {first}"
     if "trust_remote_code" in text:
         return (
-            f"{name} brings its own Python code, which is off by default. Pass --trust-remote-code if you trust it."
+            f"{name} contains Python code, which is not run by default. Pass --trust-remote-code if you trust it."
             " (In settings: teacher.trust_remote_code, student.trust_remote_code.)"
         )
     if is_gguf(name):
@@ -98,7 +98,8 @@ def _why(settings: ModelSettings, what: str, error: Exception) -> str:
             "Convert it once, where you trust it, and name the folder: "
             f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained('FOLDER')"
         )
-    return f"{name} is neither a folder here nor a {what} that the hub gives: {first}{_nearest(Path(name))} {_EXPECTED}"
+    found = f"{name} is not a local folder, and the hub did not provide its {what}"
+    return f"{found}: {first}{_nearest(Path(name))} {_EXPECTED}"
 
 
 def _is_path(name: str) -> bool:

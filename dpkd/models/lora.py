@@ -16,7 +16,7 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
     Raises DpkdError when peft is not installed, when no module has one of the names, or when one is the head.
     """
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
     except ImportError as error:
         raise DpkdError("student.lora needs the package peft: pip install 'dpkd[peft]'") from error
     if settings.targets != "all-linear":
@@ -29,6 +29,12 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
         target_modules=settings.targets,
         task_type="CAUSAL_LM",
     )
+    return _with_adapters(model, config)
+
+
+def _with_adapters(model: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
     with warnings.catch_warnings():
         # GPT-2's Conv1D is noticed and handled by peft; a property that it reads is being renamed in transformers.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
@@ -37,8 +43,21 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
 
 
 def merged(model: Any) -> Any:
-    """A plain causal LM with the adapters added into the weights; the model itself stays as it is."""
-    return deepcopy(model).merge_and_unload()
+    """A plain causal LM with the adapters added into the weights; the model itself stays as it is.
+
+    Packed weights are unpacked first: packed again after the sum they would not be what was trained.
+    """
+    copy = deepcopy(model)
+    if getattr(copy.get_base_model(), "quantization_method", None) is None:
+        return copy.merge_and_unload()
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    base = copy.unload().dequantize()
+    if hasattr(base.config, "quantization_config"):
+        del base.config.quantization_config
+    plain = _with_adapters(base, model.peft_config["default"])
+    set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
+    return plain.merge_and_unload()
 
 
 def _check_targets(model: Any, targets: list[str]) -> None:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,16 +19,47 @@ BYTES = {"8bit": 1.0, "4bit": 0.5}
 
 
 def quantization_of(settings: ModelSettings) -> str | None:
-    """`8bit` or `4bit` where the settings ask for packed weights: only a teacher's may."""
-    wanted = settings.quantization if isinstance(settings, TeacherSettings) else "none"
-    return None if wanted == "none" else wanted
+    """`8bit` or `4bit` where the settings ask for packed weights."""
+    return None if settings.quantization == "none" else settings.quantization
 
 
 def check_quantization(settings: ModelSettings) -> None:
     """Raises DpkdError when bitsandbytes is needed and not installed; nothing is imported."""
     wanted = quantization_of(settings)
     if wanted is not None and find_spec("bitsandbytes") is None:
-        raise DpkdError(f"teacher.quantization={wanted} needs the package bitsandbytes: pip install 'dpkd[quant]'")
+        raise DpkdError(
+            f"{_setting(settings)}={wanted} needs the package bitsandbytes: pip install 'dpkd[quant]'. "
+            "On a machine without a GPU, leave it out unless memory demands it: packed weights are slow there"
+        )
+
+
+def check_trainable(settings: ModelSettings, device: torch.device) -> None:
+    """Raises DpkdError where gradients cannot pass through packed weights."""
+    if (wanted := quantization_of(settings)) is not None and device.type != "cuda":
+        raise DpkdError(
+            f"{_setting(settings)}={wanted} needs a GPU (CUDA): bitsandbytes has no backward pass through packed "
+            f"weights on the {device.type}. Leave it out: student.lora alone works everywhere"
+        )
+
+
+@contextmanager
+def explained_packing(settings: ModelSettings, device: torch.device | str) -> Iterator[None]:
+    """What bitsandbytes cannot do on a device, as a DpkdError."""
+    wanted = quantization_of(settings)
+    try:
+        yield
+    except (RuntimeError, ValueError, ImportError, AttributeError, AssertionError) as error:
+        if wanted is None:
+            raise
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DpkdError(
+            f"{_setting(settings)}={wanted} does not work on this machine's {torch.device(device).type} with "
+            f"bitsandbytes {version('bitsandbytes')} ({first}). Leave it out, or use a GPU"
+        ) from error
+
+
+def _setting(settings: ModelSettings) -> str:
+    return f"{'teacher' if isinstance(settings, TeacherSettings) else 'student'}.quantization"
 
 
 def quantization_options(wanted: str, device: torch.device | str, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def _copy_weights(teacher: nn.Module, student: nn.Module, kept: list[int]) -> No
         student.load_state_dict(taken)
     except RuntimeError as error:
         raise DpkdError(
-            f"student.init `layers`: the layers of {type(teacher).__name__} are not alike, and layers {kept} do not "
-            f"make a model of their own ({str(error).splitlines()[-1].strip()}). Known families are {FAMILIES}."
+            f"student.init `layers`: the layers of {type(teacher).__name__} differ, and layers {kept} do not "
+            f"make a model ({str(error).splitlines()[-1].strip()}). Known families are {FAMILIES}."
         ) from error
 
 

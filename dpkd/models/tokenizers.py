@@ -59,18 +59,18 @@ def shared_vocabulary(student: Any, teacher: Any, student_size: int, teacher_siz
     return SharedVocabulary(
         used,
         f"vocabulary: the student's head has {student_size:,} rows and the teacher's {teacher_size:,}; "
-        f"the tokenizers are the same, so both are cut to its {used:,} ids",
+        f"the tokenizers are the same, so both are truncated to its {used:,} ids",
     )
 
 
 _INCOMPARABLE = (
-    "Token by token they cannot be compared. Choose a loss that works across tokenizers (--loss uld or gold), or a "
+    "Token-level losses cannot compare them. Choose a loss that works across tokenizers (--loss uld or gold), or a "
     "teacher of the student's family, or make the student from the teacher (student.init=layers student.layers=N), or "
     "train on the teacher's text alone (--loss seqkd)."
 )
 _RENAMED = (
-    "The vocabulary is the same, so they can be compared: set teacher.tokenizer to the student's model, and its "
-    "special tokens hold for both."
+    "The vocabulary is the same, so they can be compared: set teacher.tokenizer to the student's model, to use its "
+    "special tokens for both."
 )
 
 

@@ -11,7 +11,7 @@ from dpkd.report.names import number
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A cell of a table; `kind` is its CSS class: `n` (a number), `n best`, `mono`, `dim`. `color` is that of a run."""
 
     text: str
@@ -23,8 +23,8 @@ class Cell:
 class Table:
     """Rows under heads; the first cell of a row is its head. `note` stands beside the caption in small type."""
 
-    heads: Sequence[Cell]
-    rows: Sequence[Sequence[Cell]]
+    heads: Sequence[TableCell]
+    rows: Sequence[Sequence[TableCell]]
     caption: str = ""
     note: str = ""
     wide: bool = False
@@ -102,7 +102,7 @@ class Shades:
 
 
 @dataclass(frozen=True)
-class Facts:
+class FactList:
     """Lines of one run, and links to papers: (title, URL, where in it)."""
 
     name: str
@@ -137,4 +137,4 @@ class Section:
     blocks: Sequence[Block]
 
 
-Block = Table | Tile | Drawing | Sample | Shades | Facts | Folded | Group
+Block = Table | Tile | Drawing | Sample | Shades | FactList | Folded | Group

@@ -41,7 +41,7 @@ class MetricValues(TypedDict, total=False):
 
 
 @with_config(ConfigDict(extra="allow"))
-class Bucket(TypedDict):
+class StoredBucket(TypedDict):
     """Rows whose reference has a length in `label`."""
 
     label: str
@@ -54,7 +54,7 @@ class Lengths(TypedDict, total=False):
     """Scores by length of the reference."""
 
     unit: str
-    buckets: list[Bucket]
+    buckets: list[StoredBucket]
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dpkd.report.blocks import Block, Cell, Facts, Folded, Group, Table, Tile
+from dpkd.report.blocks import Block, FactList, Folded, Group, Table, TableCell, Tile
 from dpkd.report.names import compact, duration, finite, memory, number, ordered, public, spread, tokens
 from dpkd.report.reading import Cost, MetricValues, Run, Scored, better_of, title_of
 from dpkd.run_folder import RunFolder
@@ -68,8 +68,8 @@ def overview(runs: Sequence[Run]) -> list[Block]:
     for color, (run, own) in enumerate(zip(runs, told, strict=True)):
         cost = (duration(run.cost.seconds), tokens(run.cost.tokens), memory(run.cost.peak_memory_mib))
         texts = [*(own[key] or "–" for key in keys), *cost]
-        rows.append([Cell(run.name, color=color), *map(Cell, texts, kinds[1:])])
-    return [Table([Cell(head, kind) for head, kind in zip(heads, kinds, strict=True)], rows)]
+        rows.append([TableCell(run.name, color=color), *map(TableCell, texts, kinds[1:])])
+    return [Table([TableCell(head, kind) for head, kind in zip(heads, kinds, strict=True)], rows)]
 
 
 def _tiles(run: Run) -> list[Tile]:
@@ -125,11 +125,13 @@ def _scores_of(
     for metric in metrics:
         found = [one.metrics.get(metric) if one is not None else None for one in scored]
         best = _best(better_of(metric, known), found)
-        cells = [Cell(_spread(values), "n best" if i in best else "n") for i, values in enumerate(found)]
+        cells = [TableCell(_spread(values), "n best" if i in best else "n") for i, values in enumerate(found)]
         unit = next((unit for one in known if (unit := one.scores.get("units", {}).get(metric))), "")
-        rows.append([Cell(title_of(metric, known)), *cells, Cell(unit, "dim unit" if len(runs) > 1 else "dim")])
+        rows.append(
+            [TableCell(title_of(metric, known)), *cells, TableCell(unit, "dim unit" if len(runs) > 1 else "dim")]
+        )
     names = [run.name for run in runs] if len(runs) > 1 else ["value"]
-    return Table([Cell("metric"), *(Cell(name, "n") for name in names), Cell("")], rows, caption, note)
+    return Table([TableCell("metric"), *(TableCell(name, "n") for name in names), TableCell("")], rows, caption, note)
 
 
 def _spread(values: MetricValues | None) -> str:
@@ -188,8 +190,8 @@ def settings(runs: Sequence[Run]) -> list[Block]:
 
 
 def _mono(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Table:
-    cells = [[Cell(text, "mono") for text in row] for row in rows]
-    return Table([Cell(head) for head in heads], cells, caption, wide=True)
+    cells = [[TableCell(text, "mono") for text in row] for row in rows]
+    return Table([TableCell(head) for head in heads], cells, caption, wide=True)
 
 
 def technical(runs: Sequence[Run]) -> list[Block]:
@@ -198,7 +200,7 @@ def technical(runs: Sequence[Run]) -> list[Block]:
     return [Group("grid broad", cards)] if cards else []
 
 
-def _technical(run: Run, name: str) -> Facts:
+def _technical(run: Run, name: str) -> FactList:
     facts = run.facts
     data, machine = facts.get("data", {}), facts.get("machine", {})
     left_out = {**data.get("skipped", {}), **data.get("dropped", {})}
@@ -214,7 +216,7 @@ def _technical(run: Run, name: str) -> Facts:
         ("versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
         ("command", " ".join(map(public, facts.get("command", [])))),
     ]
-    return Facts(name, [(what, value) for what, value in lines if value.strip()], _papers(run))
+    return FactList(name, [(what, value) for what, value in lines if value.strip()], _papers(run))
 
 
 def _papers(run: Run) -> list[tuple[str, str, str]]:

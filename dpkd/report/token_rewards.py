@@ -97,19 +97,30 @@ def _rewards(student: Any, teacher: Any, answers: Sequence[Answer], config: Mapp
     sequences = [
         _sequence(answer, evaluator.tokenizer, config.get("data", {}).get("template", "auto")) for answer in answers
     ]
-    beta = config.get("loss", {}).get("beta", 1.0)
     found = token_rewards(
         evaluator.model,
         evaluator.teacher,
         sequences,
         vocabulary=evaluator.vocabulary,
         pad_id=evaluator.tokenizer.pad_token_id,
-        beta=float(beta),
+        beta=_reward_scale(config),
     )
     return [
         {"prompt": answer.prompt, "writer": answer.writer, "tokens": _tokens(sequence, values, evaluator.tokenizer)}
         for answer, sequence, values in zip(answers, sequences, found, strict=True)
     ]
+
+
+def _reward_scale(config: Mapping[str, Any]) -> float:
+    """β of the run's loss, as the loss says; 1 where that is not installed, or says nothing."""
+    from dpkd.api import LossSpec
+    from dpkd.plugins import load_registry
+
+    own = dict(config.get("loss") or {})
+    registered = load_registry().all(LossSpec).get(str(own.pop("name", "")))
+    if registered is None or registered.spec.reward_scale is None:
+        return 1.0
+    return float(registered.spec.reward_scale(registered.spec.config.model_validate(own)))
 
 
 def _sequence(answer: Answer, tokenizer: Any, template: str) -> TokenSequence:

@@ -8,6 +8,7 @@ the log-probs of the policy that drew (`behaviour_logps`), for importance weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -23,6 +24,18 @@ from dpkd.rollout.kv_cache import evaluating
 
 # Tokens of a forward, padding included.
 TOKENS = 16384
+# Largest importance weight of a token for the rounding of what drew it (verl and TRL: 2).
+LARGEST_WEIGHT = 2.0
+
+
+def truncated(drawn: Sequence[Sampled]) -> list[Sampled]:
+    """The responses with importance weights q/q_drawn of at most LARGEST_WEIGHT: truncated importance sampling.
+
+    For plain sampling, where the two policies are one but for rounding. The log-prob of the policy that drew is raised
+    to where the weight is that, so that no loss has to know of it.
+    """
+    floor = math.log(LARGEST_WEIGHT)
+    return [replace(one, behaviour_logps=torch.maximum(one.behaviour_logps, one.logps - floor)) for one in drawn]
 
 
 def token_scores(

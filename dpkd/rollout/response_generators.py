@@ -17,7 +17,7 @@ from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.models.chunked import chunk_rows
 from dpkd.rollout.generator import prompt_seed, sample_seeds, sampling_task
-from dpkd.rollout.policy_logps import PolicyScorer
+from dpkd.rollout.policy_logps import PolicyScorer, truncated
 from dpkd.rollout.response_store import ResponseStore
 
 
@@ -62,6 +62,7 @@ class TeacherScorer:
         scored = list(responses)
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
         wants = Wants(chunk_rows(self.vocabulary, device=self.device), logps=True)
+        self.teacher.expect(sequences, wants)
         for group in micro_batches(lengths, self.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(self.device)
             logps = self.teacher.score(batch, wants).logps().tolist()
@@ -129,7 +130,9 @@ class StudentGenerator:
         drawn = self.sampler.draw(task, lambda place, response: self.progress(1) if self.progress else None)
         if self.loss is None or self.policy is None:
             return drawn
-        return self.policy(student, [prompt for prompt in task.prompts for _ in range(how.num_generations)], drawn)
+        drawn = self.policy(student, [prompt for prompt in task.prompts for _ in range(how.num_generations)], drawn)
+        plain = (task.temperature, task.top_p, task.top_k, task.mix_with) == (1.0, 1.0, 0, None)
+        return truncated(drawn) if plain else drawn
 
 
 def _grouped(responses: list[Response], count: int) -> list[tuple[Response, ...]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpkd.api import GenerationModel, SamplingSettings
+from dpkd.api import GenerationModel, Sampler, SamplingSettings
 from dpkd.data.encode import Prompt, check_ids, tokenize
 from dpkd.data.encoding import continuation, end_ids
 from dpkd.data.examples import read_examples
@@ -21,9 +21,10 @@ from dpkd.errors import DpkdError
 from dpkd.io import JsonLog, lock, read_json, write_json
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
-from dpkd.models.settings import ModelSettings
+from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.plugins import Registry
 from dpkd.rollout.generator import open_sampler, response_seed, sampling_task
+from dpkd.teachers.server.teacher import ServerTeacher
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,13 @@ def _sample(
     progress: Callable[[int, int], None] | None,
 ) -> SampleReport:
     examples = read_examples(data, require_response=False)
+    tokenizer = load_tokenizer(model)
+    served = ServerTeacher(model) if isinstance(model, TeacherSettings) and model.server is not None else None
+    if served is not None:
+        served.check(tokenizer)
     facts = {
         "model": model.model,
-        "weights": model_fingerprint(str(model.model), model.revision),
+        "weights": model_fingerprint(str(model.model), model.revision) if served is None else served.fingerprint(),
         "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
         "seed": seed,
         "template": data.template,
@@ -96,16 +101,20 @@ def _sample(
     }
     lines = JsonLog(output, id=str, sample=int)
     found = _found(lines, facts)
-    tokenizer = load_tokenizer(model)
     tokenized = tokenize(examples.examples, tokenizer, data, require_response=False)
     todo = [p for p in tokenized.prompts if (p.id, num_generations - 1) not in found]
     by_id = {example.id: example for example in examples.examples}
-    lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
-    check_ids(todo, lm.get_input_embeddings().weight.shape[0], str(model.model))
     lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
     counts = {"written": 0, "truncated": 0, "empty": 0}
-    writer = GenerationModel(lm, None, end_ids(tokenizer, lm), tokenizer.pad_token_id)
-    with closing(open_sampler(registry, backend, backend_settings, writer)) as sampler:
+    with ExitStack() as stack:
+        if served is not None:
+            sampler: Sampler = stack.enter_context(closing(served)).sampler()
+        else:
+            lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
+            check_ids(todo, lm.get_input_embeddings().weight.shape[0], str(model.model))
+            longest = max((len(p.prompt_ids) for p in todo), default=0) + sampling.max_new_tokens
+            writer = GenerationModel(lm, None, end_ids(tokenizer, lm), tokenizer.pad_token_id, longest=longest)
+            sampler = stack.enter_context(closing(open_sampler(registry, backend, backend_settings, writer)))
         sampler.refresh()
         for group in _groups(todo, 4 * sampling.batch_size):
             rows = []

@@ -71,7 +71,8 @@ class AlignedTeacher(Teacher):
     offers = TeacherAccess.LOGITS
     measurable = False
 
-    def __init__(self, local: LocalTeacher, retokenizer: Retokenizer) -> None:
+    def __init__(self, local: Teacher, retokenizer: Retokenizer) -> None:
+        assert isinstance(local, LocalTeacher)  # no other kind has a tokenizer of its own
         self.local, self.retokenizer = local, retokenizer
         self.tokenizer, self.config = local.tokenizer, local.config
 

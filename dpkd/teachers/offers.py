@@ -42,13 +42,15 @@ def _distribution_fails(spec: LossSpec, config: LossConfig, offer: TeacherOffer)
     linear = spec.is_linear(config)
     if offer.access in (TeacherAccess.LOGITS, TeacherAccess.HIDDEN):
         return None
-    if offer.access is TeacherAccess.TOP_K:
+    if spec.chosen_k is not None and offer.access is TeacherAccess.CHOSEN_IDS:
+        return None
+    if offer.access in (TeacherAccess.TOP_K, TeacherAccess.CHOSEN_IDS):
         if 0 < offer.vocabulary <= offer.k or (enough is not None and enough <= offer.k):
             return None
     elif offer.access is TeacherAccess.SAMPLED and linear:
         return None
     ways = [offer.more(TeacherAccess.TOP_K, enough) if enough is not None else ""]
-    ways += [offer.more(TeacherAccess.SAMPLED) if linear else ""]
+    ways += [offer.more(TeacherAccess.SAMPLED) if linear else "", offer.more(TeacherAccess.LOGITS)]
     would = " or ".join(way for way in ways if way)
     would = f"{would} would serve" if would else "only the teacher's model serves it (teacher.model)"
     return f"{spec.name} reads whole distributions, and {offer.what} has {offer.has}; {would}"

@@ -23,15 +23,26 @@ from dpkd.teachers.store_shards import Shards, sequence_key
 class StoredRows(TeacherOutput):
     """What a store knows of the packed rows `[N]`.
 
-    given  [N] log-probs of the response tokens
-    ids    [N, K] some tokens, top [N, K] their log-probs, rest [N] log of the mass of all others
+    given   [N] log-probs of the response tokens
+    ids     [N, K] some tokens, top [N, K] their log-probs, rest [N] log of the mass of all others
+    others  [N] how many others there are, where an id may be in a row twice
     """
 
     def __init__(
-        self, given: Tensor, ids: Tensor, top: Tensor, rest: Tensor, *, targets: Tensor, wants: Wants, vocabulary: int
+        self,
+        given: Tensor,
+        ids: Tensor,
+        top: Tensor,
+        rest: Tensor,
+        *,
+        targets: Tensor,
+        wants: Wants,
+        vocabulary: int,
+        others: Tensor | None = None,
     ) -> None:
         super().__init__(targets, wants.chunk)
         self.given, self.ids, self.top, self.rest, self.vocabulary = given, ids, top, rest, vocabulary
+        self.others = given.new_full((len(given),), vocabulary - ids.shape[1]) if others is None else others
 
     def logits(self, rows: slice) -> Tensor:
         """Log-probs `[n, V]` of some rows: those stored as they are, the mass of the rest spread evenly over it.
@@ -39,8 +50,7 @@ class StoredRows(TeacherOutput):
         What only looks at the stored tokens and at the mass of the rest (topk-kl) sees the teacher exactly.
         """
         ids_nK, logps_nK = self.ids[rows], at_least_float32(self.top[rows])
-        others = self.vocabulary - ids_nK.shape[1]
-        each_n = at_least_float32(self.rest[rows]) - math.log(max(1, others))
+        each_n = at_least_float32(self.rest[rows]) - self.others[rows].clamp(min=1).log()
         dense_nV = each_n.unsqueeze(1).expand(-1, self.vocabulary).clone()
         return dense_nV.scatter_(1, ids_nK, logps_nK)
 

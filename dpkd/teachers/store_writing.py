@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpkd.api.teachers import Wants
+from dpkd.api.teachers import Teacher, Wants
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, log_softmax
 from dpkd.io import lock
 from dpkd.models.chunked import chunk_rows, chunks
-from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.store_manifest import Manifest, write_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key
 
@@ -25,7 +24,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 @torch.no_grad()
 def write_store(
     folder: Path,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     sequences: Sequence[TokenSequence],
     manifest: Manifest,
     *,
@@ -44,7 +43,7 @@ def write_store(
 
 def _write_missing(
     shards: Shards,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     sequences: Sequence[TokenSequence],
     manifest: Manifest,
     pad_id: int,
@@ -55,6 +54,7 @@ def _write_missing(
     todo = [s for key, s in distinct.items() if key not in shards]
     waiting: dict[str, dict[str, Tensor]] = {}
     done = tokens = 0
+    teacher.expect(todo, Wants(64, logits=True))
     for group in micro_batches([len(s.prompt_ids) + len(s.response_ids) for s in todo], batch_size):
         members = [todo[i] for i in group]
         batch = collate(members, pad_id=pad_id)
@@ -79,7 +79,7 @@ def _key(sequence: TokenSequence) -> str:
     return sequence_key(ids, len(ids) - max(len(sequence.prompt_ids), 1))
 
 
-def _columns(teacher: LocalTeacher, batch: Batch, manifest: Manifest) -> dict[str, Tensor]:
+def _columns(teacher: Teacher, batch: Batch, manifest: Manifest) -> dict[str, Tensor]:
     """The numbers of each response token of a batch, on the CPU."""
     rows = teacher.score(batch, Wants(64, logits=True))
     parts: dict[str, list[Tensor]] = {}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dpkd.api import Loss, Trait
-from dpkd.testing.inputs import Batch
+from dpkd.testing.inputs import SampleBatch
 from dpkd.testing.results import CheckSkipped
 from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, LossUnderTest, require, require_close
 
@@ -56,7 +56,7 @@ def gradient_is_the_derivative(subject: LossUnderTest) -> None:
         )
 
 
-def _slope(subject: LossUnderTest, batch: Batch, direction_NK: Tensor, loss: Loss) -> tuple[Tensor, float]:
+def _slope(subject: LossUnderTest, batch: SampleBatch, direction_NK: Tensor, loss: Loss) -> tuple[Tensor, float]:
     """Derivative of the summed values along a direction, by differences, and the tolerance that it deserves."""
 
     def total(distance: float) -> Tensor:

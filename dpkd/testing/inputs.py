@@ -1,6 +1,6 @@
 """Random inputs of each family, as the engine would hand them over.
 
-N rows (positions, or pairs), V vocabulary. A `Batch` shows the student as one matrix `[N, K]` whatever the family:
+N rows (positions or pairs), V vocabulary. A `SampleBatch` shows the student as one matrix `[N, K]` whatever the family:
 logits (K = V), hidden states of all layers one after the other, or the log-probs of the chosen and the rejected
 response (K = 2).
 """
@@ -19,6 +19,7 @@ from dpkd.functional import gather_logps, log_mix
 from dpkd.testing.results import CheckSkipped
 
 VOCABULARY = 7
+CHOSEN = 6  # tokens of the student that a loss may read as its likeliest
 EXCLUDED = 2  # so many of the last tokens may be excluded (logits of -inf); they are never targets
 STUDENT_STACK, TEACHER_STACK = Stack(3, 4), Stack(6, 5)  # of losses on hidden states
 TEACHER_MIX = 0.2  # share of the teacher in the policy that drew a rollout
@@ -40,7 +41,7 @@ class InputShape:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SampleBatch:
     """Every signal of a family, for N rows."""
 
     family: Family
@@ -72,7 +73,7 @@ class Batch:
         value = self.signals[signal]
         return torch.stack(list(value), dim=1) if isinstance(value, Pair) else value.flatten(1)
 
-    def with_student(self, student_NK: Tensor) -> Batch:
+    def with_student(self, student_NK: Tensor) -> SampleBatch:
         """The same rows under another student."""
         if self.family is Family.PAIR:
             return self.having(Signal.STUDENT_LOGPS, Pair(student_NK[:, 0], student_NK[:, 1]))
@@ -80,11 +81,11 @@ class Batch:
         assert isinstance(before, Tensor)
         return self.having(self._student_signal, student_NK.unflatten(1, before.shape[1:]))
 
-    def having(self, signal: Signal, value: Tensor | Pair) -> Batch:
+    def having(self, signal: Signal, value: Tensor | Pair) -> SampleBatch:
         """The same rows with one signal exchanged."""
         return replace(self, signals={**self.signals, signal: value})
 
-    def map(self, change: Callable[[Signal, Tensor], Tensor]) -> Batch:
+    def map(self, change: Callable[[Signal, Tensor], Tensor]) -> SampleBatch:
         """Every tensor changed."""
 
         def changed(signal: Signal, value: Tensor | Pair) -> Tensor | Pair:
@@ -94,11 +95,11 @@ class Batch:
 
         return replace(self, signals={s: changed(s, v) for s, v in self.signals.items()})
 
-    def take(self, rows: slice | Tensor) -> Batch:
+    def take(self, rows: slice | Tensor) -> SampleBatch:
         """Some of the rows."""
         return self.map(lambda _, value: value[rows])
 
-    def to(self, dtype: torch.dtype) -> Batch:
+    def to(self, dtype: torch.dtype) -> SampleBatch:
         """Numbers in another type; where it is a half type, logits and hidden states only, as in the engine."""
         half = dtype in (torch.bfloat16, torch.float16)
 
@@ -123,32 +124,33 @@ def random_batch(
     student_excludes: int = 0,
     teacher_excludes: int = 0,
     hidden: InputShape | None = None,
-) -> Batch:
+) -> SampleBatch:
     """Rows of a family; `scale` is the standard deviation of logits, or the size of log-probs per token in nats.
 
     With `hidden` the rows have hidden states in place of logits.
     """
     generator = torch.Generator().manual_seed(seed)
     if family is Family.PAIR:
-        return Batch(family, _pairs(rows, scale, generator)).to(dtype)
+        return SampleBatch(family, _pairs(rows, scale, generator)).to(dtype)
     if hidden is not None:
-        return Batch(family, _hidden(rows, scale, hidden, generator)).to(dtype)
+        return SampleBatch(family, _hidden(rows, scale, hidden, generator)).to(dtype)
     student, teacher = (
         scale * torch.randn(rows, VOCABULARY, generator=generator, dtype=torch.float64) for _ in range(2)
     )
     for logits, excluded in ((student, student_excludes), (teacher, teacher_excludes)):
         logits[:, VOCABULARY - excluded :] = -math.inf
     if family is Family.ROLLOUT:
-        return Batch(family, _drawn(student, teacher, generator)).to(dtype)
+        return SampleBatch(family, _drawn(student, teacher, generator)).to(dtype)
     targets = torch.randint(VOCABULARY - EXCLUDED, (rows,), generator=generator)
     signals = {
         Signal.STUDENT_LOGITS: student,
         Signal.TEACHER_LOGITS: teacher,
         Signal.TARGETS: targets,
         Signal.BY_STUDENT: torch.arange(rows) % 2 == 0,
+        Signal.CHOSEN_IDS: student.topk(CHOSEN).indices,
         **{rest: _rest(rows, scale, generator) for rest in _RESTS},
     }
-    return Batch(family, signals).to(dtype)
+    return SampleBatch(family, signals).to(dtype)
 
 
 def _hidden(rows: int, scale: float, shape: InputShape, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
@@ -203,7 +205,7 @@ def _drawn(student_NV: Tensor, teacher_NV: Tensor, generator: torch.Generator) -
     }
 
 
-def matched(batch: Batch) -> Batch:
+def matched(batch: SampleBatch) -> SampleBatch:
     """The same rows with the student equal to the teacher, at the time of drawing too.
 
     Raises CheckSkipped where the two have other shapes.
@@ -220,7 +222,7 @@ def matched(batch: Batch) -> Batch:
     return batch
 
 
-def rollout_of(batch: Batch) -> Rollout:
+def rollout_of(batch: SampleBatch) -> Rollout:
     """The rows of a rollout batch as one collection, in responses of two tokens."""
     logps = {s: batch.signals[s] for s in (Signal.ROLLOUT_LOGPS, Signal.BEHAVIOUR_LOGPS, Signal.TEACHER_LOGPS)}
     old, drawn, teacher = (v for v in logps.values() if isinstance(v, Tensor))

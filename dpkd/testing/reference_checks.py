@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpkd.api import HIDDEN, Family, Loss, Pair, Signal
-from dpkd.testing.inputs import EXCLUDED, Batch
+from dpkd.testing.inputs import EXCLUDED, SampleBatch
 from dpkd.testing.results import CheckWarned
 from dpkd.testing.subject import FOUNDATION, Check, LossUnderTest, require, require_close
 
@@ -53,7 +53,7 @@ def matches_reference(subject: LossUnderTest) -> None:
         )
 
 
-def _reference_values(subject: LossUnderTest, batch: Batch, loss: Loss) -> Tensor:
+def _reference_values(subject: LossUnderTest, batch: SampleBatch, loss: Loss) -> Tensor:
     import numpy as np
 
     assert subject.reference is not None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpkd.api import Family, Loss, Rollout, RolloutLoss, Signal, Trait
 from dpkd.functional import gather_logps
-from dpkd.testing.inputs import Batch, rollout_of
+from dpkd.testing.inputs import SampleBatch, rollout_of
 from dpkd.testing.results import CheckWarned
 from dpkd.testing.subject import FOUNDATION, Check, LossUnderTest, fail, require, require_close
 
@@ -118,7 +118,7 @@ def _surrogate_gradient(subject: LossUnderTest, toy: Toy) -> Tensor:
         Signal.TEACHER_LOGPS: log_p_N,
         Signal.ADVANTAGES: _advantages(loss, Rollout(log_q_N, log_q_N, log_p_N, toy.response_N)),
     }
-    values_N = subject.values(Batch(subject.spec.family, signals), loss)
+    values_N = subject.values(SampleBatch(subject.spec.family, signals), loss)
     probability_R = torch.stack([part.sum().exp() for part in toy.split(log_q_N)])
     (values_N * probability_R[toy.response_N]).sum().backward()
     assert table_PV.grad is not None

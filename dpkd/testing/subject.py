@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpkd.api import HIDDEN, Family, Loss, LossConfig, LossSpec, Signal, Stack, TokenLoss, Trait
-from dpkd.testing.inputs import STUDENT_STACK, TEACHER_STACK, Batch, InputShape, random_batch
+from dpkd.testing.inputs import STUDENT_STACK, TEACHER_STACK, InputShape, SampleBatch, random_batch
 from dpkd.testing.results import CheckFailed
 
 # Nothing is to be learnt from the value of a loss that fails one of these.
@@ -51,12 +51,12 @@ class LossUnderTest:
             return loss, None
         return loss, InputShape(loss.bind(STUDENT_STACK, teacher), STUDENT_STACK.width, teacher.width)
 
-    def batch(self, rows: int = 6, **how: Any) -> Batch:
+    def batch(self, rows: int = 6, **how: Any) -> SampleBatch:
         """Random rows of the loss's family; see `random_batch`."""
         with torch.random.fork_rng(devices=[]):
             return random_batch(self.spec.family, rows, hidden=self._bound()[1], **how)
 
-    def values(self, batch: Batch, loss: Loss | None = None) -> Tensor:
+    def values(self, batch: SampleBatch, loss: Loss | None = None) -> Tensor:
         """What the loss returns, `[N]`. Raises CheckFailed where it returns something else."""
         loss = self.build() if loss is None else loss
         values = loss(batch.inputs(self.reads))
@@ -69,7 +69,7 @@ class LossUnderTest:
         )
         return values  # type: ignore[no-any-return]
 
-    def evaluate(self, batch: Batch, loss: Loss | None = None) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: SampleBatch, loss: Loss | None = None) -> tuple[Tensor, Tensor]:
         """Values `[N]`, and the gradient of their sum with respect to the student `[N, K]`."""
         student_NK = batch.student.detach().clone().requires_grad_()
         values_N = self.values(batch.with_student(student_NK), loss)

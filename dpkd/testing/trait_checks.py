@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dpkd.api import Family, RolloutLoss, Signal, Trait
-from dpkd.testing.inputs import EXCLUDED, Batch, matched, rollout_of
+from dpkd.testing.inputs import EXCLUDED, SampleBatch, matched, rollout_of
 from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, LossUnderTest, require, require_close
 
 SEEDS = 20
@@ -37,7 +37,7 @@ def _require_no_gradient(gradient_NK: torch.Tensor) -> None:
     )
 
 
-def _at_match(subject: LossUnderTest, seed: int) -> Batch:
+def _at_match(subject: LossUnderTest, seed: int) -> SampleBatch:
     batch = matched(subject.batch(seed=seed))
     loss = subject.build()
     if isinstance(loss, RolloutLoss):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpkd.api import Family, Signal, TokenInputs
 from dpkd.functional import KLSum, log_softmax
-from dpkd.testing.inputs import EXCLUDED, Batch
+from dpkd.testing.inputs import EXCLUDED, SampleBatch
 from dpkd.testing.results import CheckSkipped
 from dpkd.testing.subject import FOUNDATION, WITH_GRADIENT, Check, LossUnderTest, require, require_close
 
@@ -54,7 +54,7 @@ def deterministic(subject: LossUnderTest) -> None:
         )
 
 
-def _seeded(subject: LossUnderTest, batch: Batch, loss: torch.nn.Module, seed: int) -> Tensor:
+def _seeded(subject: LossUnderTest, batch: SampleBatch, loss: torch.nn.Module, seed: int) -> Tensor:
     """Values under a seed of every usual generator, whose states are put back."""
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):

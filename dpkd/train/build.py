@@ -11,6 +11,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from dpkd.api import HIDDEN, Family, ResponseSource, Signal, Text
 from dpkd.api.teachers import Teacher
+from dpkd.config.objective import chosen_ids
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import BatchSettings, RunSettings
 from dpkd.data.batch_sampler import BatchSampler
@@ -30,6 +31,7 @@ from dpkd.models.lora import add_lora
 from dpkd.models.student_init import make_student, recompute_activations
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
+from dpkd.train.ema import follow
 from dpkd.train.hidden_states import bind, check_stack
 from dpkd.train.loss_module import LossModule
 from dpkd.train.memory_trace import sample_inputs
@@ -39,7 +41,7 @@ from dpkd.train.prepare import Prepared, prepare
 from dpkd.train.progress import Display
 from dpkd.train.rollouts import Rollouts, check_processes, make_groups
 from dpkd.train.schedules import Schedules
-from dpkd.train.step_batches import LM_READS, Corpus, StepBatchBuilder
+from dpkd.train.step_batches import LM_READS, CorpusBatches, StepBatchBuilder
 from dpkd.train.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ class RunParts:
     def close(self) -> None:
         """Give back what lies outside the models."""
         self.rollouts.close()
+        if self.teacher is not None:
+            self.teacher.close()
 
 
 def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> RunParts:
@@ -101,6 +105,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     if layers:
         check_stack(models.student)
         check_stack(models.teacher.model if models.teacher is not None else None)
+    reward = resolved.loss.reward_scale
     loss_module = LossModule(
         models.student,
         losses,
@@ -108,9 +113,13 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         chunk_mib=settings.train.chunk_mib,
         layers=layers,
         widest=models.teacher.widest if models.teacher is not None else None,
+        chosen=chosen_ids(resolved.objectives),
+        reward_scale=1.0 if reward is None else float(reward(resolved.loss_config)),
     ).to(accelerator.device)
     loss_module.compiled = _compile(resolved, models, losses, steps, display)
     optimizer = make_optimizer(loss_module, settings.train)
+    if settings.train.ema is not None:
+        follow(optimizer, settings.train.ema)
     loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
     inner = accelerator.unwrap_model(loss_module)
     register_fsdp_forward_method(inner, "lend")  # nothing happens to it where the student is not sharded
@@ -201,7 +210,9 @@ class _Models:
     def __init__(self, resolved: Resolved, accelerator: Accelerator, prepared: Prepared, display: Display) -> None:
         settings, device, self.teacher = resolved.settings, accelerator.device, prepared.teacher
         if self.teacher is not None:
-            self.teacher.load(device, teacher_dtype(settings.train.precision, device))
+            # A student that starts from the teacher's layers takes them as they are stored.
+            copied = settings.student.init == "layers"
+            self.teacher.load(device, None if copied else teacher_dtype(settings.train.precision, device))
         student = make_student(
             settings.student,
             teacher=None if self.teacher is None else self.teacher.model,
@@ -286,17 +297,19 @@ def _losses(resolved: Resolved) -> dict[str, Any]:
     return losses
 
 
-def _corpus(settings: RunSettings, tokenizer: Any, steps: int, display: Display) -> Corpus | None:
+def _corpus(settings: RunSettings, tokenizer: Any, steps: int, display: Display) -> CorpusBatches | None:
     pretrain = settings.terms.pretrain
     if pretrain.weight == 0 or pretrain.corpus is None:
         return None
     blocks = read_corpus(pretrain.corpus, tokenizer)
     display.say(blocks.sentence())
     size = pretrain.batch_size or settings.train.batch_size
-    return Corpus(blocks, BatchSampler([len(b) for b in blocks], batch_size=size, steps=steps, seed=settings.seed))
+    return CorpusBatches(
+        blocks, BatchSampler([len(b) for b in blocks], batch_size=size, steps=steps, seed=settings.seed)
+    )
 
 
-def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
+def _corpus_facts(corpus: CorpusBatches) -> dict[str, Any]:
     """What run.json says of the plain text."""
     blocks = corpus.blocks
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 from dpkd.api import Signal, Trait
+from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.data.batches import TokenSequence
@@ -18,7 +20,6 @@ from dpkd.data.templates import template_fingerprint
 from dpkd.errors import DpkdError
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.rollout.response_generators import RankShards
-from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.offers import why_not
 from dpkd.teachers.store_manifest import Kind, Manifest
 from dpkd.teachers.store_writing import write_store
@@ -45,19 +46,24 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     """
     run = resolved.settings
     display = Display(console or Console())
-    if run.teacher.model is None:
+    if run.teacher.model is None and run.teacher.server is None:
         raise DpkdError("a store is written by a teacher: name its model with --teacher")
     objectives = _reading(resolved)
     kind, k = _kind(resolved, settings)
+    if kind == "sampled" and run.teacher.server is not None:
+        raise DpkdError("a server gives no tokens drawn from its whole distribution: choose --kind topk or tokens")
     prepared = prepare(resolved, display)
+    teacher = prepared.teacher
+    assert teacher is not None
+    teacher.prepare_for(k, 0)  # what the store keeps, more or less than the loss needs
     if prepared.translator is not None:
         raise DpkdError("a store has the teacher's numbers for the student's tokens, and their tokenizers differ")
     vocabulary = max(prepared.tokenizer.get_vocab().values()) + 1
     manifest = Manifest(
         kind,
         k,
-        resolved.given.fingerprint(run.teacher),
-        Path(run.teacher.model).name,
+        teacher.fingerprint(),
+        Path(run.teacher.model or teacher.fingerprint().rpartition(":")[2]).name,
         tokenizer_fingerprint(prepared.tokenizer),
         vocabulary,
         tuple(sorted({writer for objective in objectives for writer in objective.writers})),
@@ -72,12 +78,11 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         ):
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = prepared.teacher
-    assert isinstance(teacher, LocalTeacher)
     teacher.load(device)
-    teacher.cut(vocabulary)
-    sequences = _sequences(resolved, objectives, prepared, settings.output, display)
-    _write(settings, teacher, sequences, manifest, prepared, display)
+    teacher.share(prepared.tokenizer, vocabulary)
+    with closing(teacher):
+        sequences = _sequences(resolved, objectives, prepared, settings.output, display)
+        _write(settings, teacher, sequences, manifest, prepared, display)
     display.say(
         f"train without the teacher: the same command with `--set teacher.store={settings.output}` for --teacher"
     )
@@ -137,7 +142,7 @@ def _sequences(
 
 def _write(
     settings: CacheSettings,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     sequences: list[TokenSequence],
     manifest: Manifest,
     prepared: Prepared,

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpkd.api import MetricSpec, SamplingSettings
+from dpkd.api import Callback, MetricSpec, SamplingSettings, Training
 from dpkd.api.teachers import Teacher
 from dpkd.config.settings import DevSettings
 from dpkd.errors import DpkdError
@@ -33,7 +33,7 @@ def direction_of(metric: str, specs: Mapping[str, MetricSpec]) -> int:
 
 
 @dataclass
-class Dev:
+class Dev(Callback):
     """The development set of a run; `dev.jsonl` has a line for each evaluation."""
 
     settings: DevSettings
@@ -45,6 +45,7 @@ class Dev:
     folder: RunFolder
     is_main: bool
     specs: dict[str, MetricSpec]
+    first: bool = False  # evaluate before the first step too: a source follows these losses
     lines: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -75,6 +76,29 @@ class Dev:
                 f"{self.file} names step {best} as the best so far, but its model, {self.saved(best)}, is lost. "
                 f"Delete {self.file.name} to go on without the evaluations so far."
             )
+
+    def on_start(self, training: Training, step: int) -> None:
+        self.restore(step)
+        if self.is_hopeless:  # it ended here before it was interrupted
+            training.stop(self._why())
+        elif step == 0 and self.first:
+            self._evaluate(training, 0)
+
+    def on_step(self, training: Training, step: int) -> None:
+        if self.due(step, training.steps):
+            self._evaluate(training, step)
+            if self.is_hopeless:
+                training.stop(self._why())
+
+    def _evaluate(self, training: Training, step: int) -> None:
+        line = training.lend(lambda student: self.evaluate(step, student))
+        shown = [name for name in ("rouge_l", "nll", "forward_kl", "reverse_kl") if name in line]
+        training.say(f"dev {step}  " + "  ".join(f"{name} {line[name]:.3f}" for name in shown))
+        training.evaluated(step, line)
+
+    def _why(self) -> str:
+        best = f"{self.settings.metric} was best at step {self.best_step}"
+        return f"stopped early: {best}, {self.settings.patience} evaluations ago"
 
     def due(self, step: int, steps: int) -> bool:
         """After every so many steps, and at the end."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from dpkd.api import Callback, Training
 
 # Nats per token below the best value so far: e times less likely, token for token. Runs that collapsed fell by 4 to 40
 # (docs/results.md) and were noticed within 40 steps; those that held stayed within 1, or had y_s above y_t.
@@ -16,12 +19,16 @@ TIMES = 3  # logged steps in a row
 
 
 @dataclass
-class RunawayGuard:
+class RunawayGuard(Callback):
     """Watches the log-probs per token of chosen and rejected responses on logged steps; speaks once."""
 
     best: float | None = None
     _seen: int = 0
     _said: bool = False
+
+    def on_log(self, training: Training, step: int, line: Mapping[str, Any]) -> None:
+        if word := self.look(line):
+            training.say(f"warning, step {step}: {word}")
 
     def look(self, metrics: Mapping[str, float]) -> str | None:
         """What to say, if anything. Numbers are nats per token."""

@@ -14,15 +14,16 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dpkd.api import Layers, Pair, PairInputs, PairLoss, RolloutInputs, Signal, TokenInputs
+from dpkd.api import Layers, Pair, PairInputs, RolloutInputs, Signal, TokenInputs
 from dpkd.errors import DpkdError, described
 from dpkd.functional import log_softmax, segment_sum
-from dpkd.models.chunked import chunk_rows, objective, token_logps
+from dpkd.models.chunked import chunk_rows, chunks, objective, token_logps
 from dpkd.models.device import out_of_memory
 from dpkd.models.fused import FusedKL, kl_sum_of, usable
 from dpkd.models.head import Head, head_of
 from dpkd.models.layers import layer_rows
 from dpkd.models.sharding import gathered
+from dpkd.rollout.kv_cache import evaluating
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, Term
 from dpkd.train.observe import observe_pairs, observe_rows, observe_spans
@@ -42,24 +43,25 @@ class LossModule(nn.Module):
         chunk_mib: float | Literal["auto"] = "auto",
         layers: Mapping[str, Layers] | None = None,
         widest: int | None = None,
+        chosen: int = 0,
+        reward_scale: float = 1.0,
     ) -> None:
         """`layers` has the hidden states that losses read, by the name of the loss.
 
+        `chosen` is how many of the student's likeliest tokens they read (Signal.CHOSEN_IDS).
+
         `widest` is the number of logits of a row where a loss sees more than the student's vocabulary.
+        `reward_scale` is β of the implicit reward that is logged.
         """
         super().__init__()
+        self.reward_scale = reward_scale
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.layers = dict(layers or {})
         self.vocabulary = vocabulary
+        self.chosen = min(chosen, vocabulary)
         self.compiled = False
         self.chunk = chunk_rows(widest or vocabulary, chunk_mib, next(student.parameters()).device)
-
-    @property
-    def reward_scale(self) -> float:
-        """β of the implicit reward: that of a pair loss, else 1 (other losses call other things β)."""
-        main = self.losses["main"]
-        return float(getattr(main.config, "beta", 1.0)) if isinstance(main, PairLoss) else 1.0
 
     def lend(self, work: Callable[[nn.Module], T]) -> T:
         """Give the student, with whole weights, to work that is not training: sampling, evaluation, saving.
@@ -100,6 +102,18 @@ class LossModule(nn.Module):
         read = [self.layers[term.name] for term in micro_batch.terms if term.name in self.layers]
         student, teacher = ({i for layers in read for i in layers[of]} for of in (0, 1))
         return Layers(tuple(sorted(student)), tuple(sorted(teacher)))
+
+    @torch.no_grad()
+    def likeliest(self, micro_batch: MicroBatch) -> Tensor:
+        """The student's likeliest tokens `[N, K]` at each response position, by a forward of their own."""
+        with evaluating(self.student):
+            hidden, _ = layer_rows(self.student, micro_batch.batch, ())
+        head = head_of(self.student, self.vocabulary)
+        parts = [self._top(head.logits(hidden[rows])) for rows in chunks(hidden.shape[0], self.chunk)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.chosen, dtype=torch.long, device=hidden.device)
+
+    def _top(self, logits_nV: Tensor) -> Tensor:
+        return logits_nV.detach().topk(self.chosen, dim=-1).indices
 
     def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, MeanMetrics]:
         hidden, states = layer_rows(self.student, micro_batch.batch, self.layers_of(micro_batch).student)
@@ -187,6 +201,8 @@ class LossModule(nn.Module):
             Signal.TEACHER_REST: nothing_n,
             **{signal: values[rows] for signal, values in micro_batch.extra.items()},
         }
+        if micro_batch.reads(Signal.CHOSEN_IDS) and Signal.CHOSEN_IDS not in signals:
+            signals[Signal.CHOSEN_IDS] = self._top(logits_nV)
         kind = RolloutInputs if Signal.ADVANTAGES in micro_batch.extra else TokenInputs
         if micro_batch.teacher is None or not (micro_batch.measurable or micro_batch.reads(Signal.TEACHER_LOGITS)):
             x = kind(signals)

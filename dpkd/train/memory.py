@@ -22,6 +22,7 @@ from dpkd.models.device import device_of, precision_of, teacher_dtype
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
 from dpkd.models.optimizers import state_bytes
+from dpkd.models.quantization import quantization_of, weight_bytes
 from dpkd.models.student_init import recompute_activations, switch_dropout_off
 from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
 from dpkd.train.prepare import Prepared
@@ -70,7 +71,7 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
     student = _count(settings, prepared.student_config, batch)
     references = any(Signal.REFERENCE_LOGPS in objective.reads for objective in resolved.objectives)
     always = {
-        "student weights": float(FLOAT * student.parameters * (1 + references)),
+        "student weights": student_bytes(settings, prepared.student_config, student.parameters) * (1 + references),
         "teacher weights": 0.0 if prepared.teacher is None else prepared.teacher.weight_bytes(dtype),
         "optimizer state": student.optimizer,
     }
@@ -168,8 +169,7 @@ def _count(settings: RunSettings, config: Any, batch: _Batch) -> _Counts:
     """Count the student without weights; where it does not run on fake tensors, its passes follow a rule of thumb."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with torch.device("meta"):
-        student = _student(settings, config)
+    student = meta_student(settings, config)
     trained = [p.numel() for p in student.parameters() if p.requires_grad]
     parameters = sum(p.numel() for p in student.parameters())
     try:
@@ -184,16 +184,22 @@ def _count(settings: RunSettings, config: Any, batch: _Batch) -> _Counts:
     return _Counts(parameters, sum(trained), max(trained), state, passes)
 
 
-def _student(settings: RunSettings, config: Any) -> nn.Module:
-    """The student as the run will make it."""
-    student = new_model(deepcopy(config))
-    if settings.student.dropout == "off":
-        switch_dropout_off(student)
-    if (again := settings.student.gradient_checkpointing) is not False:
-        recompute_activations(student, selective=again == "selective")
-    if settings.student.lora is not None:
-        student = add_lora(student, settings.student.lora)
+def meta_student(settings: RunSettings, config: Any) -> nn.Module:
+    """The student as the run will make it, on the meta device: sizes without memory."""
+    with torch.device("meta"):
+        student = new_model(deepcopy(config))
+        if settings.student.dropout == "off":
+            switch_dropout_off(student)
+        if (again := settings.student.gradient_checkpointing) is not False:
+            recompute_activations(student, selective=again == "selective")
+        if settings.student.lora is not None:
+            student = add_lora(student, settings.student.lora)
     return student.train()  # type: ignore[no-any-return]
+
+
+def student_bytes(settings: RunSettings, config: Any, parameters: int) -> float:
+    """Bytes of the student's weights: float32, but for those that are packed."""
+    return weight_bytes(config, parameters, FLOAT, quantization_of(settings.student))
 
 
 def _rule_of_thumb(settings: RunSettings, config: Any, tokens: int, trained: int) -> Passes:

@@ -9,15 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpkd.api import Callback, Training
 from dpkd.io import JsonLog
 
 
-class MetricsLog:
+class MetricsLog(Callback):
     """Appends to a file of metrics; each line is on its way to the disk when `log` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines = JsonLog(path, step=int)
+
+    def on_start(self, training: Training, step: int) -> None:
+        """Drop what an interrupted run wrote after its last checkpoint."""
+        self.truncate_after(step)
+
+    def on_log(self, training: Training, step: int, line: Mapping[str, Any]) -> None:
+        self.log(step, line)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line: the step, then the metrics (numbers, texts, or mappings and lists of them)."""

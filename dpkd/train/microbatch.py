@@ -56,6 +56,11 @@ class StepBatch:
     terms: Sequence[Term]
     pairs: bool = False
 
+    @property
+    def tokens(self) -> int:
+        """Response tokens."""
+        return sum(len(s.response_ids) for group in self.groups for s in group.sequences)
+
 
 @dataclass(frozen=True)
 class MicroBatch:

@@ -18,6 +18,7 @@ from dpkd.data.encoding import continuation
 from dpkd.models.loading import count_parameters
 from dpkd.run_folder import RunFolder
 from dpkd.train.cross_tokenizer import union_of
+from dpkd.train.defaults import with_defaults
 from dpkd.train.memory import Estimate, memory_estimate
 from dpkd.train.optimizers import describe_optimizer
 from dpkd.train.prepare import Prepared, prepare
@@ -28,14 +29,14 @@ MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """The lines of a dry run, by heading, and the rendered first example."""
 
     sections: dict[str, list[tuple[str, str]]]
     example: str
 
 
-def dry_run(resolved: Resolved, *, console: Console | None = None) -> Plan:
+def dry_run(resolved: Resolved, *, console: Console | None = None) -> RunPlan:
     """Print the plan of a run; loads tokenizer, data and model configurations, but no weights."""
     console = console or Console()
     plan = make_plan(resolved, Display(console))
@@ -50,10 +51,11 @@ def dry_run(resolved: Resolved, *, console: Console | None = None) -> Plan:
     return plan
 
 
-def make_plan(resolved: Resolved, display: Display) -> Plan:
+def make_plan(resolved: Resolved, display: Display) -> RunPlan:
     """Work the plan out. Raises DpkdError for all that a run would stumble over before its first step."""
+    RunFolder.check_new(resolved.settings.output)
+    resolved = with_defaults(resolved, display)
     settings = resolved.settings
-    RunFolder.check_new(settings.output)
     prepared = prepare(resolved, display)
     data, tokenizer = prepared.data, prepared.tokenizer
     student_size = count_parameters(prepared.student_config)
@@ -64,7 +66,7 @@ def make_plan(resolved: Resolved, display: Display) -> Plan:
         "training": _training_rows(settings, data, prepared.steps, prepared.data_facts["fingerprint"]),
         "memory (estimate)": memory_rows(memory_estimate(resolved, prepared)),
     }
-    return Plan(sections, _rendered(data.prompts[0], tokenizer))
+    return RunPlan(sections, _rendered(data.prompts[0], tokenizer))
 
 
 def _colored(example: str) -> RichText:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpkd.api import Layers, Text
 from dpkd.api.teachers import Teacher
+from dpkd.config.objective import chosen_ids, kept_tokens
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.config.teacher import make_teacher
@@ -22,10 +23,9 @@ from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.inputs import Inputs, read_inputs
 from dpkd.models.loading import context_length
 from dpkd.models.student_init import student_config
-from dpkd.models.tokenizers import difference, shared_vocabulary
+from dpkd.models.tokenizers import difference, shared_vocabulary, tokenizer_fingerprint
 from dpkd.plugins import Registry
 from dpkd.teachers.aligned import AlignedTeacher
-from dpkd.teachers.local import LocalTeacher
 from dpkd.train.cross_tokenizer import make_translator, token_by_token
 from dpkd.train.dev import direction_of
 from dpkd.train.hidden_states import bind
@@ -71,6 +71,8 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     settings, given = resolved.settings, resolved.given
     check_trackers(settings.train.trackers)
     teacher = make_teacher(settings.teacher, resolved.registry, given)
+    if teacher is not None:
+        teacher.prepare_for(kept_tokens(resolved.objectives), chosen_ids(resolved.objectives))
     teacher_config = None if teacher is None else teacher.config
     own_config = student_config(settings.student, teacher_config, given)
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
@@ -83,19 +85,25 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     pairs = any(objective.text.preferences for objective in resolved.objectives)
     rows = given.rows(settings.data.path)
     examples = read_examples(settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed)
-    data = tokenize(examples.examples, tokenizer, settings.data, require_response=responses)
+    data = given.remembered(
+        (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses),
+        lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses),
+    )
     for line in [*examples.lines()[1:], *data.report.lines()]:
         display.say(line)
     translator = None
     if across:
-        assert isinstance(teacher, LocalTeacher)  # no other kind has a tokenizer of its own
+        assert teacher is not None
         translator = make_translator(
             tokenizer, teacher.tokenizer, teacher_config, examples.examples, data.prompts, settings.data
         )
         teacher = AlignedTeacher(teacher, translator)
         display.say("tokenizers differ: both models are compared at aligned spans of text")
     configs = {"student": own_config} if across else {"student": own_config, "teacher": teacher_config}
-    context = _check_lengths(settings, data, configs)
+    limits = {who: context_length(config) for who, config in configs.items() if config is not None}
+    if teacher is not None and teacher.context is not None:
+        limits["teacher"] = teacher.context
+    context = _check_lengths(settings, data, limits)
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.corpus is not None:
         check_corpus(settings.terms.pretrain.corpus)
     steps = _steps(settings, len(data.prompts), display)
@@ -157,9 +165,8 @@ def _dev_inputs(
     return inputs
 
 
-def _check_lengths(settings: RunSettings, data: EncodedData, configs: dict[str, Any]) -> int | None:
+def _check_lengths(settings: RunSettings, data: EncodedData, known: dict[str, int | None]) -> int | None:
     """The longest sequence that all models read, None where none says. Raises DpkdError when text is longer."""
-    known = {who: context_length(config) for who, config in configs.items() if config is not None}
     limits = {who: length for who, length in known.items() if length is not None}
     if not limits:
         return None

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dpkd.api import Callback
 from dpkd.config.aliases import written_layers
 from dpkd.config.layers import set_layer
 from dpkd.config.resolve import Resolved, resolve
@@ -37,6 +38,7 @@ def resume_folder(
     trust_remote_code: bool = False,
     given: InMemory | None = None,
     registry: Registry | None = None,
+    callbacks: Sequence[Callback] = (),
     console: Console | None = None,
 ) -> RunFolder:
     """Continue the run in a folder with its own settings, but for some `PATH=VALUE` of CHANGEABLE.
@@ -67,7 +69,7 @@ def resume_folder(
     needed = {settings.teacher.model, settings.student.model, settings.data.path}
     if unused := sorted({*given.models, *given.data} - needed):
         raise DpkdError(f"{path} did not begin with {' and '.join(unused)}: its settings name what it reads")
-    return resume(resolved, folder, changes=changes, console=console)
+    return resume(resolved, folder, changes=changes, callbacks=callbacks, console=console)
 
 
 def _changes(before: Resolved, after: Resolved) -> dict[str, Any]:

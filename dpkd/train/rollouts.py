@@ -122,7 +122,10 @@ def teacher_generator(
 
     `tokenizer` is the teacher's, `context` the longest sequence that both models read.
     """
-    model = None if own.model is None else generation_model(own.model, own.vocabulary, tokenizer, None, text.decoding)
+    model = None
+    if own.model is not None:
+        longest = longest_asked(prompts, text.teacher_sampling.max_new_tokens)
+        model = generation_model(own.model, own.vocabulary, tokenizer, None, text.decoding, longest)
     store = ResponseStore.open(
         own.folder or (Path(text.store) if text.store else default_folder()),
         model_fingerprint=own.fingerprint,
@@ -130,10 +133,13 @@ def teacher_generator(
         tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{own.vocabulary}",
         sampling=text.teacher_sampling,
         seed=seed,
-        backend=text.backend_key,
+        backend=text.backend_key if own.sampler is None else {"name": "server"},
     )
+    sampler = own.sampler
+    if model is not None:
+        sampler = lambda: open_sampler(registry, text.backend, text.backend_settings, model)  # noqa: E731
     return TeacherGenerator(
-        None if model is None else lambda: open_sampler(registry, text.backend, text.backend_settings, model),
+        sampler,
         prompts,
         text.teacher_sampling,
         seed,
@@ -146,10 +152,16 @@ def teacher_generator(
 
 
 def generation_model(
-    model: nn.Module, vocabulary: int, tokenizer: Any, context: int | None, decoding: Decoding
+    model: nn.Module, vocabulary: int, tokenizer: Any, context: int | None, decoding: Decoding, longest: int
 ) -> GenerationModel:
     """A model that a sampler is opened for."""
-    return GenerationModel(model, vocabulary, end_ids(tokenizer, model), tokenizer.pad_token_id, context, decoding)
+    ends = end_ids(tokenizer, model)
+    return GenerationModel(model, vocabulary, ends, tokenizer.pad_token_id, context, decoding, longest)
+
+
+def longest_asked(prompts: Sequence[Prompt], new_tokens: int) -> int:
+    """Tokens of the longest prompt with a response to it."""
+    return max((len(prompt.prompt_ids) for prompt in prompts), default=0) + new_tokens
 
 
 @dataclass
@@ -195,7 +207,7 @@ class Rollouts:
                 None if self.teacher is None else self.teacher.model,
                 generators.get("score"),
                 rollout_loss,
-                policy=self._policy_scorer(),
+                policy=self._policy_scorer(text.backend),
                 decode=partial(self.prepared.tokenizer.decode, skip_special_tokens=True),
             )
         if Text.TEACHER in text.writers:
@@ -210,10 +222,10 @@ class Rollouts:
 
         return RankShards(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
 
-    def _policy_scorer(self) -> PolicyScorer | None:
-        """On a CPU the sampler computes as the training step does; elsewhere its kernels and types are others."""
+    def _policy_scorer(self, backend: str) -> PolicyScorer | None:
+        """On a CPU dpkd's own sampler computes as the training step does; all others have other kernels and types."""
         device = self.accelerator.device
-        if device.type == "cpu":
+        if device.type == "cpu" and backend == "hf":
             return None
         pad_id = self.prepared.tokenizer.pad_token_id
         return PolicyScorer(self.vocabulary, pad_id, device, self.accelerator.autocast)
@@ -225,7 +237,11 @@ class Rollouts:
             if known == key:
                 return sampler
         prepared = self.prepared
-        model = generation_model(self.student, self.vocabulary, prepared.tokenizer, prepared.context, text.decoding)
+        new_tokens = max(objective.text.sampling.max_new_tokens for objective in self.resolved.objectives)
+        longest = longest_asked(prepared.data.prompts, new_tokens)
+        model = generation_model(
+            self.student, self.vocabulary, prepared.tokenizer, prepared.context, text.decoding, longest
+        )
         sampler = open_sampler(self.resolved.registry, text.backend, text.backend_settings, model)
         self._samplers.append((key, sampler))
         return sampler

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from dpkd.api import Callback, TeacherLost
 from dpkd.config.resolve import Resolved
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
@@ -19,9 +20,11 @@ from dpkd.models.in_memory import InMemory
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.build import RunParts, assemble
+from dpkd.train.defaults import with_defaults
 from dpkd.train.dev import Dev
 from dpkd.train.facts import change_facts, check_same, write_facts
 from dpkd.train.finish import finish, reopen
+from dpkd.train.guard import RunawayGuard
 from dpkd.train.interrupt import stop_on_signal
 from dpkd.train.metrics_log import MetricsLog
 from dpkd.train.nonfinite import NotFinite
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
+def train(resolved: Resolved, *, callbacks: Sequence[Callback] = (), console: Console | None = None) -> RunFolder:
     """Run a distillation from the start and return its folder.
 
     Raises DpkdError for whatever the user can put right, NotFinite when numbers explode, and Stopped when the user
@@ -45,6 +48,7 @@ def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
+    resolved = with_defaults(resolved, display)
     assembly = assemble(resolved, accelerator, display)
     _check_processes_agree(accelerator, assembly)
     folder = _shared_folder(accelerator, resolved)
@@ -53,11 +57,16 @@ def train(resolved: Resolved, *, console: Console | None = None) -> RunFolder:
         if accelerator.is_main_process:
             write_facts(folder, resolved, assembly)  # first: a folder with nothing else can be started again
             write_config(resolved, folder.path)
-        return _run(resolved, folder, assembly, accelerator, display)
+        return _run(resolved, folder, assembly, accelerator, display, callbacks=callbacks)
 
 
 def resume(
-    resolved: Resolved, folder: RunFolder, *, changes: Mapping[str, Any] | None = None, console: Console | None = None
+    resolved: Resolved,
+    folder: RunFolder,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
 ) -> RunFolder:
     """Continue a run from its newest whole checkpoint, bit for bit; without one, from the start.
 
@@ -91,7 +100,7 @@ def resume(
         if newest is None:
             display.say(f"{folder.path} has no checkpoint yet: training from the first step")
         accelerator.wait_for_everyone()
-        return _run(resolved, folder, assembly, accelerator, display, newest)
+        return _run(resolved, folder, assembly, accelerator, display, newest, callbacks=callbacks)
 
 
 def _locked(folder: RunFolder, accelerator: Accelerator) -> AbstractContextManager[None]:
@@ -143,8 +152,21 @@ def _run(
     accelerator: Accelerator,
     display: Display,
     newest: checkpoint.Checkpoint | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
 ) -> RunFolder:
-    trainer = _trainer(resolved, folder, assembly, accelerator, display)
+    dev = _dev(resolved, folder, assembly, accelerator)
+    extras = _callbacks(resolved, folder, assembly, accelerator, dev)
+    trainer = Trainer(
+        accelerator=accelerator,
+        train_step=assembly.train_step,
+        builder=assembly.builder,
+        schedules=assembly.schedules,
+        settings=resolved.settings.train,
+        folder=folder,
+        display=display,
+        callbacks=[*extras, *callbacks],
+    )
     start = 0
     if newest is not None:
         start = newest.step
@@ -160,12 +182,6 @@ def _run(
             )
         )
         display.say(f"continuing {folder.path} after step {start} of {assembly.steps}")
-    if trainer.log is not None:
-        trainer.log.truncate_after(start)
-    if trainer.samples is not None:
-        trainer.samples.truncate_after(start)
-    if trainer.dev is not None:
-        trainer.dev.restore(start)
     again = f"continue with: {_resume_call(folder, resolved.given)}"
     try:
         if resolved.settings.batch.probe:
@@ -178,6 +194,8 @@ def _run(
         if (word := out_of_memory(error)) is None:
             raise
         raise DpkdError(word) from error
+    except TeacherLost as error:
+        raise TeacherLost(f"training stopped: {error}. What was done is kept; {again}") from error
     except NotFinite as error:
         kept = checkpoint.latest(folder.checkpoints)
         where = f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet (train.save_every)"
@@ -186,14 +204,13 @@ def _run(
     finally:
         display.close()
         assembly.close()
-        if trainer.trackers is not None:
-            trainer.trackers.close()
+        trainer.close()
     if done < assembly.steps and trainer.ended is None:
         raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
     accelerator.wait_for_everyone()
     is_main = accelerator.is_main_process
-    assembly.train_step.inner.lend(
-        lambda _: finish(resolved, folder, assembly, display, done, trainer.dev) if is_main else None
+    assembly.train_step.lend_saved(
+        lambda _: finish(resolved, folder, assembly, display, done, dev) if is_main else None
     )
     accelerator.wait_for_everyone()
     return folder
@@ -218,40 +235,32 @@ def _write_teacher_text(assembly: RunParts, again: str) -> None:
         raise Stopped(f"stopped while the teacher wrote; what it wrote is kept; {again}", signal.SIGINT) from None
 
 
-def _trainer(
-    resolved: Resolved, folder: RunFolder, assembly: RunParts, accelerator: Accelerator, display: Display
-) -> Trainer:
-    """The loop with its logs, which the main process alone writes."""
-    settings = resolved.settings.train
-    log = samples = trackers = None
-    if accelerator.is_main_process:
-        log = MetricsLog(folder.metrics)
-        samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts)
-        trackers = Trackers(settings.trackers, folder.path, folder.path.name, resolved.as_dict())
-    dev = None
-    if assembly.dev is not None:
-        live = assembly.teacher if assembly.teacher is not None and assembly.teacher.measurable else None
-        dev = Dev(
-            resolved.settings.dev,
-            assembly.dev,
-            assembly.tokenizer,
-            live,
-            assembly.vocabulary,
-            resolved.settings.seed,
-            folder,
-            accelerator.is_main_process,
-            metric_specs(resolved.registry),
-        )
-    return Trainer(
-        accelerator,
-        assembly.train_step,
-        assembly.builder,
-        assembly.schedules,
-        settings,
-        folder,
-        log,
-        trackers,
-        samples,
-        display,
-        dev,
+def _dev(resolved: Resolved, folder: RunFolder, assembly: RunParts, accelerator: Accelerator) -> Dev | None:
+    """The evaluation on held-out rows while training, where the settings name some."""
+    if assembly.dev is None:
+        return None
+    teacher = assembly.teacher if assembly.teacher is not None and assembly.teacher.measurable else None
+    return Dev(
+        settings=resolved.settings.dev,
+        inputs=assembly.dev,
+        tokenizer=assembly.tokenizer,
+        teacher=teacher,
+        vocabulary=assembly.vocabulary,
+        seed=resolved.settings.seed,
+        folder=folder,
+        is_main=accelerator.is_main_process,
+        specs=metric_specs(resolved.registry),
+        first=any(group.source.config.follows_dev for group in assembly.builder.groups),
     )
+
+
+def _callbacks(
+    resolved: Resolved, folder: RunFolder, assembly: RunParts, accelerator: Accelerator, dev: Dev | None
+) -> list[Callback]:
+    """What a run does beside training. The logs are the main process's alone."""
+    found: list[Callback] = [] if dev is None else [dev]
+    if not accelerator.is_main_process:
+        return found
+    trackers = Trackers(resolved.settings.train.trackers, folder.path, folder.path.name, resolved.as_dict())
+    samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts)
+    return [MetricsLog(folder.metrics), trackers, RunawayGuard(), samples, *found]

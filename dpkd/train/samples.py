@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpkd.api import StepResponses
+from dpkd.api import Callback, StepResponses, Training
 from dpkd.data.encode import Prompt
 from dpkd.data.encoding import continuation
 from dpkd.io import JsonLog
@@ -14,11 +14,19 @@ from dpkd.io import JsonLog
 PER_STEP = 2
 
 
-class SampleLog:
+class SampleLog(Callback):
     """Appends the first examples of a logged step, as text."""
 
     def __init__(self, path: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self._lines, self._tokenizer, self._prompts = JsonLog(path, step=int), tokenizer, prompts
+
+    def on_start(self, training: Training, step: int) -> None:
+        """Drop what an interrupted run wrote after its last checkpoint."""
+        self.truncate_after(step)
+
+    def on_log(self, training: Training, step: int, line: Mapping[str, Any]) -> None:
+        if training.responses is not None:
+            self.record(step, training.responses)
 
     def record(self, step: int, responses: StepResponses) -> None:
         """Write up to two examples of the step that was just done (1-based)."""

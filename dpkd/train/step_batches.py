@@ -18,7 +18,7 @@ LM_READS = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS})
 
 
 @dataclass(frozen=True)
-class Corpus:
+class CorpusBatches:
     """Blocks of plain text and the order in which steps use them."""
 
     blocks: Blocks
@@ -81,7 +81,7 @@ class StepBatchBuilder:
     terms: TermSettings
     pretrain_reads: frozenset[Signal]
     prompts: Sequence[Prompt]
-    corpus: Corpus | None
+    corpus: CorpusBatches | None
 
     @property
     def weights(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpkd.api import Callback, Training
 from dpkd.errors import DpkdError
 from dpkd.io import write_text
 
@@ -22,7 +23,7 @@ PROJECT = "dpkd"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
-class Trackers:
+class Trackers(Callback):
     """All trackers of a run as one; without names it does nothing.
 
     folder    the run folder; what trackers write locally goes beneath it (trackio has a folder of its own)
@@ -47,6 +48,15 @@ class Trackers:
         """Send the metrics of a step to each."""
         for tracker in self._open:
             tracker.log(dict(flat_metrics), step=step)
+
+    def on_log(self, training: Training, step: int, line: Mapping[str, Any]) -> None:
+        self.log(step, line)
+
+    def on_evaluate(self, training: Training, step: int, line: Mapping[str, float]) -> None:
+        self.log(step, {f"dev/{name}": value for name, value in line.items() if name != "step"})
+
+    def on_end(self, training: Training) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the run in each; a second call does nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 from dpkd.api import Pair, Signal
 from dpkd.api.teachers import Teacher, Wants
 from dpkd.functional import segment_sum
+from dpkd.train.ema import averaged
 from dpkd.train.loss_module import LossModule
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, MicroBatcher, StepBatch
@@ -44,9 +45,16 @@ class TrainStep:
         """The LossModule itself."""
         return self.accelerator.unwrap_model(self.loss_module)  # type: ignore[no-any-return]
 
-    def __call__(self, step_batches: Sequence[StepBatch], *, lr: float, measure: bool) -> MeanMetrics:
-        """Run the step and return this process's metrics. Raises NotFinite, before any weight changes."""
+    def __call__(
+        self, step_batches: Sequence[StepBatch], *, lr: float, measure: bool, ahead: Sequence[StepBatch] = ()
+    ) -> MeanMetrics:
+        """Run the step and return this process's metrics. Raises NotFinite, before any weight changes.
+
+        `ahead` has what is known of the next step: a teacher from outside this process is asked for it already.
+        """
         micro_batches = [m for step_batch in step_batches for m in self.micro_batcher(step_batch, measure)]
+        self._expect(step_batches if self.accelerator.num_processes == 1 else ())
+        self._expect(ahead)
         metrics = MeanMetrics()
         self.optimizer.zero_grad(set_to_none=True)
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -61,6 +69,11 @@ class TrainStep:
         if measure:
             self.check()
         return metrics
+
+    def lend_saved(self, work: Callable[[torch.nn.Module], Any]) -> Any:
+        """Give the student to some work, with the weights that are saved: their average where one is kept."""
+        with averaged(getattr(self.optimizer, "optimizer", self.optimizer)):
+            return self.inner.lend(work)
 
     @cached_property
     def watch(self) -> FiniteWatch:
@@ -109,6 +122,11 @@ class TrainStep:
         wants = micro_batch.wants(layers, chunk, measurable=self.teacher.measurable)
         if not wants.anything:
             return micro_batch
+        if self._chooses(micro_batch):
+            with self.accelerator.autocast():
+                chosen = self.inner.likeliest(micro_batch)
+            wants = wants._replace(chosen=chosen)
+            micro_batch = replace(micro_batch, extra={**micro_batch.extra, Signal.CHOSEN_IDS: chosen})
         output = self.teacher.score(micro_batch.aligned or micro_batch.batch, wants)
         measurable = micro_batch.measured and self.teacher.measurable
         return replace(
@@ -117,6 +135,21 @@ class TrainStep:
             measurable=measurable,
             teacher_logps=by_response(micro_batch, output.logps()) if wants.logps else None,
         )
+
+    def _expect(self, step_batches: Sequence[StepBatch]) -> None:
+        """Tell a teacher from outside this process what it will be asked: it begins with all of it."""
+        if self.teacher is None or not self.teacher.remote:
+            return
+        for step_batch in step_batches:
+            reads = frozenset().union(*(term.reads for term in step_batch.terms))
+            logits = not step_batch.pairs and Signal.TEACHER_LOGITS in reads
+            wants = Wants(1, logps=step_batch.pairs and Signal.TEACHER_LOGPS in reads, logits=logits)
+            if wants.anything and not (self.teacher.chooses and Signal.CHOSEN_IDS in reads):
+                self.teacher.expect([s for group in step_batch.groups for s in group.sequences], wants)
+
+    def _chooses(self, micro_batch: MicroBatch) -> bool:
+        """Whether the teacher must be told which ids the student finds likeliest."""
+        return self.teacher is not None and self.teacher.chooses and micro_batch.reads(Signal.CHOSEN_IDS)
 
     def _synchronized(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Processes exchange gradients in the last backward pass of a step only."""

@@ -5,26 +5,25 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from dpkd.api import ResponseSource, StepResponses
+from dpkd.api import Callback, ResponseSource, StepResponses, Teacher, TeacherLost, Text
 from dpkd.config.settings import TrainSettings
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
-from dpkd.train.dev import Dev
-from dpkd.train.guard import RunawayGuard
 from dpkd.train.interrupt import StopRequest
 from dpkd.train.mean_metrics import MeanMetrics
-from dpkd.train.metrics_log import MetricsLog
+from dpkd.train.microbatch import StepBatch
 from dpkd.train.optimizers import learning_rate
 from dpkd.train.progress import Display
-from dpkd.train.samples import SampleLog
 from dpkd.train.schedules import Schedules
 from dpkd.train.step_batches import StepBatchBuilder
-from dpkd.train.trackers import Trackers
 from dpkd.train.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -45,9 +44,9 @@ class Window:
         return self.seconds + time.monotonic() - self.began
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
-    """The parts of a run, and its loop."""
+    """The loop of a run, and all that it goes through. `callbacks` see it at fixed points, in their order."""
 
     accelerator: Accelerator
     train_step: TrainStep
@@ -55,15 +54,13 @@ class Trainer:
     schedules: Schedules
     settings: TrainSettings
     folder: RunFolder
-    log: MetricsLog | None  # on the main process
-    trackers: Trackers | None
-    samples: SampleLog | None
     display: Display
-    dev: Dev | None = None
-    guard: RunawayGuard = field(default_factory=RunawayGuard)
+    callbacks: Sequence[Callback] = ()
     window: Window = field(default_factory=Window)
+    responses: StepResponses | None = None
     ended: int | None = None  # the step at which the run ended early, of its own accord
     clock: checkpoint.SaveClock = field(init=False)
+    _done: int = 0
     _said_equal: bool = False
 
     def __post_init__(self) -> None:
@@ -79,28 +76,119 @@ class Trainer:
         """Optimizer steps of the run."""
         return self.builder.groups[0].source.context.batches.steps
 
-    def _step(self, step: int, measure: bool) -> StepResponses:
-        """One optimizer step: its text, its step batches, its update. Returns the main loss's responses."""
-        steps = self.steps
-        values = self.schedules.apply(step, steps)
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    def run(self, start: int, stop: StopRequest) -> int:
+        """Train from a step to the end, or to a stop request; returns the number of steps done."""
+        self._done = start
+        for callback in self.callbacks:
+            callback.on_start(self, start)
+        with self.display.bar("training", self.steps, start):
+            for step in range(start, self.steps):
+                if self.ended is not None:
+                    break
+                measure = (step + 1) % self.settings.log_every == 0 or step + 1 == self.steps or step == 0
+                self._stoppable_step(step, measure)
+                self._done = step + 1
+                if measure:
+                    self._log(self._done, learning_rate(step, self.steps, self.settings))
+                self.display.at(self._done)
+                for callback in self.callbacks:
+                    callback.on_step(self, self._done)
+                if self._stops(stop):
+                    break
+                if self.ended is None and self._done < self.steps and self._any(self.clock.due(self._done)):
+                    self.save(self._done)
+        return self._done
+
+    def _step(self, step: int, measure: bool) -> None:
+        """One optimizer step: responses, step batches, update."""
+        values = self.schedules.apply(step, self.steps)
         texts = [source.next(step) for source in self.sources.values()]
         step_batches = self.builder.step_batches(step, texts)
-        metrics = self.train_step(step_batches, lr=learning_rate(step, steps, self.settings), measure=measure)
+        lr = learning_rate(step, self.steps, self.settings)
+        metrics = self.train_step(step_batches, lr=lr, measure=measure, ahead=self._ahead(step + 1))
         if self.schedules.follow_the_loss:
             self.schedules.follow(self._losses(metrics))
         if self.accelerator.is_main_process:  # every process knows these: they are counted once
-            for name, value in values.items():
-                metrics.add(f"schedule/{name}", value, 1.0)
-            for group, text in zip(self.builder.groups, texts, strict=True):
-                label = "text" if group.name == "main" else f"text/{group.name}"
-                for name, count in text.counts.items():
-                    metrics.add(f"{label}/{name}", count, 1.0)
+            self._count(metrics, values, texts)
         self.window.metrics.merge(metrics)
-        self.window.tokens += sum(
-            len(s.response_ids) for step_batch in step_batches for group in step_batch.groups for s in group.sequences
-        )
+        self.window.tokens += sum(step_batch.tokens for step_batch in step_batches)
+        self.responses = texts[0]
         self._say_equal(step, texts[0])
-        return texts[0]
+
+    def _count(self, metrics: MeanMetrics, schedules: Mapping[str, float], texts: Sequence[StepResponses]) -> None:
+        """Add the values of the schedules, and what the sources counted."""
+        for name, value in schedules.items():
+            metrics.add(f"schedule/{name}", value, 1.0)
+        for group, text in zip(self.builder.groups, texts, strict=True):
+            label = "text" if group.name == "main" else f"text/{group.name}"
+            for name, count in text.counts.items():
+                metrics.add(f"{label}/{name}", count, 1.0)
+
+    def say(self, text: str) -> None:
+        """Print a line, on the main process."""
+        self.display.say(text)
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step, as finished."""
+        self.ended = self._done
+        self.display.say(reason)
+
+    def lend(self, work: Callable[[nn.Module], Any]) -> Any:
+        """Give the student, with whole weights, to some work; all processes call it together."""
+        return self.train_step.lend_saved(work)
+
+    def evaluated(self, step: int, line: Mapping[str, float]) -> None:
+        """Tell all callbacks, and the sources that follow it, of an evaluation on held-out rows."""
+        for callback in self.callbacks:
+            callback.on_evaluate(self, step, line)
+        for source in self.sources.values():
+            if source.config.follows_dev:
+                source.observe(self._agreed(line["nll"]))
+
+    def close(self) -> None:
+        """End what the callbacks have open, however the loop ended."""
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def _ahead(self, step: int) -> list[StepBatch]:
+        """The text of a later step that is fixed, where the teacher can be asked for it already."""
+        if self._remote is None or step >= self.steps or self.accelerator.num_processes > 1:
+            return []
+        return [
+            group.step_batch(
+                StepResponses(group.source.fixed(group.source.context.batches.window(step)), {}), self.builder.prompts
+            )
+            for group in self.builder.groups
+            if Text.STUDENT not in group.source.config.writers
+        ]
+
+    @property
+    def _remote(self) -> Teacher | None:
+        """The teacher, where it may be lost."""
+        teacher = self.train_step.teacher
+        return teacher if teacher is not None and teacher.remote else None
+
+    def _stoppable_step(self, step: int, measure: bool) -> None:
+        """A step; where it loses the teacher, the run is as it was before it, and a checkpoint is written."""
+        if self._remote is None or self.accelerator.num_processes > 1:
+            self._step(step, measure)
+            return
+        random_state = checkpoint.random_state(self.accelerator.device)
+        states = {name: source.state() for name, source in self.sources.items()}
+        try:
+            self._step(step, measure)
+        except TeacherLost:
+            checkpoint.set_random_state(random_state, self.accelerator.device)
+            for name, source in self.sources.items():
+                source.restore(states[name])
+            if step > 0:
+                self.save(step)
+            raise
 
     def _losses(self, metrics: MeanMetrics) -> dict[str, float]:
         """The mean loss of each term of a step, over all processes."""
@@ -115,55 +203,6 @@ class Trainer:
             f"step {step + 1}: the two responses of every pair are equal, so the step teaches nothing "
             "(text/equal_pairs counts them; this is said once)"
         )
-
-    def run(self, start: int, stop: StopRequest) -> int:
-        """Train from a step to the end, or to a stop request; returns the number of steps done."""
-        steps = self.steps
-        done = start
-        if self.dev is not None and self.dev.is_hopeless:  # it ended here before it was interrupted
-            self.ended = done
-            return done
-        if start == 0 and self.dev is not None and self._following():
-            self._develop(0, self.dev)  # what later losses on held-out text are measured against
-        with self.display.bar("training", steps, start):
-            for step in range(start, steps):
-                measure = (step + 1) % self.settings.log_every == 0 or step + 1 == steps or step == 0
-                responses = self._step(step, measure)
-                done = step + 1
-                if measure:
-                    self._log(done, learning_rate(step, steps, self.settings))
-                    if self.samples is not None:
-                        self.samples.record(done, responses)
-                    self.window = Window()
-                self.display.at(done)
-                if self.dev is not None and self.dev.due(done, steps) and self._develop(done, self.dev):
-                    return done
-                if self._stops(stop):
-                    break
-                if done < steps and self._any(self.clock.due(done)):
-                    self.save(done)
-        return done
-
-    def _develop(self, done: int, dev: Dev) -> bool:
-        """Evaluate on the development set; whether to end the run here."""
-        line = self.train_step.inner.lend(lambda student: dev.evaluate(done, student))
-        shown = [name for name in ("rouge_l", "nll", "forward_kl", "reverse_kl") if name in line]
-        self.display.say(f"dev {done}  " + "  ".join(f"{name} {line[name]:.3f}" for name in shown))
-        if self.trackers is not None:
-            self.trackers.log(done, {f"dev/{name}": value for name, value in line.items() if name != "step"})
-        if dev.is_hopeless:
-            self.display.say(
-                f"stopped early: {dev.settings.metric} was best at step {dev.best_step}, {dev.settings.patience} "
-                "evaluations ago"
-            )
-        for source in self._following():
-            source.observe(self._agreed(line["nll"]))
-        self.ended = done if dev.is_hopeless else None
-        return dev.is_hopeless
-
-    def _following(self) -> list[ResponseSource]:
-        """The sources that follow the held-out loss."""
-        return [source for source in self.sources.values() if source.config.follows_dev]
 
     def _agreed(self, value: float) -> float:
         """The main process's value, on all processes: they must decide alike."""
@@ -197,15 +236,13 @@ class Trainer:
             "loss/total": sum(weighted.values()),
             "text/truncated_share": share,
             **facts,
+            **(self._remote.statistics() if self._remote is not None else {}),
             "peak_memory_mib": _peak_memory_mib(self.accelerator.device),
         }
-        if self.log is not None:
-            self.log.log(step, line)
-        if self.trackers is not None:
-            self.trackers.log(step, line)
         self.display.at(step, line)
-        if word := self.guard.look(line):
-            self.display.say(f"warning, step {step}: {word}")
+        for callback in self.callbacks:
+            callback.on_log(self, step, line)
+        self.window = Window()
 
     def _reduced(self, metrics: MeanMetrics) -> MeanMetrics:
         """MeanMetrics and counts over all processes."""

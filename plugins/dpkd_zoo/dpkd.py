@@ -54,6 +54,7 @@ SPEC = LossSpec(
         r"\log\frac{q(y_s)}{p(y_s)}\Big)",
     ),
     reads=pairs.STUDENT_AND_TEACHER,
+    reward_scale=lambda config: config.beta,
     suggests=pairs.WITH_LM_TERM,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

@@ -65,6 +65,7 @@ SPEC = LossSpec(
         r"\sigma(r(y_t))+1-\sigma(r(y_t)-r(y_s)), \qquad r(y)=\beta\log\frac{q(y)}{p(y)}",
     ),
     reads=pairs.STUDENT_AND_TEACHER,
+    reward_scale=lambda config: config.beta,
     suggests=pairs.WITH_LM_TERM,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

@@ -58,6 +58,7 @@ SPEC = LossSpec(
         latex=r"-\log\sigma\big(\beta\log q(y_t)-\beta\log q(y_s)\big)-\log q(y_t)",
     ),
     reads=pairs.STUDENT,
+    reward_scale=lambda config: config.beta,
     suggests=pairs.TEACHER_OVER_STUDENT,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

@@ -71,6 +71,7 @@ SPEC = LossSpec(
         r"\Big)\Big]\Big)",
     ),
     reads=pairs.STUDENT_AND_TEACHER,
+    reward_scale=lambda config: config.beta,
     suggests=pairs.WITH_LM_TERM,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

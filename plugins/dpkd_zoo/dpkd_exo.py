@@ -67,6 +67,7 @@ SPEC = LossSpec(
         r"m=\beta\Big(\log\frac{q(y_t)}{p(y_t)}-\log\frac{q(y_s)}{p(y_s)}\Big)",
     ),
     reads=pairs.STUDENT_AND_TEACHER,
+    reward_scale=lambda config: config.beta,
     suggests=pairs.WITH_LM_TERM,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

@@ -62,6 +62,7 @@ SPEC = LossSpec(
         latex=r"\max\Big(0,\,1-\beta\Big(\log\frac{q(y_t)}{p(y_t)}-\log\frac{q(y_s)}{p(y_s)}\Big)\Big)",
     ),
     reads=_reads,
+    reward_scale=lambda config: config.beta,
     suggests=pairs.WITH_LM_TERM,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

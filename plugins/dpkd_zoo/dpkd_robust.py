@@ -65,6 +65,7 @@ SPEC = LossSpec(
         r"m=\frac{\beta}{|y_t|}\log\frac{q(y_t)}{p(y_t)}-\frac{\beta}{|y_s|}\log\frac{q(y_s)}{p(y_s)}",
     ),
     reads=pairs.STUDENT_AND_TEACHER,
+    reward_scale=lambda config: config.beta,
     suggests=pairs.WITH_LM_TERM,
 )
 

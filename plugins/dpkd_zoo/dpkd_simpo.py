@@ -47,6 +47,7 @@ SPEC = LossSpec(
         latex=r"-\log\sigma\Big(\frac{\beta}{|y_t|}\log q(y_t)-\frac{\beta}{|y_s|}\log q(y_s)-\gamma\Big)",
     ),
     reads=pairs.STUDENT,
+    reward_scale=lambda config: config.beta,
     suggests=pairs.WITH_LM_TERM,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

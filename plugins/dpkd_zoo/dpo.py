@@ -53,6 +53,7 @@ SPEC = LossSpec(
         r"q_0\text{ the student at the start}",
     ),
     reads=pairs.STUDENT | {Signal.REFERENCE_LOGPS},
+    reward_scale=lambda config: config.beta,
     suggests={"text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "once"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

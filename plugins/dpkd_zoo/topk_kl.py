@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl, log_total
+from dpkd.functional import kl, log_total, with_rest
 from dpkd_zoo.papers import SAMPLED_KD, at
 
 
@@ -34,13 +33,6 @@ def _renormalised(log_NK: Tensor) -> Tensor:
     return log_NK - total_N1.masked_fill(total_N1 == -math.inf, 0.0)
 
 
-def _with_rest(log_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """Log-probabilities of the chosen tokens and of the rest `[N, K+1]`."""
-    # Summing what is left, not 1 - Σ: that would be rounding where the k tokens hold nearly all.
-    rest_N = log_total(log_NV.scatter(-1, ids_NK, -math.inf))
-    return torch.cat([log_NV.gather(-1, ids_NK), rest_N.unsqueeze(-1)], dim=-1)
-
-
 class TopKKLLoss(TokenLoss[TopKKLConfig]):
     """`Σ_{v in top k} p(v) log(p(v)/q(v)) + p(rest) log(p(rest)/q(rest))`."""
 
@@ -48,7 +40,7 @@ class TopKKLLoss(TokenLoss[TopKKLConfig]):
         log_p_NV, log_q_NV = x.teacher_log_probs(), x.student_log_probs()
         top = log_p_NV.topk(min(self.config.k, log_p_NV.shape[-1]), dim=-1)
         if self.config.tail == "bucket":
-            return kl(_with_rest(log_p_NV, top.indices), _with_rest(log_q_NV, top.indices))
+            return kl(with_rest(log_p_NV, top.indices), with_rest(log_q_NV, top.indices))
         # Tokens that the teacher excludes have no order: none of them is among its likeliest.
         chosen_q_NK = log_q_NV.gather(-1, top.indices).masked_fill(top.values == -math.inf, -math.inf)
         return kl(_renormalised(top.values), _renormalised(chosen_q_NK))

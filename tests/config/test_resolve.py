@@ -109,10 +109,7 @@ WRONG = {
     "bound": (["loss.beta=1.5"], "loss.beta: should be less than 1 (got 1.5, from --set)"),
     "block of a loss": (["loss.inner.mu=2"], "loss.inner.mu: should be less than or equal to 1 (got 2, from --set)"),
     "type": (["train.steps=many"], "train.steps: should be a whole number (got 'many', from --set)"),
-    "no such setting": (
-        ["train.learning_rate=1"],
-        "train.learning_rate: no such setting (from --set); did you mean train.lr?",
-    ),
+    "no such setting": (["train.epoch=1"], "train.epoch: no such setting (from --set); did you mean train.epochs?"),
     "misspelt block": (["trian.lr=1"], "trian: no such setting (from --set); did you mean train?"),
     "misspelt setting of the loss": (
         ["loss.bata=0.1"],
@@ -287,7 +284,7 @@ def test_values_that_are_no_default_say_where_they_came_from() -> None:
 
 
 def test_a_resolved_file_leaves_out_what_the_run_does_not_use() -> None:
-    drawn = {"source", "sampling", "teacher_sampling", "backend", "backend_settings", "store"}
+    drawn = {"source", "sampling", "teacher_sampling", "backend", "backend_settings", "decoding", "store"}
     assert run(base("soft")).as_dict()["text"].keys() == drawn
     assert run(base("choice"), sets=("text.source=preference",)).as_dict()["text"].keys() == drawn
     pair = run(base("choice"))

@@ -72,7 +72,7 @@ def test_errors(tmp_path, byte_level, jsonl):
     (tmp_path / "short.txt").write_text("abc")
     assert problem(byte_level, tmp_path / "short.txt") == (
         f"terms.pretrain.corpus.path: {tmp_path}/short.txt has 4 tokens in 1 documents, less than one block "
-        "of 512. Give more text, or lower terms.pretrain.corpus.max_tokens."
+        "of 512. Use more text, or lower terms.pretrain.corpus.max_tokens."
     )
     assert problem(byte_level, tmp_path / "shrot.txt") == (
         f"terms.pretrain.corpus.path: there is no file {tmp_path}/shrot.txt. Did you mean {tmp_path}/short.txt?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -151,7 +152,7 @@ def test_long_responses_are_cut_without_eos_and_counted(byte_level):
     ]
     assert data.report.lines()[1:3] == [
         "4 of 4 examples kept: 31 tokens, 19 in responses, the longest 8",
-        "cut 2: responses that end at 8 tokens, without EOS",
+        "truncated 2: responses longer than 8 tokens, without EOS",
     ]
 
 
@@ -241,7 +242,7 @@ def test_a_prompt_glued_to_its_response_is_a_warning(byte_level, prompt, respons
     found = [line for line in lines if line.startswith("warning:")]
     assert len(found) == warns
     if warns:
-        assert "1 of 2 prompts run into their response" in found[0]
+        assert "1 of 2 prompts join their response" in found[0]
         assert "'Name a colour⟦blue⟧'" in found[0]
 
 
@@ -290,3 +291,22 @@ def test_the_trained_tokens_are_those_of_trls_assistant_only_loss(byte_level, js
         trained |= set(range(start, len(ids)))
     assert trained == {place for place, on in enumerate(mask) if on}
     assert len(trained) == len("Hello!") + len("Two.") + 2
+
+
+def test_lengths_that_lose_many_examples_come_with_advice_that_loses_few(byte_level):
+    rows = examples(*[("x" * n, "y" * (3 * n)) for n in range(1, 201)])
+    tight = DataSettings(max_prompt_tokens=200, max_tokens=400)
+    told = tokenize(rows, byte_level, tight).report
+    lost = sum(told.dropped.values()) + told.cut
+    assert f"warning: {lost:,} of 200 examples are dropped or cut for their length" in told.lengths
+    prompt, both = (int(number) for number in re.findall(r"tokens=(\d+)", told.lengths))
+
+    def loses(**changes):
+        report = tokenize(rows, byte_level, DataSettings(max_prompt_tokens=prompt, max_tokens=both, **changes)).report
+        return sum(report.dropped.values()) + report.cut
+
+    assert loses() == 2, "one of a hundred"
+    both -= 1
+    assert loses() > 2
+    assert tokenize(rows, byte_level, ROOMY).report.lengths is None
+    assert tokenize(rows[:30], byte_level, tight).report.lengths is None, "few are no matter"

@@ -149,7 +149,7 @@ def test_every_assistant_turn_is_an_example(jsonl):
 def test_pairs_are_used_or_refused(jsonl):
     path = jsonl({"prompt": "Q", "chosen": "A", "rejected": "B"})
     settings = DataSettings(path=path, columns=Columns(output="chosen"))
-    with pytest.raises(DpkdError, match=r"nothing would read the rejected one.*text\.source=preference.*drop_rejected"):
+    with pytest.raises(DpkdError, match=r"this loss ignores the rejected one.*text\.source=preference.*drop_rejected"):
         read_examples(settings, pairs=False)
     for used in (read_examples(settings, pairs=True), read_examples(settings)):
         assert used.examples[0].rejected == "B"
@@ -216,7 +216,7 @@ def test_every_kind_of_bad_row_is_found_at_its_line(jsonl, bad, said):
     assert problem(path) == (
         f"data.path: 1 row of {path} cannot be read:\n"
         f"  data.jsonl:3: {said}\n"
-        "Mend them, or leave bad rows out and count them: --set data.on_bad_row=skip"
+        "Fix these rows, or skip and count them: --set data.on_bad_row=skip"
     )
 
 
@@ -229,10 +229,10 @@ def test_every_kind_of_bad_row_is_found_at_its_line(jsonl, bad, said):
         ([{"role": "user", "content": ["x"]}], "wrong type: `content` of message 1 is a list (['x']), expected text"),
         (CHAT[:2], "missing field: `messages` has no assistant message"),
         (CHAT[2:], "empty prompt: `messages` has nothing before the response"),
-        ([*CHAT[:2], {"role": "assistant", "content": ""}], "empty response: the last assistant message holds no text"),
+        ([*CHAT[:2], {"role": "assistant", "content": ""}], "empty response: the last assistant message has no text"),
         (
             [*CHAT[:2], {"role": "assistant", "content": "", "tool_calls": [{}]}],
-            "tool call: message 3 calls a tool; only text can be trained",
+            "tool call: message 3 calls a tool; only text can be trained on",
         ),
     ],
 )
@@ -279,7 +279,7 @@ def test_columns_that_are_not_understood(jsonl):
     said = (
         "data.jsonl:1: the columns are not understood: question, answer{named}. dpkd reads instruction (and "
         "input or context) with output, response, completion or chosen; prompt with output, response, completion or "
-        "chosen; or chat messages (messages, conversations). Say which column is which: --set "
+        "chosen; or chat messages (messages, conversations). Map the columns: --set "
         "data.columns.instruction=COLUMN --set data.columns.output=COLUMN "
         "(or data.columns.prompt, data.columns.messages)."
     )
@@ -292,11 +292,11 @@ def test_columns_that_are_not_understood(jsonl):
 
 def test_two_shapes_that_fit_are_an_error_with_both_names(jsonl):
     assert problem(jsonl({"messages": CHAT, "prompt": "x", "response": "y"})) == (
-        "data.jsonl:1: the prompt may be in `messages` or in `prompt`. Say which, e.g. "
+        "data.jsonl:1: the prompt may be in `messages` or in `prompt`. Choose one, e.g. "
         "--set data.columns.messages=messages"
     )
     assert problem(jsonl({"instruction": "x", "output": "a", "response": "b"})) == (
-        "data.jsonl:1: the response may be in `output` or in `response`. Say which, e.g. "
+        "data.jsonl:1: the response may be in `output` or in `response`. Choose one, e.g. "
         "--set data.columns.output=output"
     )
 

@@ -125,7 +125,7 @@ def test_a_template_from_a_file(chat, tmp_path):
     assert chat.chat_template == CHATML
     assert with_chat_template(chat, None) is chat
     file.write_text("{% for m in messages %}")
-    with pytest.raises(DpkdError, match=r"data\.chat_template: .*own\.jinja is no Jinja template"):
+    with pytest.raises(DpkdError, match=r"data\.chat_template: .*own\.jinja is not a valid Jinja template"):
         with_chat_template(chat, str(file))
     with pytest.raises(DpkdError, match=r"cannot be read"):
         with_chat_template(chat, str(tmp_path / "none.jinja"))
@@ -136,8 +136,8 @@ def test_a_tokenizer_without_a_chat_template(byte_level):
         render(TURNS, "auto", byte_level)
     assert str(caught.value) == (
         "f:4: data.template is chat (auto picks it for `messages`), but the tokenizer has no chat template. "
-        "Nothing else can write 2 messages as one prompt: use an instruction-tuned model, or bring a template: --set "
-        "data.chat_template=FILE"
+        "Other templates cannot format 2 messages as one prompt: use an instruction-tuned model, or bring a template: "
+        "--set data.chat_template=FILE"
     )
     with pytest.raises(DpkdError, match=r"instruction-tuned model, or --set data\.template=alpaca"):
         render(ONE_TURN, "auto", byte_level)
@@ -154,7 +154,7 @@ def test_a_conversation_that_a_template_cannot_write(chat):
     with pytest.raises(DpkdError) as caught:
         render(TURNS, "chat", chat)
     assert str(caught.value) == (
-        "f:4: the tokenizer's chat template refuses the messages (system, user): Only user and "
+        "f:4: the tokenizer's chat template rejects the messages (system, user): Only user and "
         "assistant roles are "
         "supported. Fix the row, or use another --set data.template"
     )

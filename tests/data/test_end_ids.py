@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dpkd.api import SamplingSettings
+from dpkd.api import MetricSpec, SamplingSettings
 from dpkd.data.encode import Prompt
 from dpkd.data.encoding import end_ids
 from dpkd.evaluation.answer_cache import answer
+from dpkd.plugins import load_registry
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,9 @@ def test_bits_per_byte_count_the_space_that_a_response_begins_with(pieces):
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(pieces), intermediate_size=8, **sizes)).eval()
     prompt, response = ([pieces.convert_tokens_to_ids(t) for t in text] for text in ("ab", "▁cd"))
     meter = _DivergenceMeter(model, None, pieces, len(pieces), lambda *_: None)
-    found = meter([TokenSequence(tuple(prompt), tuple(response))], "x").bits_per_byte
+    scores = meter([TokenSequence(tuple(prompt), tuple(response))], "x")
+    spec = load_registry().get(MetricSpec, "bits_per_byte").spec
+    found = spec.of_tokens(scores)
     with torch.no_grad():
         logps = model(torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
     nats = -sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(response))

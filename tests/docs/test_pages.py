@@ -51,16 +51,19 @@ def test_every_function_exists(file, name):
 
 
 def test_the_loop_calls_its_stages_in_the_order_of_the_page():
-    loop = (ROOT / "dpkd/train/trainer.py").read_text(encoding="utf-8")
-    stages = {
-        "SourceBase.next`": "source.next(step)",
-        "StepBatchBuilder.step_batches`": "self.builder.step_batches(",
-        "TrainStep`": "self.train_step(",
-        "MetricsLog`": "self._log(done",
-    }
-    for text, calls in ((PAGES["life-of-a-batch"], list(stages)), (loop, list(stages.values()))):
-        places = [text.index(call) for call in calls]
-        assert places == sorted(places)
+    page = PAGES["life-of-a-batch"]
+    methods = (ROOT / "dpkd/train/trainer.py").read_text(encoding="utf-8")
+    step = methods[methods.index("def _step(") :]
+    assert_in_order(step, "source.next(step)", "self.builder.step_batches(", "self.train_step(")
+    loop = methods[methods.index("def run(") : methods.index("def _step(")]
+    assert_in_order(loop, "self._step(", "self._log(self._done", "callback.on_step(", "self.save(self._done")
+    stages = ("SourceBase.next", "StepBatchBuilder.step_batches", "TrainStep", "MetricsLog", "Callback.on_step")
+    assert_in_order(page, *(f"::{stage}`" for stage in (*stages, "save")))
+
+
+def assert_in_order(text: str, *parts: str) -> None:
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
 
 
 def test_every_setting_exists():

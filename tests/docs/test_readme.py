@@ -62,4 +62,4 @@ def test_the_file_tree_is_the_tree():
 def test_links_lead_somewhere():
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
     assert links
-    assert all((ROOT / link).exists() for link in links)
+    assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []

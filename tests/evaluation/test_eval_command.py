@@ -140,7 +140,7 @@ def test_rows_left_out_are_shown(here):
         "--cuts",
         "8",
     )
-    assert "6 rows read, 1 left out (wrong type), 5 scored" in output
+    assert "6 rows read, 1 skipped (wrong type), 5 scored" in output
     assert "by reference length (tokens)" in output
     assert scores("runs/eval/student/one")["lengths"]["unit"] == "tokens"
 
@@ -148,13 +148,13 @@ def test_rows_left_out_are_shown(here):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--seeds", "1,1"), "--seeds '1,1': expected different whole numbers"),
-        (("--seeds", "a"), "--seeds 'a': expected different whole numbers"),
+        (("--seeds", "1,1"), "--seeds '1,1': expected distinct comma-separated integers"),
+        (("--seeds", "a"), "--seeds 'a': expected distinct comma-separated integers"),
         (("--cuts", "5,2"), "length cuts 5,2: expected"),
         (("--set", "train.lr=1"), "only settings of `data`"),
         (("--set", "data.max_promt_tokens=1"), "did you mean data.max_prompt_tokens"),
-        (("--data", "sub/one.jsonl"), "one.jsonl, sub/one.jsonl would all be filed under one"),
-        (("--model", "sub/student"), "student, sub/student would all be filed under runs/eval/student"),
+        (("--data", "sub/one.jsonl"), "one.jsonl, sub/one.jsonl would all be saved under one"),
+        (("--model", "sub/student"), "student, sub/student would all be saved under runs/eval/student"),
         (("--model", "teacher", "--output", "x"), "--output x: names the folder of one model"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_folder_that_is_no_whole_model_is_said(here):
     run = Path("runs/kd-1")
     (run / "adapter").mkdir(parents=True)
     (run / "config.resolved.yaml").write_text("loss: {name: kd}\n")
-    with pytest.raises(DpkdError, match=r"adapter is part of a run and no model of its own: name the run, runs/kd-1"):
+    with pytest.raises(DpkdError, match=r"adapter is part of a run, not a model: pass the run, runs/kd-1"):
         call("--model", "runs/kd-1/adapter", "--data", "one.jsonl")
     with pytest.raises(DpkdError, match=r"runs/kd-1 has no model yet"):
         call("--model", "runs/kd-1", "--data", "one.jsonl")

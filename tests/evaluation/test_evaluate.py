@@ -94,7 +94,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(folder, tmp_path, 
 def test_answers_drawn_otherwise_are_not_mixed_in(folder, tmp_path):
     run(folder, output=tmp_path / "out")
     longer = EvaluationSettings(SamplingSettings(max_new_tokens=7), (1,))
-    with pytest.raises(DpkdError, match=r"drawn otherwise: generation changed"):
+    with pytest.raises(DpkdError, match=r"sampled in another way: generation changed"):
         run(folder, settings=longer, output=tmp_path / "out")
 
 
@@ -142,15 +142,15 @@ def test_a_prompt_beyond_a_limit_is_an_error_that_says_what_to_set(folder):
     assert str(caught.value) == (
         f"{folder / 'long.jsonl'}: 2 of 3 prompts are too long, and 1 of them leave no room for an answer in a model "
         "that reads 128 tokens (the first is long.jsonl:2 with 130 tokens, the longest has 130). Every row that is "
-        "read is to be scored. To leave such rows out, and have them counted: --long-prompts skip"
+        "read is to be scored. To skip and count such rows: --long-prompts skip"
     )
     _write(folder / "longish.jsonl", LONG[::2])
     with pytest.raises(DpkdError) as caught:
         run(folder, "longish.jsonl", data={"max_prompt_tokens": 20, "max_tokens": 30})
     assert str(caught.value) == (
         f"{folder / 'longish.jsonl'}: 1 of 2 prompts is longer than data.max_prompt_tokens=20 (the first is "
-        "longish.jsonl:2 with 40 tokens, the longest has 40). Every row that is read is to be scored: --set "
-        "data.max_prompt_tokens=40 --set data.max_tokens=296. To leave such rows out, and have them counted: "
+        "longish.jsonl:2 with 40 tokens, the longest has 40). Every row must be scored: --set "
+        "data.max_prompt_tokens=40 --set data.max_tokens=296. To skip and count such rows: "
         "--long-prompts skip"
     )
     assert run(folder, "longish.jsonl", data={"max_prompt_tokens": 40, "max_tokens": 296}).rows == 2
@@ -161,7 +161,7 @@ def test_long_prompts_are_left_out_when_asked_and_counted(folder):
     said: list[str] = []
     skipping = replace(DRAWN, long_prompts="skip")
     result = run(folder, "long.jsonl", skipping, say=said.append)
-    assert said == [f"rows: 3 rows of {folder / 'long.jsonl'}", "left out 1 of 3 rows: prompts longer than 127 tokens"]
+    assert said == [f"rows: 3 rows of {folder / 'long.jsonl'}", "skipped 1 of 3 rows: prompts longer than 127 tokens"]
     assert result.rows == 2
     assert result.facts["data"]["rows_read"] == 3
     assert result.facts["data"]["skipped"] == {"prompts longer than 127 tokens": 1}
@@ -190,7 +190,7 @@ def test_references_beyond_the_context_are_cut_and_counted(folder, tmp_path):
     said: list[str] = []
     result = run(folder, "big.jsonl", say=said.append)
     assert said[1:] == [
-        "cut 1 references for the likelihood and the divergences; scores see them whole",
+        "truncated 1 references for the likelihood and the divergences; text metrics use them whole",
         "1 prompts leave less room for an answer in the model than the length limit",
     ]
     assert result.facts["data"]["cut_references"] == 1

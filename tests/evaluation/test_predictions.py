@@ -174,7 +174,7 @@ def test_ids_that_do_not_fit_are_counted_and_named(ids: list[str], message: str)
 
 
 def test_references_with_one_id_twice_are_a_mistake() -> None:
-    with pytest.raises(DpkdError, match="1 ids stand on several rows: 1"):
+    with pytest.raises(DpkdError, match="1 ids occur in several rows: 1"):
         match_references([Prediction("a", id="1")], [References(("x",), "1"), References(("y",), "1")])
 
 

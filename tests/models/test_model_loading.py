@@ -93,9 +93,11 @@ def test_without_a_network_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", no_address)
-    with pytest.raises(DpkdError, match=r"some-such/model is neither a folder here nor a model that the hub gives"):
+    with pytest.raises(
+        DpkdError, match=r"some-such/model is not a local folder, and the hub did not provide its model"
+    ):
         load("some-such/model")
-    with pytest.raises(DpkdError, match=r"neither a folder here nor a tokenizer that the hub gives"):
+    with pytest.raises(DpkdError, match=r"is not a local folder, and the hub did not provide its tokenizer"):
         load_tokenizer(ModelSettings(model="some-such/model"))
     assert 2 <= len(asked) <= 3  # once for each, once for the client's user agent; a request would retry five times
 
@@ -118,7 +120,7 @@ def test_remote_code_is_refused_without_a_question(folder: Path, monkeypatch: py
     (folder / "own.py").write_text("raise SystemExit('remote code ran')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     for read in (load, lambda name: config_of(ModelSettings(model=str(name)))):
-        with pytest.raises(DpkdError, match="brings its own Python code, which is off by default"):
+        with pytest.raises(DpkdError, match="contains Python code, which is not run by default"):
             read(folder)
 
 

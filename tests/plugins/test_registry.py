@@ -196,8 +196,8 @@ log.write_text((log.read_text() if log.exists() else "") + "imported ")
 """
 SPEC_OF = {
     SamplerSpec: "SamplerSpec('mine', 'x', open=print)",
-    TeacherSpec: "TeacherSpec('mine', 'x', open=print)",
-    SourceSpec: "SourceSpec('mine', 'x', open=print)",
+    TeacherSpec: "TeacherSpec('mine', 'x', open=print, offer=print)",
+    SourceSpec: "SourceSpec('mine', 'x', open=print, config=SourceConfig)",
     MetricSpec: "MetricSpec('mine', '', '', 'x', per_row=len)",
 }
 
@@ -284,12 +284,15 @@ def test_a_prefix_that_the_plugin_does_not_keep_is_said(install_plugin, loss_sou
     ("change", "reason"),
     [
         (("'mine'", "'My own'"), "the name 'My own' should be lower-case"),
-        (("open=print", "open=print, config=dict"), "the config of 'mine' must be a subclass of dpkd.api.Block"),
+        (("'x', open=print", "'x', open=print, **dict(config=dict)"), "the config of 'mine' must be a subclass"),
         (("open=print", "open=3"), "`open` of 'mine' must be callable, but is int"),
     ],
 )
 def test_a_teacher_or_source_that_does_not_hold(spec: type, change: tuple[str, str], reason: str, install_plugin):
-    install_plugin("stranger", {"x": plugin_of(spec).replace(*change)})
+    source = plugin_of(spec).replace(*change)
+    if "dict(config" in source:
+        source = source.replace(", config=SourceConfig", "")
+    install_plugin("stranger", {"x": source})
     registry = load_registry(GOOD)
     assert "mine" not in registry.all(spec)
     (broken,) = registry.broken

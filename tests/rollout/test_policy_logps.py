@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpkd.api import Rollout, RolloutInputs, Sampled, SamplingSettings, Signal
 from dpkd.rollout.backends.hf import LowPrecisionCopy
-from dpkd.rollout.policy_logps import PolicyScorer
+from dpkd.rollout.policy_logps import PolicyScorer, truncated
 from dpkd.rollout.sampling import sample
 
 VOCABULARY = 31
@@ -127,3 +128,13 @@ def test_a_copy_follows_the_weights_in_place(policy: Any) -> None:
     assert not any(p.requires_grad for p in copy.model.parameters())
     torch.testing.assert_close(next_logps(copy.model), next_logps(LowPrecisionCopy(policy).model))
     assert (next_logps(copy.model) - before).abs().max() > 0.01
+
+
+def test_weights_for_rounding_are_truncated_at_two():
+    """By hand: weights of 1.5, 3 and 0.1 become 1.5, 2 and 0.1; the policy's log-probs stay."""
+    weights = torch.tensor([1.5, 3.0, 0.1], dtype=torch.float64)
+    logps = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
+    (one,) = truncated([Sampled((1, 2, 3), logps, logps - weights.log(), False)])
+    torch.testing.assert_close((one.logps - one.behaviour_logps).exp(), torch.tensor([1.5, 2.0, 0.1]).double())
+    assert one.logps is logps
+    assert math.isclose(float((one.logps - one.behaviour_logps).max()), math.log(2))

@@ -291,8 +291,8 @@ def test_a_run_whose_teacher_was_in_memory_is_evaluated_with_the_teacher_that_is
         ({"data": {"train": []}}, "data: expected rows, but got a dict of train: give one split of it"),
         ({"data": ["red"]}, r"row:1: not a mapping: expected \{column: value\}, found 'red'"),
         ({"tokenizer": object()}, "tokenizer: belongs to a model in memory, and none was given"),
-        ({"settings": {"data.split": "test"}}, r"data.split: says nothing of in-memory:data.*\(from settings\)"),
-        ({"student": "in-memory:student"}, "stands for an object that a Python program had"),
+        ({"settings": {"data.split": "test"}}, r"data.split: has no effect on in-memory:data.*\(from settings\)"),
+        ({"student": "in-memory:student"}, "refers to an object in the memory of another Python process"),
     ],
 )
 def test_what_cannot_be_used_is_explained(arguments, message, toy, rows, tmp_path):
@@ -304,7 +304,7 @@ def test_what_cannot_be_used_is_explained(arguments, message, toy, rows, tmp_pat
 
 def test_weights_in_memory_are_not_packed(models, tokenizer, rows):
     packed = {"teacher.quantization": "4bit"}
-    with pytest.raises(DpkdError, match=r"teacher\.quantization: says nothing of in-memory:teacher"):
+    with pytest.raises(DpkdError, match=r"teacher\.quantization: has no effect on in-memory:teacher"):
         dpkd.train(loss="kd", teacher=models[0], student=models[1], tokenizer=tokenizer, data=rows, settings=packed)
 
 
@@ -427,7 +427,7 @@ def test_settings_of_an_evaluation_may_name_their_block(models, tokenizer, rows)
 def test_a_token_beyond_the_embedding_is_a_sentence(models, tokenizer, rows):
     student = models[1]
     student.resize_token_embeddings(50)
-    with pytest.raises(DpkdError, match=r"row:1: holds the token \d+, but the model has embeddings for 50 only"):
+    with pytest.raises(DpkdError, match=r"row:1: contains the token \d+, but the model has embeddings for 50 only"):
         dpkd.evaluate(student, rows, tokenizer=tokenizer, greedy=True, max_new_tokens=2, limit=2)
 
 

@@ -158,7 +158,7 @@ def test_layers_that_do_not_exist_are_refused_in_the_plan(pairs, found, settings
 def test_a_store_and_no_teacher_are_refused(settings_of, toy, quiet, tmp_path):
     student = WIDER | {"student.model": str(toy / "gpt2")}
     cache(settings_of("kd", student), CacheSettings(tmp_path / "store", k=4), console=quiet)
-    with pytest.raises(SettingsError, match="hidden-mse reads the teacher's hidden states, which no store has"):
+    with pytest.raises(SettingsError, match="hidden states, which the store does not have"):
         settings_of("hidden-mse", student | {"teacher.store": str(tmp_path / "store")}, teacher=None)
     with pytest.raises(SettingsError, match="the loss hidden-mse needs its hidden states"):
         settings_of("hidden-mse", student, teacher=None)

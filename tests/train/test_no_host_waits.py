@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dpkd import functional
 from dpkd.data.batches import TokenSequence, collate
 from dpkd.models.attention import CAUSAL, implementation
 from dpkd.models.head import hidden_rows
-from dpkd.train import run
+from dpkd.train import microbatch, run
 from dpkd.train.build import assemble
 from dpkd.train.nonfinite import NotFinite
 from dpkd.train.progress import Display
@@ -41,10 +41,17 @@ def far_device(monkeypatch):
 
 @pytest.fixture
 def no_reading(monkeypatch):
+    """`no_reading()`: from there on no tensor is read. Collation, before the upload, may look at its own."""
+
     def refuse(*_, **__):
         raise AssertionError("the host reads a tensor")
 
+    def on_the_host(*arguments, **named):
+        with _disable_current_modes():
+            return collate(*arguments, **named)
+
     def begin():
+        monkeypatch.setattr(microbatch, "collate", on_the_host)
         for name in ("tolist", "numpy", "cpu", "item"):
             monkeypatch.setattr(torch.Tensor, name, refuse)
 

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.fingerprint import fingerprint_of
 from dpkd.models.loading import load_model
+from dpkd.models.lora import add_lora
 from dpkd.models.quantization import quantization_of, weight_bytes
+from dpkd.models.saving import save_model
 from dpkd.models.settings import ModelSettings, StudentSettings, TeacherSettings
 from dpkd.models.student_init import student_config
 from dpkd.run_metrics import read_metrics
@@ -147,3 +149,76 @@ def test_a_fresh_student_of_its_shape_is_not_packed(settings_of, quiet, wide):
     config.quantization_config = {"bits": 4}
     assert not hasattr(student_config(StudentSettings(init="random"), config), "quantization_config")
     assert config.quantization_config
+
+
+QLORA = {"student.lora": {"r": 4, "alpha": 8}, "student.init": "pretrained", "student.layers": None}
+
+
+def _adapted(folder, kind, device="cpu"):
+    """A packed student with adapters that are not zero."""
+    settings = StudentSettings(model=str(folder), quantization=kind, lora={"r": 4})
+    model = add_lora(load_model(settings, device=device, dtype=torch.float32), settings.lora)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_saved_student_is_the_unpacked_weights_plus_the_adapters(kind, wide, toy, tmp_path):
+    """To rounding: packed again after the sum, the model would be as far off as the packing."""
+    model = _adapted(wide, kind)
+    save_model(model, AutoTokenizer.from_pretrained(wide), tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    assert not hasattr(plain.config, "quantization_config")
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        ours, theirs = plain(ids).logits, model(ids).logits
+        with model.disable_adapter():
+            untrained = model(ids).logits
+    tolerance = {"4bit": 0.02, "8bit": 0.1}[kind]  # what computes with packed weights rounds more
+    assert (ours - theirs).abs().max() < tolerance
+    assert (ours - untrained).abs().max() > 4 * tolerance
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@needs_bitsandbytes
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="packed weights are trained on a GPU alone")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", ["kd", "dpo", "gkd"], ids=["rows", "reference", "own-text"])
+def test_adapters_are_trained_on_packed_weights(kind, loss, settings_of, wide, quiet):
+    changes = {**QLORA, "student.model": str(wide), "student.quantization": kind, "train.device": "cuda"}
+    folder = run.train(settings_of(loss, changes, teacher="teacher"), console=quiet)
+    assert all(torch.isfinite(torch.tensor(line["loss/main"])) for line in read_metrics(folder.metrics))
+    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(folder.model).parameters()} == {torch.float32}
+
+
+@needs_bitsandbytes
+def test_packed_weights_cannot_be_trained_on_a_cpu(settings_of, wide, quiet):
+    settings = settings_of("kd", {**QLORA, "student.model": str(wide), "student.quantization": "4bit"})
+    for start in (lambda: run.train(settings, console=quiet), lambda: make_plan(settings, Display(quiet))):
+        with pytest.raises(DpkdError, match=r"student\.quantization=4bit needs a GPU .* student\.lora alone"):
+            start()
+
+
+@needs_bitsandbytes
+def test_a_device_that_cannot_read_packed_weights_is_a_sentence(wide, monkeypatch):
+    from transformers import AutoModelForCausalLM as Auto
+
+    def refuse(**options):
+        raise RuntimeError("no kernel for this device\nmore")
+
+    monkeypatch.setattr(Auto, "from_pretrained", refuse)
+    settings = StudentSettings(model=str(wide), quantization="4bit", lora={})
+    with pytest.raises(DpkdError, match=r"student\.quantization=4bit does not work on this machine's cpu .*no kernel"):
+        load_model(settings, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("more", [{"student.lora": None}, {"student.init": "random"}])
+def test_packed_weights_of_a_student_need_adapters(more, settings_of, wide):
+    with pytest.raises(SettingsError, match="packs weights that stay frozen, so the student needs adapters"):
+        settings_of("kd", {**QLORA, "student.model": str(wide), "student.quantization": "4bit", **more})

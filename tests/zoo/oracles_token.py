@@ -20,7 +20,9 @@ Oracle = Callable[[Row, Row, int, Any], float]
 def reference(oracle: Oracle) -> Callable[..., Any]:
     """The oracle for all rows of a batch."""
 
-    def values(*, student_logits: Any, teacher_logits: Any, config: Any, targets: Any = None) -> Any:
+    def values(
+        *, student_logits: Any, teacher_logits: Any, config: Any, targets: Any = None, chosen_ids: Any = None
+    ) -> Any:
         labels = [0] * len(student_logits) if targets is None else targets.tolist()
         rows = zip(teacher_logits.tolist(), student_logits.tolist(), labels, strict=True)
         return np.array([oracle(z_p, z_q, target, config) for z_p, z_q, target in rows])
@@ -140,6 +142,31 @@ def topk_kl(z_p: Row, z_q: Row, _: int, c: Any) -> float:
     if sum(b) == 0:
         return math.inf
     return divergence([x / sum(a) for x in a], [x / sum(b) for x in b])
+
+
+def _merged(z_p: Row, z_q: Row, k: int) -> tuple[list[float], list[float]]:
+    """Probabilities of the student's k likeliest tokens, and of the rest as one token, under both."""
+    p, q = softmax(z_p), softmax(z_q)
+    order = sorted(range(len(q)), key=lambda v: -z_q[v])
+    kept, rest = order[:k], order[k:]
+    return [*(p[v] for v in kept), sum(p[v] for v in rest)], [*(q[v] for v in kept), sum(q[v] for v in rest)]
+
+
+def topk_rkl(z_p: Row, z_q: Row, _: int, c: Any) -> float:
+    p, q = _merged(z_p, z_q, c.k)
+    return divergence(q, p)
+
+
+def topk_rkl_sampled(z_p: Row, z_q: Row, target: int, c: Any) -> float:
+    p, q = softmax(z_p), softmax(z_q)
+    kept = sorted(range(len(q)), key=lambda v: -z_q[v])[: c.k]
+    outside = 0.0 if target in kept else math.log(q[target] / p[target])
+    return sum(term(q[v], p[v]) for v in kept) + outside
+
+
+def topk_jsd(z_p: Row, z_q: Row, _: int, c: Any) -> float:
+    p, q = _merged(z_p, z_q, c.k)
+    return jensen_shannon(p, q, c.beta)
 
 
 def todi(z_p: Row, z_q: Row, _: int, c: Any) -> float:

@@ -21,7 +21,8 @@ def token_inputs(
     student: Tensor | list[Any], teacher: Tensor | list[Any] | None = None, targets: list[int] | Tensor | None = None
 ) -> TokenInputs:
     """Token inputs that hold what is given, and nothing else."""
-    signals: dict[Signal, Any] = {Signal.STUDENT_LOGITS: torch.as_tensor(student)}
+    logits = torch.as_tensor(student)
+    signals: dict[Signal, Any] = {Signal.STUDENT_LOGITS: logits, Signal.CHOSEN_IDS: logits.argsort(-1, descending=True)}
     if teacher is not None:
         signals[Signal.TEACHER_LOGITS] = torch.as_tensor(teacher)
     if targets is not None:

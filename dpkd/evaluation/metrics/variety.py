@@ -21,7 +21,7 @@ SPECS = [
         "repetition",
         "%",
         "lower",
-        "4-grams that the answer has used before",
+        "4-grams that occur earlier in the answer",
         per_row=_repeated,
         title="repeated 4-grams",
     ),

@@ -212,7 +212,7 @@ def test_a_model_whose_layers_are_not_one_list_is_refused(llama: Any) -> None:
 
 def test_layers_that_are_not_alike_are_refused(llama: Any) -> None:
     llama.model.layers[5].mlp.up_proj = torch.nn.Linear(16, 20, bias=False)
-    with pytest.raises(DpkdError, match=r"the layers of LlamaForCausalLM are not alike, and layers \[0, 5\]"):
+    with pytest.raises(DpkdError, match=r"the layers of LlamaForCausalLM differ, and layers \[0, 5\]"):
         student_of(llama, layers=2)
 
 
