@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dpkd.errors import DpkdError
+from dpkd.io import regular
 
 LONGEST = 1_000_000  # characters of a file of settings
 LONGEST_NUMBER = 400  # characters; a float has at most 309 digits before its point
@@ -180,8 +181,6 @@ def read_resolved(path: Path) -> dict[str, Any]:
 
 def read_limited(path: Path) -> str:
     """The text of a file of settings. Raises OSError for what is no file, and YamlError beyond the limit."""
-    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-        raise OSError(f"it is {'a folder' if path.is_dir() else 'not a regular file'}")
-    if path.stat().st_size > 4 * LONGEST:  # UTF-8 has at most four bytes a character
+    if regular(path).stat().st_size > 4 * LONGEST:  # UTF-8 has at most four bytes a character
         raise YamlError(f"has {path.stat().st_size:,} bytes; settings may have {LONGEST:,} characters", 1)
     return path.read_text(encoding="utf-8")

@@ -147,6 +147,8 @@ def _outcome(case: Case, code: int | str, text: str) -> str:
         return code
     if "Traceback (most recent call last)" in text:
         return "traceback"
+    if "unexpected error, Hang" in text:
+        return "hang"
     if "unexpected error, " in text:
         return "unforeseen"
     if code not in case.codes or (code and not text.strip()):
