@@ -24,7 +24,7 @@ from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, score_tokens, write_scores
-from dpkd.io import lock
+from dpkd.io import digest, lock
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import DTYPES
@@ -201,7 +201,11 @@ class Evaluator:
             }
             answer_cache = AnswerCache(output, drawn)
             if settings.rewards and self.teacher is not None:
-                teacher_answer_cache = AnswerCache(output / "teacher", {**drawn, "weights": self.teacher_fingerprint})
+                by_teacher = {**drawn, "weights": self.teacher_fingerprint}
+                teacher_answer_cache = self.given.remembered(
+                    ("the teacher's answers", digest(by_teacher)),  # one file for all runs of a process
+                    lambda: AnswerCache(output / "teacher", by_teacher),
+                )
         evaluation, predictions, rows = evaluate_model(
             self.model,
             inputs,
