@@ -236,7 +236,7 @@ class Trainer:
             "loss/total": sum(weighted.values()),
             "text/truncated_share": share,
             **facts,
-            **(self._remote.statistics() if self._remote is not None else {}),
+            **({} if self.train_step.teacher is None else self.train_step.teacher.statistics()),
             "peak_memory_mib": _peak_memory_mib(self.accelerator.device),
         }
         self.display.at(step, line)

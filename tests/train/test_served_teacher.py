@@ -209,7 +209,7 @@ def _last(answer, value):
 def test_answers_that_cannot_be_used_are_refused_by_name(served, server, quiet, spoil, words):
     server.spoil = spoil
     with pytest.raises(DpkdError, match=words):
-        _prepare(served("dpkd", {"text.chosen": "dataset", "text.rejected": "dataset"}), quiet)
+        _prepare(served("opd"), quiet)
 
 
 def test_passing_failures_are_tried_again(settings_of, served, server, toy, quiet):
