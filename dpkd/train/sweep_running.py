@@ -61,7 +61,7 @@ class Runner(Protocol):
 
 
 @dataclass
-class Outcome:
+class SweepOutcome:
     """What became of the runs, by name: reasons for those that failed or were skipped; `left` came too late."""
 
     done: list[str] = field(default_factory=list)
@@ -83,7 +83,7 @@ def run_sweep(
     isolate: bool = False,
     registry: Registry | None = None,
     console: Console | None = None,
-) -> Outcome:
+) -> SweepOutcome:
     """Run what is not finished yet, and score the models.
 
     One run follows another in this process, and shares what was loaded for those before it. With `isolate`, or on
@@ -134,7 +134,7 @@ class _Sweep:
     runner: Runner
     registry: Registry
     display: Display
-    outcome: Outcome = field(default_factory=Outcome)
+    outcome: SweepOutcome = field(default_factory=SweepOutcome)
     slots: Queue[str | None] = field(default_factory=Queue)
     began: float = field(default_factory=time.monotonic)
     longest: float = 0.0
@@ -452,7 +452,7 @@ def interruptible() -> Iterator[StopSignal]:
             signal.signal(number, handler)
 
 
-def summary(outcome: Outcome) -> str:
+def summary(outcome: SweepOutcome) -> str:
     """What became of the runs, in lines. Raises DpkdError, after all was tried, when any failed."""
     parts = [f"{len(outcome.done)} runs done, {len(outcome.found)} were there"]
     if outcome.left:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import bad_input
-from faults import Fault, Outcome, dpkd
+from faults import Fault, SweepOutcome, dpkd
 from toy_commands import LIMITS, TRAIN, fingerprint, write_toy
 
 from dpkd.io import JsonLog
@@ -119,15 +119,15 @@ class Soak:
             row["text"] = second.text[-400:]
         return row
 
-    def second(self, folder: Path, first: Outcome) -> Outcome:
+    def second(self, folder: Path, first: SweepOutcome) -> SweepOutcome:
         again = dpkd(self.scenario.again, folder)
         if again.kind == "refused" and "is not a run folder" in again.text:
             again = dpkd(self.scenario.command, folder)
         if again.kind == "refused" and "is finished" in again.text:
-            again = Outcome(0, again.text, again.calls)
+            again = SweepOutcome(0, again.text, again.calls)
         return again
 
-    def outcome(self, first: Outcome, second: Outcome, left: dict[str, str]) -> str:
+    def outcome(self, first: SweepOutcome, second: SweepOutcome, left: dict[str, str]) -> str:
         for kind in ("hang", "traceback"):
             if kind in (first.kind, second.kind):
                 return kind
@@ -157,7 +157,7 @@ def damage(soak: Soak, generator: random.Random) -> tuple[str, dict[str, Any]]:
         file.unlink()
     else:
         file.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(how, content))
-    second = soak.second(folder, Outcome(0, "", 0))
+    second = soak.second(folder, SweepOutcome(0, "", 0))
     row: dict[str, Any] = {"second": second.kind, "file": str(file.relative_to(folder)), "how": how}
     row["outcome"] = second.kind if second.kind in ("hang", "traceback", "refused") else "went on"
     row["text"] = second.text[-1500:] if second.kind == "traceback" else ""
