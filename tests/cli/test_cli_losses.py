@@ -56,6 +56,8 @@ def test_filters(call: Callable[..., Any]) -> None:
     assert names("--offers", "text") < names("--offers", "token-logps") < everything
     assert {"sft", "seqkd"} <= names("--offers", "text")
     assert "kd" not in names("--offers", "token-logps")
+    chosen = names("--offers", "chosen-ids") - names("--offers", "top-k")
+    assert chosen == {"topk-rkl", "topk-rkl-sampled", "topk-jsd"}
     families = [names("--family", family) for family in ("token", "pair", "rollout")]
     assert set.union(*families) == everything
     assert sum(map(len, families)) == len(everything)

@@ -60,6 +60,9 @@ CASES = [
     ("opd", {"text.sampling.max_new_tokens": 4}),
     ("minillm", {"loss.single_step_weight": 0.0, "text.teacher_mix": 0.0, "text.sampling.max_new_tokens": 4}),
     ("seqkd", {"text.teacher_sampling.temperature": 0.0}),
+    ("topk-rkl", {"loss.k": 8, "text.sampling.max_new_tokens": 4}),
+    ("topk-rkl-sampled", {"loss.k": 2, "text.sampling.max_new_tokens": 4}),
+    ("topk-jsd", {"loss.k": 8, "text.source": "dataset"}),
 ]
 
 
@@ -328,6 +331,32 @@ def test_rows_spread_the_rest_over_the_tokens_that_are_not_known():
     rows = served_rows([padded], torch.tensor([3]), Wants(8), 5)
     np.testing.assert_allclose(rows.logits(slice(None)).exp(), expected, rtol=1e-6)
     assert math.isclose(rows.logps()[0].exp(), 0.3, rel_tol=1e-6)
+
+
+def test_chosen_ids_need_a_server_that_scores_them(served, server, quiet):
+    server.has_chosen_ids = False
+    with pytest.raises(DpkdError, match=r"need 16 chosen ids of the teacher(?s:.*)--enable-scale-out"):
+        _prepare(served("topk-rkl"), quiet)
+
+
+@pytest.mark.parametrize("protocol", ["vllm", "sglang", "openai"])
+def test_a_file_of_text_is_the_models_own(served, server, toy, tmp_path, protocol):
+    """Greedy text by a server, as by the model in this process."""
+    from dpkd.api import SamplingSettings
+    from dpkd.data.settings import DataSettings
+    from dpkd.models.settings import ModelSettings, TeacherSettings
+    from dpkd.plugins import load_registry
+    from dpkd.rollout.sample_file import sample_to_file
+
+    settings = SamplingSettings(temperature=0.0, max_new_tokens=6)
+    data, tokenizer = DataSettings(path=str(toy / "data.jsonl"), limit=5), str(toy / "teacher")
+    of = TeacherSettings(server=server.url, protocol=protocol, tokenizer=tokenizer)
+    files = tmp_path / "served.jsonl", tmp_path / "own.jsonl"
+    for model, file in zip((of, ModelSettings(model=tokenizer)), files, strict=True):
+        sample_to_file(model, data, settings, registry=load_registry(), output=file, seed=1)
+    own, other = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    assert own == other
+    assert len(own) == 5
 
 
 def test_the_settings_of_a_run_are_those_that_were_given(served, quiet):

@@ -24,7 +24,8 @@ from tenacity import (
     stop_after_attempt,
     stop_after_delay,
     stop_all,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 from dpkd.api.teachers import TeacherLost
@@ -32,6 +33,7 @@ from dpkd.errors import DpkdError, printable
 from dpkd.models.settings import ClientSettings
 
 RECOVERABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
+GROWING = wait_exponential(multiplier=0.1, max=10.0) + wait_random(0.0, 0.1)
 # A server that gave no answer is asked last for so many seconds.
 REST = 10.0
 
@@ -177,7 +179,7 @@ class Client:
 def _pause(state: RetryCallState) -> float:
     """Seconds before the next attempt: growing, random, and never less than the server asked for."""
     error = state.outcome.exception() if state.outcome is not None else None
-    return max(getattr(error, "after", 0.0), wait_exponential_jitter(initial=0.1, max=10.0, jitter=0.1)(state))
+    return max(getattr(error, "after", 0.0), GROWING(state))
 
 
 def _retry_after(response: httpx.Response) -> float:
