@@ -40,9 +40,9 @@ def test_value_and_gradient_are_those_of_the_models_own_hidden_states(settings_o
     found, metrics, train_step = gradients(resolved, quiet)
     loss_module, teacher, tokens, total = train_step.inner, train_step.teacher.model, 0, 0.0
     loss_module.zero_grad()
-    assembly = run.assemble(resolved, run._accelerator(resolved), Display(quiet))
-    for i in assembly.source.context.batches.window(0):
-        prompt = assembly.data.prompts[i]
+    run_parts = run.assemble(resolved, run._accelerator(resolved), Display(quiet))
+    for i in run_parts.source.context.batches.window(0):
+        prompt = run_parts.data.prompts[i]
         ids, first = [*prompt.prompt_ids, *prompt.response_ids], len(prompt.prompt_ids) - 1
         ours, theirs = _states(loss_module.student, ids), _states(teacher, ids)
         for matrix, (s, t) in zip(loss_module.losses["main"].weight, [(1, 2), (2, 4)], strict=True):
