@@ -46,7 +46,7 @@ def gradients(model, batch):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_hidden_states_and_gradients_equal_those_of_separate_rows(family, attention):
     torch.manual_seed(0)
-    # In float64, so that nothing hangs on one processor's rounding. Norms and angles of Llama and Qwen, and the softmax of
+    # In float64: nothing hangs on one processor's rounding. Norms and angles of Llama and Qwen, and the softmax of
     # eager attention, are in float32 all the same: steps of 2^-24 of the largest value, some hundred of them in a sum.
     model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention).double().eval()
     exact = attention == "sdpa" and family in ("gpt2", "opt")
