@@ -21,7 +21,8 @@ import yaml
 from every_loss import SHARED, STORIES, write_stories
 
 from dpkd.report.reading import read_run
-from dpkd.train.sweep import Plan, SweepRun, read_sweep, run_sweep
+from dpkd.train.sweep import Plan, SweepRun, read_sweep
+from dpkd.train.sweep_running import run_sweep
 
 FRESH, STALE = {"text.every": 10, "text.refresh": "every_n_steps"}, {"text.refresh": "once"}
 LM, HOW, BETA = "terms.lm.weight", "loss.aggregation", "loss.beta"

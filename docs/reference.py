@@ -76,6 +76,8 @@ def _leaves(schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: s
             values = field.get("additionalProperties")
             each = _block(values, definitions) if isinstance(values, Mapping) else None
             yield from _leaves(each or {}, definitions, f"{prefix}{name}.NAME.")
+            items = _block(field.get("items") or {}, definitions)  # a list of blocks: each has these
+            yield from _leaves(items or {}, definitions, f"{prefix}{name}.")
             continue
         if "anyOf" in field:  # may be none
             yield prefix + name, {"type": "a block", **{k: v for k, v in field.items() if k != "anyOf"}}

@@ -52,7 +52,7 @@ def described(error: BaseException, longest: int = 500) -> str:
     except BaseException:  # an error of a plugin may do anything when it is shown
         return f"{type(error).__name__} (its message cannot be shown)"
     shown = text if len(text) <= longest else f"{text[:longest]}..."
-    return f"{type(error).__name__}: {shown}" if text else type(error).__name__
+    return f"{type(error).__name__}: {shown}"
 
 
 def printable(text: str) -> str:

@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -260,6 +261,20 @@ def digest(value: Any) -> str:
     """A hash, 32 hexadecimal digits, of anything that JSON can say; the order of keys does not count."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:32]
+
+
+def regular(path: Path) -> Path:
+    """The path, unless it is a pipe, a device, a socket or a folder: reading one of these may never end.
+
+    Raises OSError for those, for what is not there, and for a name that no file can have.
+    """
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file", str(path))
+    return path
 
 
 def sha256(path: Path) -> str:

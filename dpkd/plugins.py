@@ -15,7 +15,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from functools import lru_cache
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any, Generic, TypeAlias
 
 import pluggy
@@ -230,7 +231,12 @@ def _declared(point: EntryPoint) -> Kind[Any]:
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist is not None else ("unknown distribution", "?")
+    return _name_and_version(point.dist) if point.dist is not None else ("unknown distribution", "?")
+
+
+@lru_cache(maxsize=256)  # each call reads and parses a file, and a registry asks thousands of times
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    return distribution.name, distribution.version
 
 
 def _unique(point: EntryPoint) -> str:
@@ -244,6 +250,7 @@ def _without_hook(point: EntryPoint) -> str:
 
 def _conflict(kind: Kind[Any], name: str, found: Sequence[Registered[Any]]) -> str:
     """Who claims a name."""
+    found = sorted(found, key=lambda one: one.origin)
     claims = " and ".join(one.origin for one in found)
     return (
         f"two {kind.plural} are called {name!r}: {claims}. Uninstall one, or name the plugins to load, separated by "

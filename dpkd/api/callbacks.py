@@ -12,21 +12,19 @@ from dpkd.api.sources import StepResponses
 
 
 class Training(Protocol):
-    """What a callback sees of a run.
-
-    steps      optimizer steps of the whole run
-    path       the run folder
-    responses  those of the main loss at the last step
-    """
+    """What a callback sees of a run."""
 
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """The run folder."""
 
     @property
-    def responses(self) -> StepResponses | None: ...
+    def responses(self) -> StepResponses | None:
+        """Those of the main loss at the last step; None before the first."""
 
     def say(self, text: str) -> None:
         """Print a line, on the main process."""

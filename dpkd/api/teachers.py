@@ -40,16 +40,20 @@ class TeacherBatch(Protocol):
     """
 
     @property
-    def sequences(self) -> Sequence[tuple[Sequence[int], Sequence[int]]]: ...
+    def sequences(self) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+        """Prompt and response ids of each sequence."""
 
     @property
-    def lengths(self) -> Tensor: ...
+    def lengths(self) -> Tensor:
+        """Rows of each sequence `[B]`."""
 
     @property
-    def targets(self) -> Tensor: ...
+    def targets(self) -> Tensor:
+        """The response token of each row `[N]`."""
 
     @property
-    def sequence(self) -> Tensor: ...
+    def sequence(self) -> Tensor:
+        """The number of the sequence of each row `[N]`."""
 
 
 class Wants(NamedTuple):
@@ -108,10 +112,6 @@ class TeacherOutput:
         return bool(torch.isfinite(self.logits(slice(0, 64))).all())
 
 
-def _no_more(what: TeacherAccess | Text, k: int | None = None) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class TeacherOffer:
     """What a teacher can give, known before anything of it is loaded: compared with what the losses of a run need.
@@ -121,7 +121,7 @@ class TeacherOffer:
     writers     on whose responses; None: on anybody's
     writes      whether it writes responses of its own
     what, has   for messages: `the store` has `the 64 likeliest tokens and the mass of the rest`
-    more        how to get more of it: an access level (and its k), or a writer, to a few words; empty: not at all
+    more        how to get more of it: an access level (and its k), or a writer, to a few words; None: not at all
     """
 
     access: TeacherAccess
@@ -131,7 +131,7 @@ class TeacherOffer:
     writes: bool = True
     what: str = "the teacher"
     has: str = ""
-    more: Callable[..., str] = _no_more
+    more: Callable[..., str] | None = None
 
 
 @dataclass(frozen=True)

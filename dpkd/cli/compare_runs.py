@@ -43,15 +43,21 @@ def compare_runs(
     ] = None,
     resamples: Annotated[int, typer.Option(help="of the bootstrap", min=100)] = 10_000,
     seed: Annotated[int, typer.Option(help="of the bootstrap", min=0)] = 10,
+    each: Annotated[bool, typer.Option("--each", help="a line for each run, also where only the seeds differ")] = False,
 ) -> None:
     """Scores of runs side by side: mean ± sd, significance against a baseline, and what training cost.
 
+    Runs that differ in their seed alone are one line: the mean, and the sd between them.
     The test is a paired bootstrap over rows, from the scores in the runs' predictions; no model is loaded.
     """
     from dpkd.io import write_text
     from dpkd.report.comparison import compare
+    from dpkd.report.seeds import by_seed, renamed_baseline
 
     read, base = _read(runs, baseline)
+    if not each:
+        read = by_seed(read)
+        base = renamed_baseline(read, base)
     names = [name.strip().replace("-", "_") for name in metrics.split(",") if name.strip()]
     found = compare(read, base, metrics=names, resamples=resamples, seed=seed)
     text = _written(found, form)

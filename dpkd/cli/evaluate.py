@@ -157,15 +157,12 @@ def _settings(
 ) -> EvaluationSettings:
     from dpkd.api import SamplingSettings
     from dpkd.config.problems import checked
-    from dpkd.evaluation.evaluator import EvaluationSettings
+    from dpkd.evaluation.evaluator import EvaluationSettings, parse_seeds
     from dpkd.evaluation.lengths import WORDS, parse_cuts
 
-    parts = [part.strip() for part in seeds.split(",") if part.strip()]
-    if not parts or not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
-        raise SettingsError([f"--seeds {seeds!r}: expected distinct comma-separated integers, such as 10,20"])
     return EvaluationSettings(
         checked(SamplingSettings, sampling, "sampling"),
-        tuple(map(int, parts)),
+        parse_seeds(seeds),
         rewards,
         parse_cuts(cuts),
         WORDS if unit is Unit.WORDS else None,

@@ -99,19 +99,38 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    console = Console()
+    wide = console.width >= 120
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", style="bold", no_wrap=True)
     table.add_column("family")
-    table.add_column("text by")
-    table.add_column("of the teacher")
-    table.add_column("paper", overflow="fold")
+    if wide:
+        table.add_column("text by")
+    table.add_column("of the teacher", max_width=10 if not wide else None)
+    table.add_column("what it does", ratio=1)
+    table.add_column("paper", no_wrap=True, max_width=14)
     for row in rows:
-        paper = row["paper"].removeprefix("https://").removeprefix("arxiv.org/abs/").removeprefix("github.com/")
         text = "anyone" if len(row["text"]) == 3 else ", ".join(row["text"])
-        table.add_row(row["name"], row["family"], text, row["needs"], paper)
-    Console().print(table)
+        said = row["summary"] if wide else row["title"]
+        paper = Text(_short(row["paper"]), f"link {row['paper']}" if row["paper"] else "")
+        table.add_row(row["name"], row["family"], *([text] if wide else []), row["needs"], said, paper)
+    console.print(table)
     typer.echo("dpkd describe-loss NAME shows formula, settings, and when to use it")
+
+
+def _short(address: str) -> str:
+    """A link for a narrow column: the number at arXiv, the project at GitHub, else the site.
+
+    >>> _short("https://arxiv.org/abs/2306.13649"), _short("https://github.com/huggingface/trl/pull/1"), _short("")
+    ('2306.13649', 'github trl', '')
+    """
+    host, _, path = address.removeprefix("https://").partition("/")
+    parts = path.split("/")
+    if host == "arxiv.org":
+        return parts[-1]
+    return f"github {parts[1]}" if host == "github.com" and len(parts) > 1 else host.removeprefix("www.")
 
 
 def _print_broken(registry: Registry, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from dpkd.cli.evaluate import evaluate
 from dpkd.cli.judge import judge
 from dpkd.cli.losses import check_loss, describe_loss, list_losses
 from dpkd.cli.new_loss import new_loss
+from dpkd.cli.publish import export, push
 from dpkd.cli.report import report
 from dpkd.cli.sample import sample
 from dpkd.cli.score import score
@@ -54,6 +55,8 @@ app.command("compare", short_help="Compare runs: scores, significance, cost.")(c
 app.command("report", short_help="Write a page about runs: curves, scores, samples.")(report)
 app.command("score", short_help="Score a file of predictions.")(score)
 app.command("judge", short_help="Score answers with a language model.")(judge)
+app.command("push", short_help="Upload a model and its card to the hub.")(push)
+app.command("export", short_help="Write a model as GGUF.")(export)
 app.command("list-losses")(list_losses)
 app.command("describe-loss", short_help="Explain a loss and its settings.")(describe_loss)
 app.command("check-loss", short_help="Run the conformance checks on a loss.")(check_loss)

@@ -32,5 +32,6 @@ def new_loss(
         typer.echo(path)
     typer.echo(
         f"\nThe package works as written. Next:\n  cd {folder}\n  pip install --editable .\n  dpkd check-loss {name}\n"
-        f"  pytest\nthen write your formula into {names.test}.py and {names.module}.py (README.md says in which order)"
+        "  pytest\n"
+        f"then write your own formula into {names.test}.py and {names.module}.py (README.md says in which order)"
     )

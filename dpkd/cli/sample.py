@@ -11,7 +11,7 @@ from dpkd.cli.options import SetData, TrustRemoteCode, data_settings
 
 
 def sample(
-    model: Annotated[str, typer.Option(help="model that generates: hub id, model folder, run folder, or address of a server")],
+    model: Annotated[str, typer.Option(help="what generates: hub id, model folder, run folder or server address")],
     output: Annotated[Path, typer.Option(help="JSONL file to write; rerun to resume an interrupted call")],
     data: Annotated[str, typer.Option(help="prompts: a file or hub id")] = "databricks/databricks-dolly-15k",
     set_: SetData = None,

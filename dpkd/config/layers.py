@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpkd.config.yaml_text import YamlError, parse
+from dpkd.config.yaml_text import DEEPEST, YamlError, parse, read_limited
 from dpkd.errors import SettingsError
 
 # A text in place of one of these blocks is shorthand for one of its settings.
@@ -59,15 +59,15 @@ class Merged:
 def file_layer(path: Path) -> Layer:
     """Settings of a YAML file. Raises SettingsError when it cannot be read or is no mapping."""
     try:
-        values = parse(path.read_text(encoding="utf-8"))
+        values = parse(read_limited(path))
     except FileNotFoundError as error:
         near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(sorted(near))}" if near else ""
         raise SettingsError([f"--config {path}: there is no such file{hint}"]) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([f"--config {path}: cannot be read ({error})"]) from error
     except YamlError as error:
         raise SettingsError([f"{path}:{error.line}: {error}"]) from error
+    except (OSError, ValueError) as error:  # also a name that no file can have
+        raise SettingsError([f"--config {_short(str(path))}: cannot be read ({_short(str(error))})"]) from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -83,18 +83,24 @@ def set_layer(assignments: Iterable[str]) -> list[Layer]:
     for text in assignments:
         path, equals, value = text.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
-            problems.append(f"--set {text}: expected path=value, such as --set train.lr=1e-4")
+        if not equals or not all(keys) or len(keys) > DEEPEST:
+            problems.append(f"--set {_short(text)}: expected path=value, such as --set train.lr=1e-4")
             continue
         try:
             parsed = parse(value)
         except YamlError:
-            problems.append(f"--set {text}: the value is not YAML; quote it, as in --set '{path}=\"...\"'")
+            problems.append(
+                f"--set {_short(text)}: the value is not YAML; quote it, as in --set '{_short(path)}=\"...\"'"
+            )
             continue
         layers.append(Layer("--set", _nest(keys, parsed)))
     if problems:
         raise SettingsError(problems)
     return layers
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def flag_layer(flag: str, path: str, value: Any) -> Layer:
@@ -203,11 +209,13 @@ def _merge_into(
                 name != layer for p, name in provenance.items() if p.startswith(f"{path}.")
             )
             if replaced or not isinstance(target.get(key), dict):
+                if key in target:
+                    _forget(provenance, path)
                 target[key] = {}
-                _forget(provenance, path)
             provenance.pop(path, None)
             _merge_into(target[key], value, f"{path}.", layer, provenance)
         else:
+            if key in target:
+                _forget(provenance, path)
             target[key] = value
-            _forget(provenance, path)
             provenance[path] = layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,6 +13,8 @@ from dpkd.config.layers import Merged
 from dpkd.errors import SettingsError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+MOST = 50  # mistakes that are shown at once
+LONGEST_NAME = 100  # a longer name is no slip of the finger: the search for the right one would take long
 
 
 def all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -37,7 +40,9 @@ def sentences(error: ValidationError, merged: Merged, known: Iterable[str], pref
     by_path: dict[str, list[Mapping[str, Any]]] = {}
     for problem in error.errors():
         by_path.setdefault((prefix + _path(problem["loc"], error, merged, prefix)).rstrip("."), []).append(problem)
-    return [_sentence(path, problems, merged, list(known)) for path, problems in by_path.items()]
+    names = list(known)
+    found = [_sentence(path, problems, merged, names) for path, problems in islice(by_path.items(), MOST)]
+    return [*found, f"... and {len(by_path) - MOST:,} more mistakes"] if len(by_path) > MOST else found
 
 
 def _path(location: tuple[int | str, ...], error: ValidationError, merged: Merged, prefix: str) -> str:
@@ -56,7 +61,7 @@ def _path(location: tuple[int | str, ...], error: ValidationError, merged: Merge
 
 
 def _sentence(path: str, problems: list[Mapping[str, Any]], merged: Merged, known: list[str]) -> str:
-    layer = merged.layer_of(path)
+    layer, path = merged.layer_of(path), _cut(path)
     source = f", from {layer}" if layer else ""
     first = problems[0]
     kind = first["type"]
@@ -98,13 +103,22 @@ def _expected(problem: Mapping[str, Any]) -> str:
     return str(message.removeprefix("Input should be ").removeprefix("Value error, "))
 
 
+def _cut(path: str) -> str:
+    return path if len(path) <= 2 * LONGEST_NAME else f"{path[: 2 * LONGEST_NAME - 3]}..."
+
+
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write numbers of thousands of digits
+        text = "a huge number"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _nearest(path: str, known: list[str]) -> str | None:
     """The right path nearest to a wrong one: of the same last part, in the same block, then anywhere."""
+    if len(path) > LONGEST_NAME:
+        return None
     block, _, key = path.rpartition(".")
     # Of one name in several blocks, that of training is meant; `batch.size` may be `train.batch_size`.
     exact = [p for p in known if p.rpartition(".")[2] in (key, path.replace(".", "_"))]

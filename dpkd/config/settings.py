@@ -98,7 +98,12 @@ class TrainSettings(Block):
     steps: int | None = Field(None, ge=1, description="optimizer steps; None: `epochs` of the data")
     epochs: float = Field(1.0, gt=0, description="passes over the data when `steps` is not given")
     batch_size: int = Field(8, ge=1, description="examples per optimizer step, over all processes")
-    micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass and process; never changes a result")
+    micro_batch_size: int = Field(
+        8,
+        ge=1,
+        description="sequences per forward pass and process; gradients are accumulated up to batch_size, so that it "
+        "never changes a result",
+    )
     lr: float = Field(
         5e-4,
         gt=0,
@@ -115,6 +120,12 @@ class TrainSettings(Block):
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW, 8-bit or not")
     eps: float = Field(1e-8, gt=0, description="of AdamW, 8-bit or not")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; None: no clipping")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of a moving average of the weights, which is evaluated and saved in their place (0.99)",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="autocast; log-probs are float32 in all; auto: bf16 on a GPU that has it, else fp32"
     )

@@ -38,6 +38,7 @@ class DataReport:
     """What became of the examples. Tokens include BOS and EOS; `longest` is prompt and response together.
 
     templates  which of them wrote how many prompts, in a sentence
+    lengths    advice where much is dropped or cut for its length
     glued      a warning: prompts that run into their response, with the text of one
     """
 
@@ -50,6 +51,7 @@ class DataReport:
     longest: int
     max_tokens: int
     templates: str = ""
+    lengths: str | None = None
     glued: str | None = None
 
     def lines(self) -> list[str]:
@@ -64,6 +66,7 @@ class DataReport:
                 if self.cut
                 else []
             ),
+            *([self.lengths] if self.lengths else []),
             *([self.glued] if self.glued else []),
         ]
 
@@ -116,7 +119,9 @@ def tokenize(
         raise _nothing_left(len(examples), dropped)
     report = _report(len(examples), prompts, dropped, cut, settings.max_tokens)
     templates = template_line((one.form for one in rendered), settings.template)
-    return EncodedData(prompts, replace(report, templates=templates, glued=_glued(rendered, responses)))
+    whole = [(len(p), max(len(r), len(o))) for p, r, o in zip(prompt_ids, response_ids, rejected_ids, strict=True)]
+    lengths, glued = _length_advice(whole, settings), _glued(rendered, responses)
+    return EncodedData(prompts, replace(report, templates=templates, lengths=lengths, glued=glued))
 
 
 def check_ids(prompts: Iterable[Prompt], rows: int, who: str) -> None:
@@ -128,6 +133,23 @@ def check_ids(prompts: Iterable[Prompt], rows: int, who: str) -> None:
                 f"{prompt.id}: contains the token {most:,}, but {who} has embeddings for {rows:,} only: model and "
                 "tokenizer do not belong together. Use the tokenizer that the model was trained with."
             )
+
+
+MUCH = 0.1  # of the examples, dropped or cut
+
+
+def _length_advice(lengths: Sequence[tuple[int, int]], settings: DataSettings) -> str | None:
+    """What would keep 99 of 100 examples whole, where the limits drop or cut many; lengths of prompt and response."""
+    long = [(p, r) for p, r in lengths if p > settings.max_prompt_tokens or p + r > settings.max_tokens]
+    if len(long) < MUCH * len(lengths):
+        return None
+    last = (len(lengths) * 99 - 1) // 100
+    prompt = max(settings.max_prompt_tokens, sorted(p for p, _ in lengths)[last])
+    both = max(settings.max_tokens, prompt + 1, sorted(p + r for p, r in lengths)[last])
+    return (
+        f"warning: {len(long):,} of {len(lengths):,} examples are dropped or cut for their length; 99 of 100 fit into "
+        f"--set data.max_prompt_tokens={prompt} --set data.max_tokens={both}, where models and memory allow it"
+    )
 
 
 def _glued(rendered: Sequence[Rendered], responses: Sequence[str | None]) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpkd.errors import DpkdError
+from dpkd.io import regular
 
 BOM = b"\xef\xbb\xbf"
 LONGEST_CSV_CELL = 2**31 - 1
@@ -66,7 +67,7 @@ def _json_row(where: str, line: bytes) -> RawRow | BadRow:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that hold something; only a line feed ends a line, U+2028 inside a text does not."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             content = line.removeprefix(BOM) if number == 1 else line
             if content.strip():
@@ -173,6 +174,6 @@ READERS: dict[str, Callable[[Path, str], Rows]] = {
 def file_rows(path: Path, name: str) -> Rows:
     """Rows of one file, by its suffix; `name` stands in the ids. Raises DpkdError when the file is broken."""
     try:
-        yield from READERS[path.suffix.lower()](path, name)
+        yield from READERS[path.suffix.lower()](regular(path), name)
     except (OSError, ValueError, csv.Error) as error:
         raise DpkdError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error

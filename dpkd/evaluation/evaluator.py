@@ -17,14 +17,14 @@ from dpkd.data.batches import TokenSequence
 from dpkd.data.encode import check_ids
 from dpkd.data.encoding import continuation
 from dpkd.data.settings import DataSettings
-from dpkd.errors import DpkdError
+from dpkd.errors import DpkdError, SettingsError
 from dpkd.evaluation.answer_cache import AnswerCache, answer, as_answers
 from dpkd.evaluation.divergences import measure
 from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, score_tokens, write_scores
-from dpkd.io import lock
+from dpkd.io import digest, lock
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import DTYPES
@@ -37,6 +37,18 @@ from dpkd.teachers.local import LocalTeacher
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
 Progress = Callable[[str, int, int], None]  # what, done, of
 REWARDS = ("reward_sum", "reward_mean")  # measured on answers too, with `rewards`
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`"10,20"` as numbers. Raises SettingsError unless they are distinct whole numbers.
+
+    >>> parse_seeds("10,20")
+    (10, 20)
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise SettingsError([f"--seeds {text!r}: expected distinct comma-separated integers, such as 10,20"])
+    return tuple(map(int, parts))
 
 
 @dataclass(frozen=True)
@@ -189,7 +201,11 @@ class Evaluator:
             }
             answer_cache = AnswerCache(output, drawn)
             if settings.rewards and self.teacher is not None:
-                teacher_answer_cache = AnswerCache(output / "teacher", {**drawn, "weights": self.teacher_fingerprint})
+                by_teacher = {**drawn, "weights": self.teacher_fingerprint}
+                teacher_answer_cache = self.given.remembered(
+                    ("the teacher's answers", digest(by_teacher)),  # one file for all runs of a process
+                    lambda: AnswerCache(output / "teacher", by_teacher),
+                )
         evaluation, predictions, rows = evaluate_model(
             self.model,
             inputs,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.errors import DpkdError
+from dpkd.io import regular
 
 _JSON = {".json", ".jsonl", ".ndjson"}
 _OTHER_FORMATS = {".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zip", ".zst"}
@@ -35,7 +36,7 @@ def read_rows(path: Path) -> list[tuple[str, Any]]:
 
 def _decoded(path: Path) -> str:
     try:
-        raw = path.read_bytes()
+        raw = regular(path).read_bytes()
     except OSError as error:
         raise DpkdError(f"{path}: cannot be read ({error.strerror})") from error
     try:
@@ -48,7 +49,7 @@ def _decoded(path: Path) -> str:
 def _starts_with_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text.lstrip().split("\n", 1)[0]), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -69,21 +70,23 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield place, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DpkdError(f"{place}: expected one JSON value on this line, but {_reason(error)}") from error
 
 
 def _array_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise DpkdError(f"{path}:{line}: expected an array of rows in JSON, but {_reason(error)}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
 
 
-def _reason(error: ValueError) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "brackets are nested too deeply"
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg[:1].lower()}{error.msg[1:]} at column {error.colno}"
     return str(error)

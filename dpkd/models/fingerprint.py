@@ -71,7 +71,12 @@ def _config(folder: Path, config: Any) -> dict[str, Any]:
     if config is not None:
         values = config if isinstance(config, Mapping) else config.to_dict()
     elif (folder / "config.json").is_file():
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DpkdError(f"{folder / 'config.json'}: damaged: expected JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise DpkdError(f"{folder / 'config.json'}: damaged: expected an object, found {type(values).__name__}")
     return _kept(values)
 
 

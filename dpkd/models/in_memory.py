@@ -6,12 +6,12 @@ files and messages read as they do for any other model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from dpkd.errors import DpkdError
 from dpkd.models.fingerprint import fingerprint_of, memory_fingerprint
 from dpkd.models.loading import DTYPES, config_of, load_model, load_tokenizer, usable_tokenizer
 from dpkd.models.settings import ModelSettings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,10 @@ class InMemory:
             return one.fingerprint
         refuse_memory(str(settings.model), "model")
         return fingerprint_of(settings)
+
+    def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives; runs that share it (see `models.shared`) make it once for a key."""
+        return make()
 
     def described(self) -> dict[str, str]:
         """For run.json: what kind of object each name stands for, and where a model says that it came from."""

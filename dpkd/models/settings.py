@@ -167,8 +167,8 @@ class StudentSettings(ModelSettings):
     dropout: Literal["keep", "off"] = Field("keep", description="dropout while training: the model's own, or none")
     gradient_checkpointing: bool | Literal["selective"] = Field(
         False,
-        description="recompute activations in backward: less memory, more time; selective: all but matrix products "
-        "and attention",
+        description="do not keep the activations of the forward pass, compute them again in the backward pass: less "
+        "memory, more time; selective: keep those of matrix products and attention",
     )
 
     @model_validator(mode="before")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpkd.errors import SettingsError
-from dpkd.report.bootstrap import RESAMPLES, SEED, Difference, paired_bootstrap
+from dpkd.report.bootstrap import RESAMPLES, SEED, Difference, holm, paired_bootstrap
 from dpkd.report.names import FIRST, finite, ordered
 from dpkd.report.reading import Cost, Run, Scored, better_of, title_of
 
@@ -94,6 +94,7 @@ def _table(
             if run != base.name and base.name in scored:
                 against = _difference(name, metric, run, rows[run], rows[base.name], notes, resamples, seed)
             cells[run][metric] = Cell(mean, finite(one.metrics[metric].get("sd")), against)
+    _correct(cells, wanted)
     if base.name not in scored:
         notes.append(f"{name}: the baseline {base.name} was not evaluated on it; nothing is tested")
     shown = tuple(metric for metric in wanted if any(metric in own for own in cells.values()))
@@ -102,6 +103,14 @@ def _table(
     better = {metric: better_of(metric, scored.values()) for metric in shown}
     titles = {metric: title_of(metric, scored.values()) for metric in shown}
     return SetTable(name, shown, units, better, titles, cells, counts)
+
+
+def _correct(cells: dict[str, dict[str, Cell]], metrics: Sequence[str]) -> None:
+    """Correct the p-values of each metric for the number of runs that are tested by it."""
+    for metric in metrics:
+        found = {r: d for r, own in cells.items() if metric in own and (d := own[metric].difference) is not None}
+        for (run, difference), p in zip(found.items(), holm([d.p for d in found.values()]), strict=True):
+            cells[run][metric] = replace(cells[run][metric], difference=replace(difference, corrected=p))
 
 
 def _check_alike(name: str, scored: Mapping[str, Scored], notes: list[str]) -> None:

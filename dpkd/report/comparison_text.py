@@ -49,13 +49,14 @@ def _grid(table: SetTable, comparison: Comparison) -> Grid:
 
 
 def cell_text(cell: Cell | None) -> str:
-    """`24.62 ± 0.31 (p = 0.012)*`; the star marks p < 0.05."""
+    """`24.62 ± 0.31 (p = 0.012)*`; the star marks p < 0.05 after correction."""
     if cell is None:
         return "–"
     text = spread(cell.mean, cell.sd)
     if cell.difference is None:
         return text
-    return f"{text} (p {_p(cell.difference.p)}){'*' if cell.difference.p < SIGNIFICANT else ''}"
+    d = cell.difference
+    return f"{text} (p {_p(d.p)}){'*' if (d.p if d.corrected is None else d.corrected) < SIGNIFICANT else ''}"
 
 
 def _p(p: float) -> str:
@@ -68,7 +69,8 @@ def footnotes(comparison: Comparison) -> list[str]:
     tested = any(c.difference is not None for t in comparison.sets for own in t.cells.values() for c in own.values())
     explained = (
         f"mean ± sd over seeds; p: two-sided paired bootstrap against {comparison.baseline} over rows, averaged over "
-        f"seeds, {comparison.resamples:,} resamples, seed {comparison.seed}; * p < {SIGNIFICANT}"
+        f"seeds, {comparison.resamples:,} resamples, seed {comparison.seed}; * p < {SIGNIFICANT} after "
+        "Holm's correction for the number of runs"
     )
     return [explained if tested else "mean ± sd over seeds", *comparison.notes]
 
@@ -116,21 +118,36 @@ def as_csv(comparison: Comparison) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["run", "set", "metric", "mean", "sd", "rows", "seeds", "unit", "difference", "low", "high", "p", "baseline"]
+        [
+            "run",
+            "set",
+            "metric",
+            "mean",
+            "sd",
+            "rows",
+            "seeds",
+            "unit",
+            "difference",
+            "low",
+            "high",
+            "p",
+            "holm",
+            "baseline",
+        ]
     )
     for table in comparison.sets:
         for run in comparison.runs:
             for metric, cell in table.cells.get(run, {}).items():
                 d = cell.difference
                 tested: Sequence[object] = (
-                    ("", "", "", "", "") if d is None else (d.mean, d.low, d.high, d.p, comparison.baseline)
+                    ("",) * 6 if d is None else (d.mean, d.low, d.high, d.p, d.corrected, comparison.baseline)
                 )
                 row = [run, table.name, metric, cell.mean, "" if cell.sd is None else cell.sd, *table.counts[run]]
                 writer.writerow(map(csv_cell, [*row, table.units.get(metric, ""), *tested]))
     for run in comparison.runs:
         for name, value in asdict(comparison.costs[run]).items():
             if value is not None:
-                writer.writerow(map(csv_cell, [run, "(training)", name, value, *[""] * 9]))
+                writer.writerow(map(csv_cell, [run, "(training)", name, value, *[""] * 10]))
     return text.getvalue()
 
 

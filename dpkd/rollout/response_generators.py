@@ -225,13 +225,13 @@ class RetokenizedResponses:
     """The responses of a teacher with another tokenizer, told again in the student's tokens."""
 
     generator: TeacherGenerator  # writes in the teacher's tokens, to its own prompts
-    translator: Retokenizer
+    retokenizer: Retokenizer
     prompts: Sequence[Prompt]
     context: int | None  # the longest sequence that the student reads
 
     def __call__(self, indices: Sequence[int]) -> list[Response]:
         written = self.generator(indices)
-        told = self.translator.retold([response.ids for response in written])
+        told = self.retokenizer.retold([response.ids for response in written])
         return [self._cut(i, response, ids) for i, response, ids in zip(indices, written, told, strict=True)]
 
     def _cut(self, index: int, response: Response, ids: tuple[int, ...]) -> Response:

@@ -112,14 +112,14 @@ class LocalTeacher(Teacher):
         return TeacherText(self.model, self.vocabulary, self.fingerprint())
 
     def _use(self, model: nn.Module, device: torch.device) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self._device = device
+        self.model, self._device = model.eval(), device
         self.vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
 
     def cut(self, vocabulary: int) -> None:
         """Predict the first ids only. The head is on the student's device, where the losses are computed."""
         assert self.model is not None
         self.vocabulary = vocabulary
+        self.model.requires_grad_(False)  # not before: a student that starts from it takes over what is trained
         head = head_of(self.model, vocabulary)
         bias = None if head.bias is None else head.bias.detach().to(self._device)
         self._head = Head(head.weight.detach().to(self._device), bias, head.rule)

@@ -28,7 +28,7 @@ def why_not(
     if unknown:
         return (
             f"{offer.what} has responses by {' and '.join(sorted(offer.writers or ()))}, not by "
-            f"{' or '.join(unknown)}{_hint(offer.more(unknown[0]))}"
+            f"{' or '.join(unknown)}{_hint(_more(offer, unknown[0]))}"
         )
     return _distribution_fails(spec, config, offer) if Signal.TEACHER_LOGITS in reads else None
 
@@ -49,8 +49,8 @@ def _distribution_fails(spec: LossSpec, config: LossConfig, offer: TeacherOffer)
             return None
     elif offer.access is TeacherAccess.SAMPLED and linear:
         return None
-    ways = [offer.more(TeacherAccess.TOP_K, enough) if enough is not None else ""]
-    ways += [offer.more(TeacherAccess.SAMPLED) if linear else "", offer.more(TeacherAccess.LOGITS)]
+    ways = [_more(offer, TeacherAccess.TOP_K, enough) if enough is not None else ""]
+    ways += [_more(offer, TeacherAccess.SAMPLED) if linear else "", _more(offer, TeacherAccess.LOGITS)]
     would = " or ".join(way for way in ways if way)
     would = f"{would} would serve" if would else "only the teacher's model serves it (teacher.model)"
     return f"{spec.name} reads whole distributions, and {offer.what} has {offer.has}; {would}"
@@ -58,3 +58,8 @@ def _distribution_fails(spec: LossSpec, config: LossConfig, offer: TeacherOffer)
 
 def _hint(way: str) -> str:
     return f"; {way}" if way else ""
+
+
+def _more(offer: TeacherOffer, what: TeacherAccess | Text, k: int | None = None) -> str:
+    """How to get more of a teacher, in words; empty: not at all."""
+    return offer.more(what, k) if offer.more is not None else ""

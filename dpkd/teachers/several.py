@@ -16,15 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from dpkd.api import Block, TeacherAccess, hookimpl
-from dpkd.api.teachers import (
-    SharedVocabulary,
-    Teacher,
-    TeacherBatch,
-    TeacherOffer,
-    TeacherOutput,
-    TeacherSpec,
-    Wants,
-)
+from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherOffer, TeacherOutput, TeacherSpec, Wants
 from dpkd.data.batches import TokenSequence, collate
 from dpkd.data.encoding import encode, prompt_prefix
 from dpkd.errors import DpkdError
@@ -112,8 +104,7 @@ class SeveralTeachers(Teacher):
     def fingerprint(self) -> str:
         rules = [(m.when, m.weight, m.context) for m in self._settings.teachers.values()]
         parts = [
-            f"{name}={one.fingerprint()}{rule}"
-            for (name, one), rule in zip(self.members.items(), rules, strict=True)
+            f"{name}={one.fingerprint()}{rule}" for (name, one), rule in zip(self.members.items(), rules, strict=True)
         ]
         return ";".join(parts)
 
@@ -217,9 +208,7 @@ class SeveralTeachers(Teacher):
 class MixedRows(TeacherOutput):
     """The average of the probabilities of several teachers."""
 
-    def __init__(
-        self, outputs: Sequence[TeacherOutput], weights: Sequence[float], targets: Tensor, chunk: int
-    ) -> None:
+    def __init__(self, outputs: Sequence[TeacherOutput], weights: Sequence[float], targets: Tensor, chunk: int) -> None:
         super().__init__(targets, chunk)
         self.outputs, self._logs = outputs, [math.log(weight) for weight in weights]
 

@@ -30,7 +30,7 @@ from dpkd.testing import (
     trait_checks,
     value_checks,
 )
-from dpkd.testing.results import CheckOutcome, CheckSkipped, CheckWarned, NonConforming, Report, Result
+from dpkd.testing.results import CheckSkipped, CheckWarned, NonConforming, Outcome, Report, Result
 from dpkd.testing.subject import Check, LossUnderTest
 
 ALL_CHECKS: tuple[Check, ...] = (
@@ -171,24 +171,22 @@ def _run(
 
 
 def _result(suite: _Suite, check: Check) -> Result:
-    outcome, reason = CheckOutcome.PASSED, ""
+    outcome, reason = Outcome.PASSED, ""
     try:
         suite.run(check)
     except CheckSkipped as skipped:
-        outcome, reason = CheckOutcome.SKIPPED, str(skipped)
+        outcome, reason = Outcome.SKIPPED, str(skipped)
     except CheckWarned as warned:
-        outcome, reason = CheckOutcome.WARNED, str(warned)
+        outcome, reason = Outcome.WARNED, str(warned)
     except Exception as error:
-        outcome, reason = CheckOutcome.FAILED, _sentence(error)
+        outcome, reason = Outcome.FAILED, _sentence(error)
     accepted = suite.expected.get(check.name)
     if accepted is None:
         return Result(check.name, outcome, reason)
-    if outcome is CheckOutcome.FAILED:
-        return Result(check.name, CheckOutcome.EXPECTED, accepted)
+    if outcome is Outcome.FAILED:
+        return Result(check.name, Outcome.EXPECTED, accepted)
     return Result(
-        check.name,
-        CheckOutcome.FAILED,
-        f"expected to fail ({accepted}), but {outcome.value}: take it off expected_failures",
+        check.name, Outcome.FAILED, f"expected to fail ({accepted}), but {outcome.value}: take it off expected_failures"
     )
 
 

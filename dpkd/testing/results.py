@@ -20,7 +20,7 @@ class CheckWarned(Exception):
     """Nothing is wrong, but something is left unproved."""
 
 
-class CheckOutcome(StrEnum):
+class Outcome(StrEnum):
     """How a check ended."""
 
     PASSED = "passed"
@@ -35,7 +35,7 @@ class Result:
     """One check of one loss; `reason` is empty where it passed."""
 
     check: str
-    outcome: CheckOutcome
+    outcome: Outcome
     reason: str = ""
 
 
@@ -49,22 +49,22 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether nothing failed that was not expected to."""
-        return not self.named(CheckOutcome.FAILED)
+        return not self.named(Outcome.FAILED)
 
-    def named(self, outcome: CheckOutcome) -> tuple[str, ...]:
+    def named(self, outcome: Outcome) -> tuple[str, ...]:
         """The checks that ended so."""
         return tuple(r.check for r in self.results if r.outcome == outcome)
 
     def table(self) -> str:
         """Plain text, for people: one line per check, and the reason under each that did not simply pass."""
-        counts = [(outcome, len(self.named(outcome))) for outcome in CheckOutcome]
+        counts = [(outcome, len(self.named(outcome))) for outcome in Outcome]
         title = ", ".join(f"{count} {outcome.value}" for outcome, count in counts if count)
         return "\n".join([f"{self.loss}: {title or 'no check ran'}", *self._lines()])
 
     def _lines(self) -> Iterator[str]:
         width = max((len(r.check) for r in self.results), default=0)
         for r in self.results:
-            word = r.outcome.value.upper() if r.outcome is CheckOutcome.FAILED else r.outcome.value
+            word = r.outcome.value.upper() if r.outcome is Outcome.FAILED else r.outcome.value
             yield f"  {r.check:<{width}}  {word}"
             yield from textwrap.wrap(r.reason, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
 

@@ -31,6 +31,7 @@ from dpkd.models.lora import add_lora
 from dpkd.models.student_init import make_student, recompute_activations
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
+from dpkd.train.ema import follow
 from dpkd.train.hidden_states import bind, check_stack
 from dpkd.train.loss_module import LossModule
 from dpkd.train.memory_trace import sample_inputs
@@ -117,6 +118,8 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     ).to(accelerator.device)
     loss_module.compiled = _compile(resolved, models, losses, steps, display)
     optimizer = make_optimizer(loss_module, settings.train)
+    if settings.train.ema is not None:
+        follow(optimizer, settings.train.ema)
     loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
     inner = accelerator.unwrap_model(loss_module)
     register_fsdp_forward_method(inner, "lend")  # nothing happens to it where the student is not sharded

@@ -56,7 +56,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     teacher = prepared.teacher
     assert teacher is not None
     teacher.prepare_for(k, 0)  # what the store keeps, more or less than the loss needs
-    if prepared.translator is not None:
+    if prepared.retokenizer is not None:
         raise DpkdError("a store has the teacher's numbers for the student's tokens, and their tokenizers differ")
     vocabulary = max(prepared.tokenizer.get_vocab().values()) + 1
     manifest = Manifest(

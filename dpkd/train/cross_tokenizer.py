@@ -42,7 +42,7 @@ def _needs_one_tokenizer(objective: Objective) -> bool:
     return reads_teacher and Trait.ACROSS_TOKENIZERS not in objective.spec.traits
 
 
-def make_translator(
+def make_retokenizer(
     tokenizer: Any,
     teacher_tokenizer: Any,
     teacher_config: Any,
@@ -74,6 +74,6 @@ def make_translator(
     return Retokenizer(student, teacher, [by_id[prompt.id] for prompt in prompts], longest)
 
 
-def union_of(translator: Retokenizer, student_rows: int, teacher_rows: int) -> UnionVocabulary:
+def union_of(retokenizer: Retokenizer, student_rows: int, teacher_rows: int) -> UnionVocabulary:
     """The tokens of both models, given the rows of their output heads; see `unite`."""
-    return unite(translator.student, translator.teacher, student_rows, teacher_rows)
+    return unite(retokenizer.student, retokenizer.teacher, student_rows, teacher_rows)

@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 
 def finish(
-    resolved: Resolved, folder: RunFolder, assembly: RunParts, display: Display, step: int, dev: Dev | None = None
+    resolved: Resolved, folder: RunFolder, run_parts: RunParts, display: Display, step: int, dev: Dev | None = None
 ) -> None:
     """Put the student where `AutoModelForCausalLM.from_pretrained` finds it, write the card, and mark the run finished.
 
     With a development set that is the best model, and the last one goes to `last/`. Each part may be done again: a run
     that was killed in here finishes at the next `--resume`.
     """
-    student, best = assembly.train_step.inner.student, None if dev is None else dev.best_step
+    student, best = run_parts.train_step.inner.student, None if dev is None else dev.best_step
     if dev is None or best is None or best == dev.lines[-1]["step"]:
-        save_model(student, assembly.tokenizer, folder.model)
+        save_model(student, run_parts.tokenizer, folder.model)
         if best is not None and dev is not None:
             display.say(f"the last step is the best by dev {dev.settings.metric}: {dev.best:.4g}")
     else:
         last = folder.path / "last"
-        save_model(student, assembly.tokenizer, last, last.with_name("last-adapter"))
+        save_model(student, run_parts.tokenizer, last, last.with_name("last-adapter"))
         for name in ("adapter", "model"):  # `model` is never there with weights that are not to stay
             link_folder(dev.saved(best) / name, folder.path / name)
         said = f"the best by dev {dev.settings.metric}: {dev.best:.4g}"
         display.say(f"model is that of step {best}, {said}; the last is {last}")
     facts = read_json(folder.facts)
     write_model_card(folder.path, _card_facts(resolved, folder, facts))
-    steps = assembly.steps
+    steps = run_parts.steps
     model = {file.name: sha256(file) for file in sorted(folder.model.iterdir()) if file.is_file()}
     write_json(folder.marker, {"step": step, "of": steps, "best_step": best, "model": model})
     shutil.rmtree(folder.best, ignore_errors=True)

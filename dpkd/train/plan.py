@@ -133,10 +133,10 @@ def _model_rows(settings: RunSettings, student: int, teacher: Teacher | None) ->
 
 def _tokenizer_rows(prepared: Prepared) -> list[tuple[str, str]]:
     """What follows from two tokenizers, where there are two."""
-    if prepared.translator is None:
+    if prepared.retokenizer is None:
         return []
     sizes = [c.get_text_config().vocab_size for c in (prepared.student_config, prepared.teacher_config) if c]
-    union = union_of(prepared.translator, *sizes)
+    union = union_of(prepared.retokenizer, *sizes)
     return [("tokenizers differ", f"aligned spans; {union.sentence()}; no KL to the teacher is measured")]
 
 

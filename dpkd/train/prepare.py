@@ -23,10 +23,10 @@ from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.inputs import Inputs, read_inputs
 from dpkd.models.loading import context_length
 from dpkd.models.student_init import student_config
-from dpkd.models.tokenizers import difference, shared_vocabulary
+from dpkd.models.tokenizers import difference, shared_vocabulary, tokenizer_fingerprint
 from dpkd.plugins import Registry
 from dpkd.teachers.aligned import AlignedTeacher
-from dpkd.train.cross_tokenizer import make_translator, token_by_token
+from dpkd.train.cross_tokenizer import make_retokenizer, token_by_token
 from dpkd.train.dev import direction_of
 from dpkd.train.hidden_states import bind
 from dpkd.train.progress import Display
@@ -37,7 +37,7 @@ from dpkd.train.trackers import check_trackers
 class Prepared:
     """Data, tokenizers and configurations of a run; `context` is the longest sequence that both models read.
 
-    Where the two tokenizers differ there is a `translator`, and `context` is the student's own.
+    Where the two tokenizers differ there is a `retokenizer`, and `context` is the student's own.
     """
 
     tokenizer: Any
@@ -49,7 +49,7 @@ class Prepared:
     steps: int
     dev: Inputs | None
     layers: Mapping[str, Layers]  # the hidden states that losses read, by the name of the loss
-    translator: Retokenizer | None = None
+    retokenizer: Retokenizer | None = None
 
     @property
     def teacher_config(self) -> Any | None:
@@ -85,16 +85,19 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     pairs = any(objective.text.preferences for objective in resolved.objectives)
     rows = given.rows(settings.data.path)
     examples = read_examples(settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed)
-    data = tokenize(examples.examples, tokenizer, settings.data, require_response=responses)
+    data = given.remembered(
+        (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses),
+        lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses),
+    )
     for line in [*examples.lines()[1:], *data.report.lines()]:
         display.say(line)
-    translator = None
+    retokenizer = None
     if across:
         assert teacher is not None
-        translator = make_translator(
+        retokenizer = make_retokenizer(
             tokenizer, teacher.tokenizer, teacher_config, examples.examples, data.prompts, settings.data
         )
-        teacher = AlignedTeacher(teacher, translator)
+        teacher = AlignedTeacher(teacher, retokenizer)
         display.say("tokenizers differ: both models are compared at aligned spans of text")
     configs = {"student": own_config} if across else {"student": own_config, "teacher": teacher_config}
     limits = {who: context_length(config) for who, config in configs.items() if config is not None}
@@ -111,7 +114,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
         "skipped": examples.skipped_by_reason(),
         **asdict(data.report),
     }
-    return Prepared(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, translator)
+    return Prepared(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, retokenizer)
 
 
 def _trains_on_data(resolved: Resolved) -> bool:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tqdm import tqdm
 
 # What of the metrics is said at each logged step, with its short name.
@@ -36,7 +45,8 @@ class Display:
         self._side: Progress | None = None
         self._notebook: Any = None
         self._title = ""
-        self._last = time.monotonic()
+        self._last = self._began = time.monotonic()
+        self._start = self._total = 0
 
     def say(self, text: str) -> None:
         """One line, above the bar if there is one."""
@@ -53,7 +63,9 @@ class Display:
             return
         if not self._visible or not self.console.is_terminal:
             self.say(f"{title}: {total - start} to do")
+            self._began, self._start, self._total = time.monotonic(), start, total
             yield self
+            self._total = 0
             return
         self._title = title
         with self._bars() as self._progress:
@@ -67,14 +79,17 @@ class Display:
     def _bars(self) -> Progress:
         """Whole at 70 columns: what is measured goes into lines of its own, which stay to be read."""
         return Progress(
+            SpinnerColumn(),  # moves while a long step is silent
             TextColumn("{task.description}"),
-            BarColumn(bar_width=14),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("elapsed"),
             TimeRemainingColumn(compact=True),
+            TextColumn("left"),
             TextColumn("{task.fields[speed]}"),
             console=self.console,
+            speed_estimate_period=600,  # of steps longer than half a minute, rich would know no speed
         )
 
     def at(self, done: int, metrics: Mapping[str, Any] | None = None) -> None:
@@ -84,11 +99,19 @@ class Display:
             self._notebook.set_postfix_str(_summary(metrics) if metrics is not None else self._notebook.postfix or "")
             return
         if metrics is not None:
-            self.say(f"step {done}  {_summary(metrics)}")
+            self.say(f"step {done}  {_summary(metrics)}{self._left(done)}")
         if self._progress is not None:
             self._progress.update(self._task, completed=done, description=self._title)
             if metrics is not None and "tokens_per_second" in metrics:
                 self._progress.update(self._task, speed=f"{metrics['tokens_per_second']:,.0f} tok/s")
+
+    def _left(self, done: int) -> str:
+        """Time to go, where no bar shows it."""
+        passed = time.monotonic() - self._began
+        if not self._start < done < self._total:
+            return ""
+        left = passed / (done - self._start) * (self._total - done)
+        return f"  left {timedelta(seconds=round(left))}"
 
     def pulse(self, done: int, total: int) -> None:
         """Where the writing of responses is: in place of the bar's title, or in a bar of its own."""

@@ -63,7 +63,7 @@ def make_groups(resolved: Resolved, losses: Mapping[str, Any], rollouts: Rollout
                 first.name,
                 rollouts.open(first, loss),
                 {member.name: (member.reads, member.weight) for member in members},
-                rollouts.prepared.translator,
+                rollouts.prepared.retokenizer,
             )
         )
     return groups
@@ -186,7 +186,7 @@ class Rollouts:
     def open(self, objective: Objective, rollout_loss: RolloutLoss[Any] | None) -> ResponseSource:
         """The source of the responses of a loss."""
         text, generators = objective.text, dict[str, Any]()
-        if self.teacher is not None and self.prepared.translator is None:
+        if self.teacher is not None and self.prepared.retokenizer is None:
             generators["score"] = TeacherScorer(
                 self.teacher,
                 self.prepared.data.prompts,
@@ -251,11 +251,11 @@ class Rollouts:
         assert self.teacher is not None
         own = self.teacher.text()
         assert own is not None
-        prepared, translator = self.prepared, self.prepared.translator
+        prepared, retokenizer = self.prepared, self.prepared.retokenizer
         prompts: Sequence[Prompt] = prepared.data.prompts
         context, tokenizer = prepared.context, prepared.tokenizer
-        if translator is not None:
-            prompts, context, tokenizer = translator.prompts, translator.longest, translator.teacher.tokenizer
+        if retokenizer is not None:
+            prompts, context, tokenizer = retokenizer.prompts, retokenizer.longest, retokenizer.teacher.tokenizer
         generator = teacher_generator(
             text,
             own,
@@ -267,6 +267,6 @@ class Rollouts:
             rank_shards=self._rank_shards,
             progress=self.display.pulse,
         )
-        if translator is None:
+        if retokenizer is None:
             return generator
-        return RetokenizedResponses(generator, translator, prepared.data.prompts, prepared.context)
+        return RetokenizedResponses(generator, retokenizer, prepared.data.prompts, prepared.context)

@@ -49,15 +49,15 @@ def train(resolved: Resolved, *, callbacks: Sequence[Callback] = (), console: Co
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
     resolved = with_defaults(resolved, display)
-    assembly = assemble(resolved, accelerator, display)
-    _check_processes_agree(accelerator, assembly)
+    run_parts = assemble(resolved, accelerator, display)
+    _check_processes_agree(accelerator, run_parts)
     folder = _shared_folder(accelerator, resolved)
     display.say(f"run folder: {folder.path}")
     with _locked(folder, accelerator):
         if accelerator.is_main_process:
-            write_facts(folder, resolved, assembly)  # first: a folder with nothing else can be started again
+            write_facts(folder, resolved, run_parts)  # first: a folder with nothing else can be started again
             write_config(resolved, folder.path)
-        return _run(resolved, folder, assembly, accelerator, display, callbacks=callbacks)
+        return _run(resolved, folder, run_parts, accelerator, display, callbacks=callbacks)
 
 
 def resume(
@@ -81,13 +81,13 @@ def resume(
         if accelerator.is_main_process:
             remove_leftovers(folder.path)
             remove_leftovers(folder.checkpoints)
-        assembly = assemble(resolved, accelerator, display)
-        _check_processes_agree(accelerator, assembly)
+        run_parts = assemble(resolved, accelerator, display)
+        _check_processes_agree(accelerator, run_parts)
         if folder.facts.is_file():
-            check_same(folder, assembly)
+            check_same(folder, run_parts)
         elif accelerator.is_main_process:
             display.say(f"{folder.facts} is lost: written again from what data and models are now")
-            write_facts(folder, resolved, assembly)
+            write_facts(folder, resolved, run_parts)
         accelerator.wait_for_everyone()
         newest = checkpoint.newest_whole(folder.checkpoints, display.say)
         start = 0 if newest is None else newest.step
@@ -95,12 +95,12 @@ def resume(
             if changes and folder.is_finished:
                 reopen(folder)
             if changes:
-                change_facts(folder, assembly, start, changes)
+                change_facts(folder, run_parts, start, changes)
                 write_config(resolved, folder.path)
         if newest is None:
             display.say(f"{folder.path} has no checkpoint yet: training from the first step")
         accelerator.wait_for_everyone()
-        return _run(resolved, folder, assembly, accelerator, display, newest, callbacks=callbacks)
+        return _run(resolved, folder, run_parts, accelerator, display, newest, callbacks=callbacks)
 
 
 def _locked(folder: RunFolder, accelerator: Accelerator) -> AbstractContextManager[None]:
@@ -108,13 +108,13 @@ def _locked(folder: RunFolder, accelerator: Accelerator) -> AbstractContextManag
     return folder.lock() if accelerator.is_main_process else nullcontext()
 
 
-def _check_processes_agree(accelerator: Accelerator, assembly: RunParts) -> None:
+def _check_processes_agree(accelerator: Accelerator, run_parts: RunParts) -> None:
     """Raises DpkdError, in every process, when one has other data or another teacher than the first."""
     if accelerator.num_processes == 1:
         return
     from accelerate.utils import gather_object
 
-    own = {"data": assembly.facts["data"]["fingerprint"], **assembly.facts["models"]}
+    own = {"data": run_parts.facts["data"]["fingerprint"], **run_parts.facts["models"]}
     first, *others = gather_object([own])
     if odd := sorted({what for other in others for what in first if other.get(what) != first[what]}):
         raise DpkdError(f"the processes of this run differ in their {' and '.join(odd)}: give all of them the same")
@@ -148,20 +148,20 @@ def _shared_folder(accelerator: Accelerator, resolved: Resolved) -> RunFolder:
 def _run(
     resolved: Resolved,
     folder: RunFolder,
-    assembly: RunParts,
+    run_parts: RunParts,
     accelerator: Accelerator,
     display: Display,
     newest: checkpoint.Checkpoint | None = None,
     *,
     callbacks: Sequence[Callback] = (),
 ) -> RunFolder:
-    dev = _dev(resolved, folder, assembly, accelerator)
-    extras = _callbacks(resolved, folder, assembly, accelerator, dev)
+    dev = _dev(resolved, folder, run_parts, accelerator)
+    extras = _callbacks(resolved, folder, run_parts, accelerator, dev)
     trainer = Trainer(
         accelerator=accelerator,
-        train_step=assembly.train_step,
-        builder=assembly.builder,
-        schedules=assembly.schedules,
+        train_step=run_parts.train_step,
+        builder=run_parts.builder,
+        schedules=run_parts.schedules,
         settings=resolved.settings.train,
         folder=folder,
         display=display,
@@ -170,23 +170,23 @@ def _run(
     start = 0
     if newest is not None:
         start = newest.step
-        optimizer = getattr(assembly.train_step.optimizer, "optimizer", assembly.train_step.optimizer)
+        optimizer = getattr(run_parts.train_step.optimizer, "optimizer", run_parts.train_step.optimizer)
         trainer.restore(
             checkpoint.load(
                 newest,
-                module=assembly.train_step.inner,
+                module=run_parts.train_step.inner,
                 optimizer=optimizer,
                 rank=accelerator.process_index,
                 processes=accelerator.num_processes,
                 device=accelerator.device,
             )
         )
-        display.say(f"continuing {folder.path} after step {start} of {assembly.steps}")
+        display.say(f"continuing {folder.path} after step {start} of {run_parts.steps}")
     again = f"continue with: {_resume_call(folder, resolved.given)}"
     try:
         if resolved.settings.batch.probe:
-            display.say(f"probe: {_probe(resolved, assembly)}")
-        _write_teacher_text(assembly, again)
+            display.say(f"probe: {_probe(resolved, run_parts)}")
+        _write_teacher_text(run_parts, again)
         with stop_on_signal() as stop:
             done = trainer.run(start, stop)
             trainer.save(done)
@@ -203,21 +203,21 @@ def _run(
         raise NotFinite(f"training stopped: {error}\n{where}; {lower}") from error
     finally:
         display.close()
-        assembly.close()
+        run_parts.close()
         trainer.close()
-    if done < assembly.steps and trainer.ended is None:
+    if done < run_parts.steps and trainer.ended is None:
         raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
     accelerator.wait_for_everyone()
     is_main = accelerator.is_main_process
-    assembly.train_step.inner.lend(
-        lambda _: finish(resolved, folder, assembly, display, done, dev) if is_main else None
+    run_parts.train_step.lend_saved(
+        lambda _: finish(resolved, folder, run_parts, display, done, dev) if is_main else None
     )
     accelerator.wait_for_everyone()
     return folder
 
 
-def _probe(resolved: Resolved, assembly: RunParts) -> str:
-    return probe(assembly.train_step, assembly.builder, resolved.settings.train.batch_size)
+def _probe(resolved: Resolved, run_parts: RunParts) -> str:
+    return probe(run_parts.train_step, run_parts.builder, resolved.settings.train.batch_size)
 
 
 def _resume_call(folder: RunFolder, given: InMemory) -> str:
@@ -227,40 +227,40 @@ def _resume_call(folder: RunFolder, given: InMemory) -> str:
     return f"dpkd.resume({', '.join([repr(str(folder.path)), *objects])}), with the same objects"
 
 
-def _write_teacher_text(assembly: RunParts, again: str) -> None:
+def _write_teacher_text(run_parts: RunParts, again: str) -> None:
     """The teacher's responses go into the store one by one: an interrupt here may be at once."""
     try:
-        assembly.prepare_sources()
+        run_parts.prepare_sources()
     except KeyboardInterrupt:
         raise Stopped(f"stopped while the teacher wrote; what it wrote is kept; {again}", signal.SIGINT) from None
 
 
-def _dev(resolved: Resolved, folder: RunFolder, assembly: RunParts, accelerator: Accelerator) -> Dev | None:
+def _dev(resolved: Resolved, folder: RunFolder, run_parts: RunParts, accelerator: Accelerator) -> Dev | None:
     """The evaluation on held-out rows while training, where the settings name some."""
-    if assembly.dev is None:
+    if run_parts.dev is None:
         return None
-    teacher = assembly.teacher if assembly.teacher is not None and assembly.teacher.measurable else None
+    teacher = run_parts.teacher if run_parts.teacher is not None and run_parts.teacher.measurable else None
     return Dev(
         settings=resolved.settings.dev,
-        inputs=assembly.dev,
-        tokenizer=assembly.tokenizer,
+        inputs=run_parts.dev,
+        tokenizer=run_parts.tokenizer,
         teacher=teacher,
-        vocabulary=assembly.vocabulary,
+        vocabulary=run_parts.vocabulary,
         seed=resolved.settings.seed,
         folder=folder,
         is_main=accelerator.is_main_process,
         specs=metric_specs(resolved.registry),
-        first=any(group.source.config.follows_dev for group in assembly.builder.groups),
+        first=any(group.source.config.follows_dev for group in run_parts.builder.groups),
     )
 
 
 def _callbacks(
-    resolved: Resolved, folder: RunFolder, assembly: RunParts, accelerator: Accelerator, dev: Dev | None
+    resolved: Resolved, folder: RunFolder, run_parts: RunParts, accelerator: Accelerator, dev: Dev | None
 ) -> list[Callback]:
     """What a run does beside training. The logs are the main process's alone."""
     found: list[Callback] = [] if dev is None else [dev]
     if not accelerator.is_main_process:
         return found
     trackers = Trackers(resolved.settings.train.trackers, folder.path, folder.path.name, resolved.as_dict())
-    samples = SampleLog(folder.samples, assembly.tokenizer, assembly.data.prompts)
+    samples = SampleLog(folder.samples, run_parts.tokenizer, run_parts.data.prompts)
     return [MetricsLog(folder.metrics), trackers, RunawayGuard(), samples, *found]

@@ -37,7 +37,7 @@ class LossGroup:
     name: str  # of its first loss
     source: ResponseSource
     losses: Mapping[str, tuple[frozenset[Signal], float]]  # name → what it reads, its weight
-    translator: Retokenizer | None = None  # to a teacher with another tokenizer
+    retokenizer: Retokenizer | None = None  # to a teacher with another tokenizer
 
     @property
     def pairs(self) -> bool:
@@ -51,10 +51,10 @@ class LossGroup:
             for i, responses in text.responses
         ]
         spans = None
-        if self.translator is not None and any(map(_on_spans, self.losses.values())):
+        if self.retokenizer is not None and any(map(_on_spans, self.losses.values())):
             # A teacher with other tokens shares no prompt: each response stands by itself.
             apart = [(i, response) for i, responses in text.responses for response in responses]
-            aligned = self.translator.aligned([(i, response.ids) for i, response in apart])
+            aligned = self.retokenizer.aligned([(i, response.ids) for i, response in apart])
             groups = [
                 PromptGroup((TokenSequence(prompts[i].prompt_ids, response.ids),), (response,), aligned)
                 for (i, response), aligned in zip(apart, aligned, strict=True)

@@ -1,43 +1,83 @@
-"""`dpkd sweep`: a matrix of settings into runs, stage after stage, each run once; failures are listed and not fatal."""
+"""The plan of `dpkd sweep`: a matrix of settings into runs, stage after stage, each run once."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
-from rich.console import Console
+from pydantic import Field, ValidationError, field_validator
 
-from dpkd.config.layers import Layer, file_layer, flag_layer
-from dpkd.config.problems import all_paths, sentences
+from dpkd.config.layers import Layer, file_layer, flag_layer, get_path, merge, set_layer
+from dpkd.config.problems import all_paths, checked, sentences
 from dpkd.config.resolve import resolve
-from dpkd.config.yaml_text import dump_value
-from dpkd.errors import DpkdError, SettingsError, Stopped
-from dpkd.io import lock, write_text
+from dpkd.data.settings import DataSettings
+from dpkd.errors import SettingsError
+from dpkd.evaluation.evaluator import parse_seeds
+from dpkd.evaluation.lengths import parse_cuts
 from dpkd.plugins import Registry, load_registry
-from dpkd.run_folder import RunFolder
 from dpkd.settings import Block
-from dpkd.train.children import Children, children
-from dpkd.train.progress import Display
-from dpkd.train.resume import flat
 
-PLACE = re.compile(r"\{([a-z][a-z0-9_-]*)\}")
+# {stage}: its model; {stage.path}: a setting of its run; {settings.path}: one of the sweep's settings for all runs.
+PLACE = re.compile(r"\{([a-z][a-z0-9_-]*)(?:\.([a-zA-Z0-9_.]+))?\}")
+
+
+SETTINGS = "settings"  # no stage's name
 
 
 class Stage(Block):
-    """Runs that differ in the values of a matrix. `{NAME}` in a value is the model of the stage of that name."""
+    """Runs that differ in the values of a matrix.
+
+    `{NAME}` in a value is the model of the stage of that name, `{NAME.train.lr}` a setting of its run, and
+    `{settings.train.lr}` one of the sweep's own settings.
+    """
 
     settings: dict[str, Any] = Field({}, description="settings of the stage, by dotted path")
     matrix: dict[str, list[Any]] = Field({}, description="dotted path → values: one run for each combination")
+    best_by_dev: bool = Field(
+        False, description="the run that is best by its dev.metric stands for the stage in `{NAME}` and `{NAME.path}`"
+    )
+
+
+class EvaluateOptions(Block):
+    """How a set is scored; the options of `dpkd eval` of the same names."""
+
+    seeds: int | str = Field("10,20,30,40,50", description="seeds of the answers, separated by commas")
+    greedy: bool = Field(False, description="the likeliest token each time, under one seed")
+    temperature: float = Field(1.0, ge=0, description="of the answers")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus")
+    top_k: int = Field(0, ge=0, description="the k likeliest tokens; 0: all")
+    max_new_tokens: int = Field(256, ge=1, description="length limit of an answer")
+    batch_size: int = Field(32, ge=1, description="answers that are drawn together")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="type of the weights")
+    limit: int | None = Field(None, ge=1, description="read at most so many rows")
+    template: Literal["auto", "alpaca", "chat", "none"] | None = Field(None, description="how a prompt is written")
+    on_bad_row: Literal["error", "skip"] | None = Field(None, description="a row that cannot be read")
+    long_prompts: Literal["error", "skip"] = Field("error", description="a prompt beyond the limits")
+    rewards: bool = Field(False, description="also take the implicit reward of the answers")
+    cuts: str = Field("30,70", description="ends of the buckets of reference length, in words")
+    set: dict[str, Any] = Field({}, description="settings of the block `data`, by their name there")
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_seeds(cls, value: int | str) -> str:
+        return ",".join(map(str, parse_seeds(str(value))))
+
+    @field_validator("cuts")
+    @classmethod
+    def _are_cuts(cls, value: str) -> str:
+        parse_cuts(value)
+        return value
+
+    @field_validator("set")
+    @classmethod
+    def _are_settings(cls, values: dict[str, Any]) -> dict[str, Any]:
+        own = {name.removeprefix("data."): value for name, value in values.items()}
+        checked(DataSettings, own, "data")
+        return own
 
 
 class EvaluateSettings(Block):
@@ -45,7 +85,7 @@ class EvaluateSettings(Block):
 
     data: list[str] = Field(description="sets, as for `dpkd eval --data`")
     stages: list[str] = Field([], description="stages whose runs are scored; none named: all")
-    options: dict[str, Any] = Field({}, description="further options of `dpkd eval`, such as `seeds: 10,20`")
+    options: EvaluateOptions = Field(EvaluateOptions(), description="as for `dpkd eval`, such as `seeds: 10,20`")
 
 
 class SweepSettings(Block):
@@ -55,7 +95,34 @@ class SweepSettings(Block):
     config: list[str] = Field([], description="files of settings for all runs, relative to this file")
     settings: dict[str, Any] = Field({}, description="settings for all runs, by dotted path")
     stages: dict[str, Stage] = Field(description="stages by name; one that uses another's model comes after it")
+    seeds: list[int] = Field(
+        [], description="seeds of the stages that no other uses: all their runs with the first, then with the next"
+    )
+    override: dict[str, Any] = Field({}, description="settings over those of all stages, by dotted path")
     evaluate: EvaluateSettings | None = Field(None, description="how the models are scored; None: not at all")
+    budget_minutes: float | None = Field(
+        None, gt=0, description="no run begins that would end after this time, judged by the longest so far; None: any"
+    )
+    keep_checkpoints: bool = Field(True, description="False: delete those of finished runs, which cannot go on then")
+
+
+# Whether a sweep works can be seen in minutes: every run and every evaluation, but nothing to learn from.
+TINY: dict[str, Any] = {
+    "train.steps": 2,
+    "train.batch_size": 2,
+    "train.micro_batch_size": 4,
+    "train.warmup_steps": 0,
+    "train.log_every": 1,
+    "data.limit": 8,
+    "dev.limit": 2,
+    "dev.every": 1,
+    "dev.max_new_tokens": 2,
+    "text.sampling.max_new_tokens": 4,
+    "text.teacher_sampling.max_new_tokens": 4,
+}
+TINY_EVALUATION: dict[str, Any] = {"seeds": "10,20", "limit": 3, "max_new_tokens": 4}
+
+SWEEP_ONLY = frozenset(SweepSettings.model_fields) - {"settings"}
 
 
 @dataclass(frozen=True)
@@ -67,56 +134,103 @@ class SweepRun:
     folder: Path
     settings: Mapping[str, Any]
     needs: tuple[str, ...]
+    turn: int = 0  # number of its seed: runs with the first one come before all others
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs of a sweep, in an order in which each comes after what it needs."""
+    """All runs of a sweep, in an order in which each comes after what it needs.
+
+    Where a stage is decided by its best run, those that use it have the settings and the model of its first one until
+    the best is known: see `stage_runs`.
+    """
 
     settings: SweepSettings
     files: tuple[Path, ...]
     runs: tuple[SweepRun, ...]
 
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages, in their order."""
+        return list(dict.fromkeys(run.stage for run in self.runs))
 
-@dataclass
-class Outcome:
-    """What became of the runs, by name; `failed` has the last line of each log."""
+    def stage_runs(self, stage: str, best: Mapping[str, SweepRun]) -> list[SweepRun]:
+        """The runs of a stage, given the runs that stand for earlier ones."""
+        return list(_expanded(self.settings, stage, {run.stage: run for run in reversed(self.runs)} | dict(best)))
 
-    done: list[str] = field(default_factory=list)
-    found: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    def layers(self, run: SweepRun) -> list[Layer]:
+        """Where the settings of a run come from."""
+        layers = [file_layer(file) for file in self.files]
+        layers += [flag_layer("the sweep", path, value) for path, value in run.settings.items()]
+        return [*layers, flag_layer("the sweep", "output", str(run.folder))]
+
+    def is_scored(self, run: SweepRun) -> bool:
+        """Whether the model of a run is evaluated."""
+        how = self.settings.evaluate
+        return how is not None and (not how.stages or run.stage in how.stages)
 
 
-def read_sweep(path: Path, registry: Registry | None = None) -> Plan:
-    """Read a sweep and check the settings of every run. Raises SettingsError with all mistakes at once."""
+def read_sweep(
+    path: Path, registry: Registry | None = None, assignments: Sequence[str] = (), *, tiny: bool = False
+) -> Plan:
+    """Read a sweep and check the settings of every run; `tiny` makes all of it as short as can be.
+
+    `assignments` are `PATH=VALUE` of the sweep's own (`output=`, `budget_minutes=`, `evaluate.options.limit=`), or of
+    its settings for all runs. A student that is named there is taken as it is, not made of the teacher's layers.
+    Raises SettingsError with all mistakes at once.
+    """
     layer = file_layer(path)
+    values = _assigned(dict(layer.values), assignments)
     try:
-        settings = SweepSettings.model_validate(dict(layer.values))
+        settings = SweepSettings.model_validate(values)
     except ValidationError as error:
-        from dpkd.config.layers import merge
-
-        raise SettingsError(sentences(error, merge([layer]), all_paths(SweepSettings))) from error
+        raise SettingsError(sentences(error, merge([Layer(str(path), values)]), all_paths(SweepSettings))) from error
+    settings = _tiny(settings) if tiny else settings
     files = tuple(path.parent / name for name in settings.config)
-    order = _ordered(settings)
-    runs = tuple(run for stage in order for run in _expanded(settings, stage))
-    plan = Plan(settings, files, runs)
+    runs: list[SweepRun] = []
+    for stage in _ordered(settings):
+        runs += _expanded(settings, stage, {run.stage: run for run in reversed(runs)})
+    plan = Plan(settings, files, tuple(runs))
     _check(plan, registry or load_registry())
     return plan
 
 
-def _needs(values: Any) -> list[str]:
-    """Names of stages in braces, anywhere in some values."""
+def _assigned(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """The values of a sweep's file, with `PATH=VALUE` over them."""
+    paths = [text.partition("=")[0].strip() for text in assignments]
+    given = {path: get_path(layer.values, path) for path, layer in zip(paths, set_layer(assignments), strict=True)}
+    settings = dict(values.get("settings") or {})
+    if given.get("student.model"):
+        settings = {path: value for path, value in settings.items() if path not in ("student.init", "student.layers")}
+    own = {path: value for path, value in given.items() if path.split(".")[0] in SWEEP_ONLY}
+    settings |= {path: value for path, value in given.items() if path not in own}
+    layers = [Layer("file", {**values, "settings": settings})]
+    return merge([*layers, *(flag_layer("--set", path, value) for path, value in own.items())]).values
+
+
+def _tiny(settings: SweepSettings) -> SweepSettings:
+    how = settings.evaluate
+    if how is not None:
+        how = how.model_copy(update={"options": how.options.model_copy(update=TINY_EVALUATION)})
+    return settings.model_copy(update={"override": {**TINY, **settings.override}, "evaluate": how})
+
+
+def _places(values: Any) -> list[tuple[str, str]]:
+    """Stage and setting (or nothing) of what is in braces, anywhere in some values."""
     if isinstance(values, str):
-        return PLACE.findall(values)
+        return [(match[1], match[2] or "") for match in PLACE.finditer(values)]
     if isinstance(values, Mapping):
-        return [name for value in values.values() for name in _needs(value)]
-    return [name for value in values for name in _needs(value)] if isinstance(values, list) else []
+        return [place for value in values.values() for place in _places(value)]
+    return [place for value in values for place in _places(value)] if isinstance(values, list) else []
+
+
+def _needs(stage: Stage) -> list[str]:
+    return list(dict.fromkeys(name for name, _ in _places(stage.model_dump()) if name != SETTINGS))
 
 
 def _ordered(settings: SweepSettings) -> list[str]:
     """Stages, each after those that it uses. Raises SettingsError for unknown ones and for circles."""
-    uses = {name: list(dict.fromkeys(_needs(stage.model_dump()))) for name, stage in settings.stages.items()}
+    uses = {name: _needs(stage) for name, stage in settings.stages.items()}
     problems = [
         f"stages.{name}: uses {{{other}}}, but there is no such stage ({', '.join(uses)})"
         for name, others in uses.items()
@@ -124,10 +238,16 @@ def _ordered(settings: SweepSettings) -> list[str]:
         if other not in uses
     ]
     problems += [
-        f"stages.{other}: {name} uses its model, so it must be one run, without a matrix"
+        f"stages.{other}: {name} uses it, so it must be one run, without a matrix, or have `best_by_dev: true`"
         for name, others in uses.items()
         for other in others
-        if other in uses and settings.stages[other].matrix
+        if other in uses and settings.stages[other].matrix and not settings.stages[other].best_by_dev
+    ]
+    problems += [
+        f"stages.{name}: uses {{{other}.{path}}}, but {other} does not set it"
+        for name, stage in settings.stages.items()
+        for other, path in _places(stage.model_dump())
+        if path and path not in (_own(settings, other) if other in uses else settings.settings)
     ]
     if problems:
         raise SettingsError(problems)
@@ -137,20 +257,30 @@ def _ordered(settings: SweepSettings) -> list[str]:
         if not ready:
             rest = ", ".join(name for name in uses if name not in order)
             raise SettingsError([f"stages: {rest} wait for each other: a stage cannot use its own model"])
-        order += ready
+        order.append(ready[0])
     return order
 
 
-def _expanded(settings: SweepSettings, stage: str) -> Iterable[SweepRun]:
+def _own(settings: SweepSettings, stage: str) -> dict[str, Any]:
+    """Settings of all runs of a stage, and the lists of those in which they differ."""
+    return {**settings.settings, **settings.stages[stage].settings, **settings.stages[stage].matrix}
+
+
+def _expanded(settings: SweepSettings, stage: str, standing: Mapping[str, SweepRun]) -> Iterable[SweepRun]:
+    """The runs of a stage; `standing` are those that stand for the stages that it uses."""
     own = settings.stages[stage]
-    for values in itertools.product(*own.matrix.values()):
-        chosen = dict(zip(own.matrix, values, strict=True))
+    used = {name for other in settings.stages.values() for name in _needs(other)}
+    seeds = {"seed": settings.seeds} if settings.seeds and stage not in used else {}
+    matrix = {**own.matrix, **seeds}
+    for values in itertools.product(*matrix.values()):
+        chosen = dict(zip(matrix, values, strict=True))
         parts = [stage, *(_label(path, value) for path, value in chosen.items())]
         folder = Path(settings.output) / "-".join(parts)
-        places = {name: str(Path(settings.output) / name / "model") for name in settings.stages}
-        filled = _filled({**settings.settings, **own.settings, **chosen}, places)
-        needs = tuple(dict.fromkeys(_needs(own.model_dump())))
-        yield SweepRun(folder.name, stage, folder, filled, needs)
+        base = SweepRun(SETTINGS, SETTINGS, folder, settings.settings, ())
+        values_of = {**settings.settings, **own.settings, **chosen, **settings.override}
+        filled = _filled(values_of, {**standing, SETTINGS: base})
+        turn = settings.seeds.index(chosen["seed"]) if seeds else 0
+        yield SweepRun(folder.name, stage, folder, filled, tuple(_needs(own)), turn)
 
 
 def _label(path: str, value: Any) -> str:
@@ -159,18 +289,18 @@ def _label(path: str, value: Any) -> str:
     return text if path in ("loss", "loss.name") else f"{path.rsplit('.', 1)[-1]}_{text}"
 
 
-def _filled(value: Any, places: Mapping[str, str]) -> Any:
+def _filled(value: Any, standing: Mapping[str, SweepRun]) -> Any:
     if isinstance(value, str):
-        return PLACE.sub(lambda match: places[match[1]], value)
+        if (whole := PLACE.fullmatch(value)) and whole[2]:
+            return standing[whole[1]].settings[whole[2]]  # a number stays one
+        return PLACE.sub(lambda match: _place(standing[match[1]], match[2]), value)
     if isinstance(value, Mapping):
-        return {key: _filled(part, places) for key, part in value.items()}
-    return [_filled(part, places) for part in value] if isinstance(value, list) else value
+        return {key: _filled(part, standing) for key, part in value.items()}
+    return [_filled(part, standing) for part in value] if isinstance(value, list) else value
 
 
-def _layers(plan: Plan, run: SweepRun) -> list[Layer]:
-    layers = [file_layer(file) for file in plan.files]
-    layers += [flag_layer("the sweep", path, value) for path, value in run.settings.items()]
-    return [*layers, flag_layer("the sweep", "output", str(run.folder))]
+def _place(run: SweepRun, path: str | None) -> str:
+    return str(run.settings[path]) if path else str(run.folder / "model")
 
 
 def _check(plan: Plan, registry: Registry) -> None:
@@ -183,7 +313,9 @@ def _check(plan: Plan, registry: Registry) -> None:
     found: dict[str, list[str]] = {}  # each problem with its runs: one mistake is often that of many
     for run in plan.runs:
         try:
-            resolve(_layers(plan, run), registry)
+            resolved = resolve(plan.layers(run), registry)
+            if plan.settings.stages[run.stage].best_by_dev and resolved.settings.dev.path is None:
+                raise SettingsError(["best_by_dev needs held-out rows: set dev.path"])
         except SettingsError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(run.name)
@@ -196,158 +328,3 @@ def _listed(runs: Sequence[str]) -> str:
     """Names of runs, the first of many."""
     first = ", ".join(runs[:2])
     return first if len(runs) <= 2 else f"{first} and {len(runs) - 2} more"
-
-
-def run_sweep(plan: Plan, *, devices: Sequence[str] = (), console: Console | None = None) -> Outcome:
-    """Run what is not finished yet, in sequence, or one run on each device at a time; then score the models.
-
-    A signal to stop is passed on: the runs that go on write a checkpoint and end, and so does the sweep. Raises Stopped
-    then, and DpkdError when another process runs the same sweep.
-    """
-    display = Display(console or Console())
-    output = Path(plan.settings.output)
-    outcome = Outcome()
-    slots: Queue[str | None] = Queue()
-    for device in devices or (None,):
-        slots.put(device)
-    with (
-        lock(output / ".lock", f"the sweep {output}"),
-        children() as started,
-        display.bar("sweep", len(plan.runs)),
-        ThreadPoolExecutor(max(1, len(devices))) as pool,
-    ):
-        for stage in dict.fromkeys(run.stage for run in plan.runs):
-            runs = [run for run in plan.runs if run.stage == stage]
-            list(pool.map(lambda run: _one(plan, run, slots, outcome, display, started), runs))
-    if started.stopped_by is not None:
-        ended = len(outcome.done) + len(outcome.found)
-        raise Stopped(
-            f"the sweep stopped after {ended} of {len(plan.runs)} runs; call it again to go on", started.stopped_by
-        )
-    return outcome
-
-
-def _one(
-    plan: Plan, run: SweepRun, slots: Queue[str | None], outcome: Outcome, display: Display, started: Children
-) -> None:
-    device = slots.get()
-    try:
-        result = _result(plan, run, device, outcome, started)
-        if started.stopped_by is None or run.name in (*outcome.done, *outcome.found):
-            display.say(f"{run.name}: {result}")
-    finally:
-        slots.put(device)
-    display.at(len(outcome.done) + len(outcome.found) + len(outcome.failed) + len(outcome.skipped))
-
-
-def _result(plan: Plan, run: SweepRun, device: str | None, outcome: Outcome, started: Children) -> str:
-    """Train one run and score it, where that is still to be done; what became of it, noted and in words."""
-    folder = RunFolder(run.folder)
-    if missing := [name for name in run.needs if not RunFolder(Path(plan.settings.output) / name).is_finished]:
-        outcome.skipped[run.name] = f"needs {', '.join(missing)}, which failed"
-        return f"skipped, {outcome.skipped[run.name]}"
-    if reason := _changed(plan, run):
-        outcome.failed[run.name] = reason
-        return reason
-    found = folder.is_finished
-    if not found and (reason := _train(plan, run, device, started)):
-        if started.stopped_by is None:
-            outcome.failed[run.name] = reason
-        return f"failed: {reason}"
-    (outcome.found if found else outcome.done).append(run.name)
-    if (reason := _evaluate(plan, run, device, started)) and started.stopped_by is None:
-        outcome.failed[f"{run.name} (evaluation)"] = reason
-        return f"its evaluation failed: {reason}"
-    return "was there" if found else "done"
-
-
-def _changed(plan: Plan, run: SweepRun) -> str | None:
-    """Which settings the run in the folder has otherwise than the sweep now, as a sentence; None: it has them all."""
-    config = RunFolder(run.folder).config
-    if not config.is_file():
-        return None
-    wanted = flat(resolve(_layers(plan, run), load_registry()).as_dict())
-    try:
-        stored = flat(resolve([file_layer(config)], load_registry()).as_dict())
-    except SettingsError as error:
-        return f"{config} cannot be read: {'; '.join(error.problems)}. Delete {run.folder} to train this run again."
-    differing = [
-        f"{path} is {stored.get(path)!r} there and {wanted.get(path)!r} here"
-        for path in sorted(wanted.keys() | stored.keys())
-        if path != "output" and stored.get(path) != wanted.get(path)
-    ]
-    if not differing:
-        return None
-    return (
-        f"{run.folder} holds a run with other settings: {'; '.join(differing[:5])}. Delete that folder to train it "
-        "with the new ones, or give the sweep another `output`."
-    )
-
-
-def _train(plan: Plan, run: SweepRun, device: str | None, started: Children) -> str | None:
-    """`dpkd train` in a process of its own; the reason when it failed."""
-    if RunFolder(run.folder).config.is_file():
-        settings = resolve(_layers(plan, run), load_registry()).settings
-        trusted = settings.student.trust_remote_code or settings.teacher.trust_remote_code
-        trust = ["--trust-remote-code"] if trusted else []
-        return _command(["train", "--resume", str(run.folder), *trust], run, device, started)
-    own = Path(plan.settings.output) / f"{run.name}.yaml"
-    write_text(own, _as_yaml(run.settings))
-    files = [part for file in (*plan.files, own) for part in ("--config", str(file))]
-    return _command(["train", *files, "--output", str(run.folder)], run, device, started)
-
-
-def _as_yaml(settings: Mapping[str, Any]) -> str:
-    """Settings by dotted path as a file of nested blocks."""
-    nested: dict[str, Any] = {}
-    for path, value in settings.items():
-        *above, last = path.split(".")
-        block = nested
-        for key in above:
-            block = block.setdefault(key, {})
-        block[last] = value
-    return "".join(f"{key}: {dump_value(value)}\n" for key, value in nested.items())
-
-
-def _evaluate(plan: Plan, run: SweepRun, device: str | None, started: Children) -> str | None:
-    how = plan.settings.evaluate
-    if how is None or (how.stages and run.stage not in how.stages):
-        return None
-    options = [part for name, value in how.options.items() for part in _option(name, value)]
-    sets = [part for name in how.data for part in ("--data", name)]
-    return _command(["eval", "--model", str(run.folder), *sets, *options], run, device, started)
-
-
-def _option(name: str, value: Any) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, bool):
-        return [flag] if value else []
-    return [flag, str(value)]
-
-
-def _command(arguments: Sequence[str], run: SweepRun, device: str | None, started: Children) -> str | None:
-    """Run `dpkd ...`; its output goes to NAME.log. Returns the last line when it fails."""
-    environment = dict(os.environ)
-    if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = device
-    log = run.folder.with_name(f"{run.name}.log")
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ dpkd {' '.join(arguments)}\n")
-        file.flush()
-        began = time.monotonic()
-        code = started.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        file.write(f"# exit {code}, {time.monotonic() - began:.0f} s\n")
-    if code == 0:
-        return None
-    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
-    return f"{lines[-1].strip()} ({log})" if lines else f"exit code {code} ({log})"
-
-
-def summary(outcome: Outcome) -> str:
-    """What became of the runs, in lines. Raises DpkdError, after all was tried, when any failed."""
-    parts = [f"{len(outcome.done)} runs done, {len(outcome.found)} were there"]
-    if not outcome.failed and not outcome.skipped:
-        return parts[0]
-    parts += [f"failed: {name}: {reason}" for name, reason in outcome.failed.items()]
-    parts += [f"skipped: {name}: {reason}" for name, reason in outcome.skipped.items()]
-    raise DpkdError("\n".join([*parts, "Fix the failed runs and rerun; finished runs are skipped."]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 from dpkd.api import Pair, Signal
 from dpkd.api.teachers import Teacher, Wants
 from dpkd.functional import segment_sum
+from dpkd.train.ema import averaged
 from dpkd.train.loss_module import LossModule
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, MicroBatcher, StepBatch
@@ -68,6 +69,11 @@ class TrainStep:
         if measure:
             self.check()
         return metrics
+
+    def lend_saved(self, work: Callable[[torch.nn.Module], Any]) -> Any:
+        """Give the student to some work, with the weights that are saved: their average where one is kept."""
+        with averaged(getattr(self.optimizer, "optimizer", self.optimizer)):
+            return self.inner.lend(work)
 
     @cached_property
     def watch(self) -> FiniteWatch:

@@ -140,7 +140,7 @@ class Trainer:
 
     def lend(self, work: Callable[[nn.Module], Any]) -> Any:
         """Give the student, with whole weights, to some work; all processes call it together."""
-        return self.train_step.inner.lend(work)
+        return self.train_step.lend_saved(work)
 
     def evaluated(self, step: int, line: Mapping[str, float]) -> None:
         """Tell all callbacks, and the sources that follow it, of an evaluation on held-out rows."""

@@ -65,7 +65,6 @@ SPEC = LossSpec(
         "and β₂ are unknown. Check the paper before you publish with it.",
     ),
     reads=pairs.STUDENT_AND_TEACHER | {Signal.REFERENCE_LOGPS},
-    reward_scale=lambda config: config.beta,
     suggests={"text": {"source": "pairs", "chosen": "teacher", "rejected": "student", "refresh": "once"}},
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

@@ -64,7 +64,6 @@ SPEC = LossSpec(
         r"\qquad P(y)=q(y)^{1/|y|}",
     ),
     reads=pairs.STUDENT,
-    reward_scale=lambda config: config.beta,
     suggests=pairs.TEACHER_OVER_STUDENT,
     traits=frozenset({Trait.NON_NEGATIVE}),
 )

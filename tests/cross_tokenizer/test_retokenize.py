@@ -35,7 +35,7 @@ def dialect(name: str) -> TextTokenizer:
     return TextTokenizer(BUILT[name]() if name in BUILT else real_tokenizer(name))
 
 
-def translator(student: str, teacher: str, longest: int | None = None) -> Retokenizer:
+def retokenizer(student: str, teacher: str, longest: int | None = None) -> Retokenizer:
     own = dialect(student)
     other = own if student == teacher else dialect(teacher)
     return Retokenizer(own, other, [Prompt("p", (1, 2, 3), (), (), "")], longest)
@@ -62,7 +62,7 @@ def test_tokens_spell_the_text(name: str) -> None:
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
 def test_whole_responses_are_covered_to_their_end(student: str, teacher: str) -> None:
-    t = translator(student, teacher)
+    t = retokenizer(student, teacher)
     responses = [[*ids, t.student.eos_id] for ids in t.student.encode(TEXTS)]
     for text, ids, aligned in zip(TEXTS, responses, t.aligned([(0, ids) for ids in responses]), strict=True):
         check(aligned, ids, t)
@@ -79,7 +79,7 @@ def test_whole_responses_are_covered_to_their_end(student: str, teacher: str) ->
 @pytest.mark.parametrize(("student", "teacher"), [("bytes", "pieces"), ("pieces", "bytes"), ("gpt2", "stories260K")])
 def test_whatever_a_student_draws_has_a_twin(student: str, teacher: str) -> None:
     """Any ids at all: broken characters, special tokens, an EOS inside."""
-    t = translator(student, teacher)
+    t = retokenizer(student, teacher)
     count = len(t.student.pieces)
 
     @settings(max_examples=60, deadline=None)
@@ -92,7 +92,7 @@ def test_whatever_a_student_draws_has_a_twin(student: str, teacher: str) -> None
 
 
 def test_a_response_without_eos_has_none_for_the_teacher() -> None:
-    t = translator("bytes", "pieces")
+    t = retokenizer("bytes", "pieces")
     (ids,) = t.student.encode(["abc"])
     (aligned,) = t.aligned([(0, ids)])
     assert len(aligned.spans) == 3
@@ -100,7 +100,7 @@ def test_a_response_without_eos_has_none_for_the_teacher() -> None:
 
 
 def test_text_that_breaks_off_is_aligned_up_to_there() -> None:
-    t = translator("bytes", "pieces")
+    t = retokenizer("bytes", "pieces")
     (ids,) = t.student.encode(["abé"])
     broken = [*ids[:-1], t.student.eos_id]  # half of the é, then the end
     (aligned,) = t.aligned([(0, broken)])
@@ -110,7 +110,7 @@ def test_text_that_breaks_off_is_aligned_up_to_there() -> None:
 
 
 def test_a_teacher_that_reads_less_gets_less() -> None:
-    t = translator("pieces", "bytes", longest=6)
+    t = retokenizer("pieces", "bytes", longest=6)
     (ids,) = encode_continuations(t.student.tokenizer, ["abcdef"])
     (aligned,) = t.aligned([(0, [*ids, t.student.eos_id])])
     assert len(aligned.sequence.response_ids) == 3
@@ -119,14 +119,14 @@ def test_a_teacher_that_reads_less_gets_less() -> None:
 
 def test_rows_of_a_batch_by_span() -> None:
     """By hand: two responses; the rows are those of `collate`, which predict each token."""
-    t = translator("bytes", "pieces")
+    t = retokenizer("bytes", "pieces")
     responses = [[*ids, t.student.eos_id] for ids in t.student.encode(["aé", "b"])]
     aligned = t.aligned([(0, ids) for ids in responses])
     sequences = [TokenSequence((9,), ids) for ids in responses]
     made, own = collate_aligned(sequences, aligned, pad_id=0), collate(sequences, pad_id=0)
     # Student: a | C3 A9 | eos | b | eos; the teacher has the same, for it spells é in bytes as well.
     assert made.student.first.tolist() == [0, 1, 2, 3, 4, 5]
-    t = translator("gpt2", "pieces")
+    t = retokenizer("gpt2", "pieces")
     responses = [[*ids, t.student.eos_id] for ids in t.student.encode([" the é", "b"])]
     aligned = t.aligned([(0, ids) for ids in responses])
     sequences = [TokenSequence((9,), ids) for ids in responses]
@@ -142,7 +142,7 @@ def test_rows_of_a_batch_by_span() -> None:
 
 
 def test_chunks_begin_where_no_span_is_cut() -> None:
-    t = translator("pieces", "gpt2")
+    t = retokenizer("pieces", "gpt2")
     responses = [[*ids, t.student.eos_id] for ids in t.student.encode([" the cat", " a"])]
     sequences = [TokenSequence((9,), ids) for ids in responses]
     rows = collate_aligned(sequences, t.aligned([(0, ids) for ids in responses]), pad_id=0).student

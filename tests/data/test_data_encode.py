@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -290,3 +291,22 @@ def test_the_trained_tokens_are_those_of_trls_assistant_only_loss(byte_level, js
         trained |= set(range(start, len(ids)))
     assert trained == {place for place, on in enumerate(mask) if on}
     assert len(trained) == len("Hello!") + len("Two.") + 2
+
+
+def test_lengths_that_lose_many_examples_come_with_advice_that_loses_few(byte_level):
+    rows = examples(*[("x" * n, "y" * (3 * n)) for n in range(1, 201)])
+    tight = DataSettings(max_prompt_tokens=200, max_tokens=400)
+    told = tokenize(rows, byte_level, tight).report
+    lost = sum(told.dropped.values()) + told.cut
+    assert f"warning: {lost:,} of 200 examples are dropped or cut for their length" in told.lengths
+    prompt, both = (int(number) for number in re.findall(r"tokens=(\d+)", told.lengths))
+
+    def loses(**changes):
+        report = tokenize(rows, byte_level, DataSettings(max_prompt_tokens=prompt, max_tokens=both, **changes)).report
+        return sum(report.dropped.values()) + report.cut
+
+    assert loses() == 2, "one of a hundred"
+    both -= 1
+    assert loses() > 2
+    assert tokenize(rows, byte_level, ROOMY).report.lengths is None
+    assert tokenize(rows[:30], byte_level, tight).report.lengths is None, "few are no matter"

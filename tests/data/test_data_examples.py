@@ -149,7 +149,7 @@ def test_every_assistant_turn_is_an_example(jsonl):
 def test_pairs_are_used_or_refused(jsonl):
     path = jsonl({"prompt": "Q", "chosen": "A", "rejected": "B"})
     settings = DataSettings(path=path, columns=Columns(output="chosen"))
-    with pytest.raises(DpkdError, match=r"nothing would read the rejected one.*text\.source=preference.*drop_rejected"):
+    with pytest.raises(DpkdError, match=r"this loss ignores the rejected one.*text\.source=preference.*drop_rejected"):
         read_examples(settings, pairs=False)
     for used in (read_examples(settings, pairs=True), read_examples(settings)):
         assert used.examples[0].rejected == "B"

@@ -102,9 +102,8 @@ def test_the_default_data_without_a_hub():
     with pytest.raises(DpkdError) as caught:
         read_examples(DataSettings())
     assert str(caught.value) == (
-        "data.path: the default data set databricks/databricks-dolly-15k is neither a file here "
-        "nor could it be had "
-        "from the hub: Couldn't reach 'databricks/databricks-dolly-15k' on the Hub "
+        "data.path: the default data set databricks/databricks-dolly-15k is not a local file, "
+        "and loading it from the hub failed: Couldn't reach 'databricks/databricks-dolly-15k' on the Hub "
         "(OfflineModeIsEnabled). Without "
         "the hub, pass your own file: --data FILE.jsonl (`dpkd demo` needs no data)."
     )
@@ -112,7 +111,7 @@ def test_the_default_data_without_a_hub():
 
 @pytest.mark.usefixtures("no_hub")
 def test_another_data_set_without_a_hub():
-    assert "the data set somebody/something is neither a file here" in problem("somebody/something")
+    assert "the data set somebody/something is not a local file" in problem("somebody/something")
 
 
 def test_a_wrong_split_of_a_hub_data_set(monkeypatch):
@@ -125,8 +124,7 @@ def test_a_wrong_split_of_a_hub_data_set(monkeypatch):
     assert problem("somebody/something", split="trian") == (
         "data.path: the data set somebody/something is not a local file, and loading it from the hub failed: "
         "Unknown split \"trian\". Should be one of ['train']. Check the id, split and subset, "
-        "or pass a file of your "
-        "own: --data FILE.jsonl"
+        "or pass your own file: --data FILE.jsonl"
     )
 
 

@@ -95,7 +95,7 @@ def test_the_python_reference_has_every_public_name(module):
 
 def test_signatures_are_as_written():
     assert "kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor" in PAGES["api"]
-    assert "    *,\n    loss: str,\n    teacher: " in PAGES["api"]
+    assert "    *,\n    loss: Loss,\n    teacher: " in PAGES["api"]
     assert "\n- `TOKEN` = `'token'`\n" in PAGES["api"]
     assert (
         "```python\n>>> log_softmax(torch.zeros(1, 4)).exp()\ntensor([[0.2500, 0.2500, 0.2500, 0.2500]])\n```"

@@ -56,7 +56,7 @@ def test_the_loop_calls_its_stages_in_the_order_of_the_page():
     step = methods[methods.index("def _step(") :]
     assert_in_order(step, "source.next(step)", "self.builder.step_batches(", "self.train_step(")
     loop = methods[methods.index("def run(") : methods.index("def _step(")]
-    assert_in_order(loop, "self._step(", "self._log(self._done", "callback.on_step(", "self.save(self._done")
+    assert_in_order(loop, "self._stoppable_step(", "self._log(self._done", "callback.on_step(", "self.save(self._done")
     stages = ("SourceBase.next", "StepBatchBuilder.step_batches", "TrainStep", "MetricsLog", "Callback.on_step")
     assert_in_order(page, *(f"::{stage}`" for stage in (*stages, "save")))
 

@@ -148,14 +148,14 @@ def test_rows_left_out_are_shown(here):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--seeds", "1,1"), "--seeds '1,1': expected different whole numbers"),
-        (("--seeds", "a"), "--seeds 'a': expected different whole numbers"),
+        (("--seeds", "1,1"), "--seeds '1,1': expected distinct comma-separated integers"),
+        (("--seeds", "a"), "--seeds 'a': expected distinct comma-separated integers"),
         (("--cuts", "5,2"), "length cuts 5,2: expected"),
         (("--set", "train.lr=1"), "only settings of `data`"),
         (("--set", "data.max_promt_tokens=1"), "did you mean data.max_prompt_tokens"),
         (("--data", "sub/one.jsonl"), "one.jsonl, sub/one.jsonl would all be saved under one"),
         (("--model", "sub/student"), "student, sub/student would all be saved under runs/eval/student"),
-        (("--model", "teacher", "--output", "x"), "--output x: names the folder of one model"),
+        (("--model", "teacher", "--output", "x"), "--output x: is the folder of a single model"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_loaded(here, monkeypatch, arguments, problem):

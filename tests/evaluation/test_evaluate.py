@@ -94,7 +94,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(folder, tmp_path, 
 def test_answers_drawn_otherwise_are_not_mixed_in(folder, tmp_path):
     run(folder, output=tmp_path / "out")
     longer = EvaluationSettings(SamplingSettings(max_new_tokens=7), (1,))
-    with pytest.raises(DpkdError, match=r"drawn otherwise: generation changed"):
+    with pytest.raises(DpkdError, match=r"sampled in another way: generation changed"):
         run(folder, settings=longer, output=tmp_path / "out")
 
 
@@ -150,7 +150,7 @@ def test_a_prompt_beyond_a_limit_is_an_error_that_says_what_to_set(folder):
     assert str(caught.value) == (
         f"{folder / 'longish.jsonl'}: 1 of 2 prompts is longer than data.max_prompt_tokens=20 (the first is "
         "longish.jsonl:2 with 40 tokens, the longest has 40). Every row must be scored: --set "
-        "data.max_prompt_tokens=40 --set data.max_tokens=296. To leave such rows out, and have them counted: "
+        "data.max_prompt_tokens=40 --set data.max_tokens=296. To skip and count such rows: "
         "--long-prompts skip"
     )
     assert run(folder, "longish.jsonl", data={"max_prompt_tokens": 40, "max_tokens": 296}).rows == 2

@@ -269,7 +269,7 @@ def test_the_question_holds_texts_as_they_are():
     assert "<answer>\n{task} \\1 {reference}\n</answer>" in asked
     assert "<task>\nsay {answer}\n</task>" in asked
     assert "(no answer)" in messages_of(Prediction(" ", "x", "t"), "r")[-1]["content"]
-    with pytest.raises(DpkdError, match=r"p.jsonl:3: no `prompt` here"):
+    with pytest.raises(DpkdError, match=r"p.jsonl:3: no `prompt`:"):
         messages_of(Prediction("a", where="p.jsonl:3"), "r")
 
 
@@ -384,7 +384,7 @@ def test_the_address_and_the_key():
     assert Endpoint("https://u:p@a/v1?key=x", "m").address == "https://u:p@a/v1/chat/completions?key=x"
     assert Endpoint("https://u:p@a/v1?key=x", "m").place == "https://a/v1/chat/completions"
     assert "max_tokens" not in Endpoint("https://a", "m", extra={"max_tokens": None}).body([])
-    with pytest.raises(DpkdError, match="holds characters") as caught:
+    with pytest.raises(DpkdError, match="contains characters") as caught:
         Endpoint("https://a/v1", "m", f"{KEY}\nX: y")
     assert KEY not in str(caught.value)
 

@@ -120,7 +120,7 @@ def test_remote_code_is_refused_without_a_question(folder: Path, monkeypatch: py
     (folder / "own.py").write_text("raise SystemExit('remote code ran')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     for read in (load, lambda name: config_of(ModelSettings(model=str(name)))):
-        with pytest.raises(DpkdError, match="brings its own Python code, which is off by default"):
+        with pytest.raises(DpkdError, match="contains Python code, which is not run by default"):
             read(folder)
 
 

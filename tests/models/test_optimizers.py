@@ -64,7 +64,7 @@ def test_a_checkpoint_continues_it_bit_for_bit(name: str, tmp_path: Path) -> Non
     for number in range(3):
         step(model, optimizer, number)
     saved = checkpoint.save(
-        tmp_path, 3, module=model, optimizer=optimizer, responses={}, loop={}, random_states=[{}], is_main=True
+        tmp_path, 3, module=model, optimizer=optimizer, sources={}, loop={}, random_states=[{}], is_main=True
     )
     for number in range(3, 6):
         step(model, optimizer, number)

@@ -34,7 +34,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SweepOutcome:
     """How a child ended: its exit code (-9: killed; None: still running at the limit), what it printed, its calls."""
 
     code: int | None
@@ -113,7 +113,7 @@ def inject(fault: Fault, root: Path, count_file: int) -> None:
         setattr(os, name, wrapped(name))
 
 
-def dpkd(arguments: Sequence[str], folder: Path, fault: Fault = Fault(), limit: float = 120.0) -> Outcome:
+def dpkd(arguments: Sequence[str], folder: Path, fault: Fault = Fault(), limit: float = 120.0) -> SweepOutcome:
     """Run `dpkd ARGUMENTS` in `folder`, in a forked child, under a fault."""
     preload()
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def dpkd(arguments: Sequence[str], folder: Path, fault: Fault = Fault(), limit: 
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     calls = int(count.read_text() or 0)
-    return Outcome(code, log.read_text(encoding="utf-8", errors="replace"), calls)
+    return SweepOutcome(code, log.read_text(encoding="utf-8", errors="replace"), calls)
 
 
 def _child(arguments: Sequence[str], folder: Path, fault: Fault, log: Path, count: Path) -> None:

@@ -4,6 +4,7 @@
 
 A case runs a command under a fault, then again without one, and compares what is left with what an undisturbed command
 leaves. Outcomes: identical; refused (a sentence, exit 1 or 2); and what must not be: different, traceback, hang.
+Then come generated cases of bad input (bad_input.py).
 Finished cases are in OUTPUT/cases.jsonl: a second call goes on with the rest.
 """
 
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults import Fault, Outcome, dpkd
+import bad_input
+from faults import Fault, SweepOutcome, dpkd
 from toy_commands import LIMITS, TRAIN, fingerprint, write_toy
 
 from dpkd.io import JsonLog
@@ -117,15 +119,15 @@ class Soak:
             row["text"] = second.text[-400:]
         return row
 
-    def second(self, folder: Path, first: Outcome) -> Outcome:
+    def second(self, folder: Path, first: SweepOutcome) -> SweepOutcome:
         again = dpkd(self.scenario.again, folder)
         if again.kind == "refused" and "is not a run folder" in again.text:
             again = dpkd(self.scenario.command, folder)
         if again.kind == "refused" and "is finished" in again.text:
-            again = Outcome(0, again.text, again.calls)
+            again = SweepOutcome(0, again.text, again.calls)
         return again
 
-    def outcome(self, first: Outcome, second: Outcome, left: dict[str, str]) -> str:
+    def outcome(self, first: SweepOutcome, second: SweepOutcome, left: dict[str, str]) -> str:
         for kind in ("hang", "traceback"):
             if kind in (first.kind, second.kind):
                 return kind
@@ -155,7 +157,7 @@ def damage(soak: Soak, generator: random.Random) -> tuple[str, dict[str, Any]]:
         file.unlink()
     else:
         file.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(how, content))
-    second = soak.second(folder, Outcome(0, "", 0))
+    second = soak.second(folder, SweepOutcome(0, "", 0))
     row: dict[str, Any] = {"second": second.kind, "file": str(file.relative_to(folder)), "how": how}
     row["outcome"] = second.kind if second.kind in ("hang", "traceback", "refused") else "went on"
     row["text"] = second.text[-1500:] if second.kind == "traceback" else ""
@@ -167,7 +169,8 @@ def main() -> int:
     options.add_argument("--minutes", type=float, default=30.0, help="stop after so long; a second call goes on")
     options.add_argument("--output", type=Path, default=Path("soak"), help="folder of the cases")
     options.add_argument("--every", type=int, default=1, help="a fault at every k-th call of the file system")
-    options.add_argument("--only", default="", help="names of scenarios, with commas between")
+    options.add_argument("--only", default="", help="comma-separated names of scenarios, or bad-input")
+    options.add_argument("--cases", type=int, default=10_000, help="of bad input")
     given = options.parse_args()
     output: Path = given.output.resolve()
     write_toy(output / "toy")
@@ -188,7 +191,19 @@ def main() -> int:
             name = f"{scenario.name} damage {number}"
             if time.monotonic() < until and name not in known:
                 log.append({"case": name, "scenario": scenario.name, "fault": "damage", "what": found, **row})
+    if not given.only or "bad-input" in given.only.split(","):
+        feed(output / "bad-input", given.cases, log, known, until)
     return report(log.rows())
+
+
+def feed(folder: Path, count: int, log: JsonLog, known: set[str], until: float) -> None:
+    """Generated cases of bad input, in this process."""
+    world = bad_input.World.make(folder)
+    for family, number in bad_input.cases(count):
+        name = f"bad-input {family} {number}"
+        if time.monotonic() < until and name not in known:
+            row = bad_input.run(family, number, world)
+            log.append({"case": name, "scenario": "bad-input", "fault": family, **row})
 
 
 def report(rows: list[dict[str, Any]]) -> int:
@@ -198,7 +213,7 @@ def report(rows: list[dict[str, Any]]) -> int:
         print(f"{scenario:10} {fault:10} {outcome:10} {count:6,}")
     totals = Counter(row["outcome"] for row in rows)
     print("total", dict(totals))
-    return int(any(totals[outcome] for outcome in ("different", "traceback", "hang")))
+    return int(any(totals[outcome] for outcome in ("different", *bad_input.BAD)))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def write_sweep(folder: Path, steps: int, lr: float = 1e-3) -> None:
     (folder / "sweep.yaml").write_text(yaml.safe_dump(settings))
 
 
-def start(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-P", "-m", "dpkd.cli.main", "sweep", "sweep.yaml"]
+def start(folder: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-P", "-m", "dpkd.cli.main", "sweep", "sweep.yaml", *options]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -72,7 +72,7 @@ def ends(process: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_a_sweep_that_is_stopped_takes_its_run_with_it(number, folder):
-    sweep = start(folder)
+    sweep = start(folder, "--isolate")
     run = child_of(sweep.pid)
     metrics = folder / "runs/one/metrics.jsonl"
     size = metrics.stat().st_size if metrics.exists() else 0
@@ -86,6 +86,22 @@ def test_a_sweep_that_is_stopped_takes_its_run_with_it(number, folder):
     if number != signal.SIGKILL:
         assert "the sweep stopped after 0 of 1 runs; call it again to go on" in said
     assert checkpoint.latest(folder / "runs/one/checkpoints") is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_in_one_process_stops_with_a_checkpoint(number, tmp_path):
+    write_toy(tmp_path / "toy")
+    write_sweep(tmp_path, 1_000_000)
+    sweep = start(tmp_path)
+    metrics = tmp_path / "runs/one/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(sweep.pid, number)
+    said, _ = sweep.communicate(timeout=200)
+    assert sweep.returncode == 128 + number, said
+    assert "the sweep stopped after 0 of 1 runs; call it again to go on" in said
+    assert checkpoint.latest(tmp_path / "runs/one/checkpoints") is not None
 
 
 def test_settings_that_changed_are_refused_by_name(tmp_path):

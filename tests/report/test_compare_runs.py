@@ -208,3 +208,39 @@ def test_markdown_has_no_html(hostile: list[Path]) -> None:
 @pytest.mark.parametrize("form", ["table", "markdown", "latex"])
 def test_no_format_prints_an_escape_sequence(hostile: list[Path], form: str) -> None:
     assert "\x1b" not in invoke(*hostile, "--format", form)
+
+
+@pytest.fixture
+def seeded(tmp_path: Path) -> list[Path]:
+    """Three runs of one loss with seeds of their own, and one of another."""
+    found = []
+    for name, loss, seed, shift in (
+        ("kd-seed1", "kd", 1, 0.0),
+        ("sft-1", "sft", 1, -9.0),
+        ("kd-seed2", "kd", 2, 1.0),
+        ("kd-seed3", "kd", 3, 5.0),
+    ):
+        path = make_run(tmp_path / name, loss)
+        config = path / "config.resolved.yaml"
+        config.write_text(config.read_text().replace("seed: 10", f"seed: {seed}\noutput: runs/{name}"))
+        add_scores(path / "eval", {10: [value + shift + i % 2 for i, value in enumerate(BASE[10])]})
+        found.append(path)
+    return found
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_line(seeded: list[Path]) -> None:
+    """Means 30, 31 and 35 (29.5 + ½ + shift): 32 ± √7, and the test is of each row's mean over the three."""
+    told = json.loads(invoke(*seeded, "--baseline", seeded[1], "--format", "json"))
+    assert told["runs"] == ["kd (3 seeds)", "sft-1"]
+    cell = told["sets"][0]["cells"]["kd (3 seeds)"]["rouge_l"]
+    assert cell["mean"] == pytest.approx(32.0)
+    assert cell["sd"] == pytest.approx(7**0.5)
+    assert cell["difference"]["mean"] == pytest.approx(32.0 - 21.0)
+    assert told["costs"]["kd (3 seeds)"] == told["costs"]["sft-1"], "of one run, on average"
+    pooled = json.loads(invoke(*seeded, "--baseline", seeded[2], "--format", "json"))
+    assert pooled["baseline"] == "kd (3 seeds)", "a member's name is its group's"
+
+
+def test_each_run_has_a_line_where_that_is_asked_for(seeded: list[Path]) -> None:
+    told = json.loads(invoke(*seeded, "--each", "--format", "json"))
+    assert told["runs"] == [path.name for path in seeded]

@@ -58,6 +58,13 @@ class Answers:
         return [self.answer for _ in task.seeds]
 
 
+def _model(tokenizer):
+    """A model as far as the file's writer looks at it: as many embeddings as the tokenizer has ids."""
+    model = torch.nn.Identity()
+    model.get_input_embeddings = lambda: torch.nn.Embedding(len(tokenizer), 1)
+    return model
+
+
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch):
     """`written(row, ids, ...)`: the file that a model which answers `ids` writes, and the tokenizer."""
@@ -69,8 +76,8 @@ def written(tmp_path: Path, monkeypatch):
         (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
         output = tmp_path / "out.jsonl"
         monkeypatch.setattr(write_file, "load_tokenizer", lambda settings: tokenizer)
-        monkeypatch.setattr(write_file, "load_model", lambda *a, **k: torch.nn.Identity())
-        monkeypatch.setattr(write_file, "open_sampler", lambda registry, text, writer: Answers(ids))
+        monkeypatch.setattr(write_file, "load_model", lambda *a, **k: _model(tokenizer))
+        monkeypatch.setattr(write_file, "open_sampler", lambda registry, name, settings, writer: Answers(ids))
         settings = DataSettings(path=str(tmp_path / "prompts.jsonl"), **data)
         report = write_file.sample_to_file(
             ModelSettings(model=str(folder)), settings, SAMPLING, registry=Registry(), output=output, seed=1

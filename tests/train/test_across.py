@@ -20,8 +20,8 @@ from dpkd.train.progress import Display
 
 def gradients(resolved: Any, quiet: Console, chunk: int = 7) -> tuple[dict[str, torch.Tensor], dict[str, float], Any]:
     """Gradients and metrics of the first step in float64, and the parts of the run."""
-    assembly = assemble(resolved, run._accelerator(resolved), Display(quiet))
-    train_step = assembly.train_step
+    run_parts = assemble(resolved, run._accelerator(resolved), Display(quiet))
+    train_step = run_parts.train_step
     train_step.loss_module.double()
     train_step.loss_module.chunk = chunk
     assert isinstance(train_step.teacher, AlignedTeacher)
@@ -29,13 +29,13 @@ def gradients(resolved: Any, quiet: Console, chunk: int = 7) -> tuple[dict[str, 
     local.model.double()
     local._head = local._head.cast(torch.float64)
     train_step.optimizer, train_step.clip = _NoStep(train_step.loss_module), None
-    assembly.prepare_sources()
+    run_parts.prepare_sources()
     texts = []
-    for group in assembly.builder.groups:
+    for group in run_parts.builder.groups:
         texts.append(group.source.next(0))
-    metrics = train_step(assembly.builder.step_batches(0, texts), lr=0.0, measure=False)
+    metrics = train_step(run_parts.builder.step_batches(0, texts), lr=0.0, measure=False)
     found = {n: p.grad.clone() for n, p in train_step.loss_module.named_parameters() if p.grad is not None}
-    return found, metrics.averages(), (assembly, texts)
+    return found, metrics.averages(), (run_parts, texts)
 
 
 @pytest.mark.parametrize("loss", ["uld", "gold"])
@@ -43,10 +43,10 @@ def gradients(resolved: Any, quiet: Console, chunk: int = 7) -> tuple[dict[str, 
 @pytest.mark.parametrize("source", ["dataset", "teacher", "student"])
 def test_the_gradient_is_that_of_the_dense_computation(loss, source, swap, across, quiet):
     resolved = across(loss, {"text.source": source, "train.micro_batch_size": 3}, swap=swap)
-    found, metrics, (assembly, texts) = gradients(resolved, quiet)
-    loss_module = assembly.train_step.inner
+    found, metrics, (run_parts, texts) = gradients(resolved, quiet)
+    loss_module = run_parts.train_step.inner
     loss_module.zero_grad()
-    want = dense(assembly, texts, loss_module.losses["main"], resolved.main.reads)
+    want = dense(run_parts, texts, loss_module.losses["main"], resolved.main.reads)
     want.backward()
     assert metrics["loss/main"] == pytest.approx(want.item(), rel=1e-9)
     assert source != "dataset" or 0 < metrics["spans/single"] < 1
@@ -76,8 +76,8 @@ def test_the_gradient_depends_neither_on_accumulation_nor_on_chunks(loss, change
 
 
 def test_the_lm_term_counts_tokens_and_the_loss_counts_spans(across, quiet):
-    _, metrics, (assembly, texts) = gradients(across("uld", {"terms.lm.weight": 1.0}), quiet)
-    step_batches = assembly.builder.step_batches(0, texts)
+    _, metrics, (run_parts, texts) = gradients(across("uld", {"terms.lm.weight": 1.0}), quiet)
+    step_batches = run_parts.builder.step_batches(0, texts)
     (step_batch,) = step_batches
     spans = sum(len(group.aligned.spans) for group in step_batch.groups)
     tokens = sum(len(r.ids) for _, (r,) in texts[0].responses)
@@ -87,12 +87,12 @@ def test_the_lm_term_counts_tokens_and_the_loss_counts_spans(across, quiet):
 
 
 def test_an_idle_process_gives_zero(across, quiet):
-    _, _, (assembly, texts) = gradients(across("uld"), quiet)
-    (step_batch,) = assembly.builder.step_batches(0, texts)
+    _, _, (run_parts, texts) = gradients(across("uld"), quiet)
+    (step_batch,) = run_parts.builder.step_batches(0, texts)
     (idle,) = MicroBatcher(8, 256, rank=1, processes=2)(
         replace(step_batch, groups=step_batch.groups[:1]), measure=False
     )
-    train_step = assembly.train_step
+    train_step = run_parts.train_step
     total, metrics = train_step.loss_module(train_step.with_teacher(idle))
     total.backward()
     assert total.item() == 0.0
@@ -107,8 +107,8 @@ def test_an_idle_process_gives_zero(across, quiet):
     ],
 )
 def test_several_responses_to_a_prompt_have_a_twin_each(changes, across, quiet):
-    found, _, (assembly, texts) = gradients(across("uld", changes), quiet)
-    (step_batch,) = assembly.builder.step_batches(0, texts)
+    found, _, (run_parts, texts) = gradients(across("uld", changes), quiet)
+    (step_batch,) = run_parts.builder.step_batches(0, texts)
     assert len(step_batch.groups) == 2 * len(texts[0].responses)
     assert all(len(group.sequences) == 1 and group.aligned is not None for group in step_batch.groups)
     # One micro-batch or many: the same gradient.

@@ -22,9 +22,9 @@ EACH = {"source": "each", "each": ["teacher", "student"]}
 
 def _tokens(resolved, quiet):
     """Response tokens of the first step by writer."""
-    assembly = assemble(resolved, run._accelerator(resolved), Display(quiet))
-    assembly.prepare_sources()
-    responses = [r for _, many in assembly.source.next(0).responses for r in many]
+    run_parts = assemble(resolved, run._accelerator(resolved), Display(quiet))
+    run_parts.prepare_sources()
+    responses = [r for _, many in run_parts.source.next(0).responses for r in many]
     return {w: sum(len(r.ids) for r in responses if r.writer is w) for w in (Text.TEACHER, Text.STUDENT)}
 
 

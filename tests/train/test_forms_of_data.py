@@ -75,7 +75,7 @@ def test_the_plan_shows_what_is_trained_in_another_color(settings_of, written):
 def test_rejected_responses_that_nothing_reads_are_refused(settings_of, written):
     path = written({"prompt": "red ", "chosen": "cat", "rejected": "dog"})
     changes = {"data.path": path, "data.columns.output": "chosen"}
-    with pytest.raises(DpkdError, match="nothing would read the rejected one"):
+    with pytest.raises(DpkdError, match="this loss ignores the rejected one"):
         said(dry_run, settings_of("sft", changes))
     prepared = prepare(settings_of("sft", {**changes, "data.drop_rejected": True}), Display(Console(quiet=True)))
     assert prepared.data.prompts[0].references == ("cat",)

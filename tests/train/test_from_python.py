@@ -292,7 +292,7 @@ def test_a_run_whose_teacher_was_in_memory_is_evaluated_with_the_teacher_that_is
         ({"data": ["red"]}, r"row:1: not a mapping: expected \{column: value\}, found 'red'"),
         ({"tokenizer": object()}, "tokenizer: belongs to a model in memory, and none was given"),
         ({"settings": {"data.split": "test"}}, r"data.split: has no effect on in-memory:data.*\(from settings\)"),
-        ({"student": "in-memory:student"}, "stands for an object that a Python program had"),
+        ({"student": "in-memory:student"}, "refers to an object in the memory of another Python process"),
     ],
 )
 def test_what_cannot_be_used_is_explained(arguments, message, toy, rows, tmp_path):

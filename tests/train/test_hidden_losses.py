@@ -40,9 +40,9 @@ def test_value_and_gradient_are_those_of_the_models_own_hidden_states(settings_o
     found, metrics, train_step = gradients(resolved, quiet)
     loss_module, teacher, tokens, total = train_step.inner, train_step.teacher.model, 0, 0.0
     loss_module.zero_grad()
-    assembly = run.assemble(resolved, run._accelerator(resolved), Display(quiet))
-    for i in assembly.source.context.batches.window(0):
-        prompt = assembly.data.prompts[i]
+    run_parts = run.assemble(resolved, run._accelerator(resolved), Display(quiet))
+    for i in run_parts.source.context.batches.window(0):
+        prompt = run_parts.data.prompts[i]
         ids, first = [*prompt.prompt_ids, *prompt.response_ids], len(prompt.prompt_ids) - 1
         ours, theirs = _states(loss_module.student, ids), _states(teacher, ids)
         for matrix, (s, t) in zip(loss_module.losses["main"].weight, [(1, 2), (2, 4)], strict=True):
@@ -158,7 +158,7 @@ def test_layers_that_do_not_exist_are_refused_in_the_plan(pairs, found, settings
 def test_a_store_and_no_teacher_are_refused(settings_of, toy, quiet, tmp_path):
     student = WIDER | {"student.model": str(toy / "gpt2")}
     cache(settings_of("kd", student), CacheSettings(tmp_path / "store", k=4), console=quiet)
-    with pytest.raises(SettingsError, match="hidden-mse reads the teacher's hidden states, which no store has"):
+    with pytest.raises(SettingsError, match="hidden states, which the store does not have"):
         settings_of("hidden-mse", student | {"teacher.store": str(tmp_path / "store")}, teacher=None)
     with pytest.raises(SettingsError, match="the loss hidden-mse needs its hidden states"):
         settings_of("hidden-mse", student, teacher=None)

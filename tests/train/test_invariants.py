@@ -37,18 +37,18 @@ class _NoStep:
 def gradients(resolved, quiet):
     """Gradients of the first optimizer step in float64, and the parts of the run."""
     accelerator = run._accelerator(resolved)
-    assembly = assemble(resolved, accelerator, Display(quiet))
-    train_step = assembly.train_step
+    run_parts = assemble(resolved, accelerator, Display(quiet))
+    train_step = run_parts.train_step
     train_step.loss_module.double()
     if isinstance(train_step.teacher, LocalTeacher):
         train_step.teacher.model.double()
         train_step.teacher._head = train_step.teacher._head.cast(torch.float64)
     train_step.optimizer, train_step.clip = _NoStep(train_step.loss_module), None
-    assembly.prepare_sources()
+    run_parts.prepare_sources()
     texts = []
-    for group in assembly.builder.groups:
+    for group in run_parts.builder.groups:
         texts.append(group.source.next(0))
-    step_batches = assembly.builder.step_batches(0, texts)
+    step_batches = run_parts.builder.step_batches(0, texts)
     metrics = train_step(step_batches, lr=0.0, measure=False)
     found = {n: p.grad.clone() for n, p in train_step.loss_module.named_parameters() if p.grad is not None}
     return found, metrics.averages(), train_step
@@ -160,10 +160,11 @@ def test_no_micro_batch_has_more_tokens_than_asked_for():
 
 def stepper_window(resolved, quiet):
     """The sequences of the first window."""
-    assembly = assemble(resolved, run._accelerator(resolved), Display(quiet))
-    prompts = assembly.data.prompts
+    run_parts = assemble(resolved, run._accelerator(resolved), Display(quiet))
+    prompts = run_parts.data.prompts
     return [
-        TokenSequence(prompts[i].prompt_ids, prompts[i].response_ids) for i in assembly.source.context.batches.window(0)
+        TokenSequence(prompts[i].prompt_ids, prompts[i].response_ids)
+        for i in run_parts.source.context.batches.window(0)
     ]
 
 

@@ -17,6 +17,7 @@ from dpkd.run_metrics import read_metrics
 from dpkd.train import run
 from dpkd.train.plan import make_plan
 from dpkd.train.progress import Display
+from dpkd.train.resume import resume_folder
 from dpkd.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def test_a_strangers_source_is_planned_trained_and_resumed(install_plugin, setti
         patch.setattr(Trainer, "_stops", lambda self, stop: True)
         with pytest.raises(Stopped):
             run.train(settings_of("rkl", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
-    continued = run.resume_folder(tmp_path / "stopped", console=quiet)
+    continued = resume_folder(tmp_path / "stopped", console=quiet)
     one, two = (load_file(folder.model / "model.safetensors") for folder in (whole, continued))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

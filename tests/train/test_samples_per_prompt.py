@@ -43,8 +43,8 @@ def written(settings_of, quiet, tmp_path):
 
     def write(loss: str, changes: dict[str, object]):
         resolved = settings_of(loss, {**changes, "output": str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")})
-        assembly = assemble(resolved, run._accelerator(resolved), Display(quiet))
-        return assembly.source.next(0), assembly
+        run_parts = assemble(resolved, run._accelerator(resolved), Display(quiet))
+        return run_parts.source.next(0), run_parts
 
     return write
 
@@ -72,18 +72,18 @@ def test_a_prompt_is_read_once_for_all_its_responses(written, monkeypatch):
 
 def test_the_denominator_counts_the_tokens_of_all_responses(written):
     """The gradient is the mean over all tokens: that of each part of the responses, weighted by its tokens."""
-    text, assembly = written("rkl", {**STUDENT, "text.num_generations": 2})
+    text, run_parts = written("rkl", {**STUDENT, "text.num_generations": 2})
     # Of unequal lengths, so that a mean of two means is another number.
     apart = [(i, r) for i, many in text.responses for r in many]
     mixed = [(i, (replace(r, ids=r.ids[: 2 + place]),)) for place, (i, r) in enumerate(apart)]
-    train_step = assembly.train_step
+    train_step = run_parts.train_step
     train_step.loss_module.double()
     train_step.teacher.model.double()
     train_step.teacher._head = train_step.teacher._head.cast(torch.float64)
     train_step.optimizer, train_step.clip = _NoStep(train_step.loss_module), None
 
     def gradient(responses):
-        train_step(assembly.builder.step_batches(0, [StepResponses(responses, {})]), lr=0.0, measure=False)
+        train_step(run_parts.builder.step_batches(0, [StepResponses(responses, {})]), lr=0.0, measure=False)
         return {n: p.grad.clone() for n, p in train_step.loss_module.named_parameters()}, sum(
             len(r.ids) for _, (r,) in responses
         )
@@ -137,8 +137,8 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, settings_of, quiet, monk
 
 
 def test_the_probe_and_the_plan_count_them(written, settings_of, quiet):
-    _, assembly = written("rkl", {**STUDENT, "text.num_generations": 3})
-    text = longest_responses(assembly.builder.groups[0], 4)
+    _, run_parts = written("rkl", {**STUDENT, "text.num_generations": 3})
+    text = longest_responses(run_parts.builder.groups[0], 4)
     assert [r.writer for _, many in text.responses for r in many] == [Text.STUDENT] * 12
     plan = run_plan(settings_of("rkl", {**STUDENT, "text.num_generations": 3}), quiet)
     assert plan["student writes"].startswith("every_step: 24 responses in 2 collections")
@@ -176,9 +176,9 @@ def test_an_extra_loss_with_its_own_text_is_checked_too(settings_of):
 
 def test_a_policy_gradient_gets_the_log_probs_of_the_training_path(written):
     """As on a GPU, where what draws rounds otherwise than what trains: bfloat16 autocast stands for that here."""
-    _, assembly = written("minillm", STUDENT)
-    generator = assembly.builder.groups[0].source.context.student
-    vocabulary, pad_id = assembly.vocabulary, assembly.tokenizer.pad_token_id
+    _, run_parts = written("minillm", STUDENT)
+    generator = run_parts.builder.groups[0].source.context.student
+    vocabulary, pad_id = run_parts.vocabulary, run_parts.tokenizer.pad_token_id
     device = torch.device("cpu")
     plain = generator([0, 1, 2], 0)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)

@@ -320,14 +320,14 @@ def test_rows_spread_the_rest_over_the_tokens_that_are_not_known():
     import numpy as np
 
     from dpkd.api import Wants
-    from dpkd.teachers.server.protocols import Scores
+    from dpkd.teachers.server.protocols import ServedScores
     from dpkd.teachers.server.teacher import served_rows
 
-    one = Scores(np.log([0.3]), np.array([[1, 3]]), np.log([[0.5, 0.3]]))
+    one = ServedScores(np.log([0.3]), np.array([[1, 3]]), np.log([[0.5, 0.3]]))
     rows = served_rows([one], torch.tensor([3]), Wants(8), 5)
     expected = [[0.2 / 3, 0.5, 0.2 / 3, 0.3, 0.2 / 3]]
     np.testing.assert_allclose(rows.logits(slice(None)).exp(), expected, rtol=1e-6)
-    padded = Scores(np.log([0.3]), np.array([[1, 7]]), np.log([[0.5, 0.1]]))  # the head has an id 7: no token
+    padded = ServedScores(np.log([0.3]), np.array([[1, 7]]), np.log([[0.5, 0.1]]))  # the head has an id 7: no token
     rows = served_rows([padded], torch.tensor([3]), Wants(8), 5)
     np.testing.assert_allclose(rows.logits(slice(None)).exp(), expected, rtol=1e-6)
     assert math.isclose(rows.logps()[0].exp(), 0.3, rel_tol=1e-6)

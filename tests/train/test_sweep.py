@@ -10,7 +10,8 @@ import yaml
 from rich.console import Console
 
 from dpkd.errors import DpkdError, SettingsError
-from dpkd.train.sweep import read_sweep, run_sweep, summary
+from dpkd.train.sweep import read_sweep
+from dpkd.train.sweep_running import run_sweep, summary
 
 
 @pytest.fixture
@@ -107,3 +108,77 @@ def test_a_mistake_of_many_runs_is_said_once(written, tmp_path):
     said = [problem for problem in raised.value.problems if "train.step:" in problem]
     assert len(said) == 1
     assert said[0].startswith("all-seed_1, all-seed_2 and 2 more: train.step: no such setting")
+
+
+def _weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_runs_that_share_one_process_are_those_that_have_one_each(written, toy, tmp_path):
+    """Whatever ran before in the process: the same weights and scores, bit for bit."""
+    import torch
+
+    values = yaml.safe_load(written().read_text())
+    values["stages"]["distil"]["matrix"] = {"loss.name": ["kd", "dpkd", "rkl"]}
+    values["settings"] |= {"text.sampling.max_new_tokens": 6, "text.teacher_sampling.max_new_tokens": 6}
+    how = {"data": [str(toy / "data.jsonl")], "options": {"seeds": 10, "max_new_tokens": 4, "limit": 3}}
+    shared = read_sweep(written(**values, evaluate=how))
+    apart = read_sweep(written(**values | {"output": str(tmp_path / "apart")}, evaluate=how))
+    assert len(run_sweep(shared, console=Console(quiet=True)).done) == 4
+    assert len(run_sweep(apart, isolate=True, console=Console(quiet=True)).done) == 4
+    for run in shared.runs:
+        other = tmp_path / "apart" / run.name
+        one, two = _weights(run.folder), _weights(other)
+        assert all(torch.equal(one[name], two[name]) for name in two)
+        scores = [json.loads(next(f.rglob("scores.json")).read_text())["metrics"] for f in (run.folder, other)]
+        assert scores[0] == scores[1]
+
+
+def test_the_best_by_dev_stands_for_its_stage(written, toy, tmp_path):
+    dev = {"dev.path": str(toy / "data.jsonl"), "dev.limit": 4, "dev.metric": "nll", "dev.max_new_tokens": 2}
+    first = {"loss.name": "sft", "student.init": "layers", "student.layers": 2}
+    stages = {
+        "grid": {"settings": {**first, **dev}, "matrix": {"train.lr": [1e-7, 1e-2]}, "best_by_dev": True},
+        "after": {"settings": {"loss.name": "kd", "student.model": "{grid}", "train.lr": "{grid.train.lr}"}},
+    }
+    plan = read_sweep(written(stages=stages))
+    assert plan.runs[-1].settings["train.lr"] == 1e-7  # until the best is known
+    outcome = run_sweep(plan, console=Console(quiet=True))
+    assert outcome.done == ["grid-lr_1e_07", "grid-lr_0.01", "after"]
+    settings = yaml.safe_load((tmp_path / "runs/after/config.resolved.yaml").read_text())
+    assert settings["train"]["lr"] == 0.01
+    assert settings["student"]["model"] == str(tmp_path / "runs/grid-lr_0.01/model")
+    chosen = json.loads((tmp_path / "runs/choices.json").read_text())["grid"]
+    assert chosen["chosen"] == {"train.lr": 0.01}
+    assert chosen["values"]["grid-lr_0.01"] < chosen["values"]["grid-lr_1e_07"]
+
+
+def test_no_run_begins_that_would_end_too_late(written, tmp_path):
+    plan = read_sweep(written(budget_minutes=1e-6))
+    outcome = run_sweep(plan, console=Console(quiet=True))
+    assert (outcome.done, len(outcome.left)) == ([], 5)
+    assert "call the sweep again" in summary(outcome)
+    assert run_sweep(read_sweep(written()), console=Console(quiet=True)).done[0] == "start"
+
+
+def test_assignments_change_all_runs_and_the_sweep(written, tmp_path):
+    values = yaml.safe_load(written().read_text())
+    values["settings"] |= {"student.init": "layers", "student.layers": 2}
+    values["stages"]["start"]["settings"] = {"loss.name": "sft"}
+    values["stages"]["distil"]["settings"] = {"student.model": "{start}", "student.init": "pretrained"}
+    path = written(**values)
+    changes = ["train.steps=3", f"output={tmp_path / 'other'}", "student.model=gpt2", "budget_minutes=2"]
+    plan = read_sweep(path, assignments=changes)
+    assert {run.settings["train.steps"] for run in plan.runs} == {3}
+    assert plan.settings.budget_minutes == 2
+    assert plan.runs[0].settings["student.model"] == "gpt2"
+    assert "student.layers" not in plan.runs[0].settings
+    assert plan.runs[1].settings["student.model"] == str(tmp_path / "other/start/model")
+
+
+def test_an_option_of_the_evaluation_is_checked_before_anything_runs(written):
+    how = {"data": ["x.jsonl"], "options": {"seed": 1, "set": {"max_tokens": 64}}}
+    with pytest.raises(SettingsError, match=r"evaluate\.options\.seed"):
+        read_sweep(written(evaluate=how))

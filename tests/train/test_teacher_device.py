@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dpkd.errors import DpkdError
+from dpkd.models.in_memory import InMemory
 from dpkd.run_metrics import read_metrics
 from dpkd.train import cache, run
 from dpkd.train.plan import make_plan
@@ -36,19 +37,19 @@ def test_a_teacher_on_the_cpu_serves_a_student_on_the_gpu(path, settings_of, qui
 
 @pytest.mark.parametrize("device", ["cudda", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device, settings_of, quiet):
-    with pytest.raises(DpkdError, match=f"teacher.device: {device} is no device of this machine"):
+    with pytest.raises(DpkdError, match=f"teacher.device: {device} is not available on this machine"):
         make_plan(settings_of("kd", {"teacher.device": device}), Display(quiet))
 
 
 def test_a_store_is_written_on_the_device_that_is_named(settings_of, quiet, monkeypatch, tmp_path):
     seen = SimpleNamespace(device=None)
 
-    def load(settings, *, device, dtype):
+    def load(self, settings, *, device, dtype):
         seen.device = device
         raise DpkdError("enough is known")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cache, "load_model", load)
+    monkeypatch.setattr(InMemory, "load", load)
     with pytest.raises(DpkdError, match=re.escape("enough is known")):
         cache.cache(settings_of("kd", {"teacher.device": "cpu"}), cache.CacheSettings(tmp_path / "s"), console=quiet)
     assert seen.device == torch.device("cpu")

@@ -117,7 +117,8 @@ def test_a_mean_over_draws_is_the_teacher(toy, tmp_path):
     assert write_store(tmp_path, teacher, sequences, manifest, pad_id=256) == 2
     assert write_store(tmp_path, teacher, sequences, manifest, pad_id=256) == 0, "nothing is written twice"
     batch = collate(sequences[::-1], pad_id=256, side="left", extra=3)
-    wants, store = Wants(64, logits=True), StoreTeacher(tmp_path, 257, torch.device("cpu"))
+    wants, store = Wants(64, logits=True), StoreTeacher(tmp_path)
+    store.load(torch.device("cpu"))
     found = store.score(batch, wants).logits(slice(None)).exp()
     wanted = teacher.score(batch, wants).logits(slice(None)).softmax(-1)
     np.testing.assert_allclose(found.sum(-1).numpy(), 1.0, rtol=1e-5)
@@ -170,7 +171,7 @@ def test_a_run_from_a_store_of_samples_trains(settings_of, toy, quiet, tmp_path)
     [
         ("rkl", {}, "teacher.store: rkl reads whole distributions, and the store has 20 sampled tokens; only the"),
         ("kd", {"loss.temperature": 2.0}, "teacher.store: kd reads whole distributions"),
-        ("dpkd", {}, "teacher.store: dpkd reads the teacher on text that the student writes anew"),
+        ("dpkd", {}, "teacher.store: dpkd reads the teacher on responses that the student writes during"),
         ("dpkd", PAIRS, "teacher.store: the store has responses by dataset, not by teacher; write it with"),
         ("rkl", {"text.source": "student", "text.teacher_mix": 0.2}, "teacher.store: text.teacher_mix mixes the"),
         ("rkl", {"text.source": "student", "text.teacher_veto": 25}, "teacher.store: text.teacher_veto lets the"),

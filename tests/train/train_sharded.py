@@ -7,9 +7,9 @@ from torch.distributed.fsdp import fully_shard
 
 from dpkd.cli.main import main
 from dpkd.models.head import causal_lm
-from dpkd.train import build as assembly
+from dpkd.train import build as run_parts
 
-make_optimizer = assembly.make_optimizer
+make_optimizer = run_parts.make_optimizer
 
 
 def shard_first(loss_module, settings):
@@ -21,6 +21,6 @@ def shard_first(loss_module, settings):
 
 
 if __name__ == "__main__":
-    assembly.make_optimizer = shard_first
+    run_parts.make_optimizer = shard_first
     Accelerator.prepare = lambda self, *parts: parts
     main()

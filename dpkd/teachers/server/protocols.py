@@ -44,7 +44,7 @@ class Query(NamedTuple):
     chosen: tuple[tuple[int, ...], ...] | None = None
 
 
-class Scores(NamedTuple):
+class ServedScores(NamedTuple):
     """Log-probs in nats: of the given tokens `[T]`, and of the tokens `ids` `[T, K]` of each position `[T, K]`."""
 
     given: np.ndarray
@@ -52,7 +52,7 @@ class Scores(NamedTuple):
     logps: np.ndarray
 
 
-class Drawn(NamedTuple):
+class ServedText(NamedTuple):
     """A text by the server; `ids` where it says them, `ended` where it ended by itself, and not at the limit."""
 
     text: str
@@ -76,7 +76,7 @@ class Protocol:
         """Path and body that ask for the scores of a sequence."""
         raise NotImplementedError
 
-    def scores(self, query: Query, answer: Any) -> Scores:
+    def scores(self, query: Query, answer: Any) -> ServedScores:
         """The scores in an answer. Raises BadAnswer, naming what is wrong with it."""
         raise NotImplementedError
 
@@ -88,11 +88,11 @@ class Protocol:
         """Path and body that ask for a text; `sampling` in OpenAI's words."""
         return "/v1/completions", {"model": self.model, "prompt": prompt, **_without_top_k(sampling)}
 
-    def text(self, answer: Any) -> Drawn:
+    def text(self, answer: Any) -> ServedText:
         """The text in an answer. Raises BadAnswer where there is none."""
         try:
             (choice,) = answer["choices"]
-            return Drawn(str(choice["text"]), None, choice.get("finish_reason") == "stop")
+            return ServedText(str(choice["text"]), None, choice.get("finish_reason") == "stop")
         except (KeyError, TypeError, ValueError) as error:
             raise BadAnswer(f"the server's answer has no text: {_shown(answer)}") from error
 
@@ -137,7 +137,7 @@ class VLLM(Protocol):
             "prompt_logprobs": query.k,
         }
 
-    def scores(self, query: Query, answer: Any) -> Scores:
+    def scores(self, query: Query, answer: Any) -> ServedScores:
         if query.chosen is not None:
             return self._chosen(query, answer)
         entries = _at(answer, "choices", 0, "prompt_logprobs")
@@ -155,7 +155,7 @@ class VLLM(Protocol):
         body = {"model": self.model, "prompt": list(ids), **sampling, "logprobs": 0, "return_tokens_as_token_ids": True}
         return "/v1/completions", {**body, "add_special_tokens": False, "skip_special_tokens": False}
 
-    def text(self, answer: Any) -> Drawn:
+    def text(self, answer: Any) -> ServedText:
         drawn = super().text(answer)
         logprobs = answer["choices"][0].get("logprobs") or {}
         tokens = logprobs.get("tokens") or []
@@ -164,7 +164,7 @@ class VLLM(Protocol):
         ids = tuple(int(token.removeprefix("token_id:")) for token in tokens)
         return drawn._replace(ids=ids, logps=tuple(logprobs.get("token_logprobs") or ()))
 
-    def _chosen(self, query: Query, answer: Any) -> Scores:
+    def _chosen(self, query: Query, answer: Any) -> ServedScores:
         assert query.chosen is not None
         packed = _at(answer, "prompt_token_id_logprobs")
         try:
@@ -176,7 +176,7 @@ class VLLM(Protocol):
             raise BadAnswer(f"expected log-probs of chosen ids of shape {wanted}, got {values.shape}")
         values = values.astype(np.float64)
         _check(values)
-        return Scores(values[:, -1], np.array(query.chosen, dtype=np.int64), values[:, :-1])
+        return ServedScores(values[:, -1], np.array(query.chosen, dtype=np.int64), values[:, :-1])
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class SGLang(Protocol):
             body["top_logprobs_num"] = query.k
         return "/generate", body
 
-    def scores(self, query: Query, answer: Any) -> Scores:
+    def scores(self, query: Query, answer: Any) -> ServedScores:
         meta = _at(answer, "meta_info")
         given = _tail(meta, "input_token_logprobs", query.rows)
         name = "input_top_logprobs" if query.chosen is None else "input_token_ids_logprobs"
@@ -220,7 +220,7 @@ class SGLang(Protocol):
             own_logps = [row[i] for row, i in zip(rows, query.ids[-query.rows :], strict=True)]
         except KeyError as error:
             raise BadAnswer(f"the answer has no log-prob of the id {error}, which was asked for") from error
-        scores = Scores(np.array(own_logps), np.array(query.chosen, dtype=np.int64), np.array(values))
+        scores = ServedScores(np.array(own_logps), np.array(query.chosen, dtype=np.int64), np.array(values))
         _check(scores.given)
         _check(scores.logps)
         return scores
@@ -234,13 +234,13 @@ class SGLang(Protocol):
         wanted = {"sampling_seed" if k == "seed" else k: v for k, v in wanted.items()}
         return "/generate", {"input_ids": list(ids), "sampling_params": wanted, "return_logprob": True}
 
-    def text(self, answer: Any) -> Drawn:
+    def text(self, answer: Any) -> ServedText:
         meta = _at(answer, "meta_info")
         tokens = meta.get("output_token_logprobs") or []
         reason = meta.get("finish_reason")
         ended = (reason.get("type") if isinstance(reason, dict) else reason) == "stop"
         ids = tuple(_int(one, place) for place, one in enumerate(tokens))
-        return Drawn(str(_at(answer, "text")), ids or None, ended, tuple(_number(one[0]) for one in tokens))
+        return ServedText(str(_at(answer, "text")), ids or None, ended, tuple(_number(one[0]) for one in tokens))
 
 
 PROTOCOLS: Mapping[str, type[Protocol]] = {"vllm": VLLM, "sglang": SGLang, "openai": OpenAI}
@@ -255,8 +255,8 @@ def _vllm_row(entry: Any, place: int) -> dict[int, float]:
         raise BadAnswer(f"the log-probs of token {place} cannot be read: {_shown(entry)}") from error
 
 
-def _listed(query: Query, rows: Sequence[Mapping[int, float]]) -> Scores:
-    """Scores from log-probs by id. Raises BadAnswer where the given token, or one of the K, is missing."""
+def _listed(query: Query, rows: Sequence[Mapping[int, float]]) -> ServedScores:
+    """ServedScores from log-probs by id. Raises BadAnswer where the given token, or one of the K, is missing."""
     given, ids, logps = [], [], []
     width = min((len(row) for row in rows), default=0) if query.k == -1 else query.k
     for token, row in zip(query.ids[-query.rows :] if query.rows else (), rows, strict=True):
@@ -271,7 +271,7 @@ def _listed(query: Query, rows: Sequence[Mapping[int, float]]) -> Scores:
         given.append(row[token])
         ids.append([i for i, _ in best])
         logps.append([value for _, value in best])
-    scores = Scores(
+    scores = ServedScores(
         np.array(given, dtype=np.float64),
         np.array(ids, dtype=np.int64).reshape(len(rows), width),
         np.array(logps, dtype=np.float64).reshape(len(rows), width),

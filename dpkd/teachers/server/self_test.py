@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dpkd.errors import DpkdError
 from dpkd.teachers.server.client import Client, ServerRefusal
-from dpkd.teachers.server.protocols import BadAnswer, Protocol, Query, Scores
+from dpkd.teachers.server.protocols import BadAnswer, Protocol, Query, ServedScores
 
 TEXT = "The quick brown fox jumps over 13 lazy dogs."
 TOKENS = 24
@@ -58,8 +58,8 @@ def self_test(client: Client, protocol: Protocol, tokenizer: Any, *, k: int, cho
 
 def _tested(
     client: Client, url: str, protocol: Protocol, tokenizer: Any, ids: tuple[int, ...], k: int, chosen: int
-) -> Scores:
-    def score(query: Query) -> tuple[Any, Scores]:
+) -> ServedScores:
+    def score(query: Query) -> tuple[Any, ServedScores]:
         path, body = protocol.request(query)
         try:
             answer = client.post(path, body, server=url).result()
@@ -106,7 +106,7 @@ def _same_tokens(url: str, tokenizer: Any, named: Sequence[tuple[int, str]]) -> 
 
 
 def _same_positions(
-    url: str, score: Any, protocol: Protocol, client: Client, ids: tuple[int, ...], whole: Scores
+    url: str, score: Any, protocol: Protocol, client: Client, ids: tuple[int, ...], whole: ServedScores
 ) -> None:
     """The log-prob of a drawn token is that of the same token in a text, and a shorter text has the same ones."""
     _, shorter = score(Query(ids[:-2], len(ids) - 3, 0))

@@ -18,7 +18,7 @@ from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherOf
 from dpkd.errors import DpkdError
 from dpkd.models.settings import TeacherSettings
 from dpkd.teachers.server.client import Client
-from dpkd.teachers.server.protocols import PROTOCOLS, BadAnswer, Query, Scores
+from dpkd.teachers.server.protocols import PROTOCOLS, BadAnswer, Query, ServedScores
 from dpkd.teachers.server.self_test import self_test, served_model
 from dpkd.teachers.server.text import ServerSampler
 from dpkd.teachers.store import StoredRows
@@ -59,8 +59,8 @@ class ServerTeacher(Teacher):
         self.k, self.chosen = settings.top_k or 0, 0
         self.client = Client(settings.servers, settings.client)
         self.protocol = PROTOCOLS[settings.protocol](settings.model or "")
-        self._pending: dict[Query, Future[Scores]] = {}
-        self._answers: OrderedDict[Query, Scores] = OrderedDict()
+        self._pending: dict[Query, Future[ServedScores]] = {}
+        self._answers: OrderedDict[Query, ServedScores] = OrderedDict()
         self._kept = 0
         self._device = torch.device("cpu")
         self._restart()
@@ -176,12 +176,12 @@ class ServerTeacher(Teacher):
         if query not in self._answers and query not in self._pending:
             self._pending[query] = self.client.run(self._scored(query))
 
-    async def _scored(self, query: Query) -> Scores:
+    async def _scored(self, query: Query) -> ServedScores:
         path, body = self.protocol.request(query)
         answer = await self.client.send("POST", path, body)
         return self.protocol.scores(query, answer)
 
-    def _answer(self, query: Query) -> Scores:
+    def _answer(self, query: Query) -> ServedScores:
         if query in self._answers:
             self._answers.move_to_end(query)
             return self._answers[query]
@@ -196,7 +196,7 @@ class ServerTeacher(Teacher):
         self._keep(query, scores)
         return scores
 
-    def _keep(self, query: Query, scores: Scores) -> None:
+    def _keep(self, query: Query, scores: ServedScores) -> None:
         """Keep an answer; those that were not used for longest go first."""
         if query.chosen is not None:  # the student's choice will be another one
             return
@@ -207,7 +207,7 @@ class ServerTeacher(Teacher):
             self._kept -= oldest.rows
 
 
-def served_rows(scores: Sequence[Scores], targets: Tensor, wants: Wants, vocabulary: int) -> StoredRows:
+def served_rows(scores: Sequence[ServedScores], targets: Tensor, wants: Wants, vocabulary: int) -> StoredRows:
     """The answers to the sequences of a batch as the rows of that batch: given tokens, some others, and the rest.
 
     The given token stands beside the others, and so may be in a row twice; ids beyond the vocabulary, which a padded

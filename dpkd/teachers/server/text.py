@@ -11,7 +11,7 @@ from dpkd.api import Sampled, SamplingTask
 from dpkd.data.encoding import encode_continuations, end_ids
 from dpkd.errors import DpkdError
 from dpkd.teachers.server.client import Client
-from dpkd.teachers.server.protocols import BadAnswer, Drawn, Protocol
+from dpkd.teachers.server.protocols import BadAnswer, Protocol, ServedText
 
 
 class ServerSampler:
@@ -58,7 +58,7 @@ class ServerSampler:
         sampling |= {"top_p": task.top_p} if task.top_p < 1 else {}
         return sampling | ({"top_k": task.top_k} if task.top_k > 0 else {})
 
-    def _sampled(self, drawn: Drawn) -> Sampled:
+    def _sampled(self, drawn: ServedText) -> Sampled:
         ids = drawn.ids
         if ids is None:
             ids = tuple(encode_continuations(self._tokenizer, [drawn.text])[0])

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpkd.errors import DpkdError
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.lora import add_lora
 from dpkd.models.saving import save_model
@@ -84,7 +85,7 @@ def test_a_failed_save_leaves_the_older_model(
     with monkeypatch.context() as patched, torch.no_grad():
         llama.lm_head.weight.zero_()
         patched.setattr(type(tokenizer), "save_pretrained", full)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(DpkdError, match="no space left"):
             save_model(llama, tokenizer, folder)
     kept = load_file(folder / "model.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in before.items())

@@ -1,0 +1,87 @@
+"""What the runs of one process share: loaded models, tokenizers and tokenized rows, each found by who it is.
+
+Made once by whoever runs several runs, and passed to each of them as `given`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from dpkd.models.in_memory import InMemory
+from dpkd.models.settings import ModelSettings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shared(InMemory):
+    """Models and tokenized rows that were used before are used again; the longest unused ones are dropped.
+
+    most_models  models that stay loaded: a teacher to train with and one to evaluate with, a student's start, a
+                 model that is evaluated
+    most_rows    tokenized data sets that stay
+    """
+
+    most_models: int = 4
+    most_rows: int = 8
+    _kept_models: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
+    _kept_rows: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
+    _tokenizers: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def tokenizer(self, settings: ModelSettings) -> Any:
+        """A copy of the tokenizer, which is read once while its files stay as they are."""
+        name = getattr(settings, "tokenizer", None) or settings.model
+        if self._model(settings) is not None:
+            return super().tokenizer(settings)
+        key = (name, settings.revision, _stamp(name))
+        if key not in self._tokenizers:
+            self._tokenizers[key] = super().tokenizer(settings)
+        return deepcopy(self._tokenizers[key])
+
+    def load(self, settings: ModelSettings, *, device: torch.device | str, dtype: torch.dtype | None) -> Any:
+        """The model itself, for all who ask: nobody trains it."""
+        if self._model(settings) is not None:
+            return super().load(settings, device=device, dtype=dtype)
+        return self._loaded(settings, device, dtype)
+
+    def load_copy(self, settings: ModelSettings, *, device: torch.device | str, dtype: torch.dtype | None) -> Any:
+        """A copy of the model, to be trained."""
+        if self._model(settings) is not None:
+            return super().load_copy(settings, device=device, dtype=dtype)
+        return deepcopy(self._loaded(settings, device, dtype))
+
+    def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What was made for a key before."""
+        return _kept(self._kept_rows, key, make, self.most_rows)
+
+    def _loaded(self, settings: ModelSettings, device: torch.device | str, dtype: torch.dtype | None) -> Any:
+        who = settings.model_dump_json(exclude={"tokenizer", "settings"})  # a student's has its layers as well
+        key = (self.fingerprint(settings), who, str(device), dtype)
+        return _kept(
+            self._kept_models, key, lambda: InMemory.load(self, settings, device=device, dtype=dtype), self.most_models
+        )
+
+
+def _kept(cache: OrderedDict[Hashable, Any], key: Hashable, make: Callable[[], T], most: int) -> T:
+    """The value of a key, made where it is not there; the longest unused value goes when there are too many."""
+    if key not in cache:
+        while len(cache) >= most:  # before another is made: two of them may not fit
+            cache.popitem(last=False)
+        cache[key] = make()
+    cache.move_to_end(key)
+    value: T = cache[key]
+    return value
+
+
+def _stamp(name: str | None) -> tuple[Any, ...]:
+    """Size and time of change of a folder's JSON and text files, which a tokenizer is read from."""
+    path = Path(name or "")
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in (".json", ".txt", ".model"))
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
