@@ -18,7 +18,7 @@ from dpkd.errors import DpkdError, SettingsError
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.server.teacher import ServerTeacher
 from dpkd.teachers.store import StoreTeacher
-from dpkd.train import run
+from dpkd.train import resume, run
 from dpkd.train.cache import CacheSettings, cache
 from dpkd.train.plan import make_plan
 from dpkd.train.progress import Display
@@ -296,7 +296,7 @@ def test_a_server_that_dies_stops_the_run_at_a_checkpoint_from_which_it_goes_on(
         run.train(resolved, console=quiet)
     assert (tmp_path / "cut" / "checkpoints").is_dir()
     server.failures = []
-    run.resume_folder(tmp_path / "cut", console=quiet)
+    resume.resume_folder(tmp_path / "cut", console=quiet)
     for file in ("model.safetensors",):
         own, other = ((f / "model" / file).read_bytes() for f in (tmp_path / "cut", whole.path))
         assert own == other

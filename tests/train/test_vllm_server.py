@@ -17,7 +17,7 @@ from dpkd.data.batches import TokenSequence, collate
 from dpkd.errors import DpkdError
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.local import LocalTeacher
-from dpkd.train import run
+from dpkd.train import resume, run
 from dpkd.train.plan import make_plan
 from dpkd.train.prepare import prepare
 from dpkd.train.progress import Display
@@ -161,7 +161,7 @@ def test_a_server_that_is_killed_stops_the_run_and_another_one_takes_it_up(made,
         with pytest.raises(TeacherLost, match=r"training stopped: (?s:.*)dpkd train --resume"):
             run.train(resolved, console=quiet)
     second = start("--dtype", "float32", "--port", first.url.rpartition(":")[2])
-    folder = run.resume_folder(tmp_path / "cut", console=quiet)
+    folder = resume.resume_folder(tmp_path / "cut", console=quiet)
     second.close()
     ends = [json.dumps([line["loss/main"] for line in read_metrics(f.metrics)]) for f in (folder, whole)]
     own, other = (json.loads(end) for end in ends)
