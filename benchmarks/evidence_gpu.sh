@@ -32,7 +32,7 @@ wait $SWEEP
 STATUS=$?
 pack
 SCORED=$(ls -d "$RUNS"/*/eval 2>/dev/null | sed 's,/eval$,,')
-[ -z "$SCORED" ] || $DPKD compare $SCORED --format markdown >"$OUT/table.md" 2>"$OUT/compare.err"
+[ -z "$SCORED" ] || $DPKD compare $SCORED --format markdown >"$OUT/table.md" 2>>"$OUT/sweep.log"
 cat "$OUT/table.md" 2>/dev/null
 for seed in 10 20 30 40 50; do
   (cd "$RUNS" && find . -name "predictions-$seed.jsonl" -path '*/eval/*' -print0 |

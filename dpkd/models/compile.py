@@ -16,8 +16,9 @@ from dpkd.models.head import causal_lm, hidden_states
 BACKEND = "inductor"
 # Student and teacher may be of one class: training, evaluation and both types each take an entry of the cache.
 ENTRIES = 32
-# Optimizer steps from which `auto` compiles: half a minute of compiling must be won back.
-WORTH_STEPS = 1000
+# Optimizer steps from which `auto` compiles: half a minute must be won back, and an H200 saved 30 to 170 ms a step
+# (docs/performance.md).
+WORTH_STEPS = 500
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

@@ -61,10 +61,9 @@ class Restored(NamedTuple):
     loop: dict[str, Any]
 
 
-def _full(tensor: Tensor) -> Tensor:
-    """The whole tensor on the CPU, also of a sharded parameter."""
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach().cpu().contiguous()
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole tensor where it lies; the processes that hold parts of it call this together."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
 def _put(target: Tensor, value: Tensor) -> None:
@@ -81,11 +80,17 @@ def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def _optimiser_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    tensors = {}
+def _optimiser_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, keep: bool
+) -> dict[str, Tensor]:
+    """The optimizer's state; where it is not kept, this process only takes part in gathering it."""
+    tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            whole = _full(torch.as_tensor(value))
+            whole = _whole(torch.as_tensor(value))
+            if not keep:
+                continue
+            whole = whole.cpu().contiguous()
             # Tables of an 8-bit state belong to all parameters, and a file of safetensors has each tensor once.
             tensors[f"{name}|{key}"] = whole if whole.shape == parameter.shape else whole.clone()
     return tensors
@@ -122,9 +127,13 @@ def save(
     Raises NotFinite when a weight is not finite: such a state is worth nothing; StorageError when the disk is full.
     """
     parameters = _trainable(module)
-    weights = {name: _full(p) for name, p in parameters.items()}
-    optimiser_state = _optimiser_tensors(optimizer, parameters)
-    _check_finite(weights)
+    weights: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        whole = _whole(parameter)
+        _check_finite({name: whole})  # in every process: all stop, or none
+        if is_main:  # the others take part in gathering, and copy nothing
+            weights[name] = whole.cpu().contiguous()
+    optimiser_state = _optimiser_tensors(optimizer, parameters, keep=is_main)
     final = folder / f"step-{step:08d}"
     if not is_main or final.is_dir():
         return Checkpoint(final, step)

@@ -218,7 +218,9 @@ def test_answers_that_cannot_be_used_are_refused_by_name(served, server, quiet, 
 def test_passing_failures_are_tried_again(settings_of, served, server, toy, quiet):
     live, _, _ = gradients(_local(settings_of, toy, "topk-kl", {"loss.k": 8, "student.dropout": "off"}), quiet)
     server.failures = [429, "drop", 503]
-    found, _, train_step = gradients(served("topk-kl", {"loss.k": 8, "student.dropout": "off", "teacher.client.retries": 5}), quiet)
+    found, _, train_step = gradients(
+        served("topk-kl", {"loss.k": 8, "student.dropout": "off", "teacher.client.retries": 5}), quiet
+    )
     for name, gradient in live.items():
         torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=1e-6)
     assert train_step.teacher.statistics()["teacher/retries"] == 3
