@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -65,6 +67,7 @@ class VllmServer:
         raise AssertionError(f"vLLM did not start: {self.log.read_text(errors='replace')[-3000:]}")
 
     def close(self) -> None:
-        """End it at once, as a machine that fails would."""
-        self._process.kill()
+        """End it at once, with its engine's process, as a machine that fails would."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
