@@ -1,17 +1,16 @@
 """A `dpkd` command in a child process whose file system fails, or that is killed, at a chosen call.
 
-The child is forked from a process that has imported everything, so that a case costs what the command costs. Faults
+The child is forked from a server that has imported everything, so that a case costs what the command costs. Faults
 reach the command through the functions of `os` alone: the product has no hook for them.
 """
 
 from __future__ import annotations
 
 import errno
-import importlib
+import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,10 +64,10 @@ USED = (
 )
 
 
-def preload() -> None:
-    """Import here what the commands import, so that a forked child need not."""
-    for name in USED:
-        importlib.import_module(name)
+# The server imports what the commands import and computes nothing: a fork of a process whose thread pools have started,
+# such as pytest's after any forward, can crash in its first matrix product.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(list(USED))
 
 
 def inject(fault: Fault, root: Path, count_file: int) -> None:
@@ -114,33 +113,28 @@ def inject(fault: Fault, root: Path, count_file: int) -> None:
 
 
 def dpkd(arguments: Sequence[str], folder: Path, fault: Fault = Fault(), limit: float = 120.0) -> SweepOutcome:
-    """Run `dpkd ARGUMENTS` in `folder`, in a forked child, under a fault."""
-    preload()
+    """Run `dpkd ARGUMENTS` in `folder`, in a child of the fork server, under a fault."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
     count = folder.with_name(f"{folder.name}.calls")
-    child = os.fork()
-    if child == 0:
-        _child(arguments, folder, fault, log, count)
-    began = time.monotonic()
-    code = None
-    while time.monotonic() - began < limit:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            break
-        time.sleep(0.005)
+    child = SERVER.Process(target=_child, args=(list(arguments), folder, fault, log, count, dict(os.environ)))
+    child.start()
+    child.join(limit)
+    code = child.exitcode
     if code is None:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        child.join()
     calls = int(count.read_text() or 0)
     return SweepOutcome(code, log.read_text(encoding="utf-8", errors="replace"), calls)
 
 
-def _child(arguments: Sequence[str], folder: Path, fault: Fault, log: Path, count: Path) -> None:
+def _child(
+    arguments: Sequence[str], folder: Path, fault: Fault, log: Path, count: Path, environment: dict[str, str]
+) -> None:
     """Never returns."""
     code = 70
     try:
+        os.environ.update(environment)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         counter = os.open(count, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)

@@ -84,6 +84,9 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(place, kind, comman
     folder, whole, calls = commands
     here = folder / f"{kind}-{place}"
     failed = dpkd(TRAIN, here, Fault(kind, int(place * calls)))
+    if place > 0.9 and failed.kind == "ok":  # only a removal of what is no longer needed failed
+        assert whole.items() <= fingerprint(here / "run").items()
+        return
     assert (failed.kind, failed.code) == ("refused", 1), failed.text
     assert "disk is full" in failed.text or "No space left" in failed.text
     again = dpkd(["train", "--resume", "run"], here)
