@@ -90,6 +90,9 @@ class ZooLoss(nn.Module):
         def chunk_loss(logits_nV: Tensor, rows: slice) -> Tensor:
             signals = {signal: values[rows] for signal, values in others.items()}
             signals[Signal.STUDENT_LOGITS] = logits_nV
+            if self.spec.chosen_k is not None:
+                likeliest = min(self.spec.chosen_k(self.config), size)
+                signals[Signal.CHOSEN_IDS] = logits_nV.detach().topk(likeliest, dim=-1).indices
             if theirs is not None:
                 with torch.no_grad():
                     signals[Signal.TEACHER_LOGITS] = theirs.logits(rows).detach().to(logits_nV.dtype)

@@ -53,9 +53,8 @@ class KDLoss(TokenLoss[KDConfig]):
         if c.kd_ratio < 1 and c.temperature != 1:
             return None  # two temperatures
         scale = c.temperature**2 if c.scale_by_t2 else 1.0
-        return KLSum(
-            forward=scale * c.kd_ratio, likelihood=1 - c.kd_ratio, temperature=c.temperature, parts=("kl", None, "nll")
-        )
+        parts = ("kl" if c.kd_ratio else None, None, "nll" if c.kd_ratio else None)  # one term alone is the loss
+        return KLSum(forward=scale * c.kd_ratio, likelihood=1 - c.kd_ratio, temperature=c.temperature, parts=parts)
 
 
 def _reads(config: KDConfig) -> frozenset[Signal]:

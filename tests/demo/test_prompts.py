@@ -42,6 +42,10 @@ def test_a_misspelt_loss_is_said_before_anything_slow(monkeypatch):
 
 
 def test_the_settings_are_settings():
-    from dpkd.config.settings import RunSettings
+    from dpkd.config.layers import Layer
+    from dpkd.config.resolve import resolve
+    from dpkd.plugins import load_registry
 
-    RunSettings.model_validate(SETTINGS)
+    files = {"teacher": "teacher", "data": {**SETTINGS["data"], "path": "data.jsonl"}, "loss": {"name": "kd"}}
+    settings = resolve([Layer("the demo", {**SETTINGS, **files})], load_registry()).settings
+    assert settings.train.batch_size == SETTINGS["train"]["batch_size"]
