@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,3 +38,11 @@ def failing(call: str, at: int, *, torn: bool = False, once: bool = False, code:
 def faults():
     """`with faults("fsync", 3): ...`: see `failing`."""
     return failing
+
+
+@pytest.fixture(autouse=True)
+def _hangups_are_heard():
+    """A process that was started with hangups ignored (nohup) hands that down to all that it starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

@@ -106,6 +106,7 @@ def inputs_of(
         Signal.STUDENT_LOGITS: student,
         Signal.TEACHER_LOGITS: teacher,
         Signal.TARGETS: targets,
+        Signal.CHOSEN_IDS: student.detach().argsort(-1, descending=True),
         Signal.BY_STUDENT: torch.arange(count) % 2 == 0,
         Signal.ROLLOUT_LOGPS: logps,
         Signal.BEHAVIOUR_LOGPS: logps + 0.1,
