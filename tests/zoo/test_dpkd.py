@@ -88,7 +88,8 @@ def test_is_log_two_at_match() -> None:
 
 
 def test_suggests_the_pairs_of_algorithm_1_and_an_lm_term() -> None:
-    assert SPEC.suggests["text"]["pairs"] == {"chosen": "teacher", "rejected": "student"}
+    text = SPEC.suggests["text"]
+    assert (text["source"], text["chosen"], text["rejected"]) == ("pairs", "teacher", "student")
     assert SPEC.suggests["text"]["refresh"] == "every_step"
     assert SPEC.suggests["terms"]["lm"]["weight"] > 0
     assert "pretrain" in SPEC.card.notes
