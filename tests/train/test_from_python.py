@@ -229,7 +229,7 @@ def test_resume_needs_the_same_objects(models, tokenizer, rows, tmp_path, monkey
         with pytest.raises(Stopped, match=r"dpkd\.resume\('.*stopped', teacher=\.\.\., student=\.\.\., data=\.\.\.\)"):
             dpkd.train(loss="kd", **objects, output=tmp_path / "stopped", settings=SHORT)
     stopped = tmp_path / "stopped"
-    with pytest.raises(SettingsError, match=r"teacher.model: in-memory:teacher stands for an object") as caught:
+    with pytest.raises(SettingsError, match=r"teacher.model: in-memory:teacher refers to an object") as caught:
         resume_folder(stopped)
     assert len(caught.value.problems) == 3
     other = deepcopy(student)

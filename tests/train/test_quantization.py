@@ -125,7 +125,7 @@ def test_without_the_package_it_says_what_to_install_before_anything_slow(settin
     [
         ({"teacher.quantization": "2bit"}, "teacher.quantization"),
         ({"teacher.model": "some.gguf"}, "takes a folder of safetensors or a hub id"),
-        ({"student.init": "layers", "student.model": None, "student.layers": 2}, "8bit packs the weights, and student"),
+        ({"student.init": "layers", "student.model": None, "student.layers": 2}, "8bit quantizes the weights, but"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(more, message, settings_of, changes):

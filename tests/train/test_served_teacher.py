@@ -102,7 +102,7 @@ def test_an_openai_server_gives_text_only(served, server, quiet):
         ("kd", {}, "kd reads whole distributions.*--offers chosen-ids"),
         ("minillm", {"text.teacher_mix": 0.0}, "minillm reads whole distributions"),
         ("hidden-mse", {}, "hidden states, which the server does not have"),
-        ("opd", {"text.teacher_mix": 0.2}, "that takes the teacher's model"),
+        ("opd", {"text.teacher_mix": 0.2}, "this needs the teacher's model"),
         ("topk-kl", {"loss.k": 8, "teacher.top_k": 4}, "the server has teacher.top_k=4 of them; teacher.top_k=8"),
         ("topk-kl", {"teacher.server": "localhost:8000"}, "should be an address such as http"),
         ("topk-kl", {"teacher.server": "http://me:secret@host/v1"}, "has a key or a password in the address"),
