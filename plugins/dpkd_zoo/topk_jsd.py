@@ -32,10 +32,6 @@ class TopKJSDLoss(TokenLoss[TopKJSDConfig]):
         return jensen_shannon(log_p, log_q, self.config.beta)
 
 
-def _tokens(config: LossConfig) -> int:
-    return config.k  # type: ignore[attr-defined,no-any-return]
-
-
 SPEC = LossSpec(
     name="topk-jsd",
     loss=TopKJSDLoss,
@@ -54,7 +50,7 @@ SPEC = LossSpec(
         r"\qquad C=\text{the }k\text{ likeliest under }q",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.CHOSEN_IDS}),
-    chosen_k=_tokens,
+    chosen_k=lambda config: config.k,
     suggests={"text": {"source": "student", "refresh": "every_step"}},
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
 )

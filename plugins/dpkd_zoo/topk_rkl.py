@@ -29,10 +29,6 @@ class TopKRKLLoss(TokenLoss[TopKRKLConfig]):
         return kl(with_rest(x.student_log_probs(), ids_NK), with_rest(x.teacher_log_probs(), ids_NK))
 
 
-def _tokens(config: LossConfig) -> int:
-    return config.k  # type: ignore[attr-defined,no-any-return]
-
-
 SPEC = LossSpec(
     name="topk-rkl",
     loss=TopKRKLLoss,
@@ -54,7 +50,7 @@ SPEC = LossSpec(
         r"}k\text{ likeliest under }q",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.CHOSEN_IDS}),
-    chosen_k=_tokens,
+    chosen_k=lambda config: config.k,
     suggests={"text": {"source": "student", "refresh": "every_step"}},
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
 )

@@ -38,10 +38,6 @@ class TopKRKLSampledLoss(TokenLoss[TopKRKLSampledConfig]):
         return inside_N + gap_N * (1 + drawn_N - drawn_N.detach())
 
 
-def _tokens(config: LossConfig) -> int:
-    return config.k  # type: ignore[attr-defined,no-any-return]
-
-
 SPEC = LossSpec(
     name="topk-rkl-sampled",
     loss=TopKRKLSampledLoss,
@@ -67,7 +63,7 @@ SPEC = LossSpec(
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.CHOSEN_IDS, Signal.TARGETS}),
     accepts=frozenset({Text.STUDENT}),
-    chosen_k=_tokens,
+    chosen_k=lambda config: config.k,
     suggests={"text": {"source": "student", "refresh": "every_step"}, "student": {"dropout": "off"}},
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.SHIFT_INVARIANT, Trait.DETACHED_WEIGHTS}),
 )

@@ -31,6 +31,12 @@ def test_a_stale_file_is_noticed(monkeypatch):
     assert {"kd", "rkl"} <= stale  # a card that changed, and one of a loss that is no more
 
 
+def test_the_readme_counts_the_losses():
+    text = (generate.ROOT / "README.md").read_text(encoding="utf-8")
+    counts = re.findall(r"(?:any of|all) (\d+) losses|distillation losses \| (\d+),", text)
+    assert [int(a or b) for a, b in counts] == [len(LOSSES)] * 3
+
+
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_a_card_says_what_the_spec_says(name):
     spec, page = LOSSES[name], cards.pages()[name]
