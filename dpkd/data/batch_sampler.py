@@ -86,12 +86,3 @@ class BatchSampler:
         """Whether the student writes anew before this step."""
         _, inner, within = self._place(step)
         return inner == 0 and within == 0
-
-    def upcoming(self, step: int) -> list[int]:
-        """The distinct examples that the steps from `step` to the end of its period, and of the run, will use."""
-        period = self.period(step)
-        seen: dict[int, None] = {}
-        while step < self.steps and self.period(step) == period:
-            seen.update(dict.fromkeys(self.window(step)))
-            step += 1
-        return list(seen)
