@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Queue
 from types import FrameType
@@ -270,17 +270,20 @@ class InProcess:
         self.registry, self.shared = registry, Shared()
 
     def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
+        left = sum(not RunFolder(one.folder).is_finished for one in plan.runs)
+        given = replace(self.shared, runs_left=left)
+
         def train_it(console: Console) -> None:
             if RunFolder(run.folder).config.is_file():
                 resume_folder(
                     run.folder,
                     trust_remote_code=_is_trusted(plan, run, self.registry),
-                    given=self.shared,
+                    given=given,
                     registry=self.registry,
                     console=console,
                 )
             else:
-                train(resolve(plan.layers(run), self.registry, self.shared), console=console)
+                train(resolve(plan.layers(run), self.registry, given), console=console)
 
         return self._logged(run, f"dpkd train, output {run.folder}", train_it)
 
