@@ -46,6 +46,7 @@ from dpkd.train.progress import Display
 from dpkd.train.rollouts import Rollouts, check_processes, make_groups
 from dpkd.train.schedules import Schedules
 from dpkd.train.step_batches import LM_READS, CorpusBatches, StepBatchBuilder
+from dpkd.train.timings import Timings
 from dpkd.train.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -92,18 +93,23 @@ class RunParts:
             self.teacher.close()
 
 
-def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> RunParts:
-    """Load everything that a run needs.
+def assemble(
+    resolved: Resolved, accelerator: Accelerator, display: Display, timings: Timings | None = None
+) -> RunParts:
+    """Load everything that a run needs; `timings` gets where the time goes.
 
     Raises DpkdError when models, tokenizers or data do not fit together.
     """
     settings = resolved.settings
     _check_sharding(accelerator)
     check_processes(resolved, accelerator.num_processes)
-    prepared = prepare(resolved, display)
+    timings = timings or Timings()
+    with timings("data"):
+        prepared = prepare(resolved, display)
     tokenizer, data, steps = prepared.tokenizer, prepared.data, prepared.steps
     corpus = _corpus(settings, tokenizer, steps, display)
-    models = _Models(resolved, accelerator, prepared, display)
+    with timings("models"):
+        models = _Models(resolved, accelerator, prepared, display)
     check_ids(data.prompts, causal_lm(models.student).get_input_embeddings().weight.shape[0], "the student")
     layout = models.layout(settings.batch)  # while the student is whole: it may be sharded below
     losses = _losses(resolved)
@@ -122,7 +128,8 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         chosen=chosen_ids(resolved.objectives),
         reward_scale=1.0 if reward is None else float(reward(resolved.loss_config)),
     ).to(accelerator.device)
-    _compile(resolved, models, losses, steps, accelerator, display)
+    with timings("compile"):
+        _compile(resolved, models, losses, steps, accelerator, display)
     optimizer = make_optimizer(loss_module, settings.train)
     if settings.train.ema is not None:
         follow(optimizer, settings.train.ema)
@@ -147,6 +154,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         reference=models.reference,
         micro_batcher=micro_batcher,
         clip=settings.train.clip,
+        timings=timings,
     )
     rollouts = Rollouts(
         resolved, models.student, inner.lend, models.teacher, models.vocabulary, prepared, accelerator, display

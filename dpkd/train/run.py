@@ -31,6 +31,7 @@ from dpkd.train.nonfinite import NotFinite
 from dpkd.train.probe import probe
 from dpkd.train.progress import Display
 from dpkd.train.samples import SampleLog
+from dpkd.train.timings import Timings
 from dpkd.train.trackers import Trackers
 from dpkd.train.trainer import Trainer
 
@@ -38,9 +39,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def train(resolved: Resolved, *, callbacks: Sequence[Callback] = (), console: Console | None = None) -> RunFolder:
+def train(
+    resolved: Resolved,
+    *,
+    callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
+    timings: Timings | None = None,
+) -> RunFolder:
     """Run a distillation from the start and return its folder.
 
+    `timings` measures where the time goes; it is said at the end.
     Raises DpkdError for whatever the user can put right, NotFinite when numbers explode, and Stopped when the user
     stops it before its end.
     """
@@ -49,7 +57,7 @@ def train(resolved: Resolved, *, callbacks: Sequence[Callback] = (), console: Co
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
     resolved = with_defaults(resolved, display)
-    run_parts = assemble(resolved, accelerator, display)
+    run_parts = assemble(resolved, accelerator, display, timings)
     _check_processes_agree(accelerator, run_parts)
     folder = _shared_folder(accelerator, resolved)
     display.say(f"run folder: {folder.path}")
@@ -67,12 +75,13 @@ def resume(
     changes: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     console: Console | None = None,
+    timings: Timings | None = None,
 ) -> RunFolder:
     """Continue a run from its newest whole checkpoint, bit for bit; without one, from the start.
 
-    `changes` are the settings, by dotted path, that are not what they were. What an interrupt left undone in the
-    folder is made up for. Raises DpkdError when data or models are not those that the run began with, or when what
-    the folder holds is damaged.
+    `changes` are the settings, by dotted path, that are not what they were; `timings` as in `train`. What an interrupt
+    left undone in the folder is made up for. Raises DpkdError when data or models are not those that the run began
+    with, or when what the folder holds is damaged.
     """
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
@@ -81,7 +90,7 @@ def resume(
         if accelerator.is_main_process:
             remove_leftovers(folder.path)
             remove_leftovers(folder.checkpoints)
-        run_parts = assemble(resolved, accelerator, display)
+        run_parts = assemble(resolved, accelerator, display, timings)
         _check_processes_agree(accelerator, run_parts)
         if folder.facts.is_file():
             check_same(folder, run_parts)
@@ -167,7 +176,7 @@ def _run(
         display=display,
         callbacks=[*extras, *callbacks],
     )
-    start = 0
+    timings, start = run_parts.train_step.timings, 0
     if newest is not None:
         start = newest.step
         optimizer = getattr(run_parts.train_step.optimizer, "optimizer", run_parts.train_step.optimizer)
@@ -186,10 +195,13 @@ def _run(
     try:
         if resolved.settings.batch.probe:
             display.say(f"probe: {_probe(resolved, run_parts)}")
-        _write_teacher_text(run_parts, again)
+        with timings("text"):
+            _write_teacher_text(run_parts, again)
         with stop_on_signal() as stop:
             done = trainer.run(start, stop)
-            trainer.save(done)
+            timings.begin_end(max(0, done - start - 1))
+            with timings("checkpoint"):
+                trainer.save(done)
     except RuntimeError as error:
         if (word := out_of_memory(error)) is None:
             raise
@@ -213,6 +225,8 @@ def _run(
         lambda _: finish(resolved, folder, run_parts, display, done, dev) if is_main else None
     )
     accelerator.wait_for_everyone()
+    for line in timings.lines():
+        display.say(line)
     return folder
 
 

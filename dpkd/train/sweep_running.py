@@ -49,6 +49,7 @@ from dpkd.train.progress import Display
 from dpkd.train.resume import flat, resume_folder
 from dpkd.train.run import train
 from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
+from dpkd.train.timings import Timings
 
 CHOICES = "choices.json"
 
@@ -274,6 +275,7 @@ class InProcess:
         given = replace(self.shared, runs_left=left)
 
         def train_it(console: Console) -> None:
+            timings = Timings(on=True)
             if RunFolder(run.folder).config.is_file():
                 resume_folder(
                     run.folder,
@@ -281,9 +283,12 @@ class InProcess:
                     given=given,
                     registry=self.registry,
                     console=console,
+                    timings=timings,
                 )
             else:
-                train(resolve(plan.layers(run), self.registry, given), console=console)
+                with timings("config"):
+                    resolved = resolve(plan.layers(run), self.registry, given)
+                train(resolved, console=console, timings=timings)
 
         return self._logged(run, f"dpkd train, output {run.folder}", train_it)
 
