@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from dpkd.api import Layers, Text
@@ -16,7 +17,8 @@ from dpkd.config.teacher import make_teacher
 from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.corpus import check_corpus
 from dpkd.data.encode import EncodedData, tokenize
-from dpkd.data.examples import read_examples
+from dpkd.data.examples import ExampleSet, read_examples
+from dpkd.data.sources import file_stamp
 from dpkd.data.templates import with_chat_template
 from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import metric_specs
@@ -83,8 +85,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
     across = teacher is not None and _two_tokenizers(resolved, tokenizer, teacher, own_config)
     responses = _trains_on_data(resolved)
     pairs = any(objective.text.preferences for objective in resolved.objectives)
-    rows = given.rows(settings.data.path)
-    examples = read_examples(settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed)
+    examples = _examples(resolved, responses, pairs)
     data = given.remembered(
         (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses),
         lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses),
@@ -115,6 +116,14 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
         **asdict(data.report),
     }
     return Prepared(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, retokenizer)
+
+
+def _examples(resolved: Resolved, responses: bool, pairs: bool) -> ExampleSet:
+    """The rows of the run; those of one file are read once for all runs of this process, while it stays as it is."""
+    data, given, seed = resolved.settings.data, resolved.given, resolved.settings.seed
+    read = partial(read_examples, data, require_response=responses, pairs=pairs, rows=given.rows(data.path), seed=seed)
+    stamp = None if data.mix or given.rows(data.path) is not None else file_stamp(data.path)
+    return read() if stamp is None else given.remembered((stamp, data.model_dump_json(), responses, pairs), read)
 
 
 def _trains_on_data(resolved: Resolved) -> bool:

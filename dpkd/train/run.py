@@ -45,10 +45,12 @@ def train(
     callbacks: Sequence[Callback] = (),
     console: Console | None = None,
     timings: Timings | None = None,
+    last_checkpoint: bool = True,
 ) -> RunFolder:
     """Run a distillation from the start and return its folder.
 
-    `timings` measures where the time goes; it is said at the end.
+    `timings` measures where the time goes; it is said at the end. Without `last_checkpoint`, a run that reaches its end
+    saves its model only: it cannot be given more steps.
     Raises DpkdError for whatever the user can put right, NotFinite when numbers explode, and Stopped when the user
     stops it before its end.
     """
@@ -65,7 +67,9 @@ def train(
         if accelerator.is_main_process:
             write_facts(folder, resolved, run_parts)  # first: a folder with nothing else can be started again
             write_config(resolved, folder.path)
-        return _run(resolved, folder, run_parts, accelerator, display, callbacks=callbacks)
+        return _run(
+            resolved, folder, run_parts, accelerator, display, callbacks=callbacks, last_checkpoint=last_checkpoint
+        )
 
 
 def resume(
@@ -163,6 +167,7 @@ def _run(
     newest: checkpoint.Checkpoint | None = None,
     *,
     callbacks: Sequence[Callback] = (),
+    last_checkpoint: bool = True,
 ) -> RunFolder:
     dev = _dev(resolved, folder, run_parts, accelerator)
     extras = _callbacks(resolved, folder, run_parts, accelerator, dev)
@@ -200,8 +205,13 @@ def _run(
         with stop_on_signal() as stop:
             done = trainer.run(start, stop)
             timings.begin_end(max(0, done - start - 1))
+            ended = done == run_parts.steps or trainer.ended is not None
             with timings("checkpoint"):
-                trainer.save(done)
+                if last_checkpoint or not ended:
+                    trainer.save(done)
+                else:
+                    run_parts.train_step.check()
+                    checkpoint.check_finite(run_parts.train_step.inner)
     except RuntimeError as error:
         if (word := out_of_memory(error)) is None:
             raise
@@ -217,7 +227,7 @@ def _run(
         display.close()
         run_parts.close()
         trainer.close()
-    if done < run_parts.steps and trainer.ended is None:
+    if not ended:
         raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
     accelerator.wait_for_everyone()
     is_main = accelerator.is_main_process

@@ -288,7 +288,8 @@ class InProcess:
             else:
                 with timings("config"):
                     resolved = resolve(plan.layers(run), self.registry, given)
-                train(resolved, console=console, timings=timings)
+                kept = plan.settings.keep_checkpoints
+                train(resolved, console=console, timings=timings, last_checkpoint=kept)
 
         return self._logged(run, f"dpkd train, output {run.folder}", train_it)
 
