@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -303,10 +304,17 @@ def _text(path: Path) -> str:
         raise DpkdError(f"{path}: cannot be read ({error})") from error
 
 
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Made once for each kind: predictions are checked row by row."""
+    return TypeAdapter(kind)
+
+
 def _checked(path: Path, kind: type[T], value: Any, line: str = "") -> T:
     """A value of a file once its parts are what they should be. Raises DpkdError with the first that is not."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        checked: T = _adapter(kind).validate_python(value)
+        return checked
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
