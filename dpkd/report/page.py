@@ -85,7 +85,7 @@ def _sweep_sections(experiment: Experiment) -> list[Section]:
     runs, colors = [run for run, _ in experiment.members], [color for _, color in experiment.members]
     curves: list[Block] = [Folded(own.title, _grid(own.panels, keys=False)) for own in chapters(runs, colors)]
     if curves:
-        curves.insert(0, Legend(sweep_sections.legend(experiment.members)))
+        curves.insert(0, Legend(sweep_sections.legend(experiment)))
     return [
         Section("overview", "Overview", "", sweep_sections.overview(experiment, tables)),
         Section("ranking", "Ranking", _RANKING, _ranking(experiment, tables)),
@@ -96,9 +96,7 @@ def _sweep_sections(experiment: Experiment) -> list[Section]:
         Section("samples", "Samples", "The same prompts, answered by every model.", _samples(experiment, tables)),
         Section("choices", "Chosen settings", _CHOICES, sweep_sections.chosen(experiment)),
         Section("tokens", "Reward by token", "Each token, shaded by its implicit reward.", texts.tokens(runs)),
-        Section(
-            "curves", "All curves", "", [Legend(sweep_sections.legend(experiment.members)), *curves] if curves else []
-        ),
+        Section("curves", "All curves", "", curves),
         Section("settings", "Settings", "", sweep_sections.differing_settings(experiment)),
         Section("technical", "Data, versions, sources", "", _folded("Each run", sections.technical(runs))),
     ]
