@@ -25,6 +25,7 @@ __all__ = [
     "jensen_shannon",
     "kl",
     "layer_pairs",
+    "leave_one_out",
     "log_mix",
     "log_softmax",
     "log_total",
@@ -279,6 +280,17 @@ def segment_sum(values_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
     tensor([3., 0., 4.])
     """
     return values_N.new_zeros(count).index_add(0, segment_N, values_N)
+
+
+def leave_one_out(values_R: Tensor, group_R: Tensor) -> Tensor:
+    """Each value less the mean of the others of its group, `[R]`; alone in its group, as it is.
+
+    >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1]))
+    tensor([-3.0000, -1.5000,  4.5000,  5.0000])
+    """
+    groups = int(group_R.max()) + 1 if len(group_R) else 0
+    others_R = segment_sum(torch.ones_like(values_R), group_R, groups)[group_R] - 1
+    return values_R - (segment_sum(values_R, group_R, groups)[group_R] - values_R) / others_R.clamp(min=1)
 
 
 def reduce_loss(values: Tensor, count: float | Tensor, weight: float = 1.0) -> Tensor:

@@ -29,6 +29,7 @@ class Signal(StrEnum):
     REFERENCE_LOGPS = "reference_logps"  # of whole responses, under the student as it was at the start of the run [B]
     LENGTHS = "lengths"  # tokens of each response, EOS included [B]
     ADVANTAGES = "advantages"  # what RolloutLoss.advantages returned [N]
+    REWARDS = "rewards"  # what `text.reward` gave each response [R]: in a RolloutLoss, for its advantages alone
     ROLLOUT_LOGPS = "rollout_logps"  # student log-prob of the token when it was sampled [N]
     BEHAVIOUR_LOGPS = "behaviour_logps"  # log-prob under the policy that drew it (a teacher mix, say) [N]
     STUDENT_REST = "student_rest"  # log-prob of a span's tokens after the first; 0 where tokenizers are the same [N]
@@ -248,7 +249,8 @@ class Rollout:
 
     prompt     `[R]` the number of the prompt that each answers: those to one prompt are a group, for a baseline
     prompts    text of the prompt of each, as the model read it
-    responses  text of each, without special tokens: what a reward function is called on
+    responses  text of each, without special tokens
+    rewards    `[R]` what the metric of `text.reward` gave each, for losses that read Signal.REWARDS; else None
     """
 
     rollout_logps: Tensor
@@ -258,3 +260,4 @@ class Rollout:
     prompt: Tensor | None = None
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
+    rewards: Tensor | None = None

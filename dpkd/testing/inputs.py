@@ -223,7 +223,17 @@ def matched(batch: SampleBatch) -> SampleBatch:
 
 
 def rollout_of(batch: SampleBatch) -> Rollout:
-    """The rows of a rollout batch as one collection, in responses of two tokens."""
+    """The rows of a rollout batch as one collection: responses of two tokens, two to a prompt."""
     logps = {s: batch.signals[s] for s in (Signal.ROLLOUT_LOGPS, Signal.BEHAVIOUR_LOGPS, Signal.TEACHER_LOGPS)}
     old, drawn, teacher = (v for v in logps.values() if isinstance(v, Tensor))
-    return Rollout(old, drawn, teacher, torch.arange(len(batch)) // 2)
+    responses_R = torch.arange(-(-len(batch) // 2))
+    return Rollout(
+        old,
+        drawn,
+        teacher,
+        torch.arange(len(batch)) // 2,
+        prompt=responses_R // 2,
+        prompts=tuple(f"prompt {i // 2}" for i in responses_R.tolist()),
+        responses=tuple(f"response {i}" for i in responses_R.tolist()),
+        rewards=(responses_R + 1.0).cos().to(old.dtype),  # numbers of either sign
+    )

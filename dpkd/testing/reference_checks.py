@@ -60,7 +60,7 @@ def _reference_values(subject: LossUnderTest, batch: SampleBatch, loss: Loss) ->
     arguments: dict[str, Any] = {"config": subject.config}
     if HIDDEN & subject.reads:
         arguments["weights"] = {name: weight.detach().numpy().copy() for name, weight in loss.named_parameters()}
-    for signal in subject.reads:
+    for signal in subject.reads & batch.signals.keys():  # rewards are read by the advantages
         value = batch.signals[signal]
         if isinstance(value, Pair):
             arguments[PAIR_NAMES[signal]] = tuple(v.numpy().copy() for v in value)
