@@ -27,6 +27,9 @@ class Signal(StrEnum):
     STUDENT_LOGPS = "student_logps"  # of whole responses, chosen and rejected [B]
     TEACHER_LOGPS = "teacher_logps"  # of whole responses [B]; in a RolloutLoss of the drawn tokens [N]
     REFERENCE_LOGPS = "reference_logps"  # of whole responses, under the student as it was at the start of the run [B]
+    STUDENT_TOKEN_LOGPS = "student_token_logps"  # of each token of these responses [B, T], 0 behind the last
+    TEACHER_TOKEN_LOGPS = "teacher_token_logps"  # the same under the teacher
+    REFERENCE_TOKEN_LOGPS = "reference_token_logps"  # under the student as it was at the start of the run
     LENGTHS = "lengths"  # tokens of each response, EOS included [B]
     ADVANTAGES = "advantages"  # what RolloutLoss.advantages returned [N]
     REWARDS = "rewards"  # what `text.reward` gave each response [R]: in a RolloutLoss, for its advantages alone
@@ -38,6 +41,14 @@ class Signal(StrEnum):
     TEACHER_HIDDEN = "teacher_hidden"  # of the layers that TokenLoss.bind names [N, K, H]
 
 
+# What a pair loss reads of whole responses, and the same token by token.
+TOKEN_LOGPS = {
+    Signal.STUDENT_LOGPS: Signal.STUDENT_TOKEN_LOGPS,
+    Signal.TEACHER_LOGPS: Signal.TEACHER_TOKEN_LOGPS,
+    Signal.REFERENCE_LOGPS: Signal.REFERENCE_TOKEN_LOGPS,
+}
+TEACHER_LOGPS = frozenset({Signal.TEACHER_LOGPS, Signal.TEACHER_TOKEN_LOGPS})
+REFERENCE_LOGPS = frozenset({Signal.REFERENCE_LOGPS, Signal.REFERENCE_TOKEN_LOGPS})
 # A loss that reads one of these gets whole micro-batches, and so no logits.
 HIDDEN = frozenset({Signal.STUDENT_HIDDEN, Signal.TEACHER_HIDDEN})
 
@@ -217,7 +228,11 @@ class RolloutInputs(TokenInputs):
 
 
 class PairInputs(_Inputs):
-    """A chosen and a rejected response per prompt: summed log-probs in nats, lengths in tokens, `[B]`."""
+    """A chosen and a rejected response per prompt: summed log-probs in nats, lengths in tokens, `[B]`.
+
+    Log-probs of single tokens are `[B, T]`, from the first token on, and 0 behind the last: their sum is that of the
+    response. T is the same for both responses; `dpkd.functional.token_mask` says which places hold a token.
+    """
 
     @property
     def student(self) -> Pair:
@@ -233,6 +248,21 @@ class PairInputs(_Inputs):
     def reference(self) -> Pair:
         """log-probs of y_t and y_s under the student as it was at the start, summed over tokens, without gradient."""
         return self[Signal.REFERENCE_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def student_token_logps(self) -> Pair:
+        """log q of each token of y_t and of y_s, `[B, T]`."""
+        return self[Signal.STUDENT_TOKEN_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def teacher_token_logps(self) -> Pair:
+        """log p of each token of y_t and of y_s, `[B, T]`, without gradient."""
+        return self[Signal.TEACHER_TOKEN_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def reference_token_logps(self) -> Pair:
+        """The same `[B, T]` under the student as it was at the start, without gradient."""
+        return self[Signal.REFERENCE_TOKEN_LOGPS]  # type: ignore[no-any-return]
 
     @property
     def lengths(self) -> Pair:
