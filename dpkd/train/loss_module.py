@@ -242,7 +242,7 @@ class LossModule(nn.Module):
         logps_N = token_logps(hidden, head, batch.targets, self.chunk, observer if micro_batch.measure else None)
         lengths = Pair(*batch.lengths.to(logps_N.dtype).clamp(min=1).chunk(2))
         real = micro_batch.real_pairs
-        signals = {Signal.LENGTHS: lengths, **_pair_logps(micro_batch, logps_N)}
+        signals = {Signal.LENGTHS: lengths, **by_response(micro_batch, logps_N)}
         student = signals[Signal.STUDENT_LOGPS]
         total = logps_N.new_zeros(())
         for term in micro_batch.terms:
@@ -256,7 +256,7 @@ class LossModule(nn.Module):
         return total, metrics
 
 
-def _pair_logps(micro_batch: MicroBatch, student_N: Tensor) -> dict[Signal, Pair]:
+def by_response(micro_batch: MicroBatch, student_N: Tensor) -> dict[Signal, Pair]:
     """Log-probs of the response tokens as sums over the responses, and token by token where a loss reads them."""
     batch = micro_batch.batch
     known = {
