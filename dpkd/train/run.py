@@ -25,7 +25,7 @@ from dpkd.train.dev import Dev
 from dpkd.train.facts import change_facts, check_same, write_facts
 from dpkd.train.finish import finish, reopen
 from dpkd.train.guard import RunawayGuard
-from dpkd.train.interrupt import stop_on_signal
+from dpkd.train.interrupt import StopRequest, on_stop
 from dpkd.train.metrics_log import MetricsLog
 from dpkd.train.nonfinite import NotFinite
 from dpkd.train.probe import probe
@@ -187,7 +187,7 @@ def _run(
         if resolved.settings.batch.probe:
             display.say(f"probe: {_probe(resolved, run_parts)}")
         _write_teacher_text(run_parts, again)
-        with stop_on_signal() as stop:
+        with on_stop(StopRequest()) as stop:
             done = trainer.run(start, stop)
             trainer.save(done)
     except RuntimeError as error:
