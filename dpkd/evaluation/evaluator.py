@@ -27,11 +27,10 @@ from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, sco
 from dpkd.io import digest, lock
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
-from dpkd.models.loading import DTYPES
+from dpkd.models.loading import DTYPES, longest_sequence
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry, load_registry
-from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1

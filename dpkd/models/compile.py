@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpkd.models.head import causal_lm, hidden_states
+from dpkd.models.head import causal_lm, evaluating, hidden_states
 
 BACKEND = "inductor"
 # Student and teacher may be of one class: training, evaluation and both types each take an entry of the cache.
@@ -106,15 +106,11 @@ def _probe(model: nn.Module) -> list[Tensor]:
     embeddings = causal_lm(model).get_input_embeddings().weight
     ids = torch.arange(2 * 16, device=embeddings.device).remainder(embeddings.shape[0]).view(2, 16)
     positions = torch.arange(16, device=ids.device).expand(2, -1)
-    was_training = model.training
-    model.eval()  # dropout would differ
-    try:
+    with evaluating(model):  # dropout would differ
         with (
             torch.set_grad_enabled(bool(weights)),
             torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"),
         ):
             hidden = hidden_states(model, ids, torch.ones_like(ids), positions).float()
         grads = torch.autograd.grad(hidden.square().mean(), weights) if weights else ()
-    finally:
-        model.train(was_training)
     return [hidden.detach(), *(g.float() for g in grads)]
