@@ -114,7 +114,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         layers=layers,
         widest=models.teacher.widest if models.teacher is not None else None,
         chosen=chosen_ids(resolved.objectives),
-        reward_scale=1.0 if reward is None else float(reward(resolved.loss_config)),
+        reward_scale=1.0 if reward is None else float(reward(resolved.main.config)),
     ).to(accelerator.device)
     loss_module.compiled = _compile(resolved, models, losses, steps, display)
     optimizer = make_optimizer(loss_module, settings.train)

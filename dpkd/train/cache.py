@@ -100,7 +100,7 @@ def _reading(resolved: Resolved) -> list[Objective]:
 
 def _kind(resolved: Resolved, settings: CacheSettings) -> tuple[Kind, int]:
     """What is asked for, or the least that serves the main loss."""
-    spec, config = resolved.loss, resolved.loss_config
+    spec, config = resolved.loss, resolved.main.config
     kind: Kind
     if settings.kind is not None:
         kind = settings.kind

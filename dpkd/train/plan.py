@@ -80,8 +80,8 @@ def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
     loss, terms = resolved.loss, resolved.settings.terms
     rows = [
         ("objective", f"{loss.name}: {loss.card.title} ({loss.family} loss, weight {terms.main:g})"),
-        ("settings", ", ".join(f"{k}={v}" for k, v in resolved.loss_config.model_dump().items()) or "none"),
-        ("needs of the teacher", loss.needs(resolved.loss_config).value),
+        ("settings", ", ".join(f"{k}={v}" for k, v in resolved.main.config.model_dump().items()) or "none"),
+        ("needs of the teacher", loss.needs(resolved.main.config).value),
     ]
     for extra in resolved.extras:
         text = "the same responses" if extra.shares_text else f"responses by {_by(extra)}"

@@ -184,7 +184,7 @@ def test_a_process_with_nothing_to_do_gives_zero_and_finite_gradients(settings_o
         groups = [group] if not pairs else [PromptGroup((group.sequences[0], group.sequences[0]))]
         resolved = settings_of(name)
         _, _, train_step = gradients(resolved, quiet)
-        term = Term("main", resolved.loss.signals(resolved.loss_config), 1.0, 5.0)
+        term = Term("main", resolved.loss.signals(resolved.main.config), 1.0, 5.0)
         step_batch = StepBatch("main", groups, [term], pairs)
         (idle,) = MicroBatcher(8, 256, rank=1, processes=2)(step_batch, measure=False)
         total, metrics = train_step.loss_module(train_step.with_teacher(idle))
