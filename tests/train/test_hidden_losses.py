@@ -41,7 +41,7 @@ def test_value_and_gradient_are_those_of_the_models_own_hidden_states(settings_o
     loss_module.zero_grad()
     run_parts = run.assemble(resolved, run._accelerator(resolved), Display(quiet))
     for i in run_parts.source.context.batches.window(0):
-        prompt = run_parts.data.prompts[i]
+        prompt = run_parts.run_data.data.prompts[i]
         ids, first = [*prompt.prompt_ids, *prompt.response_ids], len(prompt.prompt_ids) - 1
         ours, theirs = _states(loss_module.student, ids), _states(teacher, ids)
         for matrix, (s, t) in zip(loss_module.losses["main"].weight, [(1, 2), (2, 4)], strict=True):

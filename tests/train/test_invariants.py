@@ -161,7 +161,7 @@ def test_no_micro_batch_has_more_tokens_than_asked_for():
 def stepper_window(resolved, quiet):
     """The sequences of the first window."""
     run_parts = assemble(resolved, run._accelerator(resolved), Display(quiet))
-    prompts = run_parts.data.prompts
+    prompts = run_parts.run_data.data.prompts
     return [
         TokenSequence(prompts[i].prompt_ids, prompts[i].response_ids)
         for i in run_parts.source.context.batches.window(0)

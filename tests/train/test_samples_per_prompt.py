@@ -178,7 +178,7 @@ def test_a_policy_gradient_gets_the_log_probs_of_the_training_path(written):
     """As on a GPU, where what draws rounds otherwise than what trains: bfloat16 autocast stands for that here."""
     _, run_parts = written("minillm", STUDENT)
     generator = run_parts.builder.groups[0].source.context.student
-    vocabulary, pad_id = run_parts.vocabulary, run_parts.tokenizer.pad_token_id
+    vocabulary, pad_id = run_parts.vocabulary, run_parts.run_data.tokenizer.pad_token_id
     device = torch.device("cpu")
     plain = generator([0, 1, 2], 0)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
