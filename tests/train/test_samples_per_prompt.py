@@ -91,8 +91,8 @@ def test_the_denominator_counts_the_tokens_of_all_responses(written):
     (first, n), (second, m), (both, total) = (gradient(responses) for responses in (mixed[::2], mixed[1::2], mixed))
     assert n != m
     assert total == n + m
-    for name, value in both.items():
-        torch.testing.assert_close(value, (first[name] * n + second[name] * m) / total, rtol=1e-6, atol=1e-8)
+    for name, value in both.items():  # Llama's norms compute in float32 whatever the weights
+        torch.testing.assert_close(value, (first[name] * n + second[name] * m) / total, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("loss", ["rkl", "minillm"])
