@@ -24,7 +24,8 @@ from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, score_tokens, write_scores
-from dpkd.io import digest, lock
+from dpkd.io import digest
+from dpkd.locks import lock
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import DTYPES, longest_sequence

@@ -19,7 +19,8 @@ from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
 from dpkd.data.templates import chat_lead
 from dpkd.errors import DpkdError
-from dpkd.io import JsonLog, lock, read_json, write_json
+from dpkd.io import JsonLog, read_json, write_json
+from dpkd.locks import lock
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings, TeacherSettings

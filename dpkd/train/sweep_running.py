@@ -35,7 +35,8 @@ from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, metric_spec
 from dpkd.evaluation.lengths import WORDS, parse_cuts
 from dpkd.evaluation.sets import find_set
 from dpkd.evaluation.target import find_target
-from dpkd.io import lock, write_json, write_text
+from dpkd.io import write_json, write_text
+from dpkd.locks import lock
 from dpkd.models.shared import Shared
 from dpkd.plugins import Registry, load_registry
 from dpkd.report.card import rescore
