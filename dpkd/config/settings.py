@@ -134,7 +134,7 @@ class TrainSettings(Block):
     )
     chunk_mib: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
-        description="MiB of one chunk of logits, rows per chunk follow from it; auto: 32 on a CPU, up to 512 on a GPU",
+        description="MiB of one chunk of logits, rows per chunk follow from it; auto: 32 on a CPU, up to 128 on a GPU",
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
