@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_invariants import _NoStep, gradients
+from test_invariants import _NoStep, assert_same, gradients
 
 from dpkd.api import StepResponses, Text
 from dpkd.errors import SettingsError, Stopped
@@ -91,8 +91,7 @@ def test_the_denominator_counts_the_tokens_of_all_responses(written):
     (first, n), (second, m), (both, total) = (gradient(responses) for responses in (mixed[::2], mixed[1::2], mixed))
     assert n != m
     assert total == n + m
-    for name, value in both.items():  # Llama's norms compute in float32 whatever the weights
-        torch.testing.assert_close(value, (first[name] * n + second[name] * m) / total, rtol=1e-5, atol=1e-7)
+    assert_same(both, {name: (first[name] * n + second[name] * m) / total for name in both})
 
 
 @pytest.mark.parametrize("loss", ["rkl", "minillm"])
@@ -103,8 +102,7 @@ def test_the_gradient_does_not_depend_on_accumulation(loss, settings_of, quiet, 
         resolved = settings_of(loss, {**STUDENT, "text.num_generations": 3, **changes})
         found.append(gradients(resolved, quiet)[0])
     for one, other in pairwise(found):
-        for name, value in one.items():
-            torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-7)
+        assert_same(other, one)
 
 
 def test_a_mixed_text_has_several_responses_where_the_student_writes(settings_of, quiet):
