@@ -104,8 +104,6 @@ class PolicyLoss(ZooLoss):
         others = {**about_tokens(where, labels), **take_known(known, where.places)}
         return self._reduced(RolloutInputs, where, student, teacher, others, num_items_in_batch, chunk_mib)
 
-    chunked = from_hidden
-
 
 def _known(
     advantages: Tensor | None, rollout: Tensor | None, behaviour: Tensor | None, teacher: Tensor | None

@@ -80,8 +80,6 @@ class PreferenceLoss(ZooLoss):
         outputs = {who: output(labels, f"{who}_hidden", *given[who], hidden=True) for who in given}
         return self._from_outputs(outputs, labels, num_items_in_batch, chunk_mib)
 
-    chunked = from_hidden
-
     def _from_outputs(
         self, outputs: dict[str, Output | None], labels: Tensor, count: Count | None, chunk_mib: float
     ) -> Tensor:
