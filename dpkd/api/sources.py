@@ -21,7 +21,7 @@ from dpkd.settings import Block
 class Response:
     """Token ids of a response (EOS included) and, if it was sampled for a policy gradient, what was known then.
 
-    The tuples of log-probs (nats) and advantages have one entry per token.
+    The tuples of log-probs (nats) and advantages have one entry per token; `reward` is that of the whole response.
     """
 
     ids: tuple[int, ...]
@@ -31,6 +31,7 @@ class Response:
     behaviour_logps: tuple[float, ...] | None = None
     teacher_logps: tuple[float, ...] | None = None
     advantages: tuple[float, ...] | None = None
+    reward: float | None = None
 
     def is_empty(self, eos_ids: frozenset[int]) -> bool:
         """Whether the response is nothing but EOS."""
@@ -80,6 +81,7 @@ class StudentSampling(NamedTuple):
     refresh: Refresh = "every_step"
     every: int = 1
     num_iterations: int = 1
+    reward: str | None = None
 
 
 class SourceConfig(Block):
@@ -409,6 +411,8 @@ class SourceBase:
         rows = [("student writes", what)]
         if how.teacher_veto:
             rows.append(("replaced", f"tokens not among the teacher's {how.teacher_veto} likeliest, by its own draw"))
+        if how.reward:
+            rows.append(("reward", f"{how.reward} of each response"))
         if how.teacher_mix:
             rows.append(("drawn from", f"{how.teacher_mix:g} · teacher + {1 - how.teacher_mix:g} · student"))
         return rows
@@ -451,6 +455,9 @@ def useful(written: Written, eos_ids: frozenset[int], *, pairs: bool) -> StepRes
         for r in responses
         for q, drawn in zip(r.rollout_logps or (), r.behaviour_logps or (), strict=True)
     ]
+    rewards = [r.reward for _, responses in written for r in responses if r.reward is not None]
+    if rewards:
+        counts["reward"] = sum(rewards) / len(rewards)
     return StepResponses(kept, {**counts, "policy_gap": sum(gaps) / len(gaps)} if gaps else counts)
 
 

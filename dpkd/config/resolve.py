@@ -23,6 +23,7 @@ from dpkd.config.text import (
     drop_outdated,
     loss_problems,
     own_settings,
+    reward_problems,
     sampler_problems,
     source_of,
     teacher_reasons,
@@ -245,6 +246,7 @@ def _cross_checks(
             for setting, why in loss_problems(main.text, main.spec, "text", registry)
         ]
         problems += sampler_problems(settings, texts, registry)
+        problems += reward_problems(texts, registry)
     try:
         offer = offer_of(settings.teacher, registry)
     except SettingsError as error:

@@ -72,6 +72,7 @@ class Scores(TypedDict, total=False):
     lengths: Lengths
     data: dict[str, Any]
     generation: dict[str, Any]
+    task: dict[str, Any]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -156,6 +157,15 @@ class Scored:
     def metrics(self) -> Mapping[str, MetricValues]:
         """By name: `mean`, `sd` (None for one seed) and `values`."""
         return self.scores.get("metrics", {})
+
+    @property
+    def is_benchmark(self) -> bool:
+        """Whether another tool asked the questions: their texts are not in the run's template."""
+        return "task" in self.scores
+
+    def shown(self, metrics: Sequence[str]) -> list[str]:
+        """Those of some metrics that it has; all its own where it has none of them, as benchmarks do."""
+        return [metric for metric in metrics if metric in self.metrics] or list(self.metrics)
 
     def better(self, metric: str) -> str:
         """`higher`, `lower`, or empty: as its scores say, or by its name where they are older and do not."""
