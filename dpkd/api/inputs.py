@@ -46,7 +46,7 @@ class UndeclaredSignal(RuntimeError):
 
 
 class Pair(NamedTuple):
-    """One value for the chosen (y_t) and one for the rejected response (y_s) of each prompt, `[B]`."""
+    """One value for the `chosen` (y_t) and one for the `rejected` response (y_s) of each prompt, `[B]`."""
 
     chosen: Tensor
     rejected: Tensor
@@ -65,14 +65,14 @@ class Pair(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """What the hidden states of a model are like: state 0 is the embedding, state `layers` is what the head reads."""
+    """The hidden states of a model, of one `width`: state 0 is the embedding, state `layers` is what the head reads."""
 
     layers: int
     width: int
 
 
 class Layers(NamedTuple):
-    """The hidden states that a loss reads, in the order in which its signals have them."""
+    """The hidden states of `student` and `teacher` that a loss reads, in the order in which its signals have them."""
 
     student: tuple[int, ...] = ()
     teacher: tuple[int, ...] = ()
@@ -129,7 +129,7 @@ class TokenInputs(_Inputs):
     """
 
     def only(self, reads: frozenset[Signal]) -> TokenInputs:
-        """The same positions, restricted to some signals; log-probabilities stay shared."""
+        """The same positions, restricted to the signals in `reads`; log-probabilities stay shared."""
         kept = {signal: value for signal, value in self._signals.items() if signal in reads}
         return type(self)(kept, self._cache)
 
@@ -179,11 +179,11 @@ class TokenInputs(_Inputs):
         return self[Signal.TEACHER_REST]  # type: ignore[no-any-return]
 
     def student_log_probs(self, temperature: float = 1.0) -> Tensor:
-        """log q `[N, V]` in nats, computed once for all terms of a run."""
+        """log q `[N, V]` in nats at a `temperature`, computed once for all terms of a run."""
         return self._log_probs(Signal.STUDENT_LOGITS, temperature)
 
     def teacher_log_probs(self, temperature: float = 1.0) -> Tensor:
-        """log p `[N, V]` in nats, computed once for all terms of a run."""
+        """log p `[N, V]` in nats at a `temperature`, computed once for all terms of a run."""
         return self._log_probs(Signal.TEACHER_LOGITS, temperature)
 
 
