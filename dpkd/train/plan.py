@@ -143,10 +143,11 @@ def _tokenizer_rows(prepared: Prepared) -> list[tuple[str, str]]:
 def _training_rows(settings: RunSettings, data: EncodedData, steps: int, fingerprint: str) -> list[tuple[str, str]]:
     train = settings.train
     per_step = train.batch_size * sum(len(p.response_ids) for p in data.prompts) / len(data.prompts)
+    tokens = f"about {per_step:,.0f} a step, {per_step * steps:,.0f} in all (of the data set)"
     return [
         ("data", f"{settings.data.path}, {len(data.prompts):,} examples, fingerprint {fingerprint[:12]}"),
         ("steps", f"{steps:,} of {train.batch_size} examples ({train.micro_batch_size} sequences per forward)"),
-        ("response tokens", f"about {per_step:,.0f} a step, {per_step * steps:,.0f} in all (of the data set)"),
+        *([("response tokens", tokens)] if per_step else []),
         ("optimizer", f"{describe_optimizer(train)}, {train.precision}"),
     ]
 
