@@ -166,7 +166,18 @@ def _size(size: float) -> str:
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:
+    text = _shortened(prompt.text)
     if not prompt.response_ids:
-        return f"{prompt.text}\n(a prompt alone: the response is written in the run)"
-    response = continuation(tokenizer, prompt.prompt_ids, prompt.response_ids, special=True)
-    return f"{prompt.text}⟦{response}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"
+        return f"{text}\n(a prompt alone: the response is written in the run)"
+    chosen, rejected = (
+        _shortened(continuation(tokenizer, prompt.prompt_ids, ids, special=True))
+        for ids in (prompt.response_ids, prompt.rejected_ids)
+    )
+    trained = f"{text}⟦{chosen}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"
+    return f"{trained}\n(rejected: ⟦{rejected}⟧, {len(prompt.rejected_ids)} tokens)" if rejected else trained
+
+
+def _shortened(text: str, most: int = 1200) -> str:
+    """A text with its middle left out where it would fill the screen."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} [... {len(text) - most:,} characters ...] {text[-half:]}"
