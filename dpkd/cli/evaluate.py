@@ -13,6 +13,7 @@ import typer
 
 from dpkd.cli import evaluate_options as flags
 from dpkd.cli.options import SetData, TrustRemoteCode, data_settings
+from dpkd.cli.progress import waiting
 from dpkd.cli.score import Unit
 from dpkd.errors import SettingsError, printable
 
@@ -63,9 +64,10 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
     }
-    settings = _settings(seeds, sampling, rewards, cuts, unit, long_prompts)
     given = {"limit": limit, "template": template and template.value, "on_bad_row": on_bad_row and on_bad_row.value}
-    tasks = _tasks(model, teacher, data, sets_folder, given, set_, output, trust_remote_code)
+    with waiting("starting"):
+        settings = _settings(seeds, sampling, rewards, cuts, unit, long_prompts)
+        tasks = _tasks(model, teacher, data, sets_folder, given, set_, output, trust_remote_code)
     results = _all_scored(tasks, settings, dtype.value, shown=not as_json, rescored=output is None)
     _print_together(results, as_json)
 
