@@ -82,14 +82,16 @@ class _Inputs:
     """Signals by name; reading one that was not declared raises UndeclaredSignal."""
 
     def __init__(self, signals: Mapping[Signal, Any], cache: dict[tuple[Signal, float], Tensor] | None = None) -> None:
+        """Made by the engine from the `signals` that a loss declares; `cache` shares log-probs between losses."""
         self._signals = dict(signals)
         self._cache: dict[tuple[Signal, float], Tensor] = {} if cache is None else cache
         self.parts: dict[str, Tensor] = {}
 
     def part(self, name: str, values: Tensor) -> Tensor:
-        """Name a part of the value, one number per position or pair, for the log; returns it unchanged.
+        """Name a part of the value, for the log; returns `values` unchanged.
 
-        The engine logs its mean as `part/NAME`.
+        name    the engine logs the mean of the values as `part/NAME`
+        values  one number per position or pair
         """
         self.parts[name] = values.detach()
         return values

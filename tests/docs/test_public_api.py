@@ -187,9 +187,9 @@ def functions(path: str, value: Any) -> Iterator[tuple[str, Any, str]]:
     elif inspect.isclass(value) and issubclass(value, tuple):
         yield path, value, value.__doc__ or ""
     elif inspect.isclass(value) and not issubclass(value, Enum | BaseModel):  # whose fields have descriptions
-        for key, member in vars(value).items():
+        for key, member in inspect.getmembers(value):
             function = getattr(member, "__func__", member)  # of a class method
-            if not inspect.isfunction(function) or function.__module__ == "typing":
+            if not inspect.isfunction(function) or not (function.__module__ or "").startswith("dpkd"):
                 continue
             if key == "__init__":
                 yield path, function, (function.__doc__ or "") + (value.__doc__ or "")
