@@ -98,10 +98,11 @@ def resume(
 ) -> RunFolder:
     """Continue an interrupted run, as `dpkd train --resume` does, bit for bit.
 
-    folder  of the run, or the run as it was returned
-
-    The other arguments are those of `train`. What was an object when the run began is given again, as it was then; what
-    had a name is not. A function, reward or loss of your own is not compared with what it was.
+    folder     of the run, or the run as it was returned
+    loss       a loss of your own, where the run had one; it is not compared with what it was, nor is a `reward`
+    teacher    a model that was an object when the run began, unchanged; `student`, `data` and `tokenizer` likewise.
+               What was given by name is loaded again, and left out here
+    callbacks  as in `train`
 
     Raises DpkdError when the run is finished, when an object is missing, or when one is not what it was.
     """

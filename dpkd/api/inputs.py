@@ -58,7 +58,7 @@ class UndeclaredSignal(RuntimeError):
 
 
 class Pair(NamedTuple):
-    """One value for the chosen (y_t) and one for the rejected response (y_s) of each prompt, `[B]`."""
+    """One value for the `chosen` (y_t) and one for the `rejected` response (y_s) of each prompt, `[B]`."""
 
     chosen: Tensor
     rejected: Tensor
@@ -77,14 +77,14 @@ class Pair(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """What the hidden states of a model are like: state 0 is the embedding, state `layers` is what the head reads."""
+    """The hidden states of a model, of one `width`: state 0 is the embedding, state `layers` is what the head reads."""
 
     layers: int
     width: int
 
 
 class Layers(NamedTuple):
-    """The hidden states that a loss reads, in the order in which its signals have them."""
+    """The hidden states of `student` and `teacher` that a loss reads, in the order in which its signals have them."""
 
     student: tuple[int, ...] = ()
     teacher: tuple[int, ...] = ()
@@ -94,14 +94,16 @@ class _Inputs:
     """Signals by name; reading one that was not declared raises UndeclaredSignal."""
 
     def __init__(self, signals: Mapping[Signal, Any], cache: dict[tuple[Signal, float], Tensor] | None = None) -> None:
+        """Made by the engine from the `signals` that a loss declares; `cache` shares log-probs between losses."""
         self._signals = dict(signals)
         self._cache: dict[tuple[Signal, float], Tensor] = {} if cache is None else cache
         self.parts: dict[str, Tensor] = {}
 
     def part(self, name: str, values: Tensor) -> Tensor:
-        """Name a part of the value, one number per position or pair, for the log; returns it unchanged.
+        """Name a part of the value, for the log; returns `values` unchanged.
 
-        The engine logs its mean as `part/NAME`.
+        name    the engine logs the mean of the values as `part/NAME`
+        values  one number per position or pair
         """
         self.parts[name] = values.detach()
         return values
@@ -141,7 +143,7 @@ class TokenInputs(_Inputs):
     """
 
     def only(self, reads: frozenset[Signal]) -> TokenInputs:
-        """The same positions, restricted to some signals; log-probabilities stay shared."""
+        """The same positions, restricted to the signals in `reads`; log-probabilities stay shared."""
         kept = {signal: value for signal, value in self._signals.items() if signal in reads}
         return type(self)(kept, self._cache)
 
@@ -191,11 +193,11 @@ class TokenInputs(_Inputs):
         return self[Signal.TEACHER_REST]  # type: ignore[no-any-return]
 
     def student_log_probs(self, temperature: float = 1.0) -> Tensor:
-        """log q `[N, V]` in nats, computed once for all terms of a run."""
+        """log q `[N, V]` in nats at a `temperature`, computed once for all terms of a run."""
         return self._log_probs(Signal.STUDENT_LOGITS, temperature)
 
     def teacher_log_probs(self, temperature: float = 1.0) -> Tensor:
-        """log p `[N, V]` in nats, computed once for all terms of a run."""
+        """log p `[N, V]` in nats at a `temperature`, computed once for all terms of a run."""
         return self._log_probs(Signal.TEACHER_LOGITS, temperature)
 
 

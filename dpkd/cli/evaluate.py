@@ -13,6 +13,7 @@ import typer
 
 from dpkd.cli import evaluate_options as flags
 from dpkd.cli.options import SetData, TrustRemoteCode, data_settings
+from dpkd.cli.progress import waiting
 from dpkd.cli.score import Unit
 from dpkd.errors import SettingsError, printable
 
@@ -66,13 +67,14 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
     }
-    settings = _settings(seeds, sampling, rewards, cuts, unit, long_prompts)
     given = {"limit": limit, "template": template and template.value, "on_bad_row": on_bad_row and on_bad_row.value}
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not data and not names:
         raise SettingsError(["--data or --tasks: what should the model be scored on? Name at least one set or task"])
-    jobs = _jobs(model, teacher, data or [], sets_folder, given, set_, output, trust_remote_code)
-    benchmarks = _Benchmarks.of(names, include_path, num_fewshot, limit, template, batch_size)
+    with waiting("starting"):
+        settings = _settings(seeds, sampling, rewards, cuts, unit, long_prompts)
+        jobs = _jobs(model, teacher, data or [], sets_folder, given, set_, output, trust_remote_code)
+        benchmarks = _Benchmarks.of(names, include_path, num_fewshot, limit, template, batch_size)
     results = _all_scored(jobs, settings, benchmarks, dtype.value, shown=not as_json, rescored=output is None)
     _print_together(results, as_json)
 

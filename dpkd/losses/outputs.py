@@ -95,9 +95,14 @@ def token_logps(
     head: Head | nn.Module | None = None,
     chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:
-    """Log-prob `[B, T]` in nats of each labeled token `[B, T]`, 0 elsewhere; with gradient.
+    """Log-prob `[B, T]` in nats of each labeled token, 0 elsewhere; with gradient.
 
-    From `logits` `[B, T, V]`, or chunk by chunk from `hidden` `[B, T, H]` and an output head.
+    labels     `[B, T]`, -100 where a token has none; not shifted
+    logits     `[B, T, V]`; or in their place
+    hidden     last hidden states `[B, T, H]`, from which logits are computed chunk by chunk, with the output `head`
+    chunk_mib  memory of one chunk of float32 logits
+
+    Raises DpkdError when neither is given, or shapes do not fit.
     """
     found, where = _one(labels, logits, hidden, head), labeled_rows(labels)
     return spread(found.at(where.rows).logps(where.targets, chunk_mib), where, labels)
@@ -113,8 +118,10 @@ def pair_logps(
 ) -> tuple[Pair, Pair]:
     """Summed log-probs, and lengths in tokens, of P chosen and P rejected responses: two `Pair`s of `[P]`.
 
-    labels  `[2P, T]`: the chosen responses first, then the rejected ones in the same order
-    logits  `[2P, T, V]`, or `hidden` `[2P, T, H]` and an output head
+    labels     `[2P, T]`: the chosen responses first, then the rejected ones in the same order
+    logits     `[2P, T, V]`; or in their place `hidden`, `head` and `chunk_mib`, as in `token_logps`
+
+    Raises DpkdError when neither is given, shapes do not fit, or the number of responses is odd.
     """
     sums, lengths, _ = logps_of_pairs(_one(labels, logits, hidden, head), labels, None, chunk_mib)
     return sums, lengths

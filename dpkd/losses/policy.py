@@ -38,7 +38,7 @@ class PolicyLoss(ZooLoss):
         teacher_logps    `[B, T]`, under the teacher
         behaviour_logps  `[B, T]`, under what really drew it, where that was not the student alone (None)
         prompt           `[B]`, the number of the prompt of each response, where the loss compares those to one prompt
-        prompts          their texts, and responses: where the loss reads these
+        prompts          the text of the prompt of each response, and `responses` the text of each: where the loss reads them
         rewards          `[B]`, the reward of each response, where the loss reads it
 
         Raises DpkdError when the loss reads rewards and there are none.
@@ -76,7 +76,8 @@ class PolicyLoss(ZooLoss):
         labels              `[B, T]`: the sampled tokens, -100 elsewhere; not shifted
         student_logits      `[B, T, V]` of the student as it is now
         teacher_logits      `[B, T, V]`, where the loss reads them
-        advantages          `[B, T]`, from the method of that name, where the other arguments are described
+        advantages          `[B, T]`, from the method of that name
+        rollout_logps       `[B, T]`; `rollout_logps`, `behaviour_logps` and `teacher_logps` as in `advantages`
         num_items_in_batch  sampled tokens of the whole optimizer step; None: of these labels
 
         Raises DpkdError when what the loss reads is missing, or shapes do not fit.
@@ -103,7 +104,16 @@ class PolicyLoss(ZooLoss):
         num_items_in_batch: Count | None = None,
         chunk_mib: float = CHUNK_MIB,
     ) -> Tensor:
-        """The same without logits `[B, T, V]`, chunk by chunk: see `DistillationLoss.from_hidden`."""
+        """The same without logits `[B, T, V]`: the output heads run on a few tokens at a time.
+
+        student_hidden  last hidden states `[B, T, H]`, and `student_head` the model or its output layer
+        teacher_hidden  the same of the teacher, with `teacher_head`; where the loss reads its logits
+        labels          `[B, T]`; `labels`, `advantages`, `rollout_logps`, `behaviour_logps`, `teacher_logps` and
+                        `num_items_in_batch` as in a call with logits
+        chunk_mib       memory of one chunk of float32 logits
+
+        The gradient is taken chunk by chunk, inside this call: call `backward` on the result once at most.
+        """
         labels = required(labels)
         where = labeled_rows(labels)
         student = output(labels, "student_hidden", student_hidden, student_head, hidden=True)
@@ -111,8 +121,6 @@ class PolicyLoss(ZooLoss):
         known = _known(advantages, rollout_logps, behaviour_logps, teacher_logps)
         others = {**about_tokens(where, labels), **take_known(known, where.places)}
         return self._reduced(RolloutInputs, where, student, teacher, others, num_items_in_batch, chunk_mib)
-
-    chunked = from_hidden
 
 
 def _known(

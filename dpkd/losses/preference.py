@@ -65,7 +65,15 @@ class PreferenceLoss(ZooLoss):
         reference_logits: Tensor | None = None,
         num_items_in_batch: Count | None = None,
     ) -> Tensor:
-        """The loss of a batch of logits `[2P, T, V]` and labels `[2P, T]`: chosen responses first, then rejected."""
+        """The loss of a batch whose first half are the chosen responses, and whose second half the rejected ones.
+
+        student_logits      `[2P, T, V]`, with gradient
+        labels              `[2P, T]`, -100 where a token is not trained; not shifted
+        teacher_logits      `[2P, T, V]`; `teacher_logits` and `reference_logits` where the loss reads these models
+        num_items_in_batch  pairs of the whole optimizer step; None: P
+
+        Raises DpkdError when what the loss reads is missing, or shapes do not fit.
+        """
         given = {"student": student_logits, "teacher": teacher_logits, "reference": reference_logits}
         outputs = {who: output(labels, f"{who}_logits", logits) for who, logits in given.items()}
         return self._from_outputs(outputs, labels, num_items_in_batch, CHUNK_MIB)
@@ -83,7 +91,16 @@ class PreferenceLoss(ZooLoss):
         num_items_in_batch: Count | None = None,
         chunk_mib: float = CHUNK_MIB,
     ) -> Tensor:
-        """The same from hidden states `[2P, T, H]`, chunk by chunk: see `DistillationLoss.from_hidden`."""
+        """The same without logits `[2P, T, V]`: the output heads run on a few tokens at a time.
+
+        student_hidden    last hidden states `[2P, T, H]`, and `student_head` the model or its output layer
+        teacher_hidden    the same of the teacher, with `teacher_head`
+        reference_hidden  the same of the student as it was at the start, with `reference_head`
+        labels            `[2P, T]`; `labels` and `num_items_in_batch` as in `from_logits`
+        chunk_mib         memory of one chunk of float32 logits
+
+        The gradient is taken chunk by chunk, inside this call: call `backward` on the result once at most.
+        """
         labels = required(labels)
         given = {
             "student": (student_hidden, student_head),
@@ -92,8 +109,6 @@ class PreferenceLoss(ZooLoss):
         }
         outputs = {who: output(labels, f"{who}_hidden", *given[who], hidden=True) for who in given}
         return self._from_outputs(outputs, labels, num_items_in_batch, chunk_mib)
-
-    chunked = from_hidden
 
     def _from_outputs(
         self, outputs: dict[str, Output | None], labels: Tensor, count: Count | None, chunk_mib: float

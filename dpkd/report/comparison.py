@@ -90,7 +90,7 @@ def _table(
     name: str, runs: Sequence[Run], base: Run, wanted: Sequence[str], notes: list[str], resamples: int, seed: int
 ) -> SetTable:
     scored = {run.name: run.evaluations[name] for run in runs if name in run.evaluations}
-    rows = {run: _row_scores(one) for run, one in scored.items()}
+    rows = {run: row_scores(one) for run, one in scored.items()}
     _check_alike(name, scored, notes)
     cells: dict[str, dict[str, Cell]] = {}
     for run, one in scored.items():
@@ -135,7 +135,7 @@ def _check_alike(name: str, scored: Mapping[str, Scored], notes: list[str]) -> N
             notes.append(f"{name}: the runs were evaluated {what}")
 
 
-def _row_scores(scored: Scored) -> dict[str, dict[str, float]]:
+def row_scores(scored: Scored) -> dict[str, dict[str, float]]:
     """By metric and id of the row: the score, averaged over seeds."""
     found: dict[str, dict[str, list[float]]] = {}
     for own in scored.predictions().values():

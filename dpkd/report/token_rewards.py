@@ -166,20 +166,15 @@ def token_rewards(
     from dpkd.api.teachers import Wants
     from dpkd.data.batches import collate
     from dpkd.models.chunked import chunk_rows, token_logps
-    from dpkd.models.head import head_of, hidden_rows
+    from dpkd.models.head import evaluating, head_of, hidden_rows
 
-    was_training = student.training
-    student.eval()
     device = next(student.parameters()).device
     rows = chunk_rows(vocabulary, device=device)
     results = []
-    try:
-        with torch.no_grad():
-            for sequence in sequences:  # a handful, one by one: no row is padded
-                batch = collate([sequence], pad_id=pad_id).to(device)
-                logq_N = token_logps(hidden_rows(student, batch), head_of(student, vocabulary), batch.targets, rows)
-                logp_N = teacher.score(batch, Wants(rows, logps=True)).logps()
-                results.append([float(value) for value in beta * (logq_N.double() - logp_N.double()).cpu()])
-    finally:
-        student.train(was_training)
+    with torch.no_grad(), evaluating(student):
+        for sequence in sequences:  # a handful, one by one: no row is padded
+            batch = collate([sequence], pad_id=pad_id).to(device)
+            logq_N = token_logps(hidden_rows(student, batch), head_of(student, vocabulary), batch.targets, rows)
+            logp_N = teacher.score(batch, Wants(rows, logps=True)).logps()
+            results.append([float(value) for value in beta * (logq_N.double() - logp_N.double()).cpu()])
     return results

@@ -66,10 +66,9 @@ class TeacherScorer:
         self.teacher.expect(sequences, wants)
         for group in micro_batches(lengths, self.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(self.device)
-            logps = self.teacher.score(batch, wants).logps().tolist()
-            for place, i in enumerate(group):
-                own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
-                scored[i] = replace(responses[i], teacher_logps=tuple(own))
+            parts = self.teacher.score(batch, wants).logps().cpu().split(batch.lengths.tolist())
+            for i, part in zip(group, parts, strict=True):
+                scored[i] = replace(responses[i], teacher_logps=tuple(part.tolist()))
         return scored
 
 

@@ -45,6 +45,11 @@ class TrainStep:
         """The LossModule itself."""
         return self.accelerator.unwrap_model(self.loss_module)  # type: ignore[no-any-return]
 
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[no-any-return]
+
     def __call__(
         self, step_batches: Sequence[StepBatch], *, lr: float, measure: bool, ahead: Sequence[StepBatch] = ()
     ) -> MeanMetrics:
@@ -72,13 +77,13 @@ class TrainStep:
 
     def lend_saved(self, work: Callable[[torch.nn.Module], Any]) -> Any:
         """Give the student to some work, with the weights that are saved: their average where one is kept."""
-        with averaged(getattr(self.optimizer, "optimizer", self.optimizer)):
+        with averaged(self.torch_optimizer):
             return self.inner.lend(work)
 
     @cached_property
     def watch(self) -> FiniteWatch:
         """What keeps a step that is not finite from the weights."""
-        return FiniteWatch(getattr(self.optimizer, "optimizer", self.optimizer), self.accelerator.device)
+        return FiniteWatch(self.torch_optimizer, self.accelerator.device)
 
     def check(self) -> None:
         """Wait for the steps so far. Raises NotFinite where one of them was not finite; no weight has changed since."""
