@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.errors import DpkdError
-from dpkd.io import lock
+from dpkd.locks import lock
 
 
 @dataclass(frozen=True)

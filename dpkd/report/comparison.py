@@ -56,25 +56,34 @@ def compare(
 ) -> Comparison:
     """Compare runs, the baseline among them, on every set that any of them was evaluated on.
 
-    `metrics` may be `("all",)`. Raises SettingsError when no run has scores, or none has a metric that is asked for.
+    `metrics` may be `("all",)`; a set that has none of the default ones is compared by all it has. Raises SettingsError
+    when no run has scores, or none has a metric that is asked for.
     """
     names = list(dict.fromkeys(name for run in runs for name in run.evaluations))
     if not names:
         told = ", ".join(run.name for run in runs)
         raise SettingsError([f"{told}: no scores yet; evaluate first: dpkd eval --model RUN --data FILE"])
     known = ordered(metric for run in runs for one in run.evaluations.values() for metric in one.metrics)
-    wanted = known if tuple(metrics) == ("all",) else [metric for metric in metrics if metric in known]
+    wanted = known if tuple(metrics) in (("all",), FIRST) else [metric for metric in metrics if metric in known]
     unknown = [metric for metric in metrics if metric not in known and metric not in (*FIRST, "all")]
     if unknown or not wanted:
         missing = ", ".join(unknown or metrics)
         raise SettingsError([f"--metrics {missing}: not among the scores of these runs ({', '.join(known)})"])
     base = next(run for run in runs if run.name == baseline)
     notes: list[str] = []
-    tables = [_table(name, runs, base, wanted, notes, resamples, seed) for name in names]
+    by_default = tuple(metrics) == FIRST
+    tables = [
+        _table(name, runs, base, _shown(name, runs) if by_default else wanted, notes, resamples, seed) for name in names
+    ]
     costs = {run.name: run.cost for run in runs}
     return Comparison(
         tuple(run.name for run in runs), baseline, tuple(tables), costs, tuple(dict.fromkeys(notes)), resamples, seed
     )
+
+
+def _shown(name: str, runs: Sequence[Run]) -> list[str]:
+    """What the papers report, of a set; all that a benchmark has."""
+    return ordered(m for run in runs if name in run.evaluations for m in run.evaluations[name].shown(FIRST))
 
 
 def _table(

@@ -89,7 +89,7 @@ def _sweep_sections(experiment: Experiment) -> list[Section]:
     return [
         Section("overview", "Overview", "", sweep_sections.overview(experiment, tables)),
         Section("ranking", "Ranking", _RANKING, _ranking(experiment, tables)),
-        Section("benchmarks", "Other sets", "Sets without Rouge-L.", sweep_sections.other_sets(experiment)),
+        Section("benchmarks", "Other sets", _OTHERS, sweep_sections.other_sets(experiment)),
         Section("cost", "Cost", _COST, _cost(experiment, tables)),
         Section("collapse", "Collapse", _COLLAPSE, _collapse(experiment)),
         Section("reward", "Reward and KL", _REWARD, _reward(tables)),
@@ -103,6 +103,7 @@ def _sweep_sections(experiment: Experiment) -> list[Section]:
 
 
 _RANKING = "Best first. The intervals and p-values are about the rows: another training seed may move a mean further."
+_OTHERS = "Standard benchmarks and other sets without Rouge-L. ±: sd over seeds, or standard error over rows."
 _COST = (
     "Rouge-L against what training took, without the models that all share. The step line is the best method within "
     "each budget."
@@ -155,7 +156,7 @@ def _samples(experiment: Experiment, tables: Mapping[str, Sequence[Standing]]) -
     """References first, then the methods by their rank on the first set."""
     ranks = {one.run.name: one.rank for table in list(tables.values())[:1] for one in table}
     order = sorted(experiment.scored, key=lambda run: ranks.get(run.name, len(ranks) + 1))
-    return [*texts.answers(order, sweep_sections.colors_by_name(experiment), first=_AT_ONCE)]
+    return [*texts.answers(order, sweep_sections.colors_by_name(experiment), sets=list(tables), first=_AT_ONCE)]
 
 
 def _folded(title: str, blocks: Sequence[Block]) -> list[Block]:

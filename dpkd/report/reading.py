@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -73,6 +73,7 @@ class Scores(TypedDict, total=False):
     lengths: Lengths
     data: dict[str, Any]
     generation: dict[str, Any]
+    task: dict[str, Any]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -157,6 +158,15 @@ class Scored:
     def metrics(self) -> Mapping[str, MetricValues]:
         """By name: `mean`, `sd` (None for one seed) and `values`."""
         return self.scores.get("metrics", {})
+
+    @property
+    def is_benchmark(self) -> bool:
+        """Whether another tool asked the questions: their texts are not in the run's template."""
+        return "task" in self.scores
+
+    def shown(self, metrics: Sequence[str]) -> list[str]:
+        """Those of some metrics that it has; all its own where it has none of them, as benchmarks do."""
+        return [metric for metric in metrics if metric in self.metrics] or list(self.metrics)
 
     def better(self, metric: str) -> str:
         """`higher`, `lower`, or empty: as its scores say, or by its name where they are older and do not."""
@@ -313,7 +323,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _checked(path: Path, kind: type[T], value: Any, line: str = "") -> T:
     """A value of a file once its parts are what they should be. Raises DpkdError with the first that is not."""
     try:
-        checked: T = _adapter(cast(Any, kind)).validate_python(value)
+        checked: T = _adapter(cast(Hashable, kind)).validate_python(value)
         return checked
     except ValidationError as error:
         first = error.errors()[0]

@@ -194,12 +194,20 @@ def _metrics(experiment: Experiment, wanted: Sequence[tuple[str, str]], *, sets:
     for run in experiment.scored:
         cells = [TableCell(run.name, color=colors.get(run.name))]
         for name, metric, best in columns:
-            found = run.evaluations[name].metrics.get(metric, {}) if name in run.evaluations else {}
-            mean = finite(found.get("mean"))
+            mean, error = _with_error(run.evaluations.get(name), metric)
             is_best = best is not None and mean == best and run.name in colors
-            cells.append(TableCell(spread(mean, finite(found.get("sd"))), "n best" if is_best else "n"))
+            cells.append(TableCell(spread(mean, error), "n best" if is_best else "n"))
         rows.append(cells)
     return Table(_heads("run", *heads, kind="n"), rows)
+
+
+def _with_error(one: Scored | None, metric: str) -> tuple[float | None, float | None]:
+    """The mean with its standard deviation over seeds, or its standard error over rows, as benchmarks have it."""
+    if one is None:
+        return None, None
+    found = one.metrics.get(metric, {})
+    sd = finite(found.get("sd"))
+    return finite(found.get("mean")), finite(one.scores.get("stderr", {}).get(metric)) if sd is None else sd
 
 
 def other_sets(experiment: Experiment) -> list[Block]:

@@ -36,15 +36,16 @@ from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, metric_spec
 from dpkd.evaluation.lengths import WORDS, parse_cuts
 from dpkd.evaluation.sets import find_set
 from dpkd.evaluation.target import find_target
-from dpkd.io import lock, write_json, write_text
+from dpkd.io import write_json, write_text
+from dpkd.locks import lock
 from dpkd.models.shared import Shared
 from dpkd.plugins import Registry, load_registry
 from dpkd.report.card import rescore
 from dpkd.run_folder import RunFolder, SweepFolder
 from dpkd.train.accelerate_state import own_accelerate_state
-from dpkd.train.children import Children, children
+from dpkd.train.children import Children
 from dpkd.train.dev import direction_of
-from dpkd.train.interrupt import STOP_SIGNALS
+from dpkd.train.interrupt import on_stop
 from dpkd.train.progress import Display
 from dpkd.train.resume import flat, resume_folder
 from dpkd.train.run import train
@@ -104,11 +105,11 @@ def run_sweep(
     """
     output = Path(plan.settings.output)
     registry = registry or load_registry()
-    isolated = isolate or bool(devices)
+    handler: Children | StopSignal = Children() if isolate or devices else StopSignal()
     best: dict[str, SweepRun] = {}
     with (
         lock(output / ".lock", f"the sweep {output}"),
-        children() if isolated else interruptible() as heard,
+        on_stop(handler) as heard,
         _Sweep(
             plan,
             Isolated(heard, registry) if isinstance(heard, Children) else InProcess(registry),
@@ -457,32 +458,16 @@ def log_of(run: SweepRun) -> Path:
 
 @dataclass
 class StopSignal:
-    """The signal that asked the sweep to stop."""
+    """The signal that asked the sweep to stop: it ends at once, where no run catches the signal.
+
+    A run that trains has its own handler meanwhile, and writes a checkpoint; loading and scoring can be done again.
+    """
 
     stopped_by: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = number
         raise KeyboardInterrupt
-
-
-@contextmanager
-def interruptible() -> Iterator[StopSignal]:
-    """Signals to stop end the block at once, where no run catches them (in the main thread only).
-
-    A run that trains has its own handlers meanwhile, and writes a checkpoint; loading and scoring can be done again.
-    """
-    stop = StopSignal()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def summary(outcome: SweepOutcome) -> str:

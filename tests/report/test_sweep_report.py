@@ -292,6 +292,7 @@ def test_sets_without_rouge_are_one_table(folder: Path) -> None:
             "set": "arc",
             "metrics": {"acc": {"mean": 40.0 + place, "sd": None}},
             "better": {"acc": "higher"},
+            "stderr": {"acc": 1.25},
             "titles": {"acc": "accuracy"},
         }
         (path / "scores.json").write_text(json.dumps(scores))
@@ -299,7 +300,7 @@ def test_sets_without_rouge_are_one_table(folder: Path) -> None:
     assert (sets_of(found, ranked=True), sets_of(found, ranked=False)) == (["dolly"], ["arc"])
     text = sweep_page(found)
     assert "arc: accuracy" in text
-    assert '<td class="n best">41.00</td>' in text
+    assert '<td class="n best">41.00 ± 1.25</td>' in text
 
 
 def test_choices_with_their_grid(folder: Path) -> None:
