@@ -11,7 +11,7 @@ from dpkd.report.comparison_text import SIGNIFICANT, p_text
 from dpkd.report.experiment import Experiment, StageChoice, members
 from dpkd.report.names import duration, finite, memory, number, ordered, public, spread, title, tokens
 from dpkd.report.ranking import RANKED_BY, Standing, front, sets_of
-from dpkd.report.reading import better_of, title_of
+from dpkd.report.reading import Scored, better_of, title_of
 from dpkd.report.sections import flat
 from dpkd.report.sweep_charts import correlations, has_pairs, score_of
 from dpkd.run_metrics import collapse_step, logps_per_token
