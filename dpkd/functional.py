@@ -18,6 +18,7 @@ __all__ = [
     "KLSum",
     "aggregate",
     "at_least_float32",
+    "by_segment",
     "cross_entropy",
     "entropy",
     "free_to_read",
@@ -25,6 +26,7 @@ __all__ = [
     "jensen_shannon",
     "kl",
     "layer_pairs",
+    "leave_one_out",
     "log_mix",
     "log_softmax",
     "log_total",
@@ -34,6 +36,7 @@ __all__ = [
     "returns_to_go",
     "segment_sum",
     "sorted_distance",
+    "token_mask",
     "with_rest",
 ]
 
@@ -298,6 +301,40 @@ def segment_sum(values_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
     tensor([3., 0., 4.])
     """
     return values_N.new_zeros(count).index_add(0, segment_N, values_N)
+
+
+def by_segment(values_N: Tensor, segment_N: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
+    """The values of each segment in a row of its own, `[B, longest]`, and 0 behind its last; `segment_N` ascends.
+
+    >>> by_segment(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2]), torch.tensor([2, 0, 1]), 2)
+    tensor([[1., 2.],
+            [0., 0.],
+            [4., 0.]])
+    """
+    first_B = lengths_B.cumsum(0) - lengths_B
+    column_N = torch.arange(len(values_N), device=values_N.device) - first_B[segment_N]
+    return values_N.new_zeros(len(lengths_B), longest).index_put((segment_N, column_N), values_N)
+
+
+def token_mask(lengths_B: Tensor, longest: int) -> Tensor:
+    """Whether a place holds a token, `[B, longest]`, bool.
+
+    >>> token_mask(torch.tensor([2.0, 1.0]), 3).int()
+    tensor([[1, 1, 0],
+            [1, 0, 0]], dtype=torch.int32)
+    """
+    return torch.arange(longest, device=lengths_B.device) < lengths_B.unsqueeze(-1)
+
+
+def leave_one_out(values_R: Tensor, group_R: Tensor) -> Tensor:
+    """Each value less the mean of the others of its group, `[R]`; alone in its group, as it is.
+
+    >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1]))
+    tensor([-3.0000, -1.5000,  4.5000,  5.0000])
+    """
+    groups = int(group_R.max()) + 1 if len(group_R) else 0
+    others_R = segment_sum(torch.ones_like(values_R), group_R, groups)[group_R] - 1
+    return values_R - (segment_sum(values_R, group_R, groups)[group_R] - values_R) / others_R.clamp(min=1)
 
 
 def reduce_loss(values: Tensor, count: float | Tensor, weight: float = 1.0) -> Tensor:

@@ -27,8 +27,12 @@ class Signal(StrEnum):
     STUDENT_LOGPS = "student_logps"  # of whole responses, chosen and rejected [B]
     TEACHER_LOGPS = "teacher_logps"  # of whole responses [B]; in a RolloutLoss of the drawn tokens [N]
     REFERENCE_LOGPS = "reference_logps"  # of whole responses, under the student as it was at the start of the run [B]
+    STUDENT_TOKEN_LOGPS = "student_token_logps"  # of each token of these responses [B, T], 0 behind the last
+    TEACHER_TOKEN_LOGPS = "teacher_token_logps"  # the same under the teacher
+    REFERENCE_TOKEN_LOGPS = "reference_token_logps"  # under the student as it was at the start of the run
     LENGTHS = "lengths"  # tokens of each response, EOS included [B]
     ADVANTAGES = "advantages"  # what RolloutLoss.advantages returned [N]
+    REWARDS = "rewards"  # what `text.reward` gave each response [R]: in a RolloutLoss, for its advantages alone
     ROLLOUT_LOGPS = "rollout_logps"  # student log-prob of the token when it was sampled [N]
     BEHAVIOUR_LOGPS = "behaviour_logps"  # log-prob under the policy that drew it (a teacher mix, say) [N]
     STUDENT_REST = "student_rest"  # log-prob of a span's tokens after the first; 0 where tokenizers are the same [N]
@@ -37,6 +41,14 @@ class Signal(StrEnum):
     TEACHER_HIDDEN = "teacher_hidden"  # of the layers that TokenLoss.bind names [N, K, H]
 
 
+# What a pair loss reads of whole responses, and the same token by token.
+TOKEN_LOGPS = {
+    Signal.STUDENT_LOGPS: Signal.STUDENT_TOKEN_LOGPS,
+    Signal.TEACHER_LOGPS: Signal.TEACHER_TOKEN_LOGPS,
+    Signal.REFERENCE_LOGPS: Signal.REFERENCE_TOKEN_LOGPS,
+}
+TEACHER_LOGPS = frozenset({Signal.TEACHER_LOGPS, Signal.TEACHER_TOKEN_LOGPS})
+REFERENCE_LOGPS = frozenset({Signal.REFERENCE_LOGPS, Signal.REFERENCE_TOKEN_LOGPS})
 # A loss that reads one of these gets whole micro-batches, and so no logits.
 HIDDEN = frozenset({Signal.STUDENT_HIDDEN, Signal.TEACHER_HIDDEN})
 
@@ -218,7 +230,11 @@ class RolloutInputs(TokenInputs):
 
 
 class PairInputs(_Inputs):
-    """A chosen and a rejected response per prompt: summed log-probs in nats, lengths in tokens, `[B]`."""
+    """A chosen and a rejected response per prompt: summed log-probs in nats, lengths in tokens, `[B]`.
+
+    Log-probs of single tokens are `[B, T]`, from the first token on, and 0 behind the last: their sum is that of the
+    response. T is the same for both responses; `dpkd.functional.token_mask` says which places hold a token.
+    """
 
     @property
     def student(self) -> Pair:
@@ -236,6 +252,21 @@ class PairInputs(_Inputs):
         return self[Signal.REFERENCE_LOGPS]  # type: ignore[no-any-return]
 
     @property
+    def student_token_logps(self) -> Pair:
+        """log q of each token of y_t and of y_s, `[B, T]`."""
+        return self[Signal.STUDENT_TOKEN_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def teacher_token_logps(self) -> Pair:
+        """log p of each token of y_t and of y_s, `[B, T]`, without gradient."""
+        return self[Signal.TEACHER_TOKEN_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def reference_token_logps(self) -> Pair:
+        """The same `[B, T]` under the student as it was at the start, without gradient."""
+        return self[Signal.REFERENCE_TOKEN_LOGPS]  # type: ignore[no-any-return]
+
+    @property
     def lengths(self) -> Pair:
         """Tokens of y_t and y_s as floats, EOS included, at least 1."""
         return self[Signal.LENGTHS]  # type: ignore[no-any-return]
@@ -250,7 +281,8 @@ class Rollout:
 
     prompt     `[R]` the number of the prompt that each answers: those to one prompt are a group, for a baseline
     prompts    text of the prompt of each, as the model read it
-    responses  text of each, without special tokens: what a reward function is called on
+    responses  text of each, without special tokens
+    rewards    `[R]` what the metric of `text.reward` gave each, for losses that read Signal.REWARDS; else None
     """
 
     rollout_logps: Tensor
@@ -260,3 +292,4 @@ class Rollout:
     prompt: Tensor | None = None
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
+    rewards: Tensor | None = None

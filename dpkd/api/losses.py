@@ -12,7 +12,7 @@ from pydantic import Field, create_model
 from torch import Tensor, nn
 
 from dpkd.api.cards import Card
-from dpkd.api.inputs import Layers, PairInputs, Rollout, RolloutInputs, Signal, Stack, TokenInputs
+from dpkd.api.inputs import TEACHER_LOGPS, Layers, PairInputs, Rollout, RolloutInputs, Signal, Stack, TokenInputs
 from dpkd.settings import Block
 
 
@@ -200,7 +200,7 @@ class LossSpec:
             return TeacherAccess.CHOSEN_IDS
         if Signal.TEACHER_LOGITS in signals:
             return TeacherAccess.LOGITS if self.top_k is None else TeacherAccess.TOP_K
-        if Signal.TEACHER_LOGPS in signals:
+        if TEACHER_LOGPS & signals:
             return TeacherAccess.TOKEN_LOGPS
         return TeacherAccess.NONE
 

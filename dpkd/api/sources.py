@@ -28,6 +28,7 @@ class Response:
     behaviour_logps  under what really drew it: filters and a teacher's share included
     teacher_logps    under the teacher
     advantages       what each token is worth
+    reward           what the whole response is worth to a reward function
     """
 
     ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class Response:
     behaviour_logps: tuple[float, ...] | None = None
     teacher_logps: tuple[float, ...] | None = None
     advantages: tuple[float, ...] | None = None
+    reward: float | None = None
 
     def is_empty(self, eos_ids: frozenset[int]) -> bool:
         """Whether the response is nothing but tokens of `eos_ids`."""
@@ -86,6 +88,7 @@ class StudentSampling(NamedTuple):
     refresh: Refresh = "every_step"
     every: int = 1
     num_iterations: int = 1
+    reward: str | None = None
 
 
 class SourceConfig(Block):
@@ -418,6 +421,8 @@ class SourceBase:
         rows = [("student writes", what)]
         if how.teacher_veto:
             rows.append(("replaced", f"tokens not among the teacher's {how.teacher_veto} likeliest, by its own draw"))
+        if how.reward:
+            rows.append(("reward", f"{how.reward} of each response"))
         if how.teacher_mix:
             rows.append(("drawn from", f"{how.teacher_mix:g} · teacher + {1 - how.teacher_mix:g} · student"))
         return rows
@@ -460,6 +465,9 @@ def useful(written: Written, eos_ids: frozenset[int], *, pairs: bool) -> StepRes
         for r in responses
         for q, drawn in zip(r.rollout_logps or (), r.behaviour_logps or (), strict=True)
     ]
+    rewards = [r.reward for _, responses in written for r in responses if r.reward is not None]
+    if rewards:
+        counts["reward"] = sum(rewards) / len(rewards)
     return StepResponses(kept, {**counts, "policy_gap": sum(gaps) / len(gaps)} if gaps else counts)
 
 

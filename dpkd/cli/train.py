@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from dpkd.cli.options import Config, Data, LossName, Output, Seed, Set, Student, Teacher, TrustRemoteCode, resolved
+from dpkd.cli.options import (
+    Config,
+    Data,
+    LossName,
+    Output,
+    Seed,
+    Set,
+    Student,
+    Teacher,
+    TrustRemoteCode,
+    resolved,
+    run_flags,
+)
 from dpkd.cli.progress import waiting
 from dpkd.errors import SettingsError
 
@@ -36,12 +48,7 @@ def train(
 ) -> None:
     """Distil a teacher into a student."""
     flags = {
-        "--loss": ("loss.name", loss),
-        "--teacher": ("teacher.model", teacher),
-        "--student": ("student.model", student),
-        "--data": ("data.path", data),
-        "--output": ("output", output),
-        "--seed": ("seed", seed),
+        **run_flags(loss=loss, teacher=teacher, student=student, data=data, output=output, seed=seed),
         "--probe": ("batch.probe", True if probe else None),
         "--trust-remote-code": ("student.trust_remote_code", True if trust_remote_code else None),
     }

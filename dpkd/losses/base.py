@@ -50,13 +50,14 @@ class ZooLoss(nn.Module):
 
     def _values(self, kind: type[Any], signals: Mapping[Signal, Any], device: torch.device) -> Tensor:
         """The plugin's values `[N]` or `[P]`, from what it declares to read. Raises DpkdError where that is missing."""
-        if missing := self.reads - signals.keys():
+        reads = self.reads - {Signal.REWARDS}  # read before, by the advantages
+        if missing := reads - signals.keys():
             raise DpkdError(
                 f"the loss {self.spec.name} reads {', '.join(sorted(missing))}, which is not given; it reads "
                 f"{', '.join(sorted(self.reads))}"
             )
         with torch.autocast(device.type, enabled=False):
-            values: Tensor = self.loss(kind({signal: signals[signal] for signal in self.reads}))
+            values: Tensor = self.loss(kind({signal: signals[signal] for signal in reads}))
         return values
 
     def _size(self, student: int, teacher: int | None) -> int:

@@ -85,8 +85,6 @@ class DistillationLoss(ZooLoss):
         others = about_tokens(where, labels, by_student)
         return self._reduced(TokenInputs, where, student, teacher, others, num_items_in_batch, chunk_mib)
 
-    chunked = from_hidden
-
     def bind(self, student: Any, teacher: Any) -> DistillationLoss:
         """Tell a loss on hidden states what the models are like, before the optimizer is made: it makes its weights.
 

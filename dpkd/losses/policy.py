@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dpkd.api import Rollout, RolloutInputs, Signal
 from dpkd.data.batches import labeled_rows
+from dpkd.errors import DpkdError
 from dpkd.losses.base import Count, ZooLoss, about_tokens
 from dpkd.losses.distillation import required
 from dpkd.losses.outputs import CHUNK_MIB, output, spread, take, take_known
@@ -28,6 +29,7 @@ class PolicyLoss(ZooLoss):
         prompt: Tensor | None = None,
         prompts: Sequence[str] = (),
         responses: Sequence[str] = (),
+        rewards: Tensor | None = None,
     ) -> Tensor:
         """What each sampled token is worth `[B, T]`, 0 where nothing was sampled; once per collection of responses.
 
@@ -36,9 +38,13 @@ class PolicyLoss(ZooLoss):
         teacher_logps    `[B, T]`, under the teacher
         behaviour_logps  `[B, T]`, under what really drew it, where that was not the student alone (None)
         prompt           `[B]`, the number of the prompt of each response, where the loss compares those to one prompt
-        prompts          the text of the prompt of each response, and `responses` the text of each: where the loss
-                         calls a reward function
+        prompts          the text of the prompt of each response, and `responses` the text of each: where the loss reads them
+        rewards          `[B]`, the reward of each response, where the loss reads it
+
+        Raises DpkdError when the loss reads rewards and there are none.
         """
+        if Signal.REWARDS in self.reads and rewards is None:
+            raise DpkdError(f"the loss {self.spec.name} reads rewards, which are not given: one for each response [B]")
         where = labeled_rows(labels)
         with torch.no_grad():
             drawn = Rollout(
@@ -49,6 +55,7 @@ class PolicyLoss(ZooLoss):
                 prompt=prompt,
                 prompts=tuple(prompts),
                 responses=tuple(responses),
+                rewards=rewards,
             )
             return spread(self.loss.advantages(drawn), where, labels)
 
@@ -114,8 +121,6 @@ class PolicyLoss(ZooLoss):
         known = _known(advantages, rollout_logps, behaviour_logps, teacher_logps)
         others = {**about_tokens(where, labels), **take_known(known, where.places)}
         return self._reduced(RolloutInputs, where, student, teacher, others, num_items_in_batch, chunk_mib)
-
-    chunked = from_hidden
 
 
 def _known(

@@ -10,8 +10,10 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpkd.errors import DpkdError
+from dpkd.models.head import causal_lm
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
 from dpkd.models.quantization import (
     check_quantization,
@@ -129,6 +131,11 @@ def context_length(config: Any) -> int | None:
     """How many tokens a model reads at most, where its configuration says so."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
+
+
+def longest_sequence(model: nn.Module) -> int | None:
+    """How many tokens a model reads at most, where its configuration says so."""
+    return context_length(causal_lm(model).config)
 
 
 def new_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:

@@ -99,8 +99,8 @@ def test_suggestions_are_those_of_the_loss_that_runs_in_the_end() -> None:
 
 def test_the_settings_of_the_loss_are_its_own() -> None:
     resolved = run(base("soft"), sets=("loss.beta=0.3", "loss.inner.mu=1"))
-    assert isinstance(resolved.loss_config, Config)
-    assert (resolved.loss_config.beta, resolved.loss_config.inner.mu) == (0.3, 1.0)
+    assert isinstance(resolved.main.config, Config)
+    assert (resolved.main.config.beta, resolved.main.config.inner.mu) == (0.3, 1.0)
     assert resolved.loss.name == "soft"
     assert resolved.plugin == "fakes 1.0"
 
@@ -263,7 +263,7 @@ def test_a_resolved_file_resolves_to_the_same(loss: str, tmp_path: Path) -> None
     write_config(resolved, tmp_path)
     again = resolve([file_layer(tmp_path / "config.resolved.yaml")], REGISTRY)
     assert again.as_dict() == resolved.as_dict()
-    assert (again.settings, again.loss_config) == (resolved.settings, resolved.loss_config)
+    assert (again.settings, again.main.config) == (resolved.settings, resolved.main.config)
     assert yaml.safe_load(annotated_yaml(resolved)) == resolved.as_dict(), "any YAML reader gives the same"
 
 
@@ -328,6 +328,6 @@ def test_a_given_setting_does_not_follow_a_suggested_schedule() -> None:
     assert set(run(base("moving")).settings.schedules) == {"beta"}
     fixed = run(base("moving"), sets=("loss.beta=0.3",))
     assert fixed.settings.schedules == {}
-    assert fixed.loss_config.beta == 0.3  # type: ignore[attr-defined]
+    assert fixed.main.config.beta == 0.3  # type: ignore[attr-defined]
     own = run(base("moving"), sets=("loss.beta=0.3", "schedules.beta.end=0.5"))
     assert own.settings.schedules["beta"].end == 0.5, "a schedule that the user touches is the user's"
