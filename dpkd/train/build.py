@@ -112,10 +112,11 @@ def assemble(
     whole = _loss_module(resolved, run_data, models, losses).to(accelerator.device)
     with timings("compile"):
         _compile(resolved, models, losses, run_data.steps, accelerator, display)
-    optimizer = make_optimizer(whole, settings.train)
-    if settings.train.ema is not None:
-        follow(optimizer, settings.train.ema)
-    loss_module, optimizer = accelerator.prepare(whole, optimizer)
+    with timings("optimizer"):
+        optimizer = make_optimizer(whole, settings.train)
+        if settings.train.ema is not None:
+            follow(optimizer, settings.train.ema)
+        loss_module, optimizer = accelerator.prepare(whole, optimizer)
     train_step = TrainStep(
         accelerator=accelerator,
         loss_module=loss_module,

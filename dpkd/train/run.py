@@ -55,10 +55,13 @@ def train(
     stops it before its end.
     """
     RunFolder.check_new(resolved.settings.output)
-    accelerator = _accelerator(resolved)
+    timings = timings or Timings()
+    with timings("imports"):  # accelerate's, for the most part
+        accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
-    resolved = with_defaults(resolved, display)
+    with timings("config"):
+        resolved = with_defaults(resolved, display)
     run_parts = assemble(resolved, accelerator, display, timings)
     _check_processes_agree(accelerator, run_parts)
     folder = _shared_folder(accelerator, resolved)
