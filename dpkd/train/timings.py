@@ -6,9 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 OUTSIDE = "host"  # what belongs to no phase
 
@@ -38,6 +39,8 @@ class CudaClock:
     """The time of a GPU: events in its current stream, read after they have passed, so that the host does not wait."""
 
     def now(self) -> torch.cuda.Event:
+        import torch  # not above: importing it is one of the phases
+
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -122,5 +125,6 @@ class Timings:
 
 
 def _shares(values: dict[str, float], unit: str) -> str:
-    parts = sorted(values.items(), key=lambda item: -item[1])
+    """The sum, and what is not too short to be shown, the longest first."""
+    parts = sorted(((name, value) for name, value in values.items() if value >= 0.005), key=lambda item: -item[1])
     return f"{sum(values.values()):.2f} {unit} ({', '.join(f'{name} {value:.2f}' for name, value in parts)})"

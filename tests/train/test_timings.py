@@ -84,7 +84,7 @@ def test_a_run_is_the_same_and_its_phases_sum_to_the_whole(loss, settings_of, qu
         said, ticks = io.StringIO(), itertools.count(1.0)
         timings = Timings(on=on, began=0.0, clock=HostClock(ticks.__next__))
         settings = settings_of(loss, {"train.steps": 3, "output": str(tmp_path / f"{loss}-{on}")})
-        folder = run.train(settings, console=Console(file=said, width=200), timings=timings)
+        folder = run.train(settings, console=Console(file=said, width=400), timings=timings)
         found.append((folder.model / "model.safetensors").read_bytes())
         lines = [line for line in said.getvalue().splitlines() if line.startswith("timings:")]
         assert bool(lines) is on
@@ -95,8 +95,8 @@ def test_a_run_is_the_same_and_its_phases_sum_to_the_whole(loss, settings_of, qu
     assert {"checkpoint", "model", "card"} <= timings.seconds["end"].keys()
     for line in lines:
         total, shares = SHARES.search(line).groups()
-        parts = [float(part.rsplit(" ", 1)[1]) for part in shares.split(", ")]
-        assert float(total) == pytest.approx(sum(parts), abs=0.01 * len(parts))
+        parts = [float(part.rsplit(" ", 1)[1]) for part in shares.split(", ") if part]
+        assert float(total) == pytest.approx(sum(parts), abs=0.1)  # what rounds to nothing is not shown
 
 
 def test_the_command_prints_them(toy, tmp_path):
