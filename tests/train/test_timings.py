@@ -105,5 +105,5 @@ def test_the_command_prints_them(toy, tmp_path):
     result = CliRunner().invoke(app, [*call, "--set", "train.steps=2", "--set", "train.device=cpu"])
     assert result.exit_code == 0, result.output
     assert "timings: start" in result.output
-    assert "imports" in result.output
+    assert "first step" in result.output
     assert "timings: 1 more steps" in result.output
