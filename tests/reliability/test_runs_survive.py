@@ -40,10 +40,8 @@ class Said(Console):
 
 @pytest.fixture
 def finished(settings_of, quiet):
-    """A run of 4 steps with a checkpoint at each of the last two."""
-    return run.train(
-        settings_of("kd", {"train.steps": 4, "train.save_every": 1, "train.keep_checkpoints": 2}), console=quiet
-    )
+    """A run of 4 steps with a checkpoint at each of the last two, which is the default."""
+    return run.train(settings_of("kd", {"train.steps": 4, "train.save_every": 1}), console=quiet)
 
 
 def unfinished(folder: RunFolder) -> RunFolder:
@@ -61,7 +59,7 @@ def commands(tmp_path_factory):
     write_toy(folder / "toy")
     whole = dpkd(TRAIN, folder / "whole")
     assert whole.kind == "ok", whole.text
-    return folder, fingerprint(folder / "whole/run"), whole.calls
+    return folder, fingerprint(folder / "whole/run"), len(whole.calls)
 
 
 @pytest.mark.parametrize("place", [0.0, 0.01, 0.03, 0.3, 0.6, 0.9, 0.94, 0.98, 1.0])
@@ -84,16 +82,15 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(place, kind, comman
     folder, whole, calls = commands
     here = folder / f"{kind}-{place}"
     failed = dpkd(TRAIN, here, Fault(kind, int(place * calls)))
-    if place > 0.9 and failed.kind == "ok":  # only a removal of what is no longer needed failed
-        assert whole.items() <= fingerprint(here / "run").items()
-        return
-    assert (failed.kind, failed.code) == ("refused", 1), failed.text
-    assert "disk is full" in failed.text or "No space left" in failed.text
+    finished = place > 0.9 and failed.kind == "ok"  # only a removal of what is no longer needed failed
+    if not finished:
+        assert (failed.kind, failed.code) == ("refused", 1), failed.text
+        assert "disk is full" in failed.text or "No space left" in failed.text
     again = dpkd(["train", "--resume", "run"], here)
     if "is not a run folder" in again.text:
         again = dpkd(TRAIN, here)
-    assert again.kind == "ok", again.text
-    assert fingerprint(here / "run") == whole
+    assert again.kind == "ok" or (finished and "is finished" in again.text), again.text
+    assert fingerprint(here / "run") == whole  # the next call removes what was left over
 
 
 def test_a_hangup_saves_as_a_request_to_stop_does(commands):
@@ -175,8 +172,7 @@ def _damage(file: Path, damage: str) -> None:
 
 def test_lost_responses_of_the_student_are_noticed(settings_of, quiet):
     folder = run.train(
-        settings_of("minillm", {"train.steps": 4, "train.save_every": 1, "train.keep_checkpoints": 2, "text.every": 4}),
-        console=quiet,
+        settings_of("minillm", {"train.steps": 4, "train.save_every": 1, "text.every": 4}), console=quiet
     )
     remove_folder(checkpoint.latest(folder.checkpoints).path)
     sources = checkpoint.latest(folder.checkpoints).path / "sources.json"
