@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dpkd.errors import DpkdError
 
@@ -30,6 +30,7 @@ except ImportError:  # no advisory locks on Windows: one process at a time there
     fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY = ".{name}.{token}.tmp"
+_APPEND = os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a log is never a link that somebody planted
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -50,7 +51,9 @@ def storage_errors(path: Path, advice: str = "") -> Iterator[None]:
 
 def _refusal(path: Path, error: Exception, advice: str) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+    is_link = getattr(error, "errno", None) == errno.ELOOP
+    known = "the disk is full" if full else "it is a symbolic link" if is_link else None
+    reason = known or getattr(error, "strerror", None) or str(error)
     what_next = "Free some space and run the command again; what was saved before is intact." if full else ""
     return " ".join(part for part in (f"{path} cannot be written or read: {reason}.", advice or what_next) if part)
 
@@ -333,7 +336,7 @@ class JsonLog:
         content = "".join(f"{dumps(row)}\n" for row in rows).encode("utf-8", errors="backslashreplace")
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            descriptor = os.open(self.path, os.O_RDWR | _APPEND, 0o666)
             try:
                 self._repair(descriptor)
                 append_to(descriptor, content)
@@ -356,6 +359,12 @@ class JsonLog:
         if not self._repaired:
             cut_torn_line(descriptor)
             self._repaired = True
+
+
+def open_log(path: Path) -> IO[str]:
+    """A text file to append to. Raises StorageError for a symbolic link, and when the file system refuses."""
+    with storage_errors(path):
+        return os.fdopen(os.open(path, os.O_WRONLY | _APPEND, 0o666), "a", encoding="utf-8")
 
 
 def append_to(descriptor: int, content: bytes) -> None:
