@@ -12,7 +12,7 @@ import pytest
 import torch
 from faults import dpkd
 from safetensors.torch import load_file, save_file
-from toy_commands import LIMITS, write_toy
+from toy_commands import COMPARE, EVAL, LIMITS, write_toy
 
 from dpkd.errors import DpkdError
 from dpkd.models import fingerprint
@@ -172,6 +172,30 @@ def test_a_store_is_written_by_one_call_at_a_time(toy):
         refused = dpkd(call, toy / "here")
     assert refused.code == 1
     assert "is being written by another process" in refused.text
+
+
+EVALUATION_DAMAGES = {
+    "a digit of a score": ("scores.json", lambda content: content.replace(b'"mean": ', b'"mean": 1', 1)),
+    "a cut file of answers": ("predictions-1.jsonl", lambda content: b"".join(content.splitlines(True)[:-1])),
+    "a changed answer": ("predictions-2.jsonl", lambda content: content.replace(b": true", b": false", 1)),
+}
+
+
+@pytest.mark.parametrize("damage", EVALUATION_DAMAGES)
+def test_a_damaged_evaluation_is_named(damage, toy):
+    """By all that reads it: a score that was changed is never compared, nor answers that were not scored."""
+    assert dpkd(EVAL, toy / "here").kind == "ok"
+    assert dpkd(COMPARE, toy / "here").kind == "ok"
+    assert dpkd(EVAL, toy / "here").kind == "ok"
+    name, change = EVALUATION_DAMAGES[damage]
+    file = toy / "here/evaluations/data" / name
+    before = file.read_bytes()
+    file.write_bytes(change(before))
+    assert file.read_bytes() != before
+    reader = COMPARE if name == "scores.json" else EVAL
+    refused = dpkd(reader, toy / "here")
+    assert (refused.kind, refused.code) == ("refused", 1), refused.text
+    assert f"{name} is damaged: " in " ".join(refused.text.split())
 
 
 def test_strict_json_everywhere(toy):
