@@ -7,8 +7,7 @@ row stands in the last column, padding to the left of the first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from dpkd.functional import at_least_float32, gather_logps, log_softmax
 from dpkd.models.attention import implementation
 from dpkd.models.head import causal_lm
-from dpkd.models.loading import context_length
 
 
 class KVCacheModel:
@@ -116,21 +114,3 @@ def _stacked(first: Tensor, second: Tensor) -> Tensor:
     """Keys or values `[B, heads, S, D]` of two caches, the shorter one padded on the left."""
     columns = max(first.shape[2], second.shape[2])
     return torch.cat([F.pad(part, (0, 0, columns - part.shape[2], 0)) for part in (first, second)])
-
-
-def longest_sequence(model: nn.Module) -> int | None:
-    """How many tokens a model reads at most, where its configuration says so."""
-    return context_length(causal_lm(model).config)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode; afterwards every module has the mode it had, whatever happened."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -17,9 +17,12 @@ from torch import nn
 
 from dpkd.api import Sampled, SamplingSettings
 from dpkd.errors import DpkdError
+from dpkd.models.compile import uncompiled
+from dpkd.models.head import evaluating
+from dpkd.models.loading import longest_sequence
 from dpkd.rollout.continuous_batching import ContinuousBatcher, DrawingPolicy, Request
 from dpkd.rollout.cuda_graphs import CannotDecodeStatically
-from dpkd.rollout.kv_cache import KVCacheModel, evaluating, longest_sequence
+from dpkd.rollout.kv_cache import KVCacheModel
 from dpkd.rollout.static_decoding import StaticBatcher
 
 Decoding = Literal["auto", "graph", "eager"]
@@ -81,7 +84,7 @@ class Decoder:
         requests = _requests(prompts, seeds, num_generations, settings, longest)
         results: dict[int, Sampled] = {}
         # no_grad, not inference_mode: models keep tensors (rotary tables, say) that a later backward may save.
-        with torch.no_grad(), evaluating(*models):
+        with torch.no_grad(), evaluating(*models), uncompiled(*models):
             for finished in self._run(requests, DrawingPolicy(settings, self._eos, mix, veto), mix_with):
                 results.update(finished)
                 if progress is not None:
