@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def fingerprint(folder: Path) -> dict[str, str]:
         content = file.read_bytes()
         if file.suffix in (".json", ".jsonl", ".part") and content:
             lines = [content] if file.suffix == ".json" else content.splitlines()
-            content = json.dumps([_steady(json.loads(line)) for line in lines], sort_keys=True).encode()
+            with suppress(ValueError):  # a damaged file counts byte by byte
+                content = json.dumps([_steady(json.loads(line)) for line in lines], sort_keys=True).encode()
         found[str(file.relative_to(folder))] = hashlib.sha256(content).hexdigest()[:16]
     return found
 
