@@ -280,6 +280,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
                 "(SET/scores.json). Name what `dpkd train --output` or `dpkd eval` wrote, such as runs/kd-1."
             )
         return Run(name, path, evaluations=alone)
+    folder.check_records()
     text = _text(folder.config)
     dev = path / "dev.jsonl"
     return Run(

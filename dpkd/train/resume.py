@@ -16,6 +16,7 @@ from dpkd.config.layers import set_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import read_sources
 from dpkd.errors import DpkdError, SettingsError
+from dpkd.evaluation.target import check_model
 from dpkd.models.in_memory import InMemory
 from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder, check_trust
@@ -65,6 +66,8 @@ def resume_folder(
             f"{path} is finished: its model is {folder.model}. To train it further, give it more steps: "
             f"dpkd train --resume {path} --set train.steps=N"
         )
+    folder.check_records()
+    check_model(folder)
     settings = resolved.settings
     needed = {settings.teacher.model, settings.student.model, settings.data.path}
     if unused := sorted({*given.models, *given.data} - needed):

@@ -190,7 +190,9 @@ class Soak:
         """Flip, cut, empty or lose one file that the whole command left; then call what reads it."""
         generator = random.Random(f"{self.scenario.name} {number}")
         shutil.copytree(self.whole, self.folder)
-        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and "cache" not in p.parts)
+        # A model card is for people, who may edit it: no command reads it.
+        left = (p for p in self.folder.rglob("*") if p.is_file() and "cache" not in p.parts and p.name != "README.md")
+        files = sorted(left)
         file, how = generator.choice(files), generator.choice(("flip", "cut", "empty", "lose"))
         _damage(file, how, generator)
         assert self.scenario.reader is not None

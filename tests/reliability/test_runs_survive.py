@@ -209,8 +209,33 @@ def test_a_damaged_model_is_not_evaluated(finished):
 
     assert model_of(str(finished.path)).model == str(finished.model)
     _damage(finished.model / "model.safetensors", "flip")
-    with pytest.raises(DpkdError, match=r"model\.safetensors is not the file that the run saved"):
+    said = r"model\.safetensors is not the file that the run saved"
+    with pytest.raises(DpkdError, match=said):
         model_of(str(finished.path))
+    with pytest.raises(DpkdError, match=said):
+        resume_folder(finished.path, assignments=["train.steps=6"], console=Console(quiet=True))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "run.json"])
+@pytest.mark.parametrize("damage", ["digit", "lost"])
+def test_damaged_records_of_a_finished_run_are_named(name, damage, finished, quiet):
+    """By what reads them: a report, a comparison, and a run that is extended."""
+    from dpkd.report.reading import read_run
+
+    read_run(finished.path)
+    file = finished.path / name
+    content = file.read_text()
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_text(content.replace("1", "2", 1))
+        assert file.read_text() != content
+    said = rf"{name} is (lost|not the file that the run wrote) \(finished\.json has its checksum\)"
+    with pytest.raises(DpkdError, match=said):
+        read_run(finished.path)
+    with pytest.raises(DpkdError, match=said):
+        resume_folder(finished.path, assignments=["train.steps=6"], console=quiet)
+    assert finished.is_finished
 
 
 # --- the development set ---------------------------------------------------------------------------------------------
