@@ -83,14 +83,17 @@ class Soak:
         self.branches = output / f"{scenario.name}-branches"  # and the faults at each of its calls
         self.seconds: dict[str, dict[str, Any]] = {}  # what the second command made of each state
 
-    def prepare(self) -> None:
-        """Run the commands without a fault, and with one at each call, unless an earlier call of the soak did."""
-        log = JsonLog(self.branches / "first.jsonl")
-        if not (self.branches / "complete").exists():
+    def prepare(self, kinds: Sequence[str]) -> list[tuple[str, Fault | int]]:
+        """All cases of these kinds; the commands run without a fault, and with one at each call, unless they have."""
+        if not self.read.with_suffix(".done").exists():
             self._undisturbed()
+            self.read.with_suffix(".done").touch()
+        if "fault" in kinds and not (self.branches / "complete").exists():
             self._branch()
-        self.first = {(row["kind"], row["at"]): row for row in log.rows()}
+            (self.branches / "complete").touch()
+        self.first = {(row["kind"], row["at"]): row for row in JsonLog(self.branches / "first.jsonl").rows()}
         self.left, self.after = _result(self.whole), _result(self.read)
+        return [case for case in self.cases() if (case[0] if isinstance(case[1], int) else "fault") in kinds]
 
     def _undisturbed(self) -> None:
         """For what the commands leave."""
@@ -116,7 +119,6 @@ class Soak:
         self.branches.mkdir()
         (self.branches / "toy").symlink_to(self.output / "toy")  # a fork works one folder deeper
         _ok(dpkd(self.scenario.command, self.folder, branches=self.branches))
-        (self.branches / "complete").touch()
 
     def cases(self) -> list[tuple[str, Fault | int]]:
         """All cases in a random order that is always the same, as kind and fault, or kind and number."""
@@ -272,7 +274,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=30.0, help="stop after so long; a second call goes on")
     options.add_argument("--output", type=Path, default=Path("soak"), help="folder of the cases")
-    options.add_argument("--every", type=int, default=1, help="every k-th case of each scenario")
+    options.add_argument("--kinds", default="fault,disk,damage", help="of the cases of scenarios, comma-separated")
     options.add_argument("--only", default="", help="comma-separated names of scenarios, or bad-input")
     options.add_argument("--cases", type=int, default=10_000, help="of bad input")
     options.add_argument("--table", action="store_true", help="print the table of what is done, and run nothing")
@@ -280,11 +282,12 @@ def main() -> int:
     output: Path = given.output.resolve()
     log, until = JsonLog(output / "cases.jsonl", case=str), time.monotonic() + 60 * given.minutes
     if not given.table:
-        soak(output, log, until, given.only.split(",") if given.only else None, given.every, given.cases)
+        only = given.only.split(",") if given.only else [*(scenario.name for scenario in SCENARIOS), "bad-input"]
+        soak(output, log, until, only, given.kinds.split(","), given.cases)
     return report(log.rows())
 
 
-def soak(output: Path, log: JsonLog, until: float, only: list[str] | None, every: int, count: int) -> None:
+def soak(output: Path, log: JsonLog, until: float, only: list[str], kinds: list[str], count: int) -> None:
     """Run the cases that are not in the log yet, until the time is over."""
     if not (output / "toy").exists():
         write_toy(output / "toy")
@@ -292,13 +295,12 @@ def soak(output: Path, log: JsonLog, until: float, only: list[str] | None, every
     known = {row["case"] for row in rows}
     todo: list[tuple[float, str, Any]] = []
     for scenario in SCENARIOS:
-        if only is None or scenario.name in only:
+        if scenario.name in only:
             one = Soak(output, scenario)
-            one.prepare()
+            cases = one.prepare(kinds)
             one.seconds = {row["state"]: row for row in rows if row["scenario"] == scenario.name and "state" in row}
-            cases = one.cases()[::every]
             todo += [(at / len(cases), scenario.name, (one, *case)) for at, case in enumerate(cases)]
-    if only is None or "bad-input" in only:
+    if "bad-input" in only:
         world = bad_input.World.make(output / "bad-input")
         inputs = list(bad_input.cases(count))
         todo += [(1 + at, "bad-input", (world, *case)) for at, case in enumerate(inputs)]  # after the others
