@@ -155,9 +155,9 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half-written in a folder; only while its lock is held."""
-    for entry in folder.glob(".*.tmp"):
+def remove_leftovers(*folders: Path) -> None:
+    """Delete what killed processes left half-written in folders; only while their lock is held."""
+    for entry in (entry for folder in folders for entry in folder.glob(".*.tmp")):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:

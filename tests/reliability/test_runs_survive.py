@@ -121,6 +121,17 @@ def test_by_default_a_run_saves_after_some_time_and_at_its_end(seconds, saved, s
     assert sorted(int(path.name.removeprefix("step-")) for path in found) == saved
 
 
+def test_what_a_finished_run_could_not_remove_goes_at_the_next_call(finished, quiet):
+    left = [finished.best / "step-1", finished.path / ".model.0.tmp", finished.checkpoints / ".step-00000002.0.tmp"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    with pytest.raises(DpkdError, match="is finished"):
+        resume_folder(finished.path, console=quiet)
+    assert [folder for folder in left if folder.exists()] == []
+    assert finished.is_finished
+
+
 # --- missing and damaged files ---------------------------------------------------------------------------------------
 
 

@@ -50,7 +50,17 @@ SWEEP_FILE = {
     "evaluate": {"data": ["../toy/data.jsonl"], "options": {"seeds": "1", "max_new_tokens": 2, "limit": 2}},
 }
 # What no two runs have in common: times, memory, and what the checksums of such files are.
-VARIES = {"seconds", "tokens_per_second", "peak_memory_mib", "command", "machine", "check", "files", "changes"}
+VARIES = {
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_mib",
+    "command",
+    "machine",
+    "check",
+    "files",
+    "changes",
+    "records",
+}
 
 
 def write_toy(folder: Path) -> None:
