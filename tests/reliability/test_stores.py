@@ -17,6 +17,7 @@ from toy_commands import COMPARE, EVAL, LIMITS, write_toy
 from dpkd.errors import DpkdError
 from dpkd.models import fingerprint
 from dpkd.models.fingerprint import model_fingerprint
+from dpkd.teachers.store_manifest import Manifest, read_manifest, write_manifest
 from dpkd.teachers.store_shards import Shards
 
 
@@ -56,6 +57,16 @@ def test_a_damaged_shard_is_named_when_the_store_is_opened(name, damage, tmp_pat
         file.write_bytes({"flip": bytes(content), "cut": bytes(content[: len(content) // 2]), "empty": b""}[damage])
     with pytest.raises(DpkdError, match=r"shard-00000\.\w+ is damaged.*run `dpkd cache` again"):
         Shards(tmp_path)
+
+
+def test_a_damaged_manifest_of_a_store_is_named(tmp_path):
+    manifest = Manifest("sampled", 8, "teacher", "t", "tokenizer", 257, (), "data", "template", "float16", 0)
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    file = tmp_path / "manifest.json"
+    file.write_text(file.read_text().replace('"k": 8', '"k": 9'))
+    with pytest.raises(DpkdError, match=r"manifest\.json cannot be read: it is damaged: its checksum is wrong"):
+        read_manifest(tmp_path)
 
 
 def test_a_lost_shard_is_named(tmp_path):
