@@ -41,12 +41,13 @@ from dpkd.models.shared import Shared
 from dpkd.plugins import Registry, load_registry
 from dpkd.report.card import rescore
 from dpkd.run_folder import RunFolder
+from dpkd.settings import flat
 from dpkd.train.accelerate_state import own_accelerate_state
 from dpkd.train.children import Children
 from dpkd.train.dev import direction_of
 from dpkd.train.interrupt import on_stop
 from dpkd.train.progress import Display
-from dpkd.train.resume import flat, resume_folder
+from dpkd.train.resume import resume_folder
 from dpkd.train.run import train
 from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
 
