@@ -137,6 +137,23 @@ class RunFolder:
         return folder
 
 
+@dataclass(frozen=True)
+class SweepFolder:
+    """The folder of a sweep: its run folders, and what the sweep says of them."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """The runs of the sweep, whether they have a folder or not, and what became of each."""
+        return self.path / "sweep.json"
+
+    @property
+    def choices(self) -> Path:
+        """By stage: the run that was best on dev rows, among which."""
+        return self.path / "choices.json"
+
+
 def _line(points: Sequence[tuple[float, float]], width: int = 320, height: int = 80) -> str:
     """Points as a line in SVG, with the largest and the smallest value beside it."""
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points, strict=True))

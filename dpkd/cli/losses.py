@@ -67,6 +67,7 @@ def _row(loss: RegisteredLoss) -> dict[str, Any]:
         "title": spec.card.title,
         "summary": spec.card.summary,
         "paper": spec.card.sources[0].url if spec.card.sources else "",
+        "unconfirmed": spec.card.unconfirmed,
         "from": f"{loss.distribution} {loss.version}",
     }
 
@@ -114,6 +115,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         paper = Text(_short(row["paper"]), f"link {row['paper']}" if row["paper"] else "")
         table.add_row(row["name"], row["family"], *([text] if wide else []), row["needs"], said, paper)
     console.print(table)
+    if unconfirmed := [row["name"] for row in rows if row["unconfirmed"]]:
+        typer.echo(f"not confirmed against the paper (describe-loss says what): {', '.join(unconfirmed)}")
     typer.echo("dpkd describe-loss NAME shows formula, settings, and when to use it")
 
 

@@ -20,6 +20,7 @@ from dpkd.cli.options import (
     resolved,
     run_flags,
 )
+from dpkd.cli.progress import waiting
 from dpkd.errors import SettingsError
 
 
@@ -62,12 +63,11 @@ def train(
         return
     if trust_remote_code and teacher is not None:
         flags["--trust-remote-code (teacher)"] = ("teacher.trust_remote_code", True)
-    settings = resolved(config=config, assignments=set_, flags=flags)
-    if dry_run:
+    with waiting("starting"):
+        settings = resolved(config=config, assignments=set_, flags=flags)
         from dpkd.train.plan import dry_run as show_plan
-
+        from dpkd.train.run import train as run
+    if dry_run:
         show_plan(settings)
-        return
-    from dpkd.train.run import train as run
-
-    run(settings)
+    else:
+        run(settings)

@@ -23,6 +23,7 @@ from dpkd.config.text import (
     drop_outdated,
     loss_problems,
     own_settings,
+    reward_problems,
     sampler_problems,
     source_of,
     teacher_reasons,
@@ -245,6 +246,7 @@ def _cross_checks(
             for setting, why in loss_problems(main.text, main.spec, "text", registry)
         ]
         problems += sampler_problems(settings, texts, registry)
+        problems += reward_problems(texts, registry)
     try:
         offer = offer_of(settings.teacher, registry)
     except SettingsError as error:
@@ -258,7 +260,8 @@ def _cross_checks(
         for extra in extras:
             reasons += _extra_reasons(extra)
         if reasons:
-            problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. Name one with --teacher.")
+            advice = f"Name one with --teacher{_without(main, reasons)}"
+            problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. {advice}.")
     if main is not None and not damaged & {"text", "dev", "teacher"}:
         problems += dev_problems(settings, texts)
     problems += _quantization_problems(settings)
@@ -320,6 +323,14 @@ def _teacher_reasons(main: Objective, damaged: bool) -> list[str]:
     if Text.TEACHER in main.writers and not damaged:
         reasons.append(f"it writes responses (text.{main.text.writers[Text.TEACHER]})")
     return reasons
+
+
+def _without(main: Objective, reasons: Sequence[str]) -> str:
+    """How to do without a teacher, where all that it would do is write what the data may hold already."""
+    only_writes = main.spec.needs(main.config) is TeacherAccess.NONE and len(reasons) == 1
+    if not (only_writes and Text.TEACHER in main.writers and Text.DATASET in main.spec.accepts):
+        return ""
+    return "; if its responses are in your data, --set text.source=dataset needs none"
 
 
 def _model_reasons(settings: RunSettings) -> list[str]:

@@ -103,6 +103,11 @@ class Batch:
     lengths: Tensor
     sequences: tuple[TokenSequence, ...]
 
+    @property
+    def longest_response(self) -> int:
+        """The largest of `lengths`, known without asking the device."""
+        return max((len(response) - (not prompt) for prompt, response in self.sequences), default=0)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}

@@ -75,8 +75,16 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
             refuse_pickles(str(settings.model))
             loaded = AutoModelForCausalLM.from_pretrained(use_safetensors=True, **options)
             model, report = loaded
+        if packed is not None:
+            _try_out(model)
     _refuse_random_weights(settings.model, report)
     return (model if packed is not None else model.to(device)).eval()
+
+
+@torch.no_grad()
+def _try_out(model: Any) -> None:
+    """Run a packed model on two tokens: which sizes its kernels cannot compute shows here first."""
+    model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:

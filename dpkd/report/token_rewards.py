@@ -54,7 +54,9 @@ def answers_of(run: Run, count: int) -> list[Answer]:
     Raises DpkdError when there are none.
     """
     answers = [
-        answer for scored in list(run.evaluations.values())[:1] for answer in _evaluated(scored, count)
+        answer
+        for scored in [one for one in run.evaluations.values() if not one.is_benchmark][:1]
+        for answer in _evaluated(scored, count)
     ] or _sampled(run, count)
     if not answers:
         raise DpkdError(

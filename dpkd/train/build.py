@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from dpkd.api import HIDDEN, Family, ResponseSource, Signal
+from dpkd.api.inputs import REFERENCE_LOGPS
 from dpkd.api.teachers import Teacher
 from dpkd.config.objective import chosen_ids
 from dpkd.config.resolve import Resolved
@@ -244,7 +245,7 @@ class _Models:
                 display.say(shared.note)
         reads = frozenset().union(*(objective.reads for objective in resolved.objectives))
         self.reference = None
-        if Signal.REFERENCE_LOGPS in reads:
+        if REFERENCE_LOGPS & reads:
             # The student as it starts: a resumed run makes it anew, before it loads what was trained.
             self.reference = LocalTeacher.of(deepcopy(student), self.vocabulary, device)
         self.student = add_lora(student, settings.student.lora) if settings.student.lora else student

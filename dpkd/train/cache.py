@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from dpkd.api import Signal, Trait
+from dpkd.api.inputs import TEACHER_LOGPS
 from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
@@ -91,7 +92,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
 
 def _reading(resolved: Resolved) -> list[Objective]:
     """The losses that read numbers of the teacher. Raises DpkdError where there is none."""
-    reading = {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS, Signal.TEACHER_HIDDEN}
+    reading = {Signal.TEACHER_LOGITS, Signal.TEACHER_HIDDEN, *TEACHER_LOGPS}
     found = [objective for objective in resolved.objectives if objective.reads & reading]
     if not found:
         raise DpkdError(f"{resolved.loss.name} reads no number of the teacher: it needs no store")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.api import Family, Signal, Text
+from dpkd.api import Family, Text
+from dpkd.api.inputs import REFERENCE_LOGPS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.models.chunked import chunk_rows
@@ -69,7 +70,7 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> Estimate:
     dtype = teacher_dtype(settings.train.precision, device_of(settings.train.device))
     batch = _largest_batch(resolved, run_data)
     student = _count(settings, run_data.student_config, batch)
-    references = any(Signal.REFERENCE_LOGPS in objective.reads for objective in resolved.objectives)
+    references = any(REFERENCE_LOGPS & objective.reads for objective in resolved.objectives)
     always = {
         "student weights": student_bytes(settings, run_data.student_config, student.parameters) * (1 + references),
         "teacher weights": 0.0 if run_data.teacher is None else run_data.teacher.weight_bytes(dtype),

@@ -143,10 +143,11 @@ def _tokenizer_rows(run_data: RunData) -> list[tuple[str, str]]:
 def _training_rows(settings: RunSettings, data: EncodedData, steps: int, fingerprint: str) -> list[tuple[str, str]]:
     train = settings.train
     per_step = train.batch_size * sum(len(p.response_ids) for p in data.prompts) / len(data.prompts)
+    tokens = f"about {per_step:,.0f} a step, {per_step * steps:,.0f} in all (of the data set)"
     return [
         ("data", f"{settings.data.path}, {len(data.prompts):,} examples, fingerprint {fingerprint[:12]}"),
         ("steps", f"{steps:,} of {train.batch_size} examples ({train.micro_batch_size} sequences per forward)"),
-        ("response tokens", f"about {per_step:,.0f} a step, {per_step * steps:,.0f} in all (of the data set)"),
+        *([("response tokens", tokens)] if per_step else []),
         ("optimizer", f"{describe_optimizer(train)}, {train.precision}"),
     ]
 
@@ -165,7 +166,18 @@ def _size(size: float) -> str:
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:
+    text = _shortened(prompt.text)
     if not prompt.response_ids:
-        return f"{prompt.text}\n(a prompt alone: the response is written in the run)"
-    response = continuation(tokenizer, prompt.prompt_ids, prompt.response_ids, special=True)
-    return f"{prompt.text}⟦{response}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"
+        return f"{text}\n(a prompt alone: the response is written in the run)"
+    chosen, rejected = (
+        _shortened(continuation(tokenizer, prompt.prompt_ids, ids, special=True))
+        for ids in (prompt.response_ids, prompt.rejected_ids)
+    )
+    trained = f"{text}⟦{chosen}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"
+    return f"{trained}\n(rejected: ⟦{rejected}⟧, {len(prompt.rejected_ids)} tokens)" if rejected else trained
+
+
+def _shortened(text: str, most: int = 1200) -> str:
+    """A text with its middle left out where it would fill the screen."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} [... {len(text) - most:,} characters ...] {text[-half:]}"

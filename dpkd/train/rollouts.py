@@ -14,6 +14,7 @@ from dpkd.api import (
     Ability,
     Family,
     GenerationModel,
+    MetricSpec,
     ResponseSource,
     RolloutLoss,
     Sampler,
@@ -42,6 +43,7 @@ from dpkd.rollout.response_generators import (
     TeacherScorer,
 )
 from dpkd.rollout.response_store import ResponseStore, default_folder
+from dpkd.rollout.reward import Reward
 from dpkd.train.prepare import RunData
 from dpkd.train.progress import Display
 from dpkd.train.step_batches import LossGroup
@@ -209,10 +211,16 @@ class Rollouts:
                 rollout_loss,
                 policy=self._policy_scorer(text.backend),
                 decode=partial(self.run_data.tokenizer.decode, skip_special_tokens=True),
+                reward=self._reward(text.student_sampling.reward),
             )
         if Text.TEACHER in text.writers:
             generators["teacher"] = self._teacher_generator(text)
         return open_source(objective, self.resolved, self.run_data, model=self.student, **generators)
+
+    def _reward(self, metric: str | None) -> Reward | None:
+        if metric is None:
+            return None
+        return Reward(self.resolved.registry.get(MetricSpec, metric).spec, self.run_data.data.prompts)
 
     @property
     def _rank_shards(self) -> RankShards:

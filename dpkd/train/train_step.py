@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpkd.api import Pair, Signal
+from dpkd.api import Signal
+from dpkd.api.inputs import REFERENCE_LOGPS, TEACHER_LOGPS
 from dpkd.api.teachers import Teacher, Wants
-from dpkd.functional import segment_sum
 from dpkd.train.ema import averaged
 from dpkd.train.loss_module import LossModule
 from dpkd.train.mean_metrics import MeanMetrics
@@ -117,10 +117,10 @@ class TrainStep:
     def with_teacher(self, micro_batch: MicroBatch) -> MicroBatch:
         """What the teacher, and the reference, say of a micro-batch: one forward, and only where it is read."""
         chunk = self.inner.chunk
-        if self.reference is not None and micro_batch.reads(Signal.REFERENCE_LOGPS):
+        if self.reference is not None and micro_batch.reads(*REFERENCE_LOGPS):
             with self.accelerator.autocast():  # as the student of now
                 logps = self.reference.score(micro_batch.batch, Wants(chunk, logps=True)).logps()
-            micro_batch = replace(micro_batch, reference_logps=by_response(micro_batch, logps))
+            micro_batch = replace(micro_batch, reference_logps=logps)
         if self.teacher is None:
             return micro_batch
         layers = self.inner.layers_of(micro_batch).teacher
@@ -138,7 +138,7 @@ class TrainStep:
             micro_batch,
             teacher=output if measurable or not micro_batch.pairs else None,
             measurable=measurable,
-            teacher_logps=by_response(micro_batch, output.logps()) if wants.logps else None,
+            teacher_logps=output.logps() if wants.logps else None,
         )
 
     def _expect(self, step_batches: Sequence[StepBatch]) -> None:
@@ -148,7 +148,7 @@ class TrainStep:
         for step_batch in step_batches:
             reads = frozenset().union(*(term.reads for term in step_batch.terms))
             logits = not step_batch.pairs and Signal.TEACHER_LOGITS in reads
-            wants = Wants(1, logps=step_batch.pairs and Signal.TEACHER_LOGPS in reads, logits=logits)
+            wants = Wants(1, logps=step_batch.pairs and bool(TEACHER_LOGPS & reads), logits=logits)
             if wants.anything and not (self.teacher.chooses and Signal.CHOSEN_IDS in reads):
                 self.teacher.expect([s for group in step_batch.groups for s in group.sequences], wants)
 
@@ -170,8 +170,3 @@ class TrainStep:
         if self.watch.see(norm):
             raise explain_gradient(self.inner)
         metrics.add("gradient_norm", norm, 1.0)
-
-
-def by_response(micro_batch: MicroBatch, logps_N: torch.Tensor) -> Pair:
-    """Log-probs of tokens as sums over the chosen and the rejected responses."""
-    return Pair(*segment_sum(logps_N, micro_batch.batch.sequence, len(micro_batch.batch.lengths)).chunk(2))
