@@ -323,7 +323,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _checked(path: Path, kind: type[T], value: Any, line: str = "") -> T:
     """A value of a file once its parts are what they should be. Raises DpkdError with the first that is not."""
     try:
-        checked: T = _adapter(kind).validate_python(value)
+        checked: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a class has a hash
         return checked
     except ValidationError as error:
         first = error.errors()[0]
