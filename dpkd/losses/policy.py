@@ -38,8 +38,7 @@ class PolicyLoss(ZooLoss):
         teacher_logps    `[B, T]`, under the teacher
         behaviour_logps  `[B, T]`, under what really drew it, where that was not the student alone (None)
         prompt           `[B]`, the number of the prompt of each response, where the loss compares those to one prompt
-        prompts          the text of the prompt of each response, and `responses` the text of each: where the loss reads
-                         them
+        prompts          text of the prompt of each response, and `responses` text of each: where the loss reads them
         rewards          `[B]`, the reward of each response, where the loss reads it
 
         Raises DpkdError when the loss reads rewards and there are none.

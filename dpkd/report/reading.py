@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
@@ -323,7 +323,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _checked(path: Path, kind: type[T], value: Any, line: str = "") -> T:
     """A value of a file once its parts are what they should be. Raises DpkdError with the first that is not."""
     try:
-        checked: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a class has a hash
+        checked: T = _adapter(cast(Hashable, kind)).validate_python(value)
         return checked
     except ValidationError as error:
         first = error.errors()[0]

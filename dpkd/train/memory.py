@@ -33,7 +33,7 @@ FLOAT = 4  # bytes: the student's weights, its gradients and the optimizer's sta
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes by purpose at the moment of the run that takes the most, and that moment."""
 
     moment: str
@@ -64,7 +64,7 @@ class _Batch:
     response: int
 
 
-def memory_estimate(resolved: Resolved, run_data: RunData) -> Estimate:
+def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
     """The peak of a run on one device."""
     settings = resolved.settings
     dtype = teacher_dtype(settings.train.precision, device_of(settings.train.device))
@@ -87,15 +87,15 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> Estimate:
     # Where gradients are there already, those that come are added to them one by one; the peak is then at the start.
     backward = min(student.passes.backward, 1.1 * student.passes.kept) if again else student.passes.backward
     moments = [
-        Estimate(
+        MemoryEstimate(
             "losses", {**always, "gradients": begun, "activations": student.passes.kept, "logits, a chunk": logits}
         ),
-        Estimate("backward", {**always, "gradients": begun, "activations, new gradients": backward}),
+        MemoryEstimate("backward", {**always, "gradients": begun, "activations, new gradients": backward}),
         # An optimizer goes over the parameters one by one, with two temporaries of the size of each.
-        Estimate("update", {**always, "gradients": gradients, "temporaries": 2.0 * FLOAT * student.largest}),
+        MemoryEstimate("update", {**always, "gradients": gradients, "temporaries": 2.0 * FLOAT * student.largest}),
     ]
     if Text.STUDENT in _writers(resolved):
-        moments.append(Estimate("sampling", {**always, "cache and logits": _sampling_bytes(resolved, run_data)}))
+        moments.append(MemoryEstimate("sampling", {**always, "cache and logits": _sampling_bytes(resolved, run_data)}))
     return max(moments, key=lambda estimate: estimate.total)
 
 

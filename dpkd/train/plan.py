@@ -19,7 +19,7 @@ from dpkd.models.loading import count_parameters
 from dpkd.run_folder import RunFolder
 from dpkd.train.cross_tokenizer import union_of
 from dpkd.train.defaults import with_defaults
-from dpkd.train.memory import Estimate, memory_estimate
+from dpkd.train.memory import MemoryEstimate, memory_estimate
 from dpkd.train.optimizers import describe_optimizer
 from dpkd.train.prepare import RunData, prepare
 from dpkd.train.progress import Display
@@ -152,7 +152,7 @@ def _training_rows(settings: RunSettings, data: EncodedData, steps: int, fingerp
     ]
 
 
-def memory_rows(estimate: Estimate) -> list[tuple[str, str]]:
+def memory_rows(estimate: MemoryEstimate) -> list[tuple[str, str]]:
     """The estimate as rows, with its sum."""
     parts = {name: size for name, size in estimate.parts.items() if size}
     return [
