@@ -48,8 +48,8 @@ def teacher(tmp_path_factory, toy):
 def start(tmp_path_factory, teacher):
     python, folder, servers = python_of_vllm(), tmp_path_factory.mktemp("vllm"), []
 
-    def one(*arguments):
-        servers.append(VllmServer(python, teacher, folder, *arguments))
+    def one(*arguments, port=None):
+        servers.append(VllmServer(python, teacher, folder, *arguments, port=port))
         return servers[-1]
 
     yield one
@@ -160,7 +160,7 @@ def test_a_server_that_is_killed_stops_the_run_and_another_one_takes_it_up(made,
         patch.setattr(Trainer, "_step", killed)
         with pytest.raises(TeacherLost, match=r"training stopped: (?s:.*)dpkd train --resume"):
             run.train(resolved, console=quiet)
-    second = start("--dtype", "float32", "--port", first.url.rpartition(":")[2])
+    second = start("--dtype", "float32", port=first.port)
     folder = resume.resume_folder(tmp_path / "cut", console=quiet)
     second.close()
     ends = [json.dumps([line["loss/main"] for line in read_metrics(f.metrics)]) for f in (folder, whole)]
