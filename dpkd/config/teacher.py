@@ -9,6 +9,7 @@ from dpkd.config.problems import checked
 from dpkd.models.in_memory import InMemory
 from dpkd.models.settings import TeacherSettings
 from dpkd.plugins import Registry
+from dpkd.teachers.base import OFFER, BaseTeacher
 from dpkd.teachers.local import LocalTeacher
 from dpkd.teachers.server.teacher import ServerTeacher, served_offer
 from dpkd.teachers.store import StoreTeacher
@@ -25,6 +26,8 @@ def offer_of(settings: TeacherSettings, registry: Registry) -> TeacherOffer | No
         return spec.offer(config)
     if settings.server is not None:
         return served_offer(settings)
+    if settings.base:
+        return OFFER
     if settings.store is not None:
         return read_manifest(settings.store).offer
     return TeacherOffer(TeacherAccess.HIDDEN) if settings.model is not None else None
@@ -37,6 +40,8 @@ def make_teacher(settings: TeacherSettings, registry: Registry, in_memory: InMem
         return spec.open(config)
     if settings.server is not None:
         return ServerTeacher(settings)
+    if settings.base:
+        return BaseTeacher()
     if settings.store is not None:
         return StoreTeacher(settings.store)
     return LocalTeacher(settings, in_memory) if settings.model is not None else None

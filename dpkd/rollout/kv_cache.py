@@ -7,8 +7,7 @@ row stands in the last column, padding to the left of the first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,16 +120,3 @@ def _stacked(first: Tensor, second: Tensor) -> Tensor:
 def longest_sequence(model: nn.Module) -> int | None:
     """How many tokens a model reads at most, where its configuration says so."""
     return context_length(causal_lm(model).config)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode; afterwards every module has the mode it had, whatever happened."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -20,7 +20,7 @@ from dpkd.api import Sampled
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.models.chunked import chunk_rows, token_logps
 from dpkd.models.head import head_of, hidden_rows
-from dpkd.rollout.kv_cache import evaluating
+from dpkd.models.layers import evaluating
 
 # Tokens of a forward, padding included.
 TOKENS = 16384

@@ -17,9 +17,10 @@ from torch import nn
 
 from dpkd.api import Sampled, SamplingSettings
 from dpkd.errors import DpkdError
+from dpkd.models.layers import evaluating
 from dpkd.rollout.continuous_batching import ContinuousBatcher, DrawingPolicy, Request
 from dpkd.rollout.cuda_graphs import CannotDecodeStatically
-from dpkd.rollout.kv_cache import KVCacheModel, evaluating, longest_sequence
+from dpkd.rollout.kv_cache import KVCacheModel, longest_sequence
 from dpkd.rollout.static_decoding import StaticBatcher
 
 Decoding = Literal["auto", "graph", "eager"]

@@ -21,9 +21,8 @@ from dpkd.models.chunked import chunk_rows, chunks, objective, token_logps
 from dpkd.models.device import out_of_memory
 from dpkd.models.fused import FusedKL, kl_sum_of, usable
 from dpkd.models.head import Head, head_of
-from dpkd.models.layers import layer_rows
+from dpkd.models.layers import evaluating, layer_rows
 from dpkd.models.sharding import gathered
-from dpkd.rollout.kv_cache import evaluating
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, Term
 from dpkd.train.observe import observe_pairs, observe_rows, observe_spans

@@ -12,9 +12,12 @@ import torch
 from real_vllm import VllmServer, python_of_vllm
 from test_invariants import gradients
 
-from dpkd.api import TeacherLost, Wants
+from dpkd.api import GenerationModel, SamplingTask, TeacherLost, Wants
 from dpkd.data.batches import TokenSequence, collate
 from dpkd.errors import DpkdError
+from dpkd.models.lora import add_lora
+from dpkd.models.settings import LoraSettings
+from dpkd.rollout.backends.vllm_server import VllmServerConfig, VllmServerSampler
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train import resume, run
@@ -140,6 +143,29 @@ def test_a_server_that_keeps_20_log_probs_is_refused_with_the_command_for_more(m
     with pytest.raises(DpkdError, match="has toy, not llama"):
         make_plan(made("opd", {"teacher.model": "llama"}, url=small.url), Display(quiet))
     small.close()
+
+
+def test_a_server_draws_with_the_students_adapters(teacher, start, monkeypatch, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    own = start("--dtype", "float32", "--enable-lora", "--logprobs-mode", "processed_logprobs")
+    model = add_lora(AutoModelForCausalLM.from_pretrained(teacher), LoraSettings(r=8)).eval()
+    config = VllmServerConfig(server=own.url, folder=str(tmp_path), dtype="float32")
+    sampler = VllmServerSampler(GenerationModel(model, 257, frozenset({256}), 256, longest=64), config)
+    for _ in range(2):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.1)
+        sampler.refresh()
+        for one in sampler.draw(SamplingTask([[5, 6, 7]], seeds=range(4), num_generations=4, max_new_tokens=16)):
+            with torch.no_grad():
+                rows = model(torch.tensor([[5, 6, 7, *one.response_ids]])).logits[0, 2:-1].log_softmax(-1)
+            expected = rows.gather(-1, torch.tensor(one.response_ids)[:, None])[:, 0]
+            torch.testing.assert_close(one.logps, expected, atol=1e-4, rtol=1e-4)
+    sampler.close()
+    own.close()
 
 
 def test_a_server_that_is_killed_stops_the_run_and_another_one_takes_it_up(made, quiet, start, tmp_path, toy):
