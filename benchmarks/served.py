@@ -39,8 +39,9 @@ SETTINGS: dict[str, Any] = {
 }
 LOSSES: dict[str, dict[str, Any]] = {
     "topk-kl": {},
-    "seqkd": {},
-    "dpkd": {},
+    # All responses of the teacher are written before the first step.
+    "seqkd": {"data.limit": 64},
+    "dpkd": {"data.limit": 64},
     "opd": {},
     # vLLM 0.30 scores no ids of the caller's choice, and all 512 are many: few tokens a step.
     "topk-rkl": {"train.batch_size": 2, "text.sampling.max_new_tokens": 16},
