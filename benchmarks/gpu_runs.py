@@ -198,13 +198,19 @@ def part_runs(book: Book, tiny: bool) -> None:
     few = rows[: slow["batch"] * slow["steps"]]
     pair = models("tiny" if tiny else "runs")
     student = {"text.source": "student"}
+    pairs = {"text.source": "preference"}
+    rollouts = {"text.every": 1, "text.num_iterations": 1}
+    compiled = {"train.compile": "on"}
     runs: dict[str, Callable[[], Numbers]] = {
-        # TRL's trainers wrap the models that they are given: ours come first.
+        # TRL's trainers wrap the models that they are given: ours come first, and compiled layers after all others.
         "dpkd jsd, off-policy": lambda: run_ours("jsd", pair, rows, size),
         "dpkd jsd, on-policy": lambda: run_ours("jsd", pair, few, slow, **student),
-        "dpkd pairs": lambda: run_ours("dpkd", pair, rows, size, **{"text.source": "preference"}),
-        "dpkd minillm": lambda: run_ours("minillm", pair, few, slow, **{"text.every": 1, "text.num_iterations": 1}),
-        "dpkd jsd, off-policy, compiled": lambda: run_ours("jsd", pair, rows, size, **{"train.compile": "on"}),
+        "dpkd pairs": lambda: run_ours("dpkd", pair, rows, size, **pairs),
+        "dpkd minillm": lambda: run_ours("minillm", pair, few, slow, **rollouts),
+        "dpkd jsd, off-policy, compiled": lambda: run_ours("jsd", pair, rows, size, **compiled),
+        "dpkd jsd, on-policy, compiled": lambda: run_ours("jsd", pair, few, slow, **student, **compiled),
+        "dpkd pairs, compiled": lambda: run_ours("dpkd", pair, rows, size, **pairs, **compiled),
+        "dpkd minillm, compiled": lambda: run_ours("minillm", pair, few, slow, **rollouts, **compiled),
         "TRL GKD, off-policy": lambda: run_trl("GKD off-policy", pair, rows, size),
         "TRL DistillationTrainer, on-policy": lambda: run_trl("Distillation on-policy", pair, few, slow),
         "TRL DPOTrainer": lambda: run_trl("DPO", pair, rows, size),

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ Numbers = dict[str, float]
 class Book:
     """What was measured, by part and variant; a file keeps it."""
 
-    def __init__(self, folder: Path, limit: float) -> None:
+    def __init__(self, folder: Path, limit: float, only: Collection[str] = ()) -> None:
+        """`only`: the variants that are measured; none named: all."""
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "gpu.jsonl"
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
         self.found: dict[tuple[str, str], dict[str, Any]] = {(r["part"], r["name"]): r for r in map(json.loads, lines)}
-        self._limit, self._began = limit, time.monotonic()
+        self._limit, self._began, self._only = limit, time.monotonic(), only
 
     def profile_path(self, name: str) -> Path:
         return self._path.with_name(f"profile-{name}.txt")
@@ -38,6 +39,8 @@ class Book:
         """Measure, unless it is known or time is up; whatever fails is noted, and the next one is measured."""
         known = self.found.get((part, name))
         if known is not None and "why" not in known:
+            return
+        if self._only and name not in self._only:
             return
         if time.monotonic() - self._began > self._limit:
             print(f"{part} | {name}: left for another call, the part has had its time", flush=True)

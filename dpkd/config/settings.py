@@ -135,8 +135,8 @@ class TrainSettings(Block):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="compile the models' layers and the losses (half a minute at the start); auto: on a GPU, for 1000 "
-        "steps and more on fixed text",
+        description="compile the models' layers and the losses (half a minute at the start); auto: on a GPU, if a run, "
+        "or a sweep in one process, has 300 steps to go",
     )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(

@@ -78,44 +78,48 @@ def answer(
     *,
     vocabulary: int,
     sampling: SamplingSettings,
-    seed: int,
+    seeds: Sequence[int],
     answer_cache: AnswerCache | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Prediction]:
-    """The model's answer to every prompt, in their order; with a answer_cache, those that are not there yet are drawn.
+) -> dict[int, list[Prediction]]:
+    """The model's answers to every prompt under each seed, in the order of the prompts; known ones are not drawn again.
 
-    Each row has its own seed, so that neither order nor batch nor an interruption changes an answer.
+    Each row has its own random numbers under a seed, so that neither order nor batch nor an interruption changes an
+    answer. Those of all seeds share the batches.
     """
     if len({p.id for p in prompts}) != len(prompts):
         raise DpkdError("two rows of the set have the same id: rename its files so that the ids are distinct")
-    known = answer_cache.found(seed) if answer_cache is not None else {}
-    todo = [p for p in prompts if p.id not in known]
-    done = len(prompts) - len(todo)
+    known = {seed: answer_cache.found(seed) if answer_cache is not None else {} for seed in seeds}
+    todo = [(prompt, seed) for prompt in prompts for seed in seeds if prompt.id not in known[seed]]
+    of = len(prompts) * len(seeds)
+    done = of - len(todo)
 
     def finished(place: int, sampled: Sampled) -> None:
         nonlocal done
-        prompt = todo[place]
-        known[prompt.id] = _written(prompt, sampled, tokenizer, seed)
+        prompt, seed = todo[place]
+        known[seed][prompt.id] = _written(prompt, sampled, tokenizer, seed)
         if answer_cache is not None:
-            answer_cache.append(seed, known[prompt.id])
+            answer_cache.append(seed, known[seed][prompt.id])
         done += 1
         if progress is not None:
-            progress(done, len(prompts))
+            progress(done, of)
 
     if todo:
         sample(
             model,
-            [p.prompt_ids for p in todo],
+            [prompt.prompt_ids for prompt, _ in todo],
             sampling,
             eos_ids=end_ids(tokenizer, model),
             pad_id=tokenizer.pad_token_id,
-            seeds=[response_seed(seed, 0, p.id) for p in todo],
+            seeds=[response_seed(seed, 0, prompt.id) for prompt, seed in todo],
             vocabulary=vocabulary,
             on_finished=finished,
         )
-    answers = [known[p.id] for p in prompts]
-    if answer_cache is not None and (todo or not answer_cache.file(seed).exists()):
-        answer_cache.finish(seed, answers)
+    answers = {seed: [known[seed][p.id] for p in prompts] for seed in seeds}
+    for seed, own in answers.items():
+        drawn = any(seed == other for _, other in todo)
+        if answer_cache is not None and (drawn or not answer_cache.file(seed).exists()):
+            answer_cache.finish(seed, own)
     return answers
 
 

@@ -277,21 +277,16 @@ def evaluate_model(
     Raises DpkdError unless every row was answered and scored.
     """
     tell = progress or (lambda what, done, of: None)
-    predictions = {}
-    for seed in settings.drawn_seeds:
-        what = f"answers, seed {seed}"
-        predictions[seed] = answer(
-            model,
-            inputs.prompts,
-            tokenizer,
-            vocabulary=vocabulary,
-            sampling=settings.sampling,
-            seed=seed,
-            answer_cache=answer_cache,
-            progress=lambda done, of, what=what: tell(what, done, of),  # type: ignore[misc]
-        )
-        if len(predictions[seed]) != len(inputs.prompts):
-            raise DpkdError(f"{len(predictions[seed])} rows were answered, but there are {len(inputs.prompts)}")
+    predictions = answer(
+        model,
+        inputs.prompts,
+        tokenizer,
+        vocabulary=vocabulary,
+        sampling=settings.sampling,
+        seeds=settings.drawn_seeds,
+        answer_cache=answer_cache,
+        progress=lambda done, of: tell("answers", done, of),
+    )
     answers = {seed: as_answers(own) for seed, own in predictions.items()}
     lengths = settings.lengths or tokens_by(tokenizer)
     metrics, buckets, rows = score(answers, specs, cuts=settings.cuts, measure=lengths)
@@ -345,16 +340,17 @@ def _rewards(
     """Implicit reward log q/p of the student's own answers and of the teacher's, under the first seed."""
     assert meter.teacher is not None
     assert meter.teacher.model is not None
+    seed = settings.drawn_seeds[0]
     teachers = answer(
         meter.teacher.model,
         inputs.prompts,
         meter.tokenizer,
         vocabulary=meter.vocabulary,
         sampling=settings.sampling,
-        seed=settings.drawn_seeds[0],
+        seeds=[seed],
         answer_cache=answer_cache,
         progress=lambda done, of: meter.tell("the teacher's answers", done, of),
-    )
+    )[seed]
     metrics = {}
     for who, answers in (("student", own), ("teacher", teachers)):
         sequences = [

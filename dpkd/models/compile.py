@@ -6,19 +6,24 @@ Nothing here ends a run: what does not compile, or gives other numbers, runs as 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpkd.models.head import causal_lm, hidden_states
+from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate
+from dpkd.models.head import causal_lm, hidden_rows
 
 BACKEND = "inductor"
-# Student and teacher may be of one class: training, evaluation and both types each take an entry of the cache.
-ENTRIES = 32
+# Entries of the cache of one class of layers: each size, type and mode takes one, and a sweep has many models.
+ENTRIES = 128
 # Optimizer steps from which `auto` compiles: half a minute must be won back, and an H200 saved 30 to 170 ms a step
 # (docs/performance.md).
-WORTH_STEPS = 500
+WORTH_STEPS = 300
+
+Context = Callable[[], AbstractContextManager[Any]]
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -49,32 +54,61 @@ def undo(model: nn.Module) -> None:
         block._compiled_call_impl = None
 
 
-def compile_checked(model: nn.Module) -> str | None:
-    """Compile the layers, and compare a forward and backward pass with the model as it was; why not, or None."""
-    expected = _probe(model)
+@contextmanager
+def uncompiled(*models: nn.Module) -> Iterator[None]:
+    """Models run as they are inside the block: for shapes, caches and modes that compiled layers were not made for."""
+    compiled = any(part._compiled_call_impl is not None for model in models for part in model.modules())
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield
+
+
+def code_of(model: nn.Module) -> Hashable:
+    """What the compiled code of the layers depends on: models with the same one share it in a process."""
+    blocks = repeated_blocks(model)
+    if not blocks:
+        return None
+    weights = [(name, p.shape, p.dtype, p.requires_grad) for name, p in blocks[0].named_parameters()]
+    return type(blocks[0]), tuple(weights)
+
+
+def compile_checked(model: nn.Module, autocast: Context = nullcontext, layout: Layout = PLAIN) -> str | None:
+    """Compile the layers, and compare a forward and backward pass with the model as it was; why not, or None.
+
+    The pass is what a training step does, under its `autocast` and with rows of its `layout`: what is compiled for the
+    comparison is the code of the run.
+    """
+    was_training = model.training
     try:
+        expected, again = (_probe(model, autocast, layout) for _ in range(2))
+        if _largest_gap(again, expected) > 0.01:  # dropout
+            expected = _probe(model.eval(), autocast, layout)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler, about itself
             reason = None if compile_blocks(model) else "it has no repeated layers"
-            gaps = [_gap(now, before) for now, before in zip(_probe(model), expected, strict=True)]
-        if reason is None and max(gaps) > 0.1:
-            reason = f"its numbers change (by {max(gaps):.2g})"
+            gap = _largest_gap(_probe(model, autocast, layout), expected)
+        if reason is None and gap > 0.1:
+            reason = f"its numbers change (by {gap:.2g})"
     except Exception as error:
         reason = _sentence(error)
+    finally:
+        model.train(was_training)
     if reason is not None:
         undo(model)
     return reason
 
 
-def compile_loss(loss: nn.Module, x: Any) -> str | None:
-    """Compile a loss in place, for any number of rows; why it is not one graph on inputs like `x`, or None."""
-    if (reason := why_no_graph(loss, x)) is not None:
+def compile_loss(loss: nn.Module, inputs: Callable[[], Any]) -> str | None:
+    """Compile a loss in place, for any number of rows; why it is not one graph on inputs like these, or None.
+
+    `inputs` makes new ones: those that a loss has read have log-probs, which a graph would be compiled to take.
+    """
+    if (reason := why_no_graph(loss, inputs())) is not None:
         return reason
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss.compile(backend=BACKEND, dynamic=True)
-            loss(x).sum().backward()
+            loss(inputs()).sum().backward()
     except Exception as error:
         reason = _sentence(error)
         loss._compiled_call_impl = None
@@ -96,25 +130,25 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _gap(now: Tensor, before: Tensor) -> float:
-    return float((now - before).abs().max() / before.abs().max().clamp(min=1e-6))
+def _largest_gap(now: list[Tensor], before: list[Tensor]) -> float:
+    return max(
+        float((one - other).abs().max() / other.abs().max().clamp(min=1e-6))
+        for one, other in zip(now, before, strict=True)
+    )
 
 
-def _probe(model: nn.Module) -> list[Tensor]:
+def _probe(model: nn.Module, autocast: Context, layout: Layout) -> list[Tensor]:
     """Hidden states of a few ids, and where weights are trained the gradient of one of them."""
     weights = [p for block in repeated_blocks(model) for p in block.parameters() if p.requires_grad and p.ndim == 2][:1]
-    embeddings = causal_lm(model).get_input_embeddings().weight
-    ids = torch.arange(2 * 16, device=embeddings.device).remainder(embeddings.shape[0]).view(2, 16)
-    positions = torch.arange(16, device=ids.device).expand(2, -1)
-    was_training = model.training
-    model.eval()  # dropout would differ
-    try:
-        with (
-            torch.set_grad_enabled(bool(weights)),
-            torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"),
-        ):
-            hidden = hidden_states(model, ids, torch.ones_like(ids), positions).float()
-        grads = torch.autograd.grad(hidden.square().mean(), weights) if weights else ()
-    finally:
-        model.train(was_training)
+    with torch.set_grad_enabled(bool(weights)), autocast():
+        hidden = hidden_rows(model, _probe_batch(model, layout)).float()
+    grads = torch.autograd.grad(hidden.square().mean(), weights) if weights else ()
     return [hidden.detach(), *(g.float() for g in grads)]
+
+
+def _probe_batch(model: nn.Module, layout: Layout) -> Batch:
+    """Two responses to each of two prompts."""
+    embeddings = causal_lm(model).get_input_embeddings().weight
+    ids = [i % embeddings.shape[0] for i in range(64)]
+    sequences = [TokenSequence(ids[i : i + 7 + i], ids[20 + 8 * i + j : 30 + 8 * i]) for i in (0, 1) for j in (0, 2)]
+    return collate(sequences, pad_id=0, layout=layout).to(embeddings.device)

@@ -43,6 +43,8 @@ class InMemory:
 
     models: Mapping[str, InMemoryModel] = field(default_factory=dict)
     data: Mapping[str, Iterable[Any]] = field(default_factory=dict)
+    runs_left: int = 1  # of this process, the present one included
+    compiled: set[Hashable] = field(default_factory=set, repr=False)  # see `models.compile.code_of`
 
     def rows(self, path: str) -> Iterable[Any] | None:
         """The rows in memory of a name, None where the name is that of a file or of the hub."""

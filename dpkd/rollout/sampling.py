@@ -17,6 +17,7 @@ from torch import nn
 
 from dpkd.api import Sampled, SamplingSettings
 from dpkd.errors import DpkdError
+from dpkd.models.compile import uncompiled
 from dpkd.models.layers import evaluating
 from dpkd.rollout.continuous_batching import ContinuousBatcher, DrawingPolicy, Request
 from dpkd.rollout.cuda_graphs import CannotDecodeStatically
@@ -82,7 +83,7 @@ class Decoder:
         requests = _requests(prompts, seeds, num_generations, settings, longest)
         results: dict[int, Sampled] = {}
         # no_grad, not inference_mode: models keep tensors (rotary tables, say) that a later backward may save.
-        with torch.no_grad(), evaluating(*models):
+        with torch.no_grad(), evaluating(*models), uncompiled(*models):
             for finished in self._run(requests, DrawingPolicy(settings, self._eos, mix, veto), mix_with):
                 results.update(finished)
                 if progress is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from dpkd.api import HIDDEN, Family, ResponseSource, Signal, Text
+from dpkd.api import HIDDEN, Family, ResponseSource, Signal
 from dpkd.api.teachers import Teacher
 from dpkd.config.objective import chosen_ids
 from dpkd.config.resolve import Resolved
@@ -21,11 +24,12 @@ from dpkd.data.encode import EncodedData, check_ids
 from dpkd.errors import DpkdError
 from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
-from dpkd.models.compile import WORTH_STEPS, compile_checked, compile_loss
+from dpkd.models.compile import WORTH_STEPS, code_of, compile_checked, compile_loss, undo
 from dpkd.models.device import teacher_dtype
 from dpkd.models.fused import kl_sum_of
 from dpkd.models.fused import why_not as why_not_fused
 from dpkd.models.head import causal_lm, check_head
+from dpkd.models.in_memory import InMemory
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
 from dpkd.models.sharding import is_sharded
@@ -84,6 +88,8 @@ class RunParts:
         """Give back what lies outside the models."""
         self.rollouts.close()
         if self.teacher is not None:
+            if self.teacher.model is not None:
+                undo(self.teacher.model)  # others use it too
             self.teacher.close()
 
 
@@ -117,7 +123,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         chosen=chosen_ids(resolved.objectives),
         reward_scale=1.0 if reward is None else float(reward(resolved.loss_config)),
     ).to(accelerator.device)
-    loss_module.compiled = _compile(resolved, models, losses, steps, display)
+    _compile(resolved, models, losses, steps, accelerator, display)
     optimizer = make_optimizer(loss_module, settings.train)
     if settings.train.ema is not None:
         follow(optimizer, settings.train.ema)
@@ -262,34 +268,47 @@ class _Models:
         return shared
 
 
-def _compile(resolved: Resolved, models: _Models, losses: dict[str, Any], steps: int, display: Display) -> bool:
+def _compile(
+    resolved: Resolved, models: _Models, losses: dict[str, Any], steps: int, accelerator: Accelerator, display: Display
+) -> None:
     """Compile the layers of both models, and losses that no kernel computes, where that is asked for or pays."""
-    choice = resolved.settings.train.compile
-    device = next(models.student.parameters()).device
-    fixed = all(objective.writers <= {Text.DATASET} for objective in resolved.objectives)
-    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and steps >= WORTH_STEPS and fixed)):
-        return False
+    choice, given, device = resolved.settings.train.compile, resolved.given, accelerator.device
     teacher = None if models.teacher is None else models.teacher.model
-    reasons = {
-        f"the {who}'s layers": compile_checked(model)
-        for who, model in (("student", models.student), ("teacher", teacher))
-        if model is not None
-    }
+    code = [code_of(model) for model in (models.student, teacher) if model is not None]
+    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and _pays(code, steps, given))):
+        return
+    several = any(
+        o.spec.family is Family.PAIR or o.text.student_sampling.num_generations > 1 for o in resolved.objectives
+    )
+    layout = models.layout(resolved.settings.batch)
+    layout = layout._replace(shared=layout.shared and several)
+    reasons = {"the student's layers": compile_checked(models.student, accelerator.autocast, layout)}
+    if teacher is not None:
+        reasons["the teacher's layers"] = compile_checked(teacher, layout=layout)
+    if not any(reasons.values()):
+        given.compiled.update(code)
     for objective in resolved.objectives:
         loss = losses[objective.name]
         by_kernel = kl_sum_of(loss) is not None and why_not_fused(device.type) is None
         # A setting that follows the step would be compiled into the loss, and again at every step.
         if objective.spec.family is Family.PAIR or HIDDEN & objective.reads or objective.schedules or by_kernel:
             continue
-        _, x = sample_inputs(objective.reads, device, vocabulary=64)
-        reasons[f"the loss {objective.spec.name}"] = compile_loss(loss, x.only(objective.reads))
+        reasons[f"the loss {objective.spec.name}"] = compile_loss(loss, partial(_small_inputs, objective.reads, device))
     done = [what for what, reason in reasons.items() if reason is None]
     if done:
         display.say(f"compiled: {', '.join(done)} (train.compile)")
     for what, reason in reasons.items():
         if reason is not None:
             display.say(f"not compiled: {what}, {reason}")
-    return bool(done)
+
+
+def _small_inputs(reads: frozenset[Signal], device: torch.device) -> Any:
+    return sample_inputs(reads, device, vocabulary=64)[1].only(reads)
+
+
+def _pays(code: Sequence[Hashable], steps: int, given: InMemory) -> bool:
+    """Whether the steps win back what compiling costs: those of all runs of this process, for they share the code."""
+    return given.compiled.issuperset(code) or steps * given.runs_left >= WORTH_STEPS
 
 
 def _losses(resolved: Resolved) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from dpkd.api import Layers, Pair, PairInputs, RolloutInputs, Signal, TokenInput
 from dpkd.errors import DpkdError, described
 from dpkd.functional import log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, chunks, objective, token_logps
+from dpkd.models.compile import uncompiled
 from dpkd.models.device import out_of_memory
 from dpkd.models.fused import FusedKL, kl_sum_of, usable
 from dpkd.models.head import Head, head_of
@@ -59,7 +59,6 @@ class LossModule(nn.Module):
         self.layers = dict(layers or {})
         self.vocabulary = vocabulary
         self.chosen = min(chosen, vocabulary)
-        self.compiled = False
         self.chunk = chunk_rows(widest or vocabulary, chunk_mib, next(student.parameters()).device)
 
     def lend(self, work: Callable[[nn.Module], T]) -> T:
@@ -67,9 +66,7 @@ class LossModule(nn.Module):
 
         All processes call it together; what they do with it may differ.
         """
-        # Drawing has shapes and caches of its own, which compiled layers would be compiled for again.
-        stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-        with torch.no_grad(), gathered(self.student), stance:
+        with torch.no_grad(), gathered(self.student), uncompiled(self.student):
             return work(self.student)
 
     def _values(self, name: str, x: Any, rows: int) -> Tensor:

@@ -101,7 +101,7 @@ class SweepSettings(Block):
     override: dict[str, Any] = Field({}, description="settings over those of all stages, by dotted path")
     evaluate: EvaluateSettings | None = Field(None, description="how the models are scored; None: not at all")
     budget_minutes: float | None = Field(
-        None, gt=0, description="no run begins that would end after this time, judged by the longest so far; None: any"
+        None, gt=0, description="no run begins that would end after this time, judged by the last three; None: any"
     )
     keep_checkpoints: bool = Field(True, description="False: delete those of finished runs, which cannot go on then")
 

@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Queue
 from types import FrameType
@@ -137,7 +138,7 @@ class _Sweep:
     outcome: SweepOutcome = field(default_factory=SweepOutcome)
     slots: Queue[str | None] = field(default_factory=Queue)
     began: float = field(default_factory=time.monotonic)
-    longest: float = 0.0
+    lasted: deque[float] = field(default_factory=lambda: deque(maxlen=3))  # seconds of the last runs
     without_best: set[str] = field(default_factory=set)
 
     @contextmanager
@@ -212,7 +213,7 @@ class _Sweep:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         if found:
             return "was there"
-        self.longest = max(self.longest, time.monotonic() - began)
+        self.lasted.append(time.monotonic() - began)
         return f"done in {time.monotonic() - began:.0f} s{_in_short(run)}"
 
     def _changed(self, run: SweepRun) -> str | None:
@@ -249,7 +250,7 @@ class _Sweep:
     def _is_late(self) -> bool:
         """Whether another run would end after the time that there is."""
         budget = self.plan.settings.budget_minutes
-        return budget is not None and time.monotonic() - self.began + self.longest > 60 * budget
+        return budget is not None and time.monotonic() - self.began + max(self.lasted, default=0.0) > 60 * budget
 
 
 def _in_short(run: SweepRun) -> str:
@@ -269,17 +270,20 @@ class InProcess:
         self.registry, self.shared = registry, Shared()
 
     def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
+        left = sum(not RunFolder(one.folder).is_finished for one in plan.runs)
+        given = replace(self.shared, runs_left=left)
+
         def train_it(console: Console) -> None:
             if RunFolder(run.folder).config.is_file():
                 resume_folder(
                     run.folder,
                     trust_remote_code=_is_trusted(plan, run, self.registry),
-                    given=self.shared,
+                    given=given,
                     registry=self.registry,
                     console=console,
                 )
             else:
-                train(resolve(plan.layers(run), self.registry, self.shared), console=console)
+                train(resolve(plan.layers(run), self.registry, given), console=console)
 
         return self._logged(run, f"dpkd train, output {run.folder}", train_it)
 

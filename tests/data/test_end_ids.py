@@ -35,14 +35,14 @@ def test_a_greedy_answer_ends_where_generate_ends(shared_model):
     assert end_ids(tokenizer, model) == {1, 2}
     assert len(wanted) < 400
     assert wanted[-1] in (1, 2)
-    (found,) = answer(
+    ((found,),) = answer(
         model,
         [Prompt("f:1", tuple(prompt[0].tolist()), (), (), "")],
         tokenizer,
         vocabulary=model.config.vocab_size,
         sampling=SamplingSettings(temperature=0, max_new_tokens=400),
-        seed=0,
-    )
+        seeds=[0],
+    ).values()
     assert found.extra["ids"] == wanted
     assert not found.extra["truncated"]
 

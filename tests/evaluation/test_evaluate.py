@@ -356,3 +356,10 @@ def test_plugins_that_break_are_said(install_plugin):
     said: list[str] = []
     metric_specs(load_registry({"DPKD_PLUGINS": "strangers"}), said.append)
     assert said == ["the plugin odd (strangers) could not be loaded: ImportError: no"]
+
+
+def test_answers_under_one_seed_do_not_depend_on_the_others(folder, tmp_path):
+    run(folder, output=tmp_path / "three")
+    run(folder, settings=replace(DRAWN, seeds=(2,)), output=tmp_path / "one")
+    name = "predictions-2.jsonl"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
