@@ -4,7 +4,7 @@
 #   bash benchmarks/evidence_gpu.sh TEACHER DOLLY OUT [MINUTES] [further options of dpkd sweep]
 #
 # TEACHER  folder or .gguf file of SmolLM2-135M-Instruct        DOLLY  folder with train.jsonl, dev.jsonl, eval.jsonl
-# OUT      gets table.md, sweep.log, evidence.tgz (all but weights and answers) and answers-SEED.tgz
+# OUT      gets table.md, report.html, sweep.log, evidence.tgz (all but weights and answers) and answers-SEED.tgz
 # The runs themselves go to runs/evidence; a second call with the same folder goes on with what is missing.
 set -u
 TEACHER=$1 DOLLY=$2 OUT=$3 MINUTES=${4:-8}
@@ -34,6 +34,7 @@ pack
 SCORED=$(ls -d "$RUNS"/*/eval 2>/dev/null | sed 's,/eval$,,')
 [ -z "$SCORED" ] || $DPKD compare $SCORED --format markdown >"$OUT/table.md" 2>>"$OUT/sweep.log"
 cat "$OUT/table.md" 2>/dev/null
+[ -z "$SCORED" ] || $DPKD report "$RUNS" --output "$OUT/report.html" 2>>"$OUT/sweep.log"
 for seed in 10 20 30 40 50; do
   (cd "$RUNS" && find . -name "predictions-$seed.jsonl" -path '*/eval/*' -print0 |
     tar czf "$OUT/answers-$seed.tgz" --null -T - 2>/dev/null)

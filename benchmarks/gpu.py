@@ -63,6 +63,7 @@ def step_variants(pair: tuple[Any, Any], rows: int, tiny: bool) -> dict[str, Cal
         **first,
         "dpkd jsd, without kernels": ours("jsd", kernels=False),
         "dpkd jsd, chunk of 32 MiB": ours("jsd", chunk_mib=32.0, kernels=False),
+        "dpkd jsd, chunk of 512 MiB": ours("jsd", chunk_mib=512.0),
         "dpkd jsd, loss compiled": ours("jsd", compiled=COMPILER, kernels=False),
         "Liger chunked JSD": lambda: peers.liger(pair, many, pad),
         "released shape, KL": lambda: peers.released("kl", pair, batch),

@@ -99,7 +99,8 @@ def _code_colors() -> str:
 
     def rules(scope: str, style: str) -> str:
         lines = HtmlFormatter(style=CODE_STYLES[style]).get_style_defs(f"{scope} .highlight").splitlines()
-        return "\n".join(line for line in lines if ".highlight ." in line)  # not the background, which the theme has
+        # Neither the background, which the theme has, nor built-in names: `eval` in `dpkd eval` is not the shell's.
+        return "\n".join(line for line in lines if ".highlight ." in line and ".highlight .nb " not in line)
 
     dark = rules(':root[data-theme="dark"]', "dark")
     automatic = rules(':root[data-theme="auto"]', "dark")

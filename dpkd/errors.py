@@ -16,7 +16,7 @@ class DpkdError(Exception):
 
 
 class SettingsError(DpkdError):
-    """Every mistake found in the settings, one sentence each."""
+    """Every mistake found in the settings: `problems` has one sentence for each."""
 
     exit_code = 2
 
@@ -26,7 +26,10 @@ class SettingsError(DpkdError):
 
 
 class Stopped(DpkdError):
-    """A run that was asked to stop before its end; what it did is kept. The exit code is that of the signal."""
+    """A run that was asked to stop before its end; what it did is kept.
+
+    `text` says how to resume it, and `signal_number` is the signal, which decides the exit code.
+    """
 
     def __init__(self, text: str, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
@@ -34,7 +37,7 @@ class Stopped(DpkdError):
 
 
 class ForeignExit(DpkdError):
-    """A plugin or a library ended the program; whatever code it gave, the command was not done."""
+    """A plugin or a library ended the program; whatever exit `code` it gave, the command was not done."""
 
     def __init__(self, code: object) -> None:
         if isinstance(code, int) and code > 128:
@@ -46,7 +49,7 @@ class ForeignExit(DpkdError):
 
 
 def described(error: BaseException, longest: int = 500) -> str:
-    """An error in one line: its class and its message, where that can be had."""
+    """An `error` in one line: its class and its message, where that can be had, cut after `longest` characters."""
     try:
         text = " ".join(str(error).split())
     except BaseException:  # an error of a plugin may do anything when it is shown
@@ -56,7 +59,7 @@ def described(error: BaseException, longest: int = 500) -> str:
 
 
 def printable(text: str) -> str:
-    r"""A text from outside as a terminal may print it: control characters and bidirectional marks in words.
+    r"""A `text` from outside as a terminal may print it: control characters and bidirectional marks in words.
 
     >>> printable("a\x1b[31mb\u202ec") == r"a\x1b[31mb\u202ec"
     True
@@ -73,5 +76,5 @@ class PluginDeprecation(FutureWarning):
 
 
 def warn_renamed(old: str, new: str) -> None:
-    """Warn the caller of the caller that a name of dpkd.api is now another one."""
+    """Warn the caller of the caller that the name `old` of dpkd.api is now `new`."""
     warnings.warn(f"{old} is deprecated; use `{new}`", PluginDeprecation, stacklevel=3)

@@ -18,6 +18,7 @@ __all__ = [
     "KLSum",
     "aggregate",
     "at_least_float32",
+    "by_segment",
     "cross_entropy",
     "entropy",
     "free_to_read",
@@ -25,6 +26,7 @@ __all__ = [
     "jensen_shannon",
     "kl",
     "layer_pairs",
+    "leave_one_out",
     "log_mix",
     "log_softmax",
     "log_total",
@@ -34,12 +36,13 @@ __all__ = [
     "returns_to_go",
     "segment_sum",
     "sorted_distance",
+    "token_mask",
     "with_rest",
 ]
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half-precision values as float32; float32 and float64 as they are.
+    """Half-precision `values` as float32; float32 and float64 as they are.
 
     >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
     torch.float32
@@ -48,7 +51,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def free_to_read(device: torch.device) -> bool:
-    """Whether looking at a value costs nothing: elsewhere the host waits until the device has done all before it.
+    """Whether looking at a value on a `device` costs nothing: elsewhere the host waits for all that comes before it.
 
     >>> free_to_read(torch.device("cpu"))
     True
@@ -57,7 +60,7 @@ def free_to_read(device: torch.device) -> bool:
 
 
 def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities `[N, V]` of logits at a temperature, in at least float32.
+    """Log-probabilities `[N, V]` of logits `logits_NV` at a `temperature`, in at least float32.
 
     >>> log_softmax(torch.zeros(1, 4)).exp()
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
@@ -72,7 +75,7 @@ def _times_log(p_NV: Tensor, log_NV: Tensor) -> Tensor:
 
 
 def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(p‖q) `[N]` in nats, from log-probabilities `[N, V]`.
+    """KL(p‖q) `[N]` in nats, from log-probabilities `log_p_NV` and `log_q_NV`.
 
     Infinite where p has mass on a token to which q gives none.
 
@@ -90,7 +93,7 @@ def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
 
 
 def entropy(log_p_NV: Tensor) -> Tensor:
-    """Entropy `[N]` in nats.
+    """Entropy `[N]` in nats of log-probabilities `log_p_NV`.
 
     >>> entropy(torch.tensor([[0.5, 0.5, 0.0]]).log())
     tensor([0.6931])
@@ -99,7 +102,7 @@ def entropy(log_p_NV: Tensor) -> Tensor:
 
 
 def cross_entropy(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """`-Σ p log q` `[N]` in nats: KL(p‖q) plus the entropy of p.
+    """`-Σ p log q` `[N]` in nats, from log-probabilities `log_p_NV` and `log_q_NV`: KL(p‖q) plus the entropy of p.
 
     >>> log_p = torch.tensor([[0.5, 0.5]]).log()
     >>> cross_entropy(log_p, log_p)
@@ -109,7 +112,7 @@ def cross_entropy(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
 
 
 def gather_logps(log_q_NV: Tensor, ids_N: Tensor) -> Tensor:
-    """Log-probability `[N]` of one token per position.
+    """Log-probability `[N]` of one token `ids_N` per position, from log-probabilities `log_q_NV`.
 
     >>> gather_logps(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([1])).exp()
     tensor([0.7500])
@@ -118,12 +121,12 @@ def gather_logps(log_q_NV: Tensor, ids_N: Tensor) -> Tensor:
 
 
 def nll(log_q_NV: Tensor, ids_N: Tensor) -> Tensor:
-    """Negative log-likelihood `[N]` in nats of one token per position."""
+    """Negative log-likelihood `[N]` in nats of one token `ids_N` per position, from log-probabilities `log_q_NV`."""
     return -gather_logps(log_q_NV, ids_N)
 
 
 def with_rest(log_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """Log-probabilities of some tokens and, last, of all others together `[N, K+1]`.
+    """Log-probabilities of the tokens `ids_NK` and, last, of all others together `[N, K+1]`, from all `log_NV`.
 
     >>> with_rest(torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0]])).exp()
     tensor([[0.5000, 0.5000]])
@@ -136,7 +139,8 @@ def with_rest(log_NV: Tensor, ids_NK: Tensor) -> Tensor:
 def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float) -> Tensor:
     """Log of the mixture `weight_a · a + (1 - weight_a) · b`, in log space.
 
-    Raises ValueError when the weight is outside [0, 1].
+    log_a_NV  log-probabilities of a, and `log_b_NV` those of b
+    weight_a  the weight of a, in [0, 1]; ValueError otherwise
 
     >>> log_mix(torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log(), 0.25).exp()
     tensor([0.2500, 0.7500])
@@ -160,7 +164,10 @@ def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float) -> Tensor:
 def jensen_shannon(log_p_NV: Tensor, log_q_NV: Tensor, beta: float) -> Tensor:
     """`β KL(p‖m) + (1-β) KL(q‖m)` with `m = β p + (1-β) q`, `[N]` in nats: GKD's generalised divergence (2306.13649).
 
-    At most the entropy of the coin (β, 1-β); 0 for β = 0 and β = 1. Raises ValueError when β is outside [0, 1].
+    At most the entropy of the coin (β, 1-β); 0 for β = 0 and β = 1.
+
+    log_p_NV  log-probabilities of the teacher, and `log_q_NV` those of the student
+    beta      β, in [0, 1]; ValueError otherwise
 
     >>> log_p, log_q = torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.0, 1.0]]).log()
     >>> jensen_shannon(log_p, log_q, 0.5)                   # apart: ln 2
@@ -174,8 +181,10 @@ def jensen_shannon(log_p_NV: Tensor, log_q_NV: Tensor, beta: float) -> Tensor:
 class KLSum:
     """`forward · KL(p‖m) + reverse · KL(q‖m') - likelihood · log q(y)`: what fused kernels compute in one go.
 
-    m = forward_share · p + (1 - forward_share) · q, and m' likewise with reverse_share; all of p and q at one
-    temperature. `parts` names, for the log, the three terms before their factors; None: not named.
+    forward        factor of each term; `reverse` and `likelihood` likewise
+    forward_share  m = forward_share · p + (1 - forward_share) · q, and m' likewise with `reverse_share`
+    temperature    of p and q
+    parts          names of the three terms before their factors, for the log; None: not named
     """
 
     forward: float = 0.0
@@ -194,6 +203,9 @@ class KLSum:
     def terms(self, log_p_NV: Tensor, log_q_NV: Tensor, ids_N: Tensor) -> tuple[Tensor | None, ...]:
         """The three terms `[N]` in nats before their factors; None where the factor is 0 (an infinite one is no NaN).
 
+        log_p_NV  log-probabilities of the teacher, and `log_q_NV` those of the student
+        ids_N     the token of each position, for the likelihood
+
         >>> log_p, log_q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
         >>> KLSum(forward=0.5, likelihood=0.5).terms(log_p, log_q, torch.tensor([0]))
         (tensor([0.1438]), None, tensor([1.3863]))
@@ -205,7 +217,7 @@ class KLSum:
         )
 
     def value(self, log_p_NV: Tensor, log_q_NV: Tensor, ids_N: Tensor) -> Tensor:
-        """The sum `[N]` in nats."""
+        """The sum `[N]` in nats, of the terms that `terms` computes from `log_p_NV`, `log_q_NV` and `ids_N`."""
         factors = (self.forward, self.reverse, self.likelihood)
         terms = self.terms(log_p_NV, log_q_NV, ids_N)
         found = [factor * term for factor, term in zip(factors, terms, strict=True) if term is not None]
@@ -213,7 +225,7 @@ class KLSum:
 
 
 def log_total(log_NV: Tensor) -> Tensor:
-    """Log of the summed mass of each row `[N]`; -inf, without a NaN in the gradient, where no token has any.
+    """Log of the summed mass of each row `[N]` of `log_NV`; -inf, without a NaN in the gradient, where it is zero.
 
     >>> log_total(torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.0]]).log()).exp()
     tensor([0.7500, 0.0000])
@@ -224,7 +236,10 @@ def log_total(log_NV: Tensor) -> Tensor:
 
 
 def layer_pairs(how: str, student: int, teacher: int) -> list[tuple[int, int]]:
-    """Pairs of hidden states (student's, teacher's) of models of so many layers: `last`, or `even` over all.
+    """Pairs of hidden states (student's, teacher's) for a loss that compares layers.
+
+    how      `last`: the last layer of each model; `even`: all layers of the student
+    student  the number of layers of the student, and `teacher` that of the teacher
 
     `even` gives each layer of the student the teacher's at the same share of the depth, rounded up (TinyBERT,
     1909.10351, §4.2: the uniform mapping). State 0, the embedding, is in neither.
@@ -238,7 +253,11 @@ def layer_pairs(how: str, student: int, teacher: int) -> list[tuple[int, int]]:
 
 
 def aggregate(logps_B: Tensor, lengths_B: Tensor, how: str) -> Tensor:
-    """Summed log-probs `[B]` of responses as they are (`sum`), or per token (`mean`).
+    """Summed log-probs `[B]` of responses, as a sum or per token.
+
+    logps_B    log-probs in nats, summed over the tokens of each response
+    lengths_B  tokens of each response
+    how        `sum` returns the log-probs unchanged; `mean` divides them by the lengths
 
     >>> aggregate(torch.tensor([-6.0]), torch.tensor([3.0]), "mean")
     tensor([-2.])
@@ -247,7 +266,9 @@ def aggregate(logps_B: Tensor, lengths_B: Tensor, how: str) -> Tensor:
 
 
 def preference(margin_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """`-(1-ε) log σ(margin) - ε log σ(-margin)` `[B]`: Bradley-Terry, with a share ε of flipped labels.
+    """`-(1-ε) log σ(margin) - ε log σ(-margin)` `[B]` of margins `margin_B`: Bradley-Terry.
+
+    `label_smoothing` is ε, the share of pairs whose labels are assumed to be flipped.
 
     >>> preference(torch.tensor([0.0]))
     tensor([0.6931])
@@ -259,9 +280,10 @@ def preference(margin_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
 
 
 def sorted_distance(p_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """`Σ_i |p_(i) - q_(i)|` `[N]` of masses in descending order (ULD, 2402.12030): which token has which is no matter.
+    """`Σ_i |p_(i) - q_(i)|` `[N]` of probabilities `p_NV` and `q_NV` in descending order (ULD, 2402.12030).
 
-    Where one side has no mass left, the other needs no order: what is left of it is added up.
+    Which token has which probability does not matter, and the two vocabularies may differ in size. Where one side has
+    no mass left, the other needs no order: what is left of it is added up.
 
     >>> sorted_distance(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.0, 0.25, 0.75]]))
     tensor([0.5000])
@@ -273,7 +295,7 @@ def sorted_distance(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 
 def segment_sum(values_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
-    """Sum of the values of each segment, `[count]`.
+    """Sum of the values `values_N` of each of `count` segments; `segment_N` has the segment of each value, from 0.
 
     >>> segment_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2]), 3)
     tensor([3., 0., 4.])
@@ -281,11 +303,47 @@ def segment_sum(values_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
     return values_N.new_zeros(count).index_add(0, segment_N, values_N)
 
 
+def by_segment(values_N: Tensor, segment_N: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
+    """The values of each segment in a row of its own, `[B, longest]`, and 0 behind its last; `segment_N` ascends.
+
+    >>> by_segment(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2]), torch.tensor([2, 0, 1]), 2)
+    tensor([[1., 2.],
+            [0., 0.],
+            [4., 0.]])
+    """
+    first_B = lengths_B.cumsum(0) - lengths_B
+    column_N = torch.arange(len(values_N), device=values_N.device) - first_B[segment_N]
+    return values_N.new_zeros(len(lengths_B), longest).index_put((segment_N, column_N), values_N)
+
+
+def token_mask(lengths_B: Tensor, longest: int) -> Tensor:
+    """Whether a place holds a token, `[B, longest]`, bool.
+
+    >>> token_mask(torch.tensor([2.0, 1.0]), 3).int()
+    tensor([[1, 1, 0],
+            [1, 0, 0]], dtype=torch.int32)
+    """
+    return torch.arange(longest, device=lengths_B.device) < lengths_B.unsqueeze(-1)
+
+
+def leave_one_out(values_R: Tensor, group_R: Tensor) -> Tensor:
+    """Each value less the mean of the others of its group, `[R]`; alone in its group, as it is.
+
+    >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1]))
+    tensor([-3.0000, -1.5000,  4.5000,  5.0000])
+    """
+    groups = int(group_R.max()) + 1 if len(group_R) else 0
+    others_R = segment_sum(torch.ones_like(values_R), group_R, groups)[group_R] - 1
+    return values_R - (segment_sum(values_R, group_R, groups)[group_R] - values_R) / others_R.clamp(min=1)
+
+
 def reduce_loss(values: Tensor, count: float | Tensor, weight: float = 1.0) -> Tensor:
     """`weight · Σ values / count`, a scalar: the only division of a loss in dpkd.
 
-    `count` is the number of positions or pairs of the whole optimizer step, over all micro-batches and processes: not
-    only of these values. Below 1 it counts as 1, so that a step without any is worth 0.
+    values  of positions or pairs
+    count   the number of positions or pairs of the whole optimizer step, over all micro-batches and processes: not
+            only of these values. Below 1 it counts as 1, so that a step without any is worth 0
+    weight  of the loss in the run
 
     >>> reduce_loss(torch.tensor([1.0, 3.0]), 8), reduce_loss(torch.tensor([]), 0)
     (tensor(0.5000), tensor(0.))
@@ -298,7 +356,9 @@ def reduce_loss(values: Tensor, count: float | Tensor, weight: float = 1.0) -> T
 def returns_to_go(rewards_N: Tensor, sequence_N: Tensor, discount: float = 1.0) -> Tensor:
     """Discounted sum of the rewards from each position to the end of its sequence, `[N]`.
 
-    Rows of one sequence stand together and in order.
+    rewards_N   the reward of each position
+    sequence_N  the number of its sequence; rows of one sequence stand together and in order
+    discount    factor from one position to the next
 
     >>> returns_to_go(torch.tensor([1.0, 1.0, 1.0, 5.0]), torch.tensor([0, 0, 0, 1]), 0.5)
     tensor([1.7500, 1.5000, 1.0000, 5.0000])

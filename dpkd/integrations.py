@@ -40,7 +40,7 @@ class DistillationMixin:
         chunked: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Arguments of the trainer, and these:
+        """Positional (`args`) and keyword (`kwargs`) arguments of the trainer, and these:
 
         loss           the name of a loss on tokens (`dpkd.losses.available()`), or the spec of one of your own
         teacher        a causal language model of transformers, or its name; None for a loss that reads no teacher
@@ -72,7 +72,13 @@ class DistillationMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of the zoo, divided by the tokens of all accumulated batches."""
+        """The loss of the zoo on a batch, divided by the labeled tokens of the whole optimizer step.
+
+        model               the student as the trainer has it (wrapped in DDP, say)
+        inputs              what the model is called with, and `labels`
+        return_outputs      return the student's outputs too
+        num_items_in_batch  labeled tokens of all accumulated batches, which the trainer counts; None: of this batch
+        """
         trainer: Any = self
         labels, inputs = inputs["labels"], {key: value for key, value in inputs.items() if key != "labels"}
         how = {"output_hidden_states": True, "logits_to_keep": 1} if self.chunked else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dpkd.api import Callback, LossSpec
+    from dpkd.api import Answers, Callback, LossSpec
     from dpkd.evaluation.results import Evaluation
     from dpkd.losses.base import ZooLoss
     from dpkd.models.in_memory import InMemory
@@ -22,6 +24,7 @@ __all__ = ["evaluate", "resume", "train"]
 
 Model: TypeAlias = Union[str, PathLike[str], "PreTrainedModel"]
 Loss: TypeAlias = Union[str, "LossSpec", "ZooLoss", Callable[..., "Tensor"]]
+Reward: TypeAlias = str | Callable[["Answers"], Sequence[float]]
 Data: TypeAlias = str | PathLike[str] | Iterable[Mapping[str, Any]]
 
 
@@ -36,6 +39,7 @@ def train(
     seed: int | None = None,
     config: Sequence[str | Path] = (),
     settings: Mapping[str, Any] | None = None,
+    reward: Reward | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunFolder:
     """Distil, as `dpkd train` does. Returns the run's folder; its `model` loads with `AutoModelForCausalLM`.
@@ -50,6 +54,8 @@ def train(
     seed       of everything random in the run
     config     YAML files, later ones over earlier ones
     settings   dotted paths and their values, over all else: `{"train.lr": 1e-4}`
+    reward     for a loss that reads rewards: the name of an installed metric, or a function from `dpkd.api.Answers` to
+               a number for each response
     callbacks  what to do beside training, see `dpkd.api.Callback`
 
     Raises SettingsError with every mistake in the settings, DpkdError for what the run stumbles over.
@@ -64,6 +70,7 @@ def train(
     registry = load_registry()
     named = {
         **_loss(loss, registry),
+        **_reward(reward, registry),
         "teacher.model": names["teacher"],
         "student.model": names["student"],
         "data.path": names["data"],
@@ -86,14 +93,16 @@ def resume(
     student: PreTrainedModel | None = None,
     data: Iterable[Mapping[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    reward: Reward | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunFolder:
     """Continue an interrupted run, as `dpkd train --resume` does, bit for bit.
 
-    folder  of the run, or the run as it was returned
-
-    The other arguments are those of `train`. What was an object when the run began is given again, as it was then; what
-    had a name is not. A function or loss of your own is not compared with what it was.
+    folder     of the run, or the run as it was returned
+    loss       a loss of your own, where the run had one; it is not compared with what it was, nor is a `reward`
+    teacher    a model that was an object when the run began, unchanged; `student`, `data` and `tokenizer` likewise.
+               What was given by name is loaded again, and left out here
+    callbacks  as in `train`
 
     Raises DpkdError when the run is finished, when an object is missing, or when one is not what it was.
     """
@@ -104,6 +113,7 @@ def resume(
     registry = load_registry()
     if loss is not None:
         _loss(loss, registry)
+    _reward(reward, registry)
     _, given = _names({"teacher": teacher, "student": student}, data, tokenizer)
     path = folder if isinstance(folder, str | Path) else folder.path
     with own_accelerate_state(), given.left_alone():
@@ -183,6 +193,20 @@ def _loss(loss: Loss, registry: Registry) -> dict[str, Any]:
     if not any(one.spec is spec or one.spec == spec for one in registry.losses.values()):
         registry.add(Registered(spec, "your program", "-", spec.name, spec.loss.__module__))
     return {"loss.name": spec.name, **own}
+
+
+def _reward(reward: Reward | None, registry: Registry) -> dict[str, str]:
+    """What the settings call a reward; a function of the caller's is added to the registry as a metric."""
+    if reward is None or isinstance(reward, str):
+        return {} if reward is None else {"text.reward": reward}
+    from dpkd.api import MetricSpec
+    from dpkd.plugins import Registered
+
+    name = re.sub(r"\W+", "_", reward.__name__.strip("<>_")).lower()
+    summary = (inspect.getdoc(reward) or "a reward function of your program").splitlines()[0]
+    metric = MetricSpec(name, "", "higher", summary, per_row=reward)
+    registry.add(Registered(metric, "your program", "-", name, reward.__module__))
+    return {"text.reward": name}
 
 
 def _names(models: Mapping[str, Any], data: Any, tokenizer: Any) -> tuple[dict[str, str | None], InMemory]:

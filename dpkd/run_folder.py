@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.errors import DpkdError
-from dpkd.io import lock
+from dpkd.locks import lock
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,23 @@ class RunFolder:
                 "A run folder is what `dpkd train --output` names; it is printed at the start of each run."
             )
         return folder
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """The folder of a sweep: its run folders, and what the sweep says of them."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """The runs of the sweep, whether they have a folder or not, and what became of each."""
+        return self.path / "sweep.json"
+
+    @property
+    def choices(self) -> Path:
+        """By stage: the run that was best on dev rows, among which."""
+        return self.path / "choices.json"
 
 
 def _line(points: Sequence[tuple[float, float]], width: int = 320, height: int = 80) -> str:

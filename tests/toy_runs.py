@@ -98,6 +98,22 @@ def settings_of(toy: Path, tmp_path: Path):
     return make
 
 
+class StopAfter:
+    """In the place of `dpkd.train.run.StopRequest`: asks to stop once so many steps were seen."""
+
+    signal_number = 2
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def __call__(self, number: int, frame: object) -> None: ...
+
+    @property
+    def asked(self) -> bool:
+        self._left -= 1
+        return self._left <= 0
+
+
 @pytest.fixture
 def quiet() -> Console:
     return Console(quiet=True)

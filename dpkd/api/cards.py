@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Source:
-    """Where an objective comes from: title, link, and the place in it (equation, section)."""
+    """Where an objective comes from.
+
+    title   of the paper or the code
+    url     its address
+    where   the place in it: equation, section, file
+    bibtex  the entry for a bibliography
+    """
 
     title: str
     url: str
@@ -17,14 +23,24 @@ class Source:
 
 @dataclass(frozen=True)
 class Card:
-    """What a user reads before choosing a loss."""
+    """What a user reads before choosing a loss.
+
+    title        the method, in words
+    summary      one line
+    formula      plain text with Unicode mathematics, per position or per pair: what the terminal shows
+    sources      papers and code
+    use_when     a sentence; `avoid_when` another
+    notes        errata, and what differs between paper, released code and other toolkits
+    latex        the formula for the web page; empty: the plain one is shown
+    unconfirmed  what nobody has checked against the paper: puts the loss into `contrib` on the zoo's page
+    """
 
     title: str
-    summary: str  # one line
-    formula: str  # plain text with Unicode mathematics, per position or per pair: what the terminal shows
+    summary: str
+    formula: str
     sources: tuple[Source, ...]
     use_when: str
     avoid_when: str
-    notes: str = ""  # errata, what differs between paper, released code and other toolkits
-    latex: str = ""  # the formula once more, for the web page; empty: the plain one is shown
-    unconfirmed: str = ""  # what nobody has checked against the paper: puts the loss among `contrib` on the zoo's page
+    notes: str = ""
+    latex: str = ""
+    unconfirmed: str = ""

@@ -86,7 +86,10 @@ class Sampler(Protocol):
         """Take over the weights that the model has now: they may have changed since the last call of `draw`."""
 
     def draw(self, task: SamplingTask, on_finished: Callable[[int, Sampled], None] | None = None) -> list[Sampled]:
-        """A response per seed, in the order of `seeds`; `on_finished` gets each with its place, once it is known."""
+        """A response per seed of the `task`, in the order of its seeds.
+
+        `on_finished` is called with the place of each response and the response, once it is known.
+        """
 
     def close(self) -> None:
         """Give back memory."""
@@ -99,6 +102,7 @@ class GenerationModel:
     model       a causal LM of transformers, perhaps with adapters of peft; its weights change while it is trained
     vocabulary  only ids below it are drawn, and log-probs are normalized over them; None: all that the model has
     eos_ids     a response ends with any of them
+    pad_id      the id that fills up shorter rows of a batch
     context     prompt and response have so many tokens at most, if not fewer by the model itself; None: the model's
     longest     tokens of the longest prompt with its response that will be asked for; None: not known
     decoding    how a sampler of this process decodes, `text.decoding`: auto, graph or eager

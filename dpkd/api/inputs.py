@@ -27,8 +27,12 @@ class Signal(StrEnum):
     STUDENT_LOGPS = "student_logps"  # of whole responses, chosen and rejected [B]
     TEACHER_LOGPS = "teacher_logps"  # of whole responses [B]; in a RolloutLoss of the drawn tokens [N]
     REFERENCE_LOGPS = "reference_logps"  # of whole responses, under the student as it was at the start of the run [B]
+    STUDENT_TOKEN_LOGPS = "student_token_logps"  # of each token of these responses [B, T], 0 behind the last
+    TEACHER_TOKEN_LOGPS = "teacher_token_logps"  # the same under the teacher
+    REFERENCE_TOKEN_LOGPS = "reference_token_logps"  # under the student as it was at the start of the run
     LENGTHS = "lengths"  # tokens of each response, EOS included [B]
     ADVANTAGES = "advantages"  # what RolloutLoss.advantages returned [N]
+    REWARDS = "rewards"  # what `text.reward` gave each response [R]: in a RolloutLoss, for its advantages alone
     ROLLOUT_LOGPS = "rollout_logps"  # student log-prob of the token when it was sampled [N]
     BEHAVIOUR_LOGPS = "behaviour_logps"  # log-prob under the policy that drew it (a teacher mix, say) [N]
     STUDENT_REST = "student_rest"  # log-prob of a span's tokens after the first; 0 where tokenizers are the same [N]
@@ -37,6 +41,14 @@ class Signal(StrEnum):
     TEACHER_HIDDEN = "teacher_hidden"  # of the layers that TokenLoss.bind names [N, K, H]
 
 
+# What a pair loss reads of whole responses, and the same token by token.
+TOKEN_LOGPS = {
+    Signal.STUDENT_LOGPS: Signal.STUDENT_TOKEN_LOGPS,
+    Signal.TEACHER_LOGPS: Signal.TEACHER_TOKEN_LOGPS,
+    Signal.REFERENCE_LOGPS: Signal.REFERENCE_TOKEN_LOGPS,
+}
+TEACHER_LOGPS = frozenset({Signal.TEACHER_LOGPS, Signal.TEACHER_TOKEN_LOGPS})
+REFERENCE_LOGPS = frozenset({Signal.REFERENCE_LOGPS, Signal.REFERENCE_TOKEN_LOGPS})
 # A loss that reads one of these gets whole micro-batches, and so no logits.
 HIDDEN = frozenset({Signal.STUDENT_HIDDEN, Signal.TEACHER_HIDDEN})
 
@@ -46,7 +58,7 @@ class UndeclaredSignal(RuntimeError):
 
 
 class Pair(NamedTuple):
-    """One value for the chosen (y_t) and one for the rejected response (y_s) of each prompt, `[B]`."""
+    """One value for the `chosen` (y_t) and one for the `rejected` response (y_s) of each prompt, `[B]`."""
 
     chosen: Tensor
     rejected: Tensor
@@ -65,14 +77,14 @@ class Pair(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """What the hidden states of a model are like: state 0 is the embedding, state `layers` is what the head reads."""
+    """The hidden states of a model, of one `width`: state 0 is the embedding, state `layers` is what the head reads."""
 
     layers: int
     width: int
 
 
 class Layers(NamedTuple):
-    """The hidden states that a loss reads, in the order in which its signals have them."""
+    """The hidden states of `student` and `teacher` that a loss reads, in the order in which its signals have them."""
 
     student: tuple[int, ...] = ()
     teacher: tuple[int, ...] = ()
@@ -82,14 +94,16 @@ class _Inputs:
     """Signals by name; reading one that was not declared raises UndeclaredSignal."""
 
     def __init__(self, signals: Mapping[Signal, Any], cache: dict[tuple[Signal, float], Tensor] | None = None) -> None:
+        """Made by the engine from the `signals` that a loss declares; `cache` shares log-probs between losses."""
         self._signals = dict(signals)
         self._cache: dict[tuple[Signal, float], Tensor] = {} if cache is None else cache
         self.parts: dict[str, Tensor] = {}
 
     def part(self, name: str, values: Tensor) -> Tensor:
-        """Name a part of the value, one number per position or pair, for the log; returns it unchanged.
+        """Name a part of the value, for the log; returns `values` unchanged.
 
-        The engine logs its mean as `part/NAME`.
+        name    the engine logs the mean of the values as `part/NAME`
+        values  one number per position or pair
         """
         self.parts[name] = values.detach()
         return values
@@ -129,7 +143,7 @@ class TokenInputs(_Inputs):
     """
 
     def only(self, reads: frozenset[Signal]) -> TokenInputs:
-        """The same positions, restricted to some signals; log-probabilities stay shared."""
+        """The same positions, restricted to the signals in `reads`; log-probabilities stay shared."""
         kept = {signal: value for signal, value in self._signals.items() if signal in reads}
         return type(self)(kept, self._cache)
 
@@ -179,11 +193,11 @@ class TokenInputs(_Inputs):
         return self[Signal.TEACHER_REST]  # type: ignore[no-any-return]
 
     def student_log_probs(self, temperature: float = 1.0) -> Tensor:
-        """log q `[N, V]` in nats, computed once for all terms of a run."""
+        """log q `[N, V]` in nats at a `temperature`, computed once for all terms of a run."""
         return self._log_probs(Signal.STUDENT_LOGITS, temperature)
 
     def teacher_log_probs(self, temperature: float = 1.0) -> Tensor:
-        """log p `[N, V]` in nats, computed once for all terms of a run."""
+        """log p `[N, V]` in nats at a `temperature`, computed once for all terms of a run."""
         return self._log_probs(Signal.TEACHER_LOGITS, temperature)
 
 
@@ -216,7 +230,11 @@ class RolloutInputs(TokenInputs):
 
 
 class PairInputs(_Inputs):
-    """A chosen and a rejected response per prompt: summed log-probs in nats, lengths in tokens, `[B]`."""
+    """A chosen and a rejected response per prompt: summed log-probs in nats, lengths in tokens, `[B]`.
+
+    Log-probs of single tokens are `[B, T]`, from the first token on, and 0 behind the last: their sum is that of the
+    response. T is the same for both responses; `dpkd.functional.token_mask` says which places hold a token.
+    """
 
     @property
     def student(self) -> Pair:
@@ -234,6 +252,21 @@ class PairInputs(_Inputs):
         return self[Signal.REFERENCE_LOGPS]  # type: ignore[no-any-return]
 
     @property
+    def student_token_logps(self) -> Pair:
+        """log q of each token of y_t and of y_s, `[B, T]`."""
+        return self[Signal.STUDENT_TOKEN_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def teacher_token_logps(self) -> Pair:
+        """log p of each token of y_t and of y_s, `[B, T]`, without gradient."""
+        return self[Signal.TEACHER_TOKEN_LOGPS]  # type: ignore[no-any-return]
+
+    @property
+    def reference_token_logps(self) -> Pair:
+        """The same `[B, T]` under the student as it was at the start, without gradient."""
+        return self[Signal.REFERENCE_TOKEN_LOGPS]  # type: ignore[no-any-return]
+
+    @property
     def lengths(self) -> Pair:
         """Tokens of y_t and y_s as floats, EOS included, at least 1."""
         return self[Signal.LENGTHS]  # type: ignore[no-any-return]
@@ -248,7 +281,8 @@ class Rollout:
 
     prompt     `[R]` the number of the prompt that each answers: those to one prompt are a group, for a baseline
     prompts    text of the prompt of each, as the model read it
-    responses  text of each, without special tokens: what a reward function is called on
+    responses  text of each, without special tokens
+    rewards    `[R]` what the metric of `text.reward` gave each, for losses that read Signal.REWARDS; else None
     """
 
     rollout_logps: Tensor
@@ -258,3 +292,4 @@ class Rollout:
     prompt: Tensor | None = None
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
+    rewards: Tensor | None = None

@@ -12,7 +12,7 @@ from pydantic import Field, create_model
 from torch import Tensor, nn
 
 from dpkd.api.cards import Card
-from dpkd.api.inputs import Layers, PairInputs, Rollout, RolloutInputs, Signal, Stack, TokenInputs
+from dpkd.api.inputs import TEACHER_LOGPS, Layers, PairInputs, Rollout, RolloutInputs, Signal, Stack, TokenInputs
 from dpkd.settings import Block
 
 
@@ -65,7 +65,13 @@ class LossConfig(Block):
 
 
 def setting(default: Any, *, description: str, source: str, **bounds: Any) -> Any:
-    """A described field of a loss config; `source` says where the default comes from; bounds as pydantic's."""
+    """A described field of a loss config.
+
+    default      its value where the user sets none
+    description  what it does, in a few words
+    source       where the default comes from: a paper's equation or table, released code, or your choice
+    bounds       pydantic's: `ge`, `gt`, `le`, `lt`, ...
+    """
     return Field(default, description=description, json_schema_extra={"source": source}, **bounds)
 
 
@@ -73,7 +79,7 @@ ConfigT = TypeVar("ConfigT", bound=LossConfig)
 
 
 class TokenLoss(nn.Module, Generic[ConfigT]):
-    """One value per response position, from logits or from hidden states."""
+    """One value per response position, from logits or from hidden states; `config` has its settings."""
 
     family = Family.TOKEN
 
@@ -84,18 +90,19 @@ class TokenLoss(nn.Module, Generic[ConfigT]):
     def bind(self, student: Stack, teacher: Stack) -> Layers:
         """Make the weights that depend on the models, and say which hidden states the loss reads.
 
-        Called once, before the optimizer is made, on a loss that reads hidden states; without a teacher its stack is
-        `Stack(0, 0)`. Raises ValueError, in words for the user, when the models do not fit the settings.
+        Called once, before the optimizer is made, on a loss that reads hidden states. `student` and `teacher` are the
+        sizes of the models; without a teacher its stack is `Stack(0, 0)`. Raises ValueError, in words for the user,
+        when the models do not fit the settings.
         """
         raise NotImplementedError(f"{type(self).__name__} reads hidden states, so it needs a method `bind`")
 
     def forward(self, x: TokenInputs) -> Tensor:
-        """One float32 value per position `[N]`, in nats; no mean, no mask, no weight."""
+        """One float32 value per position `[N]` of `x`, in nats; no mean, no mask, no weight."""
         raise NotImplementedError
 
 
 class PairLoss(nn.Module, Generic[ConfigT]):
-    """One value per pair, from the log-probs of whole responses."""
+    """One value per pair, from the log-probs of whole responses; `config` has its settings."""
 
     family = Family.PAIR
 
@@ -104,12 +111,12 @@ class PairLoss(nn.Module, Generic[ConfigT]):
         self.config = config
 
     def forward(self, x: PairInputs) -> Tensor:
-        """One float32 value per pair `[B]`."""
+        """One float32 value per pair `[B]` of `x`."""
         raise NotImplementedError
 
 
 class RolloutLoss(nn.Module, Generic[ConfigT]):
-    """One surrogate value per sampled token: for policy-gradient objectives."""
+    """One surrogate value per sampled token: for policy-gradient objectives; `config` has its settings."""
 
     family = Family.ROLLOUT
 
@@ -118,7 +125,10 @@ class RolloutLoss(nn.Module, Generic[ConfigT]):
         self.config = config
 
     def advantages(self, rollout: Rollout) -> Tensor:
-        """What each drawn token is worth `[N]`: called once per collection, over whole sequences, without gradient."""
+        """What each drawn token of a `rollout` is worth `[N]`.
+
+        Called once per collection, over whole sequences, without gradient.
+        """
         raise NotImplementedError
 
     def forward(self, x: RolloutInputs) -> Tensor:
@@ -134,16 +144,19 @@ Reads = frozenset[Signal] | Callable[[Any], frozenset[Signal]]
 class LossSpec:
     """Everything that dpkd knows about a loss: its door into the registry.
 
-    reads     the signals it reads, or a function from its config to them
-    accepts   who may have written the text (for pairs: either response)
-    top_k     how many of the teacher's likeliest tokens, beside the mass of the rest, decide the value; None: all
-    chosen_k  how many of the student's likeliest tokens (Signal.CHOSEN_IDS), beside the given one and the mass of the
-              rest, decide what is read of the teacher; None: not these alone
-    suggests  run settings that the paper used, as a nested mapping; any layer of the user overrides them
-    traits    promises that the conformance kit verifies
-    reward_scale β of the implicit reward β log q/p that is logged; None: 1
-    linear_when  under which settings LINEAR_IN_TEACHER holds; None: under all
-    preset_of the loss that this one is, with other defaults or another text; empty for a loss of its own
+    name          of the loss, of its entry point and of its settings: lower-case, with dashes
+    loss          its class, and `config` the class of its settings
+    card          what a user reads before choosing it
+    reads         the signals it reads, or a function from its config to them
+    accepts       who may have written the text (for pairs: either response)
+    top_k         how many of the teacher's likeliest tokens, beside the mass of the rest, decide the value; None: all
+    chosen_k      how many of the student's likeliest tokens (Signal.CHOSEN_IDS), beside the given one and the mass of
+                  the rest, decide what is read of the teacher; None: not these alone
+    suggests      run settings that the paper used, as a nested mapping; any layer of the user overrides them
+    traits        promises that the conformance kit verifies
+    linear_when   under which settings LINEAR_IN_TEACHER holds; None: under all
+    reward_scale  β of the implicit reward β log q/p that is logged; None: 1
+    preset_of     the loss that this one is, with other defaults or another text; empty for a loss of its own
     """
 
     name: str
@@ -166,17 +179,20 @@ class LossSpec:
         return self.loss.family
 
     def is_linear(self, config: LossConfig) -> bool:
-        """Whether, under these settings, samples of the teacher's distribution may stand for it."""
+        """Whether, under the settings `config`, samples of the teacher's distribution may stand for it."""
         return Trait.LINEAR_IN_TEACHER in self.traits and (self.linear_when is None or self.linear_when(config))
 
     def signals(self, config: LossConfig | None = None) -> frozenset[Signal]:
-        """What the loss reads under a config (the defaults when None)."""
+        """What the loss reads under the settings `config` (None: the defaults)."""
         if callable(self.reads):
             return self.reads(config if config is not None else self.config())
         return self.reads
 
     def needs(self, config: LossConfig | None = None) -> TeacherAccess:
-        """What the loss itself needs of the teacher; the text may need more."""
+        """What the loss itself needs of the teacher under the settings `config` (None: the defaults).
+
+        The text may need more.
+        """
         signals = self.signals(config)
         if Signal.TEACHER_HIDDEN in signals:
             return TeacherAccess.HIDDEN
@@ -184,7 +200,7 @@ class LossSpec:
             return TeacherAccess.CHOSEN_IDS
         if Signal.TEACHER_LOGITS in signals:
             return TeacherAccess.LOGITS if self.top_k is None else TeacherAccess.TOP_K
-        if Signal.TEACHER_LOGPS in signals:
+        if TEACHER_LOGPS & signals:
             return TeacherAccess.TOKEN_LOGPS
         return TeacherAccess.NONE
 

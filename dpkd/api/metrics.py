@@ -15,12 +15,14 @@ class Answers:
     references   the accepted answers of each row, at least one
     tokens       tokens of each answer, EOS included
     truncated    whether an answer ran into the length limit
+    prompts      the prompts, as the model read them
     """
 
     predictions: Sequence[str]
     references: Sequence[Sequence[str]]
     tokens: Sequence[int]
     truncated: Sequence[bool]
+    prompts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

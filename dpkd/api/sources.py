@@ -19,9 +19,16 @@ from dpkd.settings import Block
 
 @dataclass(frozen=True)
 class Response:
-    """Token ids of a response (EOS included) and, if it was sampled for a policy gradient, what was known then.
+    """A response and, if it was sampled for a policy gradient, what was known then (else None).
 
-    The tuples of log-probs (nats) and advantages have one entry per token.
+    ids              its tokens, EOS included
+    writer           who wrote it
+    truncated        whether it ran into the length limit, without EOS
+    rollout_logps    log-prob in nats of each token under the student that drew it
+    behaviour_logps  under what really drew it: filters and a teacher's share included
+    teacher_logps    under the teacher
+    advantages       what each token is worth
+    reward           what the whole response is worth to a reward function
     """
 
     ids: tuple[int, ...]
@@ -31,9 +38,10 @@ class Response:
     behaviour_logps: tuple[float, ...] | None = None
     teacher_logps: tuple[float, ...] | None = None
     advantages: tuple[float, ...] | None = None
+    reward: float | None = None
 
     def is_empty(self, eos_ids: frozenset[int]) -> bool:
-        """Whether the response is nothing but EOS."""
+        """Whether the response is nothing but tokens of `eos_ids`."""
         return all(token in eos_ids for token in self.ids)
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,7 +50,7 @@ class Response:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Response:
-        """The inverse of `as_dict`."""
+        """The response of the `values` that `as_dict` returned."""
         as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**{**as_tuples, "writer": Text(values["writer"])})
 
@@ -52,7 +60,7 @@ Written = list[tuple[int, tuple[Response, ...]]]
 
 
 class StepResponses(NamedTuple):
-    """The responses of one optimizer step, and what was counted or left out (logged as `text/NAME`)."""
+    """The `responses` of one optimizer step, and `counts` of what was left out and the like (logged as `text/NAME`)."""
 
     responses: Written
     counts: dict[str, float]
@@ -80,6 +88,7 @@ class StudentSampling(NamedTuple):
     refresh: Refresh = "every_step"
     every: int = 1
     num_iterations: int = 1
+    reward: str | None = None
 
 
 class SourceConfig(Block):
@@ -215,7 +224,7 @@ class Batches(Protocol):
 
 
 def _not_open(*asked: Any) -> Any:
-    """Stands for a generator that the settings do not ask for, and for all of them in a dry run."""
+    """Stands for a generator that the settings do not ask for (`asked` is ignored), and for all in a dry run."""
     raise AssertionError("the source asks for text by somebody who is not among the `writers` of its settings")
 
 
@@ -265,13 +274,13 @@ class ResponseSource(Protocol):
         """Before the first step: have written whatever can be, the teacher's responses above all."""
 
     def next(self, step: int) -> StepResponses:
-        """The responses of a step (0-based). Steps come in order, each once."""
+        """The responses of the step `step` (0-based). Steps come in order, each once."""
 
     def fixed(self, indices: Sequence[int]) -> Written:
-        """The responses to these examples that no step changes: those of all writers but the student."""
+        """The responses to the examples `indices` that no step changes: those of all writers but the student."""
 
     def observe(self, loss: float) -> None:
-        """The mean loss (nats per token) on held-out rows, whenever it was measured."""
+        """Told the mean `loss` (nats per token) on held-out rows, whenever it was measured."""
 
     def describe(self) -> SourcePlan:
         """What will be written, by whom, and how long it may get."""
@@ -288,6 +297,9 @@ class SourceBase:
 
     The data set's responses are there from the start, the teacher's are written once, the student's anew in each
     refresh period, and kept for resume.
+
+    config   the source's settings
+    context  what it is opened with
     """
 
     def __init__(self, config: Any, context: SourceContext) -> None:
@@ -296,7 +308,7 @@ class SourceBase:
         self._teacher: dict[int, Response] = {}
 
     def authors(self, step: int) -> tuple[Text, ...]:
-        """Who writes to each prompt of a step, in this order."""
+        """Who writes to each prompt of the step `step`, in this order."""
         return tuple(self.config.writers)
 
     def choices(self) -> list[tuple[Text, ...]]:
@@ -304,11 +316,11 @@ class SourceBase:
         return [self.authors(0)]
 
     def draw(self, indices: Sequence[int], period: int) -> list[tuple[Response, ...]]:
-        """New responses by the student to each of these examples."""
+        """New responses by the student to each of the examples `indices`, in the refresh period `period`."""
         return self.context.student(indices, period)
 
     def from_data(self, index: int) -> tuple[tuple[int, ...], ...]:
-        """The data set's responses to an example, in tokens."""
+        """The data set's responses to the example `index`, in tokens."""
         return (self.context.prompts[index].response_ids,)
 
     def prepare(self) -> None:
@@ -334,7 +346,7 @@ class SourceBase:
         return self._by(authors, indices)
 
     def observe(self, loss: float) -> None:
-        """Nothing follows from it."""
+        """Nothing follows from the `loss` on held-out rows."""
 
     def state(self) -> dict[str, Any]:
         """The student's responses of this period."""
@@ -409,6 +421,8 @@ class SourceBase:
         rows = [("student writes", what)]
         if how.teacher_veto:
             rows.append(("replaced", f"tokens not among the teacher's {how.teacher_veto} likeliest, by its own draw"))
+        if how.reward:
+            rows.append(("reward", f"{how.reward} of each response"))
         if how.teacher_mix:
             rows.append(("drawn from", f"{how.teacher_mix:g} · teacher + {1 - how.teacher_mix:g} · student"))
         return rows
@@ -451,6 +465,9 @@ def useful(written: Written, eos_ids: frozenset[int], *, pairs: bool) -> StepRes
         for r in responses
         for q, drawn in zip(r.rollout_logps or (), r.behaviour_logps or (), strict=True)
     ]
+    rewards = [r.reward for _, responses in written for r in responses if r.reward is not None]
+    if rewards:
+        counts["reward"] = sum(rewards) / len(rewards)
     return StepResponses(kept, {**counts, "policy_gap": sum(gaps) / len(gaps)} if gaps else counts)
 
 

@@ -26,7 +26,7 @@ class TeacherLost(DpkdError):
 
 
 class SharedVocabulary(NamedTuple):
-    """How many ids student and teacher both predict, and what to say of it (or nothing)."""
+    """How many ids student and teacher both predict (`size`), and a `note` on it for the user, which may be empty."""
 
     size: int
     note: str = ""
@@ -76,6 +76,7 @@ class Wants(NamedTuple):
     """What a micro-batch needs of the teacher.
 
     chunk   rows of logits that may be held at a time
+    logps   whether log-probs of the response tokens are read, and `logits` whether logits are
     layers  the hidden states that losses read
     chosen  [N, K] the only ids, beside the given ones, at which logits are read; None: any
     """
@@ -104,11 +105,11 @@ class TeacherOutput:
         self.targets, self.chunk, self.layers = targets, chunk, dict(layers or {})
 
     def logits(self, rows: slice) -> Tensor:
-        """Logits `[n, V]` of some rows, in float32, without gradient."""
+        """Logits `[n, V]` of the rows `rows`, in float32, without gradient."""
         raise NotImplementedError(f"{type(self).__name__} makes no logits")
 
     def raw(self, rows: slice) -> tuple[Tensor, float]:
-        """Logits `[n, V]` of some rows in the type that they come in, up to a factor, and that factor."""
+        """Logits `[n, V]` of the rows `rows` in the type that they come in, up to a factor, and that factor."""
         return self.logits(rows), 1.0
 
     @torch.no_grad()
@@ -120,7 +121,11 @@ class TeacherOutput:
         return torch.cat(parts) if parts else torch.zeros(0, device=self.targets.device)
 
     def signals(self, student_logits_nV: Tensor, targets_n: Tensor, rows: slice) -> Mapping[Signal, Tensor]:
-        """What a loss that reads the teacher gets for some rows of the student, beside or in place of the rest."""
+        """What a loss that reads the teacher gets for some rows of the student, beside or in place of the rest.
+
+        student_logits_nV  the student's logits at these rows, and `targets_n` their response tokens
+        rows               their place in the micro-batch
+        """
         return {Signal.TEACHER_LOGITS: self.logits(rows).to(student_logits_nV.dtype)}
 
     def is_finite(self) -> bool:
@@ -207,14 +212,14 @@ class Teacher:
         raise NotImplementedError(f"{type(self).__name__} needs a fingerprint")
 
     def weight_bytes(self, dtype: torch.dtype | None = None) -> float:
-        """Memory of its weights in this process; `dtype` as in `load`."""
+        """Memory in bytes of its weights in this process; `dtype` as in `load`."""
         return 0.0
 
     def prepare_for(self, kept: int, chosen: int) -> None:
         """Told before `check`: of its likeliest tokens the losses need `kept`, and `chosen` of the student's."""
 
     def check(self, tokenizer: Any) -> None:
-        """Raises DpkdError when it cannot be the teacher of a student with this tokenizer; nothing is loaded yet."""
+        """Raises DpkdError when it cannot be the teacher of a student with this `tokenizer`; nothing is loaded yet."""
 
     def meet(self, prompts: Sequence[TeacherPrompt]) -> None:
         """The prompts of the run's data and of its development set, once they are read; nothing is loaded yet."""
@@ -229,7 +234,8 @@ class Teacher:
     def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
         """The ids that both predict: from here on it predicts no others.
 
-        `student_rows` is the number of rows of the student's output head. Raises DpkdError when the two do not fit.
+        `tokenizer` is the student's, and `student_rows` is the number of rows of the student's output head. Raises
+        DpkdError when the two do not fit.
         """
         if self.vocabulary > student_rows:
             raise DpkdError(
@@ -242,14 +248,17 @@ class Teacher:
         """The student as it is trained, adapters included; the last call before it is asked."""
 
     def expect(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], wants: Wants) -> None:
-        """Prompts and responses that it will soon be asked to score: what answers from afar begins now."""
+        """Prompts and responses `sequences` that it will soon be asked to score, with the same `wants`.
+
+        A teacher that answers from afar sends its requests now.
+        """
 
     def statistics(self) -> Mapping[str, float]:
         """What it measured of itself since the last call, for the log."""
         return {}
 
     def score(self, batch: Any, wants: Wants) -> TeacherOutput:
-        """What it says of the response positions of a batch (a `TeacherBatch`), without gradient."""
+        """What it says of the response positions of a `batch` (a `TeacherBatch`), as `wants` asks, without gradient."""
         raise NotImplementedError(f"{type(self).__name__} scores nothing")
 
     def text(self) -> TeacherText | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dpkd.cli.options import Config, Data, LossName, Seed, Set, Student, Teacher, resolved
+from dpkd.cli.options import Config, Data, LossName, Seed, Set, Student, Teacher, resolved, run_flags
 from dpkd.errors import SettingsError
 
 
@@ -35,13 +35,7 @@ def cache(
         problems.append(f"--dtype {dtype}: should be float16 or float32")
     if problems:
         raise SettingsError(problems)
-    flags = {
-        "--loss": ("loss.name", loss),
-        "--teacher": ("teacher.model", teacher),
-        "--student": ("student.model", student),
-        "--data": ("data.path", data),
-        "--seed": ("seed", seed),
-    }
+    flags = run_flags(loss=loss, teacher=teacher, student=student, data=data, seed=seed)
     settings = resolved(config=config, assignments=set_, flags=flags)
     from dpkd.train.cache import CacheSettings
     from dpkd.train.cache import cache as run

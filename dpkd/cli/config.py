@@ -6,7 +6,7 @@ import json
 
 import typer
 
-from dpkd.cli.options import Config, Data, LossName, Output, Seed, Set, Student, Teacher, resolved
+from dpkd.cli.options import Config, Data, LossName, Output, Seed, Set, Student, Teacher, resolved, run_flags
 
 config_app = typer.Typer(help="Show settings, and where each came from.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -25,14 +25,7 @@ def show(
     """Print the settings that `dpkd train` would use with these flags."""
     from dpkd.config.write import annotated_yaml
 
-    flags = {
-        "--loss": ("loss.name", loss),
-        "--teacher": ("teacher.model", teacher),
-        "--student": ("student.model", student),
-        "--data": ("data.path", data),
-        "--output": ("output", output),
-        "--seed": ("seed", seed),
-    }
+    flags = run_flags(loss=loss, teacher=teacher, student=student, data=data, output=output, seed=seed)
     typer.echo(annotated_yaml(resolved(config=config, assignments=set_, flags=flags)), nl=False)
 
 

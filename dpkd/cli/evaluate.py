@@ -13,6 +13,7 @@ import typer
 
 from dpkd.cli import evaluate_options as flags
 from dpkd.cli.options import SetData, TrustRemoteCode, data_settings
+from dpkd.cli.progress import waiting
 from dpkd.cli.score import Unit
 from dpkd.errors import SettingsError, printable
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dpkd.data.settings import DataSettings
-    from dpkd.evaluation.evaluator import EvaluationSettings
+    from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator
     from dpkd.evaluation.results import Evaluation
     from dpkd.evaluation.sets import EvalSet
     from dpkd.evaluation.target import EvalTarget
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: flags.Models,
-    data: flags.Sets,
+    data: flags.Sets = None,
+    tasks: flags.Tasks = None,
     teacher: flags.Teacher = None,
     seeds: flags.Seeds = "10,20,30,40,50",
     greedy: flags.Greedy = False,
@@ -47,14 +49,16 @@ def evaluate(
     cuts: flags.Cuts = "30,70",
     unit: flags.UnitFlag = Unit.WORDS,
     rewards: flags.Rewards = False,
+    include_path: flags.IncludePath = None,
+    num_fewshot: flags.NumFewshot = None,
     output: flags.Output = None,
     as_json: flags.AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score models on held-out rows: Rouge-L, exact match, likelihood, divergence to the teacher; mean ± sd.
 
-    Every row that is read is scored under every seed, or the command says which are not. An interrupted evaluation
-    goes on where it stopped: call it again.
+    With --tasks on standard benchmarks too, or alone. Every row that is read is scored under every seed, or the command
+    says which are not. An interrupted evaluation of rows goes on where it stopped: call it again.
     """
     sampling = {
         "temperature": 0.0 if greedy else temperature,
@@ -63,22 +67,62 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
     }
-    settings = _settings(seeds, sampling, rewards, cuts, unit, long_prompts)
     given = {"limit": limit, "template": template and template.value, "on_bad_row": on_bad_row and on_bad_row.value}
-    tasks = _tasks(model, teacher, data, sets_folder, given, set_, output, trust_remote_code)
-    results = _all_scored(tasks, settings, dtype.value, shown=not as_json, rescored=output is None)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not data and not names:
+        raise SettingsError(["--data or --tasks: what should the model be scored on? Name at least one set or task"])
+    with waiting("starting"):
+        settings = _settings(seeds, sampling, rewards, cuts, unit, long_prompts)
+        jobs = _jobs(model, teacher, data or [], sets_folder, given, set_, output, trust_remote_code)
+        benchmarks = _Benchmarks.of(names, include_path, num_fewshot, limit, template, batch_size)
+    results = _all_scored(jobs, settings, benchmarks, dtype.value, shown=not as_json, rescored=output is None)
     _print_together(results, as_json)
 
 
 @dataclass(frozen=True)
-class _Task:
-    """A model, and the sets that it is scored on: name → rows, and where the results go."""
+class _Job:
+    """A model, and the sets that it is scored on: name → rows, and where the results go; those of tasks in `folder`."""
 
     target: EvalTarget
     sets: Mapping[str, tuple[DataSettings, Path]]
+    folder: Path
 
 
-def _tasks(
+@dataclass(frozen=True)
+class _Benchmarks:
+    """The tasks that every model is scored on, loaded, and how; `template`: None, that of the model's run."""
+
+    tasks: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    template: str | None
+
+    @classmethod
+    def of(
+        cls,
+        names: Sequence[str],
+        include: Path | None,
+        num_fewshot: int | None,
+        limit: int | None,
+        template: flags.Template | None,
+        batch_size: int,
+    ) -> _Benchmarks:
+        """Load the tasks. Raises DpkdError where that is impossible."""
+        from dpkd.evaluation.tasks import load_tasks
+
+        settings = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
+        return cls(load_tasks(names, include) if names else {}, settings, template and template.value)
+
+    def scored(self, evaluator: Evaluator, job: _Job) -> Iterator[tuple[Evaluation, Path]]:
+        """The results of a model, and the folder of each."""
+        from dpkd.evaluation.tasks import TaskSettings, score_task
+
+        template = self.template or job.target.data.get("template") or "auto"
+        settings = TaskSettings(**self.settings, template=template)
+        for name, loaded in self.tasks.items():
+            yield from score_task(evaluator, name, loaded, settings, job.folder)
+
+
+def _jobs(
     models: Sequence[str],
     teacher: str | None,
     data: Sequence[str],
@@ -87,7 +131,7 @@ def _tasks(
     assignments: list[str] | None,
     output: Path | None,
     trust_remote_code: bool,
-) -> list[_Task]:
+) -> list[_Job]:
     """What is to be scored on what. Raises SettingsError or DpkdError before anything is loaded."""
     from dpkd.evaluation.sets import find_set
     from dpkd.evaluation.target import find_target
@@ -96,13 +140,22 @@ def _tasks(
     targets = [find_target(name, teacher, trust_remote_code=trust_remote_code) for name in models]
     rows = {(s.name, one.name): data_settings(one.given(s.data, given), assignments) for s in targets for one in sets}
     folders = _folders(targets, sets, output)
-    return [_Task(s, {one.name: (rows[s.name, one.name], folders[s.name, one.name]) for one in sets}) for s in targets]
+    return [
+        _Job(s, {one.name: (rows[s.name, one.name], folders[s.name, one.name]) for one in sets}, output or s.folder)
+        for s in targets
+    ]
 
 
 def _all_scored(
-    tasks: Sequence[_Task], settings: EvaluationSettings, dtype: str, *, shown: bool, rescored: bool
+    jobs: Sequence[_Job],
+    settings: EvaluationSettings,
+    benchmarks: _Benchmarks,
+    dtype: str,
+    *,
+    shown: bool,
+    rescored: bool,
 ) -> list[tuple[str, Evaluation]]:
-    """Every model on every set, each model loaded once; `rescored`: a run's card gets the scores of all its sets."""
+    """Every model on all it is scored on, each model loaded once; `rescored`: a run's card gets the scores."""
     from rich.console import Console
 
     from dpkd.cli.scores_table import print_scores
@@ -110,24 +163,25 @@ def _all_scored(
 
     console, notes = Console(), Console(stderr=True)
     results = []
-    for task in tasks:
-        name = task.target.name
-        for set_name, result in _scored(task, settings, dtype, notes):
-            results.append((name, result))
+    for job in jobs:
+        for result, folder in _scored(job, settings, benchmarks, dtype, notes):
+            results.append((job.target.name, result))
             if shown:
-                print_scores(name, result, task.sets[set_name][1], console)
+                print_scores(job.target.name, result, folder, console)
         if rescored:
-            rescore(task.target.folder.parent)
+            rescore(job.target.folder.parent)
     return results
 
 
-def _scored(task: _Task, settings: EvaluationSettings, dtype: str, notes: Console) -> Iterator[tuple[str, Evaluation]]:
-    """The results of one model, set by set."""
+def _scored(
+    job: _Job, settings: EvaluationSettings, benchmarks: _Benchmarks, dtype: str, notes: Console
+) -> Iterator[tuple[Evaluation, Path]]:
+    """The results of one model, set by set and task by task, and the folder of each."""
     from dpkd.cli.progress import shown
     from dpkd.evaluation.evaluator import Evaluator
 
-    evaluator = Evaluator(task.target.model, task.target.teacher, dtype=dtype)
-    for name, (rows, folder) in task.sets.items():
+    evaluator = Evaluator(job.target.model, job.target.teacher if job.sets else None, dtype=dtype)
+    for name, (rows, folder) in job.sets.items():
         with shown(notes) as progress:
             result = evaluator.evaluate(
                 name,
@@ -137,19 +191,22 @@ def _scored(task: _Task, settings: EvaluationSettings, dtype: str, notes: Consol
                 progress=progress,
                 say=lambda text: notes.print(printable(text), highlight=False, markup=False, soft_wrap=True),
             )
-        yield name, result  # once the bars are closed: what is printed then begins a line of its own
+        yield result, folder  # once the bars are closed: what is printed then begins a line of its own
+    yield from benchmarks.scored(evaluator, job)
 
 
 def _print_together(results: list[tuple[str, Evaluation]], as_json: bool) -> None:
-    """All results as JSON, or those of several models or sets as one table."""
+    """All results as JSON, or those of several models or sets as one table: benchmarks have metrics of their own."""
     from rich.console import Console
 
     from dpkd.cli.scores_table import print_overview
 
     if as_json:
         typer.echo(json.dumps([result.as_dict() for _, result in results], indent=2))
-    elif len(results) > 1:
-        print_overview(results, Console())
+        return
+    on_sets = [(name, result) for name, result in results if "task" not in result.facts]
+    if len(on_sets) > 1:
+        print_overview(on_sets, Console())
 
 
 def _settings(

@@ -38,7 +38,19 @@ class Template(StrEnum):
 
 Models = Annotated[list[str], typer.Option(help="run folder, model folder or hub id; repeatable")]
 Sets = Annotated[
-    list[str], typer.Option(help="a file, folder, hub id, or dolly, self-inst, vicuna, sinst, uinst; repeatable")
+    list[str] | None,
+    typer.Option(
+        help="a file, folder, hub id, or dolly, self-inst, vicuna, sinst, uinst; repeatable", show_default=False
+    ),
+]
+Tasks = Annotated[
+    str | None, typer.Option(help="benchmarks of lm-eval, such as ifeval,gsm8k (needs dpkd[tasks])", show_default=False)
+]
+IncludePath = Annotated[
+    Path | None, typer.Option(help="folder of further tasks for lm-eval, as YAML", show_default=False)
+]
+NumFewshot = Annotated[
+    int | None, typer.Option(help="examples before each question of a task [default: the task's]", min=0)
 ]
 Teacher = Annotated[
     str | None, typer.Option(help="teacher for the divergences [default: the run's]", show_default=False)

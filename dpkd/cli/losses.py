@@ -67,31 +67,29 @@ def _row(loss: RegisteredLoss) -> dict[str, Any]:
         "title": spec.card.title,
         "summary": spec.card.summary,
         "paper": spec.card.sources[0].url if spec.card.sources else "",
+        "unconfirmed": spec.card.unconfirmed,
         "from": f"{loss.distribution} {loss.version}",
     }
 
 
-_ACCESS = [
-    "nothing",
-    "text",
-    "token log-probs",
-    "sampled tokens",
-    "top-k log-probs",
-    "log-probs of chosen ids",
-    "logits",
-    "hidden states",
-]
-
-
 def _wanted(row: dict[str, Any], family: str | None, offers: str | None) -> bool:
+    from dpkd.api import TeacherAccess
     from dpkd.errors import SettingsError
 
     if family not in (None, "token", "pair", "rollout"):
         raise SettingsError([f"--family {family}: should be token, pair or rollout"])
-    names = {"text": 1, "token-logps": 2, "top-k": 4, "chosen-ids": 5, "logits": 6, "hidden-states": 7}
-    if offers not in (None, *names):
-        raise SettingsError([f"--offers {offers}: should be one of {', '.join(names)}"])
-    fits = offers is None or _ACCESS.index(row["needs"]) <= names[offers]
+    access = {
+        "text": TeacherAccess.TEXT,
+        "token-logps": TeacherAccess.TOKEN_LOGPS,
+        "top-k": TeacherAccess.TOP_K,
+        "chosen-ids": TeacherAccess.CHOSEN_IDS,
+        "logits": TeacherAccess.LOGITS,
+        "hidden-states": TeacherAccess.HIDDEN,
+    }
+    if offers not in (None, *access):
+        raise SettingsError([f"--offers {offers}: should be one of {', '.join(access)}"])
+    levels = list(TeacherAccess)  # from least to most
+    fits = offers is None or levels.index(TeacherAccess(row["needs"])) <= levels.index(access[offers])
     return fits and (family is None or row["family"] == family)
 
 
@@ -117,6 +115,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         paper = Text(_short(row["paper"]), f"link {row['paper']}" if row["paper"] else "")
         table.add_row(row["name"], row["family"], *([text] if wide else []), row["needs"], said, paper)
     console.print(table)
+    if unconfirmed := [row["name"] for row in rows if row["unconfirmed"]]:
+        typer.echo(f"not confirmed against the paper (describe-loss says what): {', '.join(unconfirmed)}")
     typer.echo("dpkd describe-loss NAME shows formula, settings, and when to use it")
 
 

@@ -36,6 +36,14 @@ TrustRemoteCode = Annotated[
 ]
 
 
+_SETTINGS = {"loss": "loss.name", "teacher": "teacher.model", "student": "student.model", "data": "data.path"}
+
+
+def run_flags(**values: Any) -> dict[str, tuple[str, Any]]:
+    """The flags of a run by their names: each with the path of its setting and its value (None: not given)."""
+    return {f"--{name}": (_SETTINGS.get(name, name), value) for name, value in values.items()}
+
+
 def data_settings(given: dict[str, Any], assignments: list[str] | None) -> DataSettings:
     """The block `data` alone, from flags and --set data.NAME=VALUE; flags win over what is not given there.
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dpkd.cli.options import SetData, TrustRemoteCode, data_settings
+
+if TYPE_CHECKING:
+    from dpkd.models.settings import TeacherSettings
+    from dpkd.rollout.sample_file import SampleReport
 
 
 def sample(
@@ -41,34 +45,22 @@ def sample(
     from dpkd.config.problems import checked
     from dpkd.errors import SettingsError
     from dpkd.evaluation.target import model_of
-    from dpkd.models.settings import ModelSettings, TeacherSettings, is_address
+    from dpkd.models.settings import is_address
     from dpkd.plugins import load_registry
     from dpkd.rollout.generator import refusals
     from dpkd.rollout.sample_file import sample_to_file
 
     prompts = data_settings({"path": data, "limit": limit}, set_)
-    sampling = checked(
-        SamplingSettings,
-        {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-        },
-        "sampling",
-    )
+    how = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    sampling = checked(SamplingSettings, {**how, "batch_size": batch_size}, "sampling")
     registry = load_registry()
     if problems := refusals(registry.get(SamplerSpec, backend).spec, {}):
         raise SettingsError([f"--backend: {problem}" for problem in problems])
-    source: ModelSettings
-    if is_address(model):
-        served = {"server": model, "model": served_name, "protocol": protocol, "tokenizer": tokenizer or served_name}
-        source = checked(TeacherSettings, served, "teacher")
-        if tokenizer is None and served_name is None:
-            raise SettingsError(["--tokenizer: is missing; a server's tokenizer is named by its hub id or folder"])
-    else:
-        source = model_of(model, trust_remote_code=trust_remote_code)
+    source = (
+        _served(model, served_name, protocol, tokenizer)
+        if is_address(model)
+        else model_of(model, trust_remote_code=trust_remote_code)
+    )
     with shown(Console(stderr=True)) as progress:
         report = sample_to_file(
             source,
@@ -81,6 +73,22 @@ def sample(
             backend=backend,
             progress=lambda done, of: progress("responses", done, of),
         )
+    _print(report, output)
+
+
+def _served(model: str, name: str | None, protocol: str, tokenizer: str | None) -> TeacherSettings:
+    """The model of a server. Raises SettingsError where nothing says what its tokenizer is."""
+    from dpkd.config.problems import checked
+    from dpkd.errors import SettingsError
+    from dpkd.models.settings import TeacherSettings
+
+    served = {"server": model, "model": name, "protocol": protocol, "tokenizer": tokenizer or name}
+    if served["tokenizer"] is None:
+        raise SettingsError(["--tokenizer: is missing; a server's tokenizer is named by its hub id or folder"])
+    return checked(TeacherSettings, served, "teacher")
+
+
+def _print(report: SampleReport, output: Path) -> None:
     for note in report.notes:
         typer.echo(note)
     found = f", {report.found} were there" if report.found else ""

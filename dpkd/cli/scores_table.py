@@ -34,7 +34,7 @@ def print_scores(name: str, result: Evaluation, folder: Path, console: Console) 
     for key in ordered(result.metrics):
         metric = result.metrics[key]
         summary = [metric.summary] if console.width >= WIDE else []
-        table.add_row(*map(printable, (metric.title or key, _cell(metric), metric.unit, *summary)))
+        table.add_row(*map(printable, (metric.title or key, _cell(metric), _aside(result, key), *summary)))
     heading = printable(f"{name} on {result.facts['set']}: {seeds}")
     console.print(heading, highlight=False, markup=False, style="bold", soft_wrap=True)
     console.print(table)
@@ -42,6 +42,12 @@ def print_scores(name: str, result: Evaluation, folder: Path, console: Console) 
         console.print(_by_length(result))
     console.print(counted(result), highlight=False, markup=False, soft_wrap=True)
     console.print(f"answers and scores: {folder}\n", highlight=False, markup=False, soft_wrap=True)
+
+
+def _aside(result: Evaluation, key: str) -> str:
+    """The unit of a metric; of a benchmark's, its standard error over questions."""
+    stderr = result.facts.get("stderr", {}).get(key)
+    return result.metrics[key].unit if stderr is None else f"± {stderr:.3f} standard error"
 
 
 def _by_length(result: Evaluation) -> Table:

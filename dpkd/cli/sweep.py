@@ -42,5 +42,6 @@ def sweep(
     outcome = run_sweep(plan, devices=[d.strip() for d in devices.split(",")] if devices else (), isolate=isolate)
     finished = [str(run.folder) for run in plan.runs if run.name in (*outcome.done, *outcome.found)]
     if finished:
+        typer.echo(f"report on them: dpkd report {plan.settings.output}")
         typer.echo(f"compare them: dpkd compare {' '.join(finished)}")
     typer.echo(summary(outcome))

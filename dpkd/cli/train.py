@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from dpkd.cli.options import Config, Data, LossName, Output, Seed, Set, Student, Teacher, TrustRemoteCode, resolved
+from dpkd.cli.options import (
+    Config,
+    Data,
+    LossName,
+    Output,
+    Seed,
+    Set,
+    Student,
+    Teacher,
+    TrustRemoteCode,
+    resolved,
+    run_flags,
+)
+from dpkd.cli.progress import waiting
 from dpkd.errors import SettingsError
 
 
@@ -35,12 +48,7 @@ def train(
 ) -> None:
     """Distil a teacher into a student."""
     flags = {
-        "--loss": ("loss.name", loss),
-        "--teacher": ("teacher.model", teacher),
-        "--student": ("student.model", student),
-        "--data": ("data.path", data),
-        "--output": ("output", output),
-        "--seed": ("seed", seed),
+        **run_flags(loss=loss, teacher=teacher, student=student, data=data, output=output, seed=seed),
         "--probe": ("batch.probe", True if probe else None),
         "--trust-remote-code": ("student.trust_remote_code", True if trust_remote_code else None),
     }
@@ -55,12 +63,11 @@ def train(
         return
     if trust_remote_code and teacher is not None:
         flags["--trust-remote-code (teacher)"] = ("teacher.trust_remote_code", True)
-    settings = resolved(config=config, assignments=set_, flags=flags)
-    if dry_run:
+    with waiting("starting"):
+        settings = resolved(config=config, assignments=set_, flags=flags)
         from dpkd.train.plan import dry_run as show_plan
-
+        from dpkd.train.run import train as run
+    if dry_run:
         show_plan(settings)
-        return
-    from dpkd.train.run import train as run
-
-    run(settings)
+    else:
+        run(settings)

@@ -109,7 +109,7 @@ def _own_value(name: str, value: Any) -> Any:
     """A value of the field's as dpkd writes it."""
     if name == "report_to":
         return [value] if isinstance(value, str) else value
-    return "adamw" if name == "optim" and str(value).startswith("adamw_torch") else value
+    return "adamw" if name == "optim" and value in ("adamw_torch", "adamw_torch_fused") else value
 
 
 def renamed(layer: Layer, *, quiet: bool = False) -> Layer:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dpkd.api import Family, LossConfig, LossSpec, SourceConfig, SourceSpec, TeacherAccess, TeacherOffer, Text
+from dpkd.api import Family, LossSpec, SourceConfig, SourceSpec, TeacherAccess, TeacherOffer, Text
 from dpkd.config.aliases import in_our_names, renamed
 from dpkd.config.extras import extra_objective
 from dpkd.config.layers import Layer, Merged, drop, merge, suggestion_layer
@@ -23,6 +23,7 @@ from dpkd.config.text import (
     drop_outdated,
     loss_problems,
     own_settings,
+    reward_problems,
     sampler_problems,
     source_of,
     teacher_reasons,
@@ -37,25 +38,18 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Resolved:
-    """Checked settings, the loss with its own checked settings, and where each value came from.
+    """Checked settings, the losses with their own checked settings, and where each value came from.
 
     `registry` has the plugins that other settings name, such as samplers. `given` has the models and rows that are in
     memory; the settings have names for them.
     """
 
     settings: RunSettings
-    registered: RegisteredLoss
-    loss_config: LossConfig
-    source: SourceSpec
+    main: Objective
     provenance: dict[str, str]
     registry: Registry
     extras: tuple[Objective, ...] = ()
     given: InMemory = field(default_factory=InMemory)
-
-    @property
-    def main(self) -> Objective:
-        """The main loss, as one of the losses of the run."""
-        return _main(self.settings, self.registered, self.loss_config, self.source)
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -64,16 +58,17 @@ class Resolved:
 
     @property
     def loss(self) -> LossSpec:
-        return self.registered.spec
+        """The main loss."""
+        return self.main.spec
 
     @property
     def plugin(self) -> str:
         """Distribution and version that the loss came from."""
-        return f"{self.registered.distribution} {self.registered.version}"
+        return f"{self.main.registered.distribution} {self.main.registered.version}"
 
     def as_dict(self) -> dict[str, Any]:
         """All settings that the run uses, as a file of settings would have them."""
-        loss = {"name": self.loss.name, **self.loss_config.model_dump(mode="json")}
+        loss = {"name": self.loss.name, **self.main.config.model_dump(mode="json")}
         return {"loss": loss, **self.settings.model_dump(mode="json")}
 
 
@@ -82,59 +77,64 @@ def resolve(layers: Sequence[Layer], registry: Registry, given: InMemory | None 
 
     Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
     """
+    given, problems = given or InMemory(), list[str]()
     layers = in_our_names([renamed(layer) for layer in layers])
-    merged = merge(layers)
-    problems: list[str] = []
-    registered = _registered(merged, registry, problems)
-    if registered is not None:
-        layers = [renamed(suggestion_layer(registered.spec.name, registered.spec.suggests)), *layers]
-        merged = merge(layers)
-        _leave_set_values_alone(merged, registered.spec.name)
-    loss_values = merged.values.pop("loss", {})
+    registered, layers, merged = _with_suggestions(layers, registry, problems)
+    loss = merged.values.pop("loss", {})
     known = [*all_paths(RunSettings), "loss.name"]
     if registered is not None:
         known += all_paths(registered.spec.config, "loss.")
     family = registered.spec.family if registered is not None else Family.TOKEN
     source, text = _text(merged, family, registry, [layer.name for layer in layers], known, problems)
-    values = {**merged.values, **({} if text is None else {"text": text})}
-    if text is None:
-        values.pop("text", None)
+    values = {name: block for name, block in merged.values.items() if name != "text"}
+    values |= {} if text is None else {"text": text}
     settings = _validated(RunSettings, values, merged, known, problems)
-    sound = settings or _without_mistakes(values)
-    damaged = _damaged(values) | ({"text"} if text is None else set())
-    merged.values["loss"] = (
-        {k: v for k, v in loss_values.items() if k != "name"} if isinstance(loss_values, dict) else {}
-    )
+    merged.values["loss"] = {k: v for k, v in loss.items() if k != "name"} if isinstance(loss, dict) else {}
     config = None
     if registered is not None:
         config = _validated(registered.spec.config, merged.values["loss"], merged, known, problems, "loss.")
-    if sound is not None:
-        main = (source, text) if source is not None and text is not None else None
-        extras: list[Objective] = []
-        for name, term in sound.terms.extra.items():
-            extra, found = extra_objective(name, term, main, registry)
-            problems += found
-            extras += [extra] if extra is not None else []
-        objective = None
-        if registered is not None and source is not None and config is not None:
-            problems += schedule_problems(registered.spec, config, sound.schedules, "schedules")
+    main, extras = None, list[Objective]()
+    if (sound := settings or _without_mistakes(values)) is not None:
+        extras = _extras(sound, source, text, registry, problems)
         if registered is not None and source is not None:
-            objective = _main(sound, registered, config or registered.spec.config(), source)
-        problems += _cross_checks(sound, merged, damaged, objective, extras, registry)
-        problems += memory_problems(sound, merged, given or InMemory())
+            own = config or registered.spec.config()
+            main = Objective("main", registered, own, sound.terms.main, source, sound.text, sound.schedules)
+            problems += [] if config is None else schedule_problems(main.spec, config, sound.schedules, "schedules")
+        damaged = _damaged(values) | ({"text"} if text is None else set())
+        problems += _cross_checks(sound, merged, damaged, main, extras, registry)
+        problems += memory_problems(sound, merged, given)
     if problems:
         raise SettingsError(problems)
     assert settings is not None
-    assert registered is not None
-    assert config is not None
-    assert source is not None
-    provenance = dict(merged.provenance)
-    return Resolved(settings, registered, config, source, provenance, registry, tuple(extras), given or InMemory())
+    assert main is not None
+    return Resolved(settings, main, dict(merged.provenance), registry, tuple(extras), given)
 
 
-def _main(settings: RunSettings, registered: RegisteredLoss, config: LossConfig, source: SourceSpec) -> Objective:
-    """The main loss, as one of the losses of a run."""
-    return Objective("main", registered, config, settings.terms.main, source, settings.text, settings.schedules)
+def _with_suggestions(
+    layers: Sequence[Layer], registry: Registry, problems: list[str]
+) -> tuple[RegisteredLoss | None, Sequence[Layer], Merged]:
+    """The loss that the layers name, the layers above its suggestions, and all of them merged."""
+    merged = merge(layers)
+    registered = _registered(merged, registry, problems)
+    if registered is None:
+        return None, layers, merged
+    layers = [renamed(suggestion_layer(registered.spec.name, registered.spec.suggests)), *layers]
+    merged = merge(layers)
+    _leave_set_values_alone(merged, registered.spec.name)
+    return registered, layers, merged
+
+
+def _extras(
+    settings: RunSettings, source: SourceSpec | None, text: SourceConfig | None, registry: Registry, problems: list[str]
+) -> list[Objective]:
+    """The losses beside the main one, whose source and its settings are given where they are sound."""
+    main = None if source is None or text is None else (source, text)
+    extras = []
+    for name, term in settings.terms.extra.items():
+        extra, found = extra_objective(name, term, main, registry)
+        problems += found
+        extras += [extra] if extra is not None else []
+    return extras
 
 
 def _text(
@@ -246,6 +246,7 @@ def _cross_checks(
             for setting, why in loss_problems(main.text, main.spec, "text", registry)
         ]
         problems += sampler_problems(settings, texts, registry)
+        problems += reward_problems(texts, registry)
     try:
         offer = offer_of(settings.teacher, registry)
     except SettingsError as error:
@@ -259,7 +260,8 @@ def _cross_checks(
         for extra in extras:
             reasons += _extra_reasons(extra)
         if reasons:
-            problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. Name one with --teacher.")
+            advice = f"Name one with --teacher{_without(main, reasons)}"
+            problems.append(f"teacher.model: is missing, but {'; '.join(reasons)}. {advice}.")
     if main is not None and not damaged & {"text", "dev", "teacher"}:
         problems += dev_problems(settings, texts)
     problems += _quantization_problems(settings)
@@ -321,6 +323,14 @@ def _teacher_reasons(main: Objective, damaged: bool) -> list[str]:
     if Text.TEACHER in main.writers and not damaged:
         reasons.append(f"it writes responses (text.{main.text.writers[Text.TEACHER]})")
     return reasons
+
+
+def _without(main: Objective, reasons: Sequence[str]) -> str:
+    """How to do without a teacher, where all that it would do is write what the data may hold already."""
+    only_writes = main.spec.needs(main.config) is TeacherAccess.NONE and len(reasons) == 1
+    if not (only_writes and Text.TEACHER in main.writers and Text.DATASET in main.spec.accepts):
+        return ""
+    return "; if its responses are in your data, --set text.source=dataset needs none"
 
 
 def _model_reasons(settings: RunSettings) -> list[str]:

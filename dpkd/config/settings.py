@@ -16,7 +16,7 @@ from dpkd.api import SourceConfig
 from dpkd.config.problems import checked
 from dpkd.data.settings import CorpusSettings, DataSettings
 from dpkd.errors import SettingsError
-from dpkd.models.optimizers import OPTIMIZERS
+from dpkd.models.optimizers import OPTIMIZERS, optimizer_kind
 from dpkd.models.schedules import ScheduleName, schedule_problem
 from dpkd.models.settings import StudentSettings, TeacherSettings
 from dpkd.rollout.dataset import DatasetConfig
@@ -114,11 +114,14 @@ class TrainSettings(Block):
     schedule: ScheduleName = Field("cosine", description="shape after the warm-up; other names as in transformers")
     schedule_settings: dict[str, Any] = Field({}, description="settings of a schedule of transformers")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
-    optimizer: str = Field("adamw", description=f"one of {', '.join(OPTIMIZERS)}")
+    optimizer: str = Field(
+        "adamw",
+        description=f"{', '.join(OPTIMIZERS)}, lion, or a name that transformers has, such as adamw_8bit or rmsprop",
+    )
     optimizer_settings: dict[str, Any] = Field({}, description="its own settings, such as momentum of muon")
     weight_decay: float = Field(1e-2, ge=0, description="not on biases and norms")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW, 8-bit or not")
-    eps: float = Field(1e-8, gt=0, description="of AdamW, 8-bit or not")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of the AdamW family")
+    eps: float = Field(1e-8, gt=0, description="of the AdamW family")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; None: no clipping")
     ema: float | None = Field(
         None,
@@ -131,7 +134,7 @@ class TrainSettings(Block):
     )
     chunk_mib: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
-        description="MiB of one chunk of logits, rows per chunk follow from it; auto: 32 on a CPU, up to 512 on a GPU",
+        description="MiB of one chunk of logits, rows per chunk follow from it; auto: 32 on a CPU, up to 128 on a GPU",
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -157,16 +160,13 @@ class TrainSettings(Block):
     @field_validator("optimizer")
     @classmethod
     def _can_be_used(cls, name: str) -> str:
-        if name not in OPTIMIZERS:
-            raise ValueError(f"should be one of {', '.join(OPTIMIZERS)}")
-        if missing := OPTIMIZERS[name].missing():
-            raise ValueError(f"{name} {missing}")
+        optimizer_kind(name)
         return name
 
     @model_validator(mode="after")
     def _optimizer_has_these_settings(self) -> TrainSettings:
         try:
-            checked(OPTIMIZERS[self.optimizer].settings, self.optimizer_settings, "optimizer_settings")
+            checked(optimizer_kind(self.optimizer).settings, self.optimizer_settings, "optimizer_settings")
         except SettingsError as error:
             raise ValueError("; ".join(error.problems)) from error
         return self
@@ -174,7 +174,7 @@ class TrainSettings(Block):
     @property
     def own_optimizer_settings(self) -> Block:
         """The checked settings of the optimizer, with its defaults."""
-        return OPTIMIZERS[self.optimizer].settings.model_validate(self.optimizer_settings)
+        return optimizer_kind(self.optimizer).settings.model_validate(self.optimizer_settings)
 
 
 class BatchSettings(Block):

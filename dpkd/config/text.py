@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpkd.api import Family, LossSpec, SamplerSpec, SourceConfig, SourceSpec
+from dpkd.api import Family, LossSpec, MetricSpec, SamplerSpec, Signal, SourceConfig, SourceSpec
 from dpkd.config.layers import Merged, drop
 from dpkd.config.objective import Objective
 from dpkd.config.problems import checked
@@ -13,6 +13,7 @@ from dpkd.config.settings import RunSettings
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.plugins import Registry
 from dpkd.rollout.generator import refusals, wanted_abilities
+from dpkd.rollout.reward import why_no_reward
 
 
 def source_of(values: Any, family: Family, registry: Registry) -> SourceSpec:
@@ -98,6 +99,25 @@ def dev_problems(settings: RunSettings, objectives: Mapping[str, Objective]) -> 
         for path, objective in objectives.items()
         if objective.text.follows_dev and lacking
     ]
+
+
+def reward_problems(objectives: Mapping[str, Objective], registry: Registry) -> list[str]:
+    """Whether the losses that read rewards get some, and nobody else; `objectives` by the path of their text."""
+    found = {path: _why_no_reward(objective, registry) for path, objective in objectives.items()}
+    return [f"{path}.reward: {why}" for path, why in found.items() if why is not None]
+
+
+def _why_no_reward(objective: Objective, registry: Registry) -> str | None:
+    name, reads = objective.text.student_sampling.reward, Signal.REWARDS in objective.reads
+    if not reads:
+        return None if name is None else f"{objective.spec.name} reads no reward (Signal.REWARDS): leave it out"
+    if name is None:
+        fit = [metric for metric, one in registry.all(MetricSpec).items() if why_no_reward(one.spec) is None]
+        return f"{objective.spec.name} reads the reward of each response; name a metric: {', '.join(fit)}"
+    try:
+        return why_no_reward(registry.get(MetricSpec, name).spec)
+    except DpkdError as error:
+        return str(error)
 
 
 def sampler_problems(settings: RunSettings, objectives: Mapping[str, Objective], registry: Registry) -> list[str]:

@@ -5,8 +5,9 @@ Shapes: B sequences, R rows of tokens, T tokens of the longest row, N response t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import torch
@@ -102,6 +103,11 @@ class Batch:
     lengths: Tensor
     sequences: tuple[TokenSequence, ...]
 
+    @property
+    def longest_response(self) -> int:
+        """The largest of `lengths`, known without asking the device."""
+        return max((len(response) - (not prompt) for prompt, response in self.sequences), default=0)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -135,26 +141,43 @@ def collate(
     """
     places, widths = _places(sequences, layout)
     longest = max(widths, default=0) + extra
-    starts = [0 if side == "right" else longest - width for width in widths]
     shape = (len(widths), longest)
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    attention_mask, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    spans = torch.full((2, *shape), -1, dtype=torch.long)
-    labels, before, owner = (torch.full(shape, fill, dtype=torch.long) for fill in (IGNORED, -1, 0))
-    for b, ((prompt, response), place) in enumerate(zip(sequences, places, strict=True)):
-        shift, row = starts[place.row], place.row
-        prompt_end = shift + place.prompt_at + len(prompt)
-        parts = ((prompt, place.prompt_at, 0, 0), (response, place.response_at, len(prompt), place.branch))
-        for ids, at, position, branch in parts:
-            here = slice(shift + at, shift + at + len(ids))
-            input_ids[row, here] = torch.tensor(ids, dtype=torch.long)
-            attention_mask[row, here] = 1
-            position_ids[row, here] = torch.arange(position, position + len(ids))
-            spans[0, row, here], spans[1, row, here] = place.tree, branch
-        labels[row, here] = input_ids[row, here]
-        columns = (prompt_end - 1 if prompt else -1, *range(here.start, here.stop - 1))
-        before[row, here] = torch.tensor(columns[: len(response)], dtype=torch.long)
-        owner[row, here] = b
+    starts = [0 if side == "right" else longest - width for width in widths]
+    # Prompts, then responses: where each begins, and of each token where it stands.
+    prompts, responses = ([s[i] for s in sequences] for i in (0, 1))
+    sizes = torch.tensor([len(ids) for ids in (*prompts, *responses)], dtype=torch.long)
+
+    def of_tokens(of_prompts: Iterable[int], of_responses: Iterable[int]) -> Tensor:
+        return torch.tensor([*of_prompts, *of_responses], dtype=torch.long).repeat_interleave(sizes)
+
+    row = of_tokens(*([place.row for place in places],) * 2)
+    first = of_tokens(
+        (starts[place.row] + place.prompt_at for place in places),
+        (starts[place.row] + place.response_at for place in places),
+    )
+    offset = torch.arange(len(row)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    column = first + offset
+    here = row * longest + column
+    ids = torch.tensor([*chain.from_iterable((*prompts, *responses))], dtype=torch.long)
+
+    def table(fill: int, values: Tensor | int, where: Tensor = here) -> Tensor:
+        made = torch.full(shape, fill, dtype=torch.long)
+        made.view(-1)[where] = values
+        return made
+
+    nothing = [0] * len(sequences)
+    input_ids, attention_mask = table(pad_id, ids), table(0, 1)
+    position_ids = table(0, of_tokens(nothing, map(len, prompts)) + offset)
+    trees, branches = ([place.tree for place in places], [place.branch for place in places])
+    spans = torch.stack([table(-1, of_tokens(trees, trees)), table(-1, of_tokens(nothing, branches))])
+    # Of the responses alone: what is predicted, from which column, and whose it is.
+    is_response = slice(sum(map(len, prompts)), None)
+    ends = [starts[place.row] + place.prompt_at + len(prompt) for place, prompt in zip(places, prompts, strict=True)]
+    before_first = of_tokens(nothing, (end - 1 if prompt else -1 for end, prompt in zip(ends, prompts, strict=True)))
+    own = here[is_response]
+    labels = table(IGNORED, ids[is_response], own)
+    before = table(-1, torch.where(offset == 0, before_first, column - 1)[is_response], own)
+    owner = table(0, of_tokens(nothing, range(len(sequences)))[is_response], own)
     found = labeled_rows(labels, before)
     sequence, order = owner.flatten()[found.places].sort(stable=True)
     return Batch(

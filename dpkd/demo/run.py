@@ -28,12 +28,11 @@ from dpkd.evaluation.inputs import read_inputs
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation
 from dpkd.io import cache_folder, write_text
-from dpkd.models.loading import load_model, load_tokenizer
+from dpkd.models.loading import load_model, load_tokenizer, longest_sequence
 from dpkd.models.settings import ModelSettings
 from dpkd.models.smollm2 import bundled_teacher
 from dpkd.models.student_init import make_student
 from dpkd.plugins import load_registry
-from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.run import train
 

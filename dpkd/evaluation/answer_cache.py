@@ -136,4 +136,5 @@ def as_answers(predictions: Sequence[Prediction]) -> Answers:
         [p.references for p in predictions],
         [int(p.extra["tokens"]) for p in predictions],
         [bool(p.extra["truncated"]) for p in predictions],
+        [p.prompt or "" for p in predictions],
     )

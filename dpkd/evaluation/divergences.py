@@ -18,7 +18,7 @@ from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.errors import DpkdError
 from dpkd.functional import gather_logps, kl, log_softmax
 from dpkd.models.chunked import chunk_rows, chunks
-from dpkd.models.head import head_of, hidden_rows
+from dpkd.models.head import evaluating, head_of, hidden_rows
 
 # In the order of the columns of `_batch_columns`.
 _COLUMNS = ("logq_N", "logp_N", "forward_kl_N", "reverse_kl_N")
@@ -42,13 +42,11 @@ def measure(
     `text_bytes` is the number of UTF-8 bytes of all responses together. Raises DpkdError when a model gives a response
     a log-prob that is not finite, or there is no response token at all.
     """
-    was_training = student.training
-    student.eval()
     device = next(student.parameters()).device
     size = chunk_rows(vocabulary, chunk_mib, device)
     columns: list[list[Any]] = [[] for _ in _COLUMNS]
     owners: list[Any] = []
-    try:
+    with evaluating(student):
         for group in micro_batches([len(s.prompt_ids) + len(s.response_ids) for s in sequences], batch_size):
             batch = collate([sequences[i] for i in group], pad_id=pad_id).to(device)
             for own, values in zip(columns, _batch_columns(student, teacher, batch, vocabulary, size), strict=True):
@@ -56,8 +54,6 @@ def measure(
             owners.append(np.asarray(group)[batch.sequence.cpu().numpy()])
             if progress is not None:
                 progress(len(group))
-    finally:
-        student.train(was_training)
     sequence_N = np.concatenate(owners) if owners else np.zeros(0, dtype=int)
     if not len(sequence_N):
         raise DpkdError("no response has a token: there is no likelihood to compute")

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,14 +24,14 @@ from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, score_tokens, write_scores
-from dpkd.io import digest, lock
+from dpkd.io import digest
+from dpkd.locks import lock
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
-from dpkd.models.loading import DTYPES
+from dpkd.models.loading import DTYPES, longest_sequence
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.models.tokenizers import difference, shared_vocabulary
 from dpkd.plugins import Registry, load_registry
-from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
@@ -180,32 +180,16 @@ class Evaluator:
         say: Callable[[str], None] | None,
     ) -> Evaluation:
         inputs = self.inputs(data, settings)
-        tell = say or (lambda text: None)
-        tell(f"{name}: {inputs.rows_read:,} rows of {inputs.source}")
-        for line in (*inputs.lines(), *([self.note] if self.note else [])):
-            tell(line)
+        for line in (f"{name}: {inputs.rows_read:,} rows of {inputs.source}", *inputs.lines(), self.note):
+            if say is not None and line:
+                say(line)
         generation = {
             **settings.sampling.model_dump(mode="json", exclude={"batch_size"}),
             "max_prompt_tokens": data.max_prompt_tokens,
             "template": data.template,
             "dtype": self.dtype,
         }
-        answer_cache = teacher_answer_cache = None
-        if output is not None:
-            drawn = {
-                "weights": self.fingerprint,
-                "vocabulary": self.vocabulary,
-                "data": inputs.fingerprint,
-                "rows": len(inputs.prompts),
-                "generation": generation,
-            }
-            answer_cache = AnswerCache(output, drawn)
-            if settings.rewards and self.teacher is not None:
-                by_teacher = {**drawn, "weights": self.teacher_fingerprint}
-                teacher_answer_cache = self.given.remembered(
-                    ("the teacher's answers", digest(by_teacher)),  # one file for all runs of a process
-                    lambda: AnswerCache(output / "teacher", by_teacher),
-                )
+        caches = _Caches() if output is None else self._caches(output, inputs, settings, generation)
         evaluation, predictions, rows = evaluate_model(
             self.model,
             inputs,
@@ -214,11 +198,40 @@ class Evaluator:
             vocabulary=self.vocabulary,
             settings=settings,
             specs=metric_specs(self.registry, say),
-            answer_cache=answer_cache,
-            teacher_answer_cache=teacher_answer_cache,
+            answer_cache=caches.own,
+            teacher_answer_cache=caches.teacher,
             progress=progress,
         )
-        facts = {
+        evaluation = replace(evaluation, facts=self._facts(name, data, inputs, settings, generation))
+        if caches.own is not None:
+            for seed, own in predictions.items():
+                caches.own.finish(seed, [_scored(p, values) for p, values in zip(own, rows[seed], strict=True)])
+            write_scores(evaluation, caches.own.folder)
+        return evaluation
+
+    def _caches(
+        self, output: Path, inputs: Inputs, settings: EvaluationSettings, generation: Mapping[str, Any]
+    ) -> _Caches:
+        """What was answered before, in a folder of results."""
+        drawn = {
+            "weights": self.fingerprint,
+            "vocabulary": self.vocabulary,
+            "data": inputs.fingerprint,
+            "rows": len(inputs.prompts),
+            "generation": generation,
+        }
+        own = AnswerCache(output, drawn)
+        if not settings.rewards or self.teacher is None:
+            return _Caches(own)
+        by_teacher = {**drawn, "weights": self.teacher_fingerprint}
+        key = ("the teacher's answers", digest(by_teacher))  # one file for all runs of a process
+        return _Caches(own, self.given.remembered(key, lambda: AnswerCache(output / "teacher", by_teacher)))
+
+    def _facts(
+        self, name: str, data: DataSettings, inputs: Inputs, settings: EvaluationSettings, generation: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What scores.json says of model, data and generation."""
+        return {
             "set": name,
             "greedy": settings.sampling.temperature == 0,
             "model": self.names[0],
@@ -236,12 +249,13 @@ class Evaluator:
             },
             "dpkd": version("dpkd"),
         }
-        evaluation = Evaluation(**{**vars(evaluation), "facts": facts})
-        if answer_cache is not None:
-            for seed, own in predictions.items():
-                answer_cache.finish(seed, [_scored(p, values) for p, values in zip(own, rows[seed], strict=True)])
-            write_scores(evaluation, answer_cache.folder)
-        return evaluation
+
+
+class _Caches(NamedTuple):
+    """The answers of the model, and those of its teacher, where they are kept."""
+
+    own: AnswerCache | None = None
+    teacher: AnswerCache | None = None
 
 
 def _left_out(tokenizer: Any, others: Any, teacher: str) -> str | None:
@@ -256,7 +270,7 @@ def _left_out(tokenizer: Any, others: Any, teacher: str) -> str | None:
 
 def _scored(prediction: Prediction, values: dict[str, float]) -> Prediction:
     kept = {name: values[name] for name in ("rouge_l", "exact_match") if name in values}
-    return Prediction(**{**vars(prediction), "extra": {**prediction.extra, "scores": kept}})
+    return replace(prediction, extra={**prediction.extra, "scores": kept})
 
 
 def evaluate_model(

@@ -69,6 +69,10 @@ class Evaluation:
         """The mean of a metric."""
         return self.metrics[name].mean
 
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name}={metric.mean:.4g}" for name, metric in self.metrics.items())
+        return f"Evaluation(rows={self.rows}, seeds={self.seeds}: {means})"
+
     def as_dict(self) -> dict[str, Any]:
         """For scores.json."""
         return {

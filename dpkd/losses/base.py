@@ -24,6 +24,7 @@ class ZooLoss(nn.Module):
     """A loss of the registry with its settings; `loss` is the plugin's module, whose weights (if any) train along."""
 
     def __init__(self, spec: LossSpec, config: LossConfig, vocabulary: int | None) -> None:
+        """Made by `dpkd.losses.get` from the `spec` and `config` of the loss, and the `vocabulary` that it compares."""
         super().__init__()
         self.spec, self.vocabulary = spec, vocabulary
         self.loss: Any = spec.loss(config)
@@ -40,7 +41,7 @@ class ZooLoss(nn.Module):
         return self.spec.signals(self.config)
 
     def set(self, **settings: Any) -> None:
-        """Change settings between steps, for a schedule. Raises SettingsError for wrong ones."""
+        """Change some `settings` between steps, for a schedule. Raises SettingsError for wrong ones."""
         self.loss.config = checked(self.spec.config, {**self.config.model_dump(), **settings}, "loss")
 
     def extra_repr(self) -> str:
@@ -48,13 +49,14 @@ class ZooLoss(nn.Module):
 
     def _values(self, kind: type[Any], signals: Mapping[Signal, Any], device: torch.device) -> Tensor:
         """The plugin's values `[N]` or `[P]`, from what it declares to read. Raises DpkdError where that is missing."""
-        if missing := self.reads - signals.keys():
+        reads = self.reads - {Signal.REWARDS}  # read before, by the advantages
+        if missing := reads - signals.keys():
             raise DpkdError(
                 f"the loss {self.spec.name} reads {', '.join(sorted(missing))}, which is not given; it reads "
                 f"{', '.join(sorted(self.reads))}"
             )
         with torch.autocast(device.type, enabled=False):
-            values: Tensor = self.loss(kind({signal: signals[signal] for signal in self.reads}))
+            values: Tensor = self.loss(kind({signal: signals[signal] for signal in reads}))
         return values
 
     def _size(self, student: int, teacher: int | None) -> int:

@@ -40,7 +40,7 @@ class DistillationLoss(ZooLoss):
         student_logits      `[B, T, V]`
         teacher_logits      `[B, T, V]`; no gradient goes there
         student_hidden      for a loss on hidden states: those `[B, T, H]` of all layers, which a model of transformers
-                            returns with `output_hidden_states=True`; teacher_hidden likewise
+                            returns with `output_hidden_states=True`; `teacher_hidden` likewise
         by_student          `[B]`, bool: whether the student wrote the response (`distillm2`)
         num_items_in_batch  labeled tokens of the whole optimizer step; None: of these labels
 
@@ -72,8 +72,8 @@ class DistillationLoss(ZooLoss):
 
         student_hidden  last hidden states `[B, T, H]`, ready for the head, with gradient
         student_head    the causal language model, or its output layer (`torch.nn.Linear`)
-        teacher_hidden  `[B, T, H']` of the teacher's own width, and teacher_head as student_head
-        labels          `[B, T]`; this and the other arguments as in a call with logits
+        teacher_hidden  `[B, T, H']` of the teacher's own width, with `teacher_head`
+        labels          `[B, T]`; `labels`, `by_student` and `num_items_in_batch` as in a call with logits
         chunk_mib       memory of one chunk of float32 logits
 
         The gradient is taken chunk by chunk, inside this call: call `backward` on the result once at most.
@@ -84,8 +84,6 @@ class DistillationLoss(ZooLoss):
         teacher = output(labels, "teacher_hidden", teacher_hidden, teacher_head, hidden=True)
         others = about_tokens(where, labels, by_student)
         return self._reduced(TokenInputs, where, student, teacher, others, num_items_in_batch, chunk_mib)
-
-    chunked = from_hidden
 
     def bind(self, student: Any, teacher: Any) -> DistillationLoss:
         """Tell a loss on hidden states what the models are like, before the optimizer is made: it makes its weights.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dpkd.api import Pair
 from dpkd.data.batches import LabeledRows, labeled_rows
 from dpkd.errors import DpkdError
-from dpkd.functional import gather_logps, log_softmax, segment_sum
+from dpkd.functional import by_segment, gather_logps, log_softmax, segment_sum
 from dpkd.models import chunked
 from dpkd.models.head import Head, LogitRule, head_of
 
@@ -95,9 +95,14 @@ def token_logps(
     head: Head | nn.Module | None = None,
     chunk_mib: float = CHUNK_MIB,
 ) -> Tensor:
-    """Log-prob `[B, T]` in nats of each labeled token `[B, T]`, 0 elsewhere; with gradient.
+    """Log-prob `[B, T]` in nats of each labeled token, 0 elsewhere; with gradient.
 
-    From `logits` `[B, T, V]`, or chunk by chunk from `hidden` `[B, T, H]` and an output head.
+    labels     `[B, T]`, -100 where a token has none; not shifted
+    logits     `[B, T, V]`; or in their place
+    hidden     last hidden states `[B, T, H]`, from which logits are computed chunk by chunk, with the output `head`
+    chunk_mib  memory of one chunk of float32 logits
+
+    Raises DpkdError when neither is given, or shapes do not fit.
     """
     found, where = _one(labels, logits, hidden, head), labeled_rows(labels)
     return spread(found.at(where.rows).logps(where.targets, chunk_mib), where, labels)
@@ -113,10 +118,13 @@ def pair_logps(
 ) -> tuple[Pair, Pair]:
     """Summed log-probs, and lengths in tokens, of P chosen and P rejected responses: two `Pair`s of `[P]`.
 
-    labels  `[2P, T]`: the chosen responses first, then the rejected ones in the same order
-    logits  `[2P, T, V]`, or `hidden` `[2P, T, H]` and an output head
+    labels     `[2P, T]`: the chosen responses first, then the rejected ones in the same order
+    logits     `[2P, T, V]`; or in their place `hidden`, `head` and `chunk_mib`, as in `token_logps`
+
+    Raises DpkdError when neither is given, shapes do not fit, or the number of responses is odd.
     """
-    return sums_of_pairs(_one(labels, logits, hidden, head), labels, None, chunk_mib)
+    sums, lengths, _ = logps_of_pairs(_one(labels, logits, hidden, head), labels, None, chunk_mib)
+    return sums, lengths
 
 
 def _one(labels: Tensor, logits: Tensor | None, hidden: Tensor | None, head: Head | nn.Module | None) -> Output:
@@ -126,15 +134,20 @@ def _one(labels: Tensor, logits: Tensor | None, hidden: Tensor | None, head: Hea
     return found
 
 
-def sums_of_pairs(one: Output, labels: Tensor, vocabulary: int | None, chunk_mib: float) -> tuple[Pair, Pair]:
-    """Sums and lengths of chosen and rejected responses. Raises DpkdError for an odd number of responses."""
+def logps_of_pairs(one: Output, labels: Tensor, vocabulary: int | None, chunk_mib: float) -> tuple[Pair, Pair, Pair]:
+    """Of chosen and rejected responses the sums `[P]`, lengths `[P]`, and log-probs of the tokens `[P, T]`.
+
+    Raises DpkdError for an odd number of responses.
+    """
     count, longest = labels.shape
     if count % 2:
         raise DpkdError(f"labels: {count} responses are no pairs; expected the chosen ones, then as many rejected")
     where = labeled_rows(labels)
     logps_N, sequence_N = one.at(where.rows, vocabulary).logps(where.targets, chunk_mib), where.places // longest
-    lengths = torch.bincount(sequence_N, minlength=count).to(logps_N.dtype).clamp(min=1)
-    return Pair(*segment_sum(logps_N, sequence_N, count).chunk(2)), Pair(*lengths.chunk(2))
+    lengths = torch.bincount(sequence_N, minlength=count)
+    tokens = by_segment(logps_N, sequence_N, lengths, longest)
+    sums, lengths = segment_sum(logps_N, sequence_N, count), lengths.to(logps_N.dtype).clamp(min=1)
+    return Pair(*sums.chunk(2)), Pair(*lengths.chunk(2)), Pair(*tokens.chunk(2))
 
 
 def take(values_BT: Tensor, index_N: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from pydantic import create_model
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, PairInputs, PairLoss, Signal, TokenInputs, TokenLoss
+from dpkd.api.inputs import TOKEN_LOGPS
 from dpkd.errors import DpkdError
 
 TOKEN = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS, Signal.TARGETS, Signal.BY_STUDENT})
-PAIR = frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS, Signal.REFERENCE_LOGPS, Signal.LENGTHS})
+PAIR = frozenset({Signal.LENGTHS, *TOKEN_LOGPS, *TOKEN_LOGPS.values()})
 
 
 def as_spec(loss: LossSpec | Callable[..., Tensor]) -> LossSpec:
@@ -25,7 +26,8 @@ def spec_of(function: Callable[..., Tensor]) -> LossSpec:
     """The loss that a function computes: a value for each token `[N]`, or for each pair `[B]`.
 
     Arguments without a default are what it reads: for tokens student_logits and teacher_logits `[N, V]`, targets `[N]`,
-    by_student `[N]`; for pairs student_logps, teacher_logps, reference_logps and lengths, each a `Pair` of `[B]`.
+    by_student `[N]`; for pairs student_logps, teacher_logps, reference_logps and lengths, each a `Pair` of `[B]`,
+    and student_token_logps, teacher_token_logps and reference_token_logps, each a `Pair` of `[B, T]`.
     Arguments with a default are its settings. Raises DpkdError for arguments of other names.
     """
     parameters = inspect.signature(function).parameters.values()

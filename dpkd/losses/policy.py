@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dpkd.api import Rollout, RolloutInputs, Signal
 from dpkd.data.batches import labeled_rows
+from dpkd.errors import DpkdError
 from dpkd.losses.base import Count, ZooLoss, about_tokens
 from dpkd.losses.distillation import required
 from dpkd.losses.outputs import CHUNK_MIB, output, spread, take, take_known
@@ -28,6 +29,7 @@ class PolicyLoss(ZooLoss):
         prompt: Tensor | None = None,
         prompts: Sequence[str] = (),
         responses: Sequence[str] = (),
+        rewards: Tensor | None = None,
     ) -> Tensor:
         """What each sampled token is worth `[B, T]`, 0 where nothing was sampled; once per collection of responses.
 
@@ -36,8 +38,13 @@ class PolicyLoss(ZooLoss):
         teacher_logps    `[B, T]`, under the teacher
         behaviour_logps  `[B, T]`, under what really drew it, where that was not the student alone (None)
         prompt           `[B]`, the number of the prompt of each response, where the loss compares those to one prompt
-        prompts          their texts, and responses: where the loss calls a reward function
+        prompts          text of the prompt of each response, and `responses` text of each: where the loss reads them
+        rewards          `[B]`, the reward of each response, where the loss reads it
+
+        Raises DpkdError when the loss reads rewards and there are none.
         """
+        if Signal.REWARDS in self.reads and rewards is None:
+            raise DpkdError(f"the loss {self.spec.name} reads rewards, which are not given: one for each response [B]")
         where = labeled_rows(labels)
         with torch.no_grad():
             drawn = Rollout(
@@ -48,6 +55,7 @@ class PolicyLoss(ZooLoss):
                 prompt=prompt,
                 prompts=tuple(prompts),
                 responses=tuple(responses),
+                rewards=rewards,
             )
             return spread(self.loss.advantages(drawn), where, labels)
 
@@ -68,7 +76,8 @@ class PolicyLoss(ZooLoss):
         labels              `[B, T]`: the sampled tokens, -100 elsewhere; not shifted
         student_logits      `[B, T, V]` of the student as it is now
         teacher_logits      `[B, T, V]`, where the loss reads them
-        advantages          `[B, T]`, from the method of that name, where the other arguments are described
+        advantages          `[B, T]`, from the method of that name
+        rollout_logps       `[B, T]`; `rollout_logps`, `behaviour_logps` and `teacher_logps` as in `advantages`
         num_items_in_batch  sampled tokens of the whole optimizer step; None: of these labels
 
         Raises DpkdError when what the loss reads is missing, or shapes do not fit.
@@ -95,7 +104,16 @@ class PolicyLoss(ZooLoss):
         num_items_in_batch: Count | None = None,
         chunk_mib: float = CHUNK_MIB,
     ) -> Tensor:
-        """The same without logits `[B, T, V]`, chunk by chunk: see `DistillationLoss.from_hidden`."""
+        """The same without logits `[B, T, V]`: the output heads run on a few tokens at a time.
+
+        student_hidden  last hidden states `[B, T, H]`, and `student_head` the model or its output layer
+        teacher_hidden  the same of the teacher, with `teacher_head`; where the loss reads its logits
+        labels          `[B, T]`; `labels`, `advantages`, `rollout_logps`, `behaviour_logps`, `teacher_logps` and
+                        `num_items_in_batch` as in a call with logits
+        chunk_mib       memory of one chunk of float32 logits
+
+        The gradient is taken chunk by chunk, inside this call: call `backward` on the result once at most.
+        """
         labels = required(labels)
         where = labeled_rows(labels)
         student = output(labels, "student_hidden", student_hidden, student_head, hidden=True)
@@ -103,8 +121,6 @@ class PolicyLoss(ZooLoss):
         known = _known(advantages, rollout_logps, behaviour_logps, teacher_logps)
         others = {**about_tokens(where, labels), **take_known(known, where.places)}
         return self._reduced(RolloutInputs, where, student, teacher, others, num_items_in_batch, chunk_mib)
-
-    chunked = from_hidden
 
 
 def _known(

@@ -31,7 +31,9 @@ Observer = Callable[[Tensor, slice], None]
 
 # MiB of float32 logits of a chunk where nobody says: on a CPU the caches decide; a GPU must be filled.
 CPU_MIB = 32.0
-GPU_MIB, GPU_SHARE = 512.0, 1 / 64  # at most, and of the memory that is free
+# On a GPU at most so much, and of the memory that is free: an elementwise kernel on 128 MiB takes some 60 microseconds,
+# many times its launch, and a loss as written holds about ten such tensors at its peak.
+GPU_MIB, GPU_SHARE = 128.0, 1 / 64
 LARGE = 100_000  # a vocabulary from which the gradient of the head weighs more than the caches do
 FEWEST, FEWEST_OF_LARGE = 32, 128  # rows below which the matrix products suffer
 

@@ -138,11 +138,15 @@ def _largest_gap(now: list[Tensor], before: list[Tensor]) -> float:
 
 
 def _probe(model: nn.Module, autocast: Context, layout: Layout) -> list[Tensor]:
-    """Hidden states of a few ids, and where weights are trained the gradient of one of them."""
+    """Hidden states of a few ids, and where weights are trained the gradient of one of them.
+
+    It is that of a product with fixed numbers: after a norm, the sum of squares is constant and its gradient noise.
+    """
     weights = [p for block in repeated_blocks(model) for p in block.parameters() if p.requires_grad and p.ndim == 2][:1]
     with torch.set_grad_enabled(bool(weights)), autocast():
         hidden = hidden_rows(model, _probe_batch(model, layout)).float()
-    grads = torch.autograd.grad(hidden.square().mean(), weights) if weights else ()
+    direction = torch.arange(hidden.numel(), device=hidden.device).sin().view_as(hidden)
+    grads = torch.autograd.grad((hidden * direction).sum(), weights) if weights else ()
     return [hidden.detach(), *(g.float() for g in grads)]
 
 

@@ -6,6 +6,8 @@ soft-cap) is described here, and checked against the model's own logits before i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -73,6 +75,19 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode; afterwards every module has the mode it had, whatever happened."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def logit_rule(config: Any) -> LogitRule:
     """The logit rule that a model's configuration describes (Cohere, Granite, Falcon-H1, Gemma)."""
     text = config.get_text_config()
@@ -115,17 +130,13 @@ def check_head(model: nn.Module) -> None:
     Raises DpkdError when they differ: the model does something to its logits that dpkd does not know.
     """
     lm = causal_lm(model)
-    was_training = lm.training
-    lm.eval()
-    try:
-        head = head_of(lm)
-        ids = torch.arange(4, 12, device=head.weight.device).remainder(head.weight.shape[0]).unsqueeze(0)
-        mask = torch.ones_like(ids)
-        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    head = head_of(lm)
+    ids = torch.arange(4, 12, device=head.weight.device).remainder(head.weight.shape[0]).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    with evaluating(lm):
         own = lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
         ours = head.logits(hidden_states(lm, ids, mask, positions)).float()
-    finally:
-        lm.train(was_training)
     if not torch.isfinite(own).all():
         raise DpkdError(
             f"the model {type(lm).__name__} gives logits that are not finite on a plain input: check its weights"

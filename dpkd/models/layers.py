@@ -51,16 +51,3 @@ def layer_rows(model: nn.Module, batch: Batch, layers: Collection[int]) -> tuple
     with every_state(model) as states:
         hidden = hidden_rows(model, batch)
     return hidden, {i: states[i].flatten(0, 1).index_select(0, batch.rows) for i in layers}
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode; afterwards every module has the mode it had, whatever happened."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -9,7 +9,7 @@ from torch import nn
 
 from dpkd.data.batches import PLAIN, Layout, TokenSequence, collate
 from dpkd.models.attention import VARLEN, implementation, windowed
-from dpkd.models.head import causal_lm, hidden_rows
+from dpkd.models.head import causal_lm, evaluating, hidden_rows
 
 # Two prompts of different length, two responses each.
 _PROBE = (((4, 5, 6), (7, 8)), ((9, 4), (5,)), ((4, 5, 6), (10, 11, 7, 8)), ((9, 4), (6, 9, 10)))
@@ -30,14 +30,10 @@ def why_not(model: nn.Module, layout: Layout) -> str | None:
         return None
     device, ids = next(lm.parameters()).device, lm.get_input_embeddings().num_embeddings
     sequences = [TokenSequence(*(tuple(token % ids for token in part) for part in sequence)) for sequence in _PROBE]
-    was_training = model.training
-    model.eval()  # dropout would differ
-    try:
+    with evaluating(model):  # dropout would differ
         apart, together = (
             hidden_rows(model, collate(sequences, pad_id=0, layout=one).to(device)).float() for one in (PLAIN, layout)
         )
-    finally:
-        model.train(was_training)
     tolerance = 1e-3 if next(lm.parameters()).dtype in (torch.float32, torch.float64) else 0.1
     gap = float((apart - together).abs().max() / apart.abs().max().clamp(min=1e-6))
     return None if gap < tolerance else f"its hidden states change (by {gap:.2g})"

@@ -10,8 +10,10 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpkd.errors import DpkdError
+from dpkd.models.head import causal_lm
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
 from dpkd.models.quantization import (
     check_quantization,
@@ -73,8 +75,16 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
             refuse_pickles(str(settings.model))
             loaded = AutoModelForCausalLM.from_pretrained(use_safetensors=True, **options)
             model, report = loaded
+        if packed is not None:
+            _try_out(model)
     _refuse_random_weights(settings.model, report)
     return (model if packed is not None else model.to(device)).eval()
+
+
+@torch.no_grad()
+def _try_out(model: Any) -> None:
+    """Run a packed model on two tokens: which sizes its kernels cannot compute shows here first."""
+    model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
@@ -121,6 +131,11 @@ def context_length(config: Any) -> int | None:
     """How many tokens a model reads at most, where its configuration says so."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
+
+
+def longest_sequence(model: nn.Module) -> int | None:
+    """How many tokens a model reads at most, where its configuration says so."""
+    return context_length(causal_lm(model).config)
 
 
 def new_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:

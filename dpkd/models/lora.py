@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 from dpkd.errors import DpkdError
+from dpkd.models.quantization import quiet_bitsandbytes
 from dpkd.models.settings import LoraSettings
 
 
@@ -16,7 +17,8 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
     Raises DpkdError when peft is not installed, when no module has one of the names, or when one is the head.
     """
     try:
-        from peft import LoraConfig
+        with quiet_bitsandbytes():  # peft imports it where it is installed
+            from peft import LoraConfig
     except ImportError as error:
         raise DpkdError("student.lora needs the package peft: pip install 'dpkd[peft]'") from error
     if settings.targets != "all-linear":

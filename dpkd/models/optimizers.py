@@ -1,23 +1,26 @@
 """Optimizers by name, `train.optimizer`: how each is made, its own settings, and how much memory its state takes.
 
-Adding an optimizer is a row of OPTIMIZERS, with a block of settings where it has any.
+Adding an optimizer is a row of OPTIMIZERS, with a block of settings where it has any. What has no row here is made by
+transformers' own factory, under the names of its `OptimizerNames`.
 """
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, create_model
 from torch import nn
 
 from dpkd.settings import Block
 
 FLOAT = 4  # bytes of a float32
-BLOCK = 256  # values that share a scale in an 8-bit state
 
 
 class Weight(NamedTuple):
@@ -45,23 +48,11 @@ class NoSettings(Block):
     """An optimizer without settings of its own."""
 
 
-class EightBitSettings(Block):
-    """Of optimizers with 8-bit state."""
-
-    min_8bit_size: int = Field(4096, ge=1, description="tensors with fewer values keep a 32-bit state")
-
-
 class AdafactorSettings(Block):
     """Of Adafactor (Shazeer and Stern, 1804.04235)."""
 
     beta2_decay: float = Field(-0.8, le=0, description="the second moment decays with 1 - step^beta2_decay")
     clip_threshold: float = Field(1.0, gt=0, description="largest root mean square of an update")
-
-
-class LionSettings(Block):
-    """Of Lion (Chen et al., 2302.06675)."""
-
-    betas: tuple[float, float] = Field((0.9, 0.99), description="of the update and of the momentum")
 
 
 class MuonSettings(Block):
@@ -89,20 +80,12 @@ class OptimizerKind:
     make     from weights, common settings and its own
     bytes_of bytes of state of one weight, given its own settings
     settings its own settings, `train.optimizer_settings`
-    package  what it needs beside torch
     """
 
     summary: str
     make: Make
     bytes_of: Callable[[Weight, Any], float]
     settings: type[Block] = NoSettings
-    package: str | None = None
-
-    def missing(self) -> str | None:
-        """Why it cannot be used here, and what to do; None: it can."""
-        if self.package is None or find_spec(self.package) is not None:
-            return None
-        return f"needs the package {self.package}, which is not installed: pip install {self.package}"
 
 
 def weights_of(module: nn.Module) -> list[Weight]:
@@ -116,7 +99,8 @@ def weights_of(module: nn.Module) -> list[Weight]:
 
 def state_bytes(module: nn.Module, optimizer: str, settings: Block) -> float:
     """Bytes of the state of an optimizer over the trainable parameters of a module, after its first step."""
-    return sum(OPTIMIZERS[optimizer].bytes_of(weight, settings) for weight in weights_of(module))
+    kind = optimizer_kind(optimizer)
+    return sum(kind.bytes_of(weight, settings) for weight in weights_of(module))
 
 
 def _groups(weights: Sequence[Weight], weight_decay: float) -> list[dict[str, Any]]:
@@ -141,32 +125,6 @@ def _adafactor(weights: Sequence[Weight], common: Common, own: AdafactorSettings
 def _sgd(weights: Sequence[Weight], common: Common, own: SgdSettings) -> torch.optim.Optimizer:
     groups = _groups(weights, common.weight_decay)
     return torch.optim.SGD(groups, lr=common.lr, momentum=own.momentum, nesterov=own.nesterov)
-
-
-def _bitsandbytes(name: str) -> Make:
-    """AdamW of bitsandbytes, under one of its names."""
-
-    def make(weights: Sequence[Weight], common: Common, own: EightBitSettings) -> torch.optim.Optimizer:
-        import bitsandbytes
-
-        optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(
-            _groups(weights, common.weight_decay),
-            lr=common.lr,
-            betas=common.betas,
-            eps=common.eps,
-            min_8bit_size=own.min_8bit_size,
-        )
-        return optimizer
-
-    return make
-
-
-def _lion(weights: Sequence[Weight], common: Common, own: LionSettings) -> torch.optim.Optimizer:
-    import bitsandbytes
-
-    lion: Any = bitsandbytes.optim.Lion  # type: ignore[attr-defined]
-    optimizer: torch.optim.Optimizer = lion(_groups(weights, common.weight_decay), lr=common.lr, betas=own.betas)
-    return optimizer
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -213,14 +171,6 @@ def _two_moments(weight: Weight, own: Any) -> float:
     return 2.0 * FLOAT * weight.parameter.numel()
 
 
-def _eight_bit(weight: Weight, own: EightBitSettings) -> float:
-    """Two moments of a byte a value, and a scale a block."""
-    size = weight.parameter.numel()
-    if size < own.min_8bit_size:
-        return 2.0 * FLOAT * size
-    return 2.0 * (size + FLOAT * -(-size // BLOCK))
-
-
 def _factored(weight: Weight, own: Any) -> float:
     """The second moment as its row and column means; whole for vectors."""
     *batch, rows, columns = (1, *weight.parameter.shape) if weight.decays else (1, weight.parameter.numel(), 0)
@@ -238,18 +188,89 @@ def _muon_state(weight: Weight, own: MuonSettings) -> float:
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind("AdamW, fused where the device has it", _adamw, _two_moments),
-    "adamw_8bit": OptimizerKind(
-        "AdamW with 8-bit state", _bitsandbytes("AdamW8bit"), _eight_bit, EightBitSettings, "bitsandbytes"
-    ),
-    "paged_adamw_8bit": OptimizerKind(
-        "AdamW with 8-bit state, paged to the host's memory when the GPU's runs out",
-        _bitsandbytes("PagedAdamW8bit"),
-        _eight_bit,
-        EightBitSettings,
-        "bitsandbytes",
-    ),
     "adafactor": OptimizerKind("Adafactor: factored second moment, no first", _adafactor, _factored, AdafactorSettings),
     "muon": OptimizerKind("Muon on hidden matrices, AdamW on the rest", MuonWithAdamW, _muon_state, MuonSettings),
-    "lion": OptimizerKind("Lion: the sign of a momentum", _lion, _momentum, LionSettings, "bitsandbytes"),
     "sgd": OptimizerKind("gradient descent with momentum", _sgd, _momentum, SgdSettings),
 }
+
+
+def optimizer_kind(name: str) -> OptimizerKind:
+    """The optimizer of a name: a row of the table, else one of transformers' factory.
+
+    Raises ValueError for a name that neither has, and where its package is not installed.
+    """
+    return OPTIMIZERS[name] if name in OPTIMIZERS else _of_transformers(name)
+
+
+# Of transformers' names: these need the model, hooks in the backward pass, modes of their own, or another device.
+_REFUSED = ("galore", "apollo", "lomo", "adalomo", "schedule_free", "adamw_torch_xla", "adamw_torch_npu")
+# What `train.lr` and its like, or the name itself, decide.
+_DECIDED = frozenset({"params", "lr", "weight_decay", "optim_bits", "is_paged", "fused", "args"})
+_STAND_IN = 2**16  # values of the largest tensor on which a state is measured
+
+
+@cache
+def _of_transformers(name: str) -> OptimizerKind:
+    """An optimizer of `Trainer.get_optimizer_cls_and_kwargs`; its settings are the arguments of its class."""
+    from transformers.training_args import OptimizerNames
+
+    asked = {"lion": "lion_32bit"}.get(name, name)
+    known = [one.value for one in OptimizerNames if not one.value.startswith(_REFUSED)]
+    if asked not in known:
+        raise ValueError(f"should be one of {', '.join(dict.fromkeys([*OPTIMIZERS, 'lion', *known]))}")
+    try:
+        cls, _ = _made_by_transformers(asked, Common(1e-3, 0.0, (0.9, 0.999), 1e-8))
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{name} cannot be used here: {error}") from error
+    # Chen et al., 2302.06675: what Lion's moments should be is not what Adam's are.
+    defaults = {"betas": (0.9, 0.99)} if "lion" in asked else {}
+    arguments = [argument for argument in inspect.signature(cls).parameters if argument not in _DECIDED]
+    fields: Any = {
+        argument: (Any, Field(defaults.get(argument), description=f"argument of {cls.__name__}; None: as transformers"))
+        for argument in arguments
+    }
+
+    def make(weights: Sequence[Weight], common: Common, own: Block) -> torch.optim.Optimizer:
+        _, kwargs = _made_by_transformers(asked, common)
+        given = {key: value for key, value in own.model_dump().items() if value is not None}
+        return cls(_groups(weights, common.weight_decay), **{**kwargs, **given})
+
+    def bytes_of(weight: Weight, own: Block) -> float:
+        size = min(weight.parameter.numel(), _STAND_IN)
+        return weight.parameter.numel() / size * _measured(make, size, own)
+
+    settings = create_model(f"{cls.__name__}Settings", __base__=Block, **fields)
+    return OptimizerKind(f"{cls.__name__} by transformers", make, bytes_of, settings)
+
+
+def _made_by_transformers(name: str, common: Common) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Class and arguments of an optimizer. Raises ImportError or ValueError where its package is not installed."""
+    from transformers import Trainer
+
+    arguments: Any = SimpleNamespace(
+        optim=name,
+        optim_args=None,
+        learning_rate=common.lr,
+        weight_decay=common.weight_decay,
+        adam_beta1=common.betas[0],
+        adam_beta2=common.betas[1],
+        adam_epsilon=common.eps,
+    )
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    return cls, {key: value for key, value in kwargs.items() if key != "weight_decay"}
+
+
+def _measured(make: Make, size: int, own: Block) -> float:
+    """Bytes of the state of a tensor after an update; where the CPU has no such update, two moments in float32."""
+    parameter = nn.Parameter(torch.zeros(size))
+    parameter.grad = torch.zeros(size)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # paged states are a matter of GPUs
+            optimizer = make([Weight(parameter, False)], Common(1e-3, 0.0, (0.9, 0.999), 1e-8), own)
+            optimizer.step()
+    except Exception:  # of a package that knows GPUs only: a plan must not fail for it
+        return 2.0 * FLOAT * size
+    state = optimizer.state[parameter].items()
+    # One table (qmap) serves all parameters.
+    return float(sum(v.nbytes for k, v in state if torch.is_tensor(v) and v.ndim > 0 and not k.startswith("qmap")))

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from dpkd.errors import DpkdError
-from dpkd.io import lock, whole_folder
+from dpkd.io import whole_folder
+from dpkd.locks import lock
 from dpkd.models.loading import load_model, load_tokenizer, quiet_transformers
 from dpkd.models.settings import ModelSettings
 

@@ -72,22 +72,38 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Note:
+    """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Legend:
+    """What the colors of several charts mean."""
+
+    keys: Sequence[Key]
+
+
+@dataclass(frozen=True)
 class Column:
-    """A text, or shaded tokens, with who wrote it."""
+    """A text, or shaded tokens, with who wrote it and the color of that run."""
 
     who: str
     note: str
     text: str = ""
     tokens: Sequence[Token] = ()
+    color: int | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with answers side by side."""
+    """A prompt with answers side by side; `more` of them are behind a line that opens them."""
 
     where: str
     prompt: str
     columns: Sequence[Column]
+    more: Sequence[Column] = ()
 
 
 @dataclass(frozen=True)
@@ -137,4 +153,4 @@ class Section:
     blocks: Sequence[Block]
 
 
-Block = Table | Tile | Drawing | Sample | Shades | FactList | Folded | Group
+Block = Table | Tile | Drawing | Note | Legend | Sample | Shades | FactList | Folded | Group

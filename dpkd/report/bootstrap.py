@@ -1,4 +1,4 @@
-"""Whether a difference between two models is more than the luck of the rows: a paired bootstrap.
+"""Whether a score, or a difference between two models, is more than the luck of the rows: the bootstrap.
 
 Koehn (2004), "Statistical Significance Tests for Machine Translation Evaluation", in its two-sided form: the rows are
 drawn again with replacement, both models on the same rows, and the share of draws on either side of zero is counted.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 RESAMPLES = 10_000
 SEED = 10
@@ -44,6 +45,34 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
+def bootstrap_means(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = SEED) -> Any:
+    """Means `[resamples]` of the values, each of as many rows drawn with replacement, in float64."""
+    import numpy as np
+
+    values_N = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    size = max(1, _AT_ONCE // len(values_N))
+    for start in range(0, resamples, size):
+        count = min(size, resamples - start)
+        means[start : start + count] = values_N[generator.integers(0, len(values_N), (count, len(values_N)))].mean(
+            axis=1
+        )
+    return means
+
+
+def mean_interval(
+    values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = SEED
+) -> tuple[float, float] | None:
+    """The 95 % interval (percentiles) of the mean over rows; None for fewer than two rows."""
+    import numpy as np
+
+    if len(values) < 2:
+        return None
+    low, high = np.percentile(bootstrap_means(values, resamples=resamples, seed=seed), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def paired_bootstrap(
     ours: Sequence[float], theirs: Sequence[float], *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> Difference:
@@ -57,12 +86,7 @@ def paired_bootstrap(
     if len(ours) != len(theirs) or not ours:
         raise ValueError(f"a paired test needs the same rows twice, got {len(ours)} and {len(theirs)}")
     gaps = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    size = max(1, _AT_ONCE // len(gaps))
-    for start in range(0, resamples, size):
-        count = min(size, resamples - start)
-        means[start : start + count] = gaps[generator.integers(0, len(gaps), (count, len(gaps)))].mean(axis=1)
+    means = bootstrap_means(gaps.tolist(), resamples=resamples, seed=seed)
     low, high = np.percentile(means, [2.5, 97.5])
     # The same sum in another order may miss zero by a rounding: such a mean is zero.
     means[np.abs(means) <= 1e-12 * max(1.0, float(np.abs(gaps).max()))] = 0.0

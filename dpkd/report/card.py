@@ -201,10 +201,10 @@ def rescore(folder: Path, metrics: Sequence[str] = CARD_METRICS) -> bool:
 
 
 def score_lines(evaluations: Sequence[Scored], metrics: Sequence[str] = CARD_METRICS) -> list[ScoreLine]:
-    """Rows of the card's table: sets in their order, metrics as the papers report them."""
+    """Rows of the card's table: sets in their order, metrics as the papers report them, of benchmarks their own."""
     lines = []
     for one in evaluations:
-        for metric in ordered(name for name in metrics if name in one.metrics):
+        for metric in ordered(one.shown(metrics)):
             found = one.metrics[metric]
             if (mean := finite(found.get("mean"))) is not None:
                 count = len(one.scores.get("seeds", []))

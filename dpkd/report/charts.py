@@ -36,8 +36,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class LinePanel:
-    """Curves over optimizer steps; `key` names its file, `limits` are the ends of the axis (None: what fits).
+    """Curves over optimizer steps, or what `x_label` says; `key` names its file.
 
+    `limits` are the ends of the axis (None: what fits).
     `by_run`: the curves are runs, and their names say which.
     """
 
@@ -47,6 +48,7 @@ class LinePanel:
     note: str = ""
     limits: tuple[float, float] | None = None
     by_run: bool = False
+    x_label: str = "step"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,58 @@ class ScatterPanel:
     note: str = ""
 
 
-Panel = LinePanel | BarPanel | ScatterPanel
+@dataclass(frozen=True)
+class Estimate:
+    """A score with the ends of its interval (None: not known), and its values under several training seeds."""
+
+    label: str
+    color: int
+    mean: float
+    interval: tuple[float, float] | None
+    seeds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ForestPanel:
+    """Scores beneath one another, the first on top, with named lines of reference."""
+
+    key: str
+    title: str
+    x_label: str
+    estimates: tuple[Estimate, ...]
+    lines: tuple[tuple[str, float], ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run between two numbers, with a short tag; `value` is shown as color where the panel names it."""
+
+    label: str
+    color: int | None
+    tag: str
+    x: float
+    y: float
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class PointPanel:
+    """Runs as points, with named horizontal lines, and the best within each x (`front`) as steps."""
+
+    key: str
+    title: str
+    x_label: str
+    y_label: str
+    points: tuple[Point, ...]
+    value_label: str = ""
+    lines: tuple[tuple[str, float], ...] = ()
+    front: tuple[tuple[float, float], ...] = ()
+    note: str = ""
+
+
+Panel = LinePanel | BarPanel | ScatterPanel | ForestPanel | PointPanel
 
 
 @dataclass(frozen=True)
@@ -199,50 +252,51 @@ _LABELS = {
 }
 
 
-def chapters(runs: Sequence[Run]) -> list[Chapter]:
-    """All charts over steps that these runs have numbers for."""
+def chapters(runs: Sequence[Run], colors: Sequence[int] | None = None) -> list[Chapter]:
+    """All charts over steps that these runs have numbers for; `colors` are theirs (None: one after another)."""
+    colors = range(len(runs)) if colors is None else colors
     found = [
         Chapter(
             "scores-over-steps",
             "Scores while training",
             "Answers to rows that were held out of training.",
-            (*_drawn(_SCORES, runs), *_trails(runs)),
+            (*_drawn(_SCORES, runs, colors), *_trails(runs, colors)),
         ),
         Chapter(
             "divergence",
             "Divergence from the teacher",
             "Forward KL(teacher‖student) asks the student to cover the teacher; reverse KL(student‖teacher) asks "
             "it to stay where the teacher is.",
-            _drawn(_DIVERGENCE, runs),
+            _drawn(_DIVERGENCE, runs, colors),
         ),
         Chapter(
             "reward",
             "Implicit reward",
             "What the student has come to prefer over its teacher: r̂ = β log q(y|x) / p(y|x) of whole responses.",
-            _drawn(_REWARD, runs),
+            _drawn(_REWARD, runs, colors),
         ),
-        Chapter("loss", "Loss", "What was minimized, and its parts.", _drawn(_LOSS, runs)),
-        Chapter("text", "Text trained on", "Lengths of the responses, by who wrote them.", _drawn(_TEXT, runs)),
-        Chapter("pace", "Optimization", "Schedule, gradients and speed.", _drawn(_PACE, runs)),
+        Chapter("loss", "Loss", "What was minimized, and its parts.", _drawn(_LOSS, runs, colors)),
+        Chapter("text", "Text trained on", "Lengths of the responses, by who wrote them.", _drawn(_TEXT, runs, colors)),
+        Chapter("pace", "Optimization", "Schedule, gradients and speed.", _drawn(_PACE, runs, colors)),
     ]
     return [chapter for chapter in found if chapter.panels]
 
 
-def _drawn(charts: Sequence[_Chart], runs: Sequence[Run]) -> tuple[LinePanel, ...]:
-    return tuple(panel for chart in charts for panel in _panels(chart, runs))
+def _drawn(charts: Sequence[_Chart], runs: Sequence[Run], colors: Sequence[int]) -> tuple[LinePanel, ...]:
+    return tuple(panel for chart in charts for panel in _panels(chart, runs, colors))
 
 
-def _panels(chart: _Chart, runs: Sequence[Run]) -> list[LinePanel]:
+def _panels(chart: _Chart, runs: Sequence[Run], colors: Sequence[int]) -> list[LinePanel]:
     rows = [run.dev if chart.dev else run.metrics for run in runs]
     names = [name for name in _matching(chart.metrics, rows) if name not in chart.but]
     if len(runs) == 1:
-        curves = [_curve(rows[0], name, metric_label(name), i, chart.dev) for i, name in enumerate(names)]
+        curves = [curve(rows[0], name, metric_label(name), i, chart.dev) for i, name in enumerate(names)]
         kept = tuple(curve for curve in curves if curve.last is not None)
         return [LinePanel(chart.key, chart.title, kept, chart.note, _limits(chart))] if kept else []
     panels = []
     for name in names if chart.key != "loss-weighted" else _reweighted(names, rows):
         curves = [
-            _curve(own, name, run.name, i, chart.dev) for i, (run, own) in enumerate(zip(runs, rows, strict=True))
+            curve(own, name, run.name, color, chart.dev) for run, color, own in zip(runs, colors, rows, strict=True)
         ]
         kept = tuple(curve for curve in curves if curve.last is not None)
         if kept:
@@ -274,7 +328,7 @@ def _matching(patterns: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]
     return list(dict.fromkeys(found))
 
 
-def _curve(rows: Sequence[Mapping[str, Any]], name: str, label: str, color: int, dots: bool) -> Curve:
+def curve(rows: Sequence[Mapping[str, Any]], name: str, label: str, color: int, dots: bool) -> Curve:
     own = [row for row in rows if name in row and finite(row["step"]) is not None]
     steps, values = thin([row["step"] for row in own], [finite(row[name]) for row in own])
     return Curve(label, color, steps, values, dots or len(steps) < 3)
@@ -315,9 +369,9 @@ def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
-def _trails(runs: Sequence[Run]) -> tuple[ScatterPanel, ...]:
+def _trails(runs: Sequence[Run], colors: Sequence[int]) -> tuple[ScatterPanel, ...]:
     """Reward against reverse KL, with Rouge-L as color, of the evaluated steps (DPKD, Figures 3 and 4)."""
-    trails = tuple(Trail(run.name, i, _points(run)) for i, run in enumerate(runs))
+    trails = tuple(Trail(run.name, color, _points(run)) for run, color in zip(runs, colors, strict=True))
     if not any(trail.points for trail in trails):
         return ()
     return (

@@ -56,32 +56,41 @@ def compare(
 ) -> Comparison:
     """Compare runs, the baseline among them, on every set that any of them was evaluated on.
 
-    `metrics` may be `("all",)`. Raises SettingsError when no run has scores, or none has a metric that is asked for.
+    `metrics` may be `("all",)`; a set that has none of the default ones is compared by all it has. Raises SettingsError
+    when no run has scores, or none has a metric that is asked for.
     """
     names = list(dict.fromkeys(name for run in runs for name in run.evaluations))
     if not names:
         told = ", ".join(run.name for run in runs)
         raise SettingsError([f"{told}: no scores yet; evaluate first: dpkd eval --model RUN --data FILE"])
     known = ordered(metric for run in runs for one in run.evaluations.values() for metric in one.metrics)
-    wanted = known if tuple(metrics) == ("all",) else [metric for metric in metrics if metric in known]
+    wanted = known if tuple(metrics) in (("all",), FIRST) else [metric for metric in metrics if metric in known]
     unknown = [metric for metric in metrics if metric not in known and metric not in (*FIRST, "all")]
     if unknown or not wanted:
         missing = ", ".join(unknown or metrics)
         raise SettingsError([f"--metrics {missing}: not among the scores of these runs ({', '.join(known)})"])
     base = next(run for run in runs if run.name == baseline)
     notes: list[str] = []
-    tables = [_table(name, runs, base, wanted, notes, resamples, seed) for name in names]
+    by_default = tuple(metrics) == FIRST
+    tables = [
+        _table(name, runs, base, _shown(name, runs) if by_default else wanted, notes, resamples, seed) for name in names
+    ]
     costs = {run.name: run.cost for run in runs}
     return Comparison(
         tuple(run.name for run in runs), baseline, tuple(tables), costs, tuple(dict.fromkeys(notes)), resamples, seed
     )
 
 
+def _shown(name: str, runs: Sequence[Run]) -> list[str]:
+    """What the papers report, of a set; all that a benchmark has."""
+    return ordered(m for run in runs if name in run.evaluations for m in run.evaluations[name].shown(FIRST))
+
+
 def _table(
     name: str, runs: Sequence[Run], base: Run, wanted: Sequence[str], notes: list[str], resamples: int, seed: int
 ) -> SetTable:
     scored = {run.name: run.evaluations[name] for run in runs if name in run.evaluations}
-    rows = {run: _row_scores(one) for run, one in scored.items()}
+    rows = {run: row_scores(one) for run, one in scored.items()}
     _check_alike(name, scored, notes)
     cells: dict[str, dict[str, Cell]] = {}
     for run, one in scored.items():
@@ -126,7 +135,7 @@ def _check_alike(name: str, scored: Mapping[str, Scored], notes: list[str]) -> N
             notes.append(f"{name}: the runs were evaluated {what}")
 
 
-def _row_scores(scored: Scored) -> dict[str, dict[str, float]]:
+def row_scores(scored: Scored) -> dict[str, dict[str, float]]:
     """By metric and id of the row: the score, averaged over seeds."""
     found: dict[str, dict[str, list[float]]] = {}
     for own in scored.predictions().values():

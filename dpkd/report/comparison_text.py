@@ -56,10 +56,10 @@ def cell_text(cell: Cell | None) -> str:
     if cell.difference is None:
         return text
     d = cell.difference
-    return f"{text} (p {_p(d.p)}){'*' if (d.p if d.corrected is None else d.corrected) < SIGNIFICANT else ''}"
+    return f"{text} (p {p_text(d.p)}){'*' if (d.p if d.corrected is None else d.corrected) < SIGNIFICANT else ''}"
 
 
-def _p(p: float) -> str:
+def p_text(p: float) -> str:
     """`= 0.012`, or `< 0.001`."""
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from dpkd.report.charts import BarPanel, LinePanel, Panel, ScatterPanel, chapters, length_panels
+from dpkd.report.charts import (
+    BarPanel,
+    ForestPanel,
+    LinePanel,
+    Panel,
+    PointPanel,
+    ScatterPanel,
+    chapters,
+    length_panels,
+)
 from dpkd.report.names import compact
 from dpkd.report.reading import Run
 
@@ -22,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# One for each of twenty runs; from there on, dashes tell runs of one color apart.
+# One for each of twenty runs; from there on, markers and dashes tell runs of one color apart.
 PALETTE = (
     *("#2a78d6", "#e0632a", "#14936b", "#8a4fd0", "#c98a00", "#d6457f", "#4d7c0f", "#5a6472", "#0e9bb5", "#a33a2a"),
     *("#3f4fc4", "#b55fd0", "#1f6f5c", "#e58a7a", "#6fa3e3", "#8fae2b", "#8a6a45", "#c226a6", "#53b0a4", "#7a1f4f"),
@@ -36,7 +45,10 @@ VARIABLES = {
     GRID: "var(--grid)",
 }
 DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "*", "X")
+GLYPHS = "●■▲◆▼✚★✖"  # the same in a page's text
 DPI = 200
+_WIDE = 5.0  # inches: names beside their intervals
 _STEPS = [1, 2, 2.5, 5, 10]  # between the numbers on an axis
 FEW_BARS = 9  # up to here each bar has its value above it
 LONGEST_NAME = 40  # characters of a name in a legend
@@ -89,11 +101,15 @@ def svg(panel: Panel) -> Markup:
     )
 
 
-def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
+def figures(runs: Sequence[Run]) -> list[Panel]:
+    """All charts of a page about these runs."""
+    return [*(panel for chapter in chapters(runs) for panel in chapter.panels), *length_panels(runs)]
+
+
+def write_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
     """One PNG file per chart, named after it."""
     folder.mkdir(parents=True, exist_ok=True)
-    panels = [panel for chapter in chapters(runs) for panel in chapter.panels]
-    return [_write_png(panel, folder / f"{panel.key[:200]}.png") for panel in [*panels, *length_panels(runs)]]
+    return [_write_png(panel, folder / f"{panel.key[:200]}.png") for panel in panels]
 
 
 def _write_png(panel: Panel, path: Path) -> Path:
@@ -116,10 +132,14 @@ def _figure(panel: Panel) -> Figure:
     # No pyplot: it would choose a backend and keep every figure for the whole process.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5, 2.8), layout="constrained")
+    figure = Figure(figsize=(_WIDE if isinstance(panel, ForestPanel) else 4.5, _height(panel)), layout="constrained")
     axes = figure.add_subplot()
     axes.yaxis.set_major_formatter(lambda value, _: compact(value))
-    if isinstance(panel, LinePanel):
+    if isinstance(panel, ForestPanel):
+        _forest(panel, axes)
+    elif isinstance(panel, PointPanel):
+        _points(panel, axes, figure)
+    elif isinstance(panel, LinePanel):
         _lines(panel, axes)
     elif isinstance(panel, BarPanel):
         _bars(panel, axes)
@@ -139,8 +159,20 @@ def _printable(text: str) -> str:
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
+def _height(panel: Panel) -> float:
+    return 0.7 + 0.2 * max(4, len(panel.estimates)) if isinstance(panel, ForestPanel) else 2.8
+
+
+def _color(index: int | None) -> str:
+    return MUTED if index is None else PALETTE[index % len(PALETTE)]
+
+
+def _marker(index: int | None) -> str:
+    return "x" if index is None else MARKERS[index // len(PALETTE) % len(MARKERS)]
+
+
 def _stroke(index: int) -> dict[str, Any]:
-    return {"color": PALETTE[index % len(PALETTE)], "linestyle": DASHES[index // len(PALETTE) % len(DASHES)]}
+    return {"color": _color(index), "linestyle": DASHES[index // len(PALETTE) % len(DASHES)], "marker": _marker(index)}
 
 
 def _lines(panel: LinePanel, axes: Axes) -> None:
@@ -162,13 +194,12 @@ def _lines(panel: LinePanel, axes: Axes) -> None:
             curve.steps,
             values,
             label=_printable(curve.label),
-            marker="o",
             markersize=3.4,
-            markevery=dots,
+            markevery=dots or (_some(len(values)) if curve.color >= len(PALETTE) else dots),
             **_stroke(curve.color),
         )
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
+    axes.set_xlabel(panel.x_label)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=panel.x_label == "step", steps=_STEPS))
     axes.xaxis.set_major_formatter(lambda value, _: compact(value))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=_STEPS))
     if panel.limits is not None:
@@ -177,6 +208,77 @@ def _lines(panel: LinePanel, axes: Axes) -> None:
         axes.set_ylim(low - room, high + room)
     else:
         axes.set_ylim(*value_range([value for curve in panel.curves for value in curve.values if value is not None]))
+
+
+def _some(count: int) -> list[int]:
+    """Some five places along a line, for the markers that tell runs of one color apart."""
+    return list(range(count // 10, count, max(1, count // 5)))
+
+
+def _forest(panel: ForestPanel, axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for place, one in enumerate(panel.estimates):
+        if one.interval is not None:
+            axes.plot(one.interval, (place, place), color=_color(one.color), linewidth=1.3, solid_capstyle="butt")
+        if len(one.seeds) > 1:
+            axes.plot(one.seeds, [place] * len(one.seeds), "|", color=_color(one.color), markersize=7)
+        axes.plot(one.mean, place, marker=_marker(one.color), color=_color(one.color), markersize=5)
+    axes.set_ylim(len(panel.estimates) - 0.4, -1.1 if panel.lines else -0.6)
+    axes.set_yticks(range(len(panel.estimates)), [_printable(one.label) for one in panel.estimates])
+    axes.tick_params(axis="y", labelsize=8, length=0)
+    for name, value in panel.lines:
+        axes.axvline(value, color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
+        axes.text(value, -0.62, f" {_printable(name)}", color=MUTED, fontsize=7.5, va="bottom")
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(panel.x_label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=_STEPS))
+
+
+def _points(panel: PointPanel, axes: Axes, figure: Figure) -> None:
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    values = [point.value for point in panel.points if point.value is not None]
+    low, high = value_range(values) if len(set(values)) < 2 else (min(values), max(values))
+    shades = colormaps["viridis"].resampled(12)
+    for point in panel.points:
+        if point.interval is not None:
+            axes.plot((point.x, point.x), point.interval, color=_color(point.color), linewidth=0.8, alpha=0.5)
+        shown = shades((point.value - low) / (high - low)) if point.value is not None else _color(point.color)
+        axes.plot(
+            point.x, point.y, _marker(point.color), color=shown, markersize=6, markeredgecolor=LINE, markeredgewidth=0.5
+        )
+        axes.annotate(point.tag, (point.x, point.y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=MUTED)
+    for name, value in panel.lines:
+        axes.axhline(value, color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
+        axes.annotate(
+            _printable(name),
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=7.5,
+            color=MUTED,
+        )
+    if panel.front:
+        xs, ys = zip(*panel.front, strict=True)
+        end = max(point.x for point in panel.points)
+        axes.step([*xs, end], [*ys, ys[-1]], where="post", color=MUTED, linewidth=1.0, zorder=1)
+    axes.margins(0.08)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    axes.xaxis.set_major_formatter(lambda value, _: compact(value))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    if values:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+
+        scale = ScalarMappable(Normalize(low, high), shades)
+        bar = figure.colorbar(scale, ax=axes, label=panel.value_label, ticks=MaxNLocator(4, steps=_STEPS))
+        bar.outline.set_visible(False)
 
 
 def _bars(panel: BarPanel, axes: Axes) -> None:
@@ -212,7 +314,9 @@ def _scatter(panel: ScatterPanel, axes: Axes, figure: Figure) -> None:
     low, high = value_range(values) if len(set(values)) == 1 else (min(values), max(values))
     for trail in panel.trails:
         xs, ys, own = zip(*trail.points, strict=True)
-        axes.plot(xs, ys, alpha=0.6, label=_printable(trail.label), **{**_stroke(trail.color), "linewidth": 1.0})
+        axes.plot(
+            xs, ys, alpha=0.6, label=_printable(trail.label), **{**_stroke(trail.color), "linewidth": 1.0, "marker": ""}
+        )
         dots = axes.scatter(
             xs, ys, c=own, vmin=low, vmax=high, cmap=colormaps["viridis"].resampled(12), zorder=3, edgecolors=LINE
         )

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
@@ -72,6 +73,7 @@ class Scores(TypedDict, total=False):
     lengths: Lengths
     data: dict[str, Any]
     generation: dict[str, Any]
+    task: dict[str, Any]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -156,6 +158,15 @@ class Scored:
     def metrics(self) -> Mapping[str, MetricValues]:
         """By name: `mean`, `sd` (None for one seed) and `values`."""
         return self.scores.get("metrics", {})
+
+    @property
+    def is_benchmark(self) -> bool:
+        """Whether another tool asked the questions: their texts are not in the run's template."""
+        return "task" in self.scores
+
+    def shown(self, metrics: Sequence[str]) -> list[str]:
+        """Those of some metrics that it has; all its own where it has none of them, as benchmarks do."""
+        return [metric for metric in metrics if metric in self.metrics] or list(self.metrics)
 
     def better(self, metric: str) -> str:
         """`higher`, `lower`, or empty: as its scores say, or by its name where they are older and do not."""
@@ -271,18 +282,18 @@ def read_run(path: Path, name: str | None = None) -> Run:
         path,
         config=_checked(folder.config, Config, read_resolved(folder.config)),
         sources=read_sources(text),
-        facts=_json(folder.facts, Facts) or {},
+        facts=read_json(folder.facts, Facts) or {},
         metrics=_metrics(folder.metrics),
         dev=_metrics(dev),
         samples=_json_lines(folder.samples, SampleRow),
         evaluations=read_evaluations(path / "eval"),
-        rewards=_json(path / "token_rewards.json", list[TokenRewards]) or [],
+        rewards=read_json(path / "token_rewards.json", list[TokenRewards]) or [],
     )
 
 
 def read_evaluations(folder: Path) -> dict[str, Scored]:
     """The evaluations in a folder, by name of the set, in the order of their names."""
-    found = [Scored(path.parent, _json(path, Scores) or {}) for path in sorted(folder.glob("*/scores.json"))]
+    found = [Scored(path.parent, read_json(path, Scores) or {}) for path in sorted(folder.glob("*/scores.json"))]
     return {one.name: one for one in found}
 
 
@@ -303,10 +314,17 @@ def _text(path: Path) -> str:
         raise DpkdError(f"{path}: cannot be read ({error})") from error
 
 
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Made once for each kind: predictions are checked row by row."""
+    return TypeAdapter(kind)
+
+
 def _checked(path: Path, kind: type[T], value: Any, line: str = "") -> T:
     """A value of a file once its parts are what they should be. Raises DpkdError with the first that is not."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        checked: T = _adapter(cast(Hashable, kind)).validate_python(value)
+        return checked
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -317,7 +335,7 @@ def _checked(path: Path, kind: type[T], value: Any, line: str = "") -> T:
         raise DpkdError(f"{path}{line}: damaged: nested too deeply; write it anew, or remove it") from None
 
 
-def _json(path: Path, kind: type[T]) -> T | None:
+def read_json(path: Path, kind: type[T]) -> T | None:
     """A JSON file; None where it is not there."""
     if not path.is_file():
         return None

@@ -75,7 +75,7 @@ def overview(runs: Sequence[Run]) -> list[Block]:
 def _tiles(run: Run) -> list[Tile]:
     tiles = []
     for name, scored in run.evaluations.items():
-        for metric in ("rouge_l", "exact_match", "nll"):
+        for metric in scored.shown(("rouge_l", "exact_match", "nll")):
             found = scored.metrics.get(metric, {})
             mean = finite(found.get("mean"))
             if mean is not None and not (metric == "exact_match" and mean == 0):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from dpkd.report.blocks import Block, Column, Folded, Sample, Shades, Token
 from dpkd.report.names import finite, number
@@ -15,8 +16,7 @@ STRONGEST = 72  # per cent of color at the strongest reward
 
 def samples(runs: Sequence[Run]) -> list[Block]:
     """Answers to evaluated rows, then the responses that the runs trained on."""
-    names = dict.fromkeys(name for run in runs for name in run.evaluations)
-    cards: list[Block] = [card for name in names for card in _evaluated(name, runs)]
+    cards: list[Block] = [*answers(runs)]
     trained = [card for run in runs for card in _trained(run, named=len(runs) > 1)]
     if trained:
         cards.append(
@@ -25,21 +25,40 @@ def samples(runs: Sequence[Run]) -> list[Block]:
     return cards
 
 
-def _evaluated(name: str, runs: Sequence[Run]) -> list[Sample]:
+def answers(runs: Sequence[Run], colors: Mapping[str, int] | None = None, first: int | None = None) -> list[Sample]:
+    """Answers to the first rows of each set, side by side; those of the `first` runs are seen at once (None: all)."""
+    names = dict.fromkeys(name for run in runs for name in run.evaluations)
+    cards = [card for name in names for card in _evaluated(name, runs, colors or {})]
+    if first is None:
+        return cards
+    shown = {run.name for run in runs[:first]}
+    own = {run.name for run in runs}
+    return [
+        replace(
+            card,
+            columns=[column for column in card.columns if column.who in shown or column.who not in own],
+            more=[column for column in card.columns if column.who in own - shown],
+        )
+        for card in cards
+    ]
+
+
+def _evaluated(name: str, runs: Sequence[Run], colors: Mapping[str, int]) -> list[Sample]:
     """The first rows of a set: reference, teacher, and the answer of each run under its first seed."""
     scored = {run.name: run.evaluations[name] for run in runs if name in run.evaluations}
-    answers = {run: _first_seed(one) for run, one in scored.items()}
+    found = {run: _first_seed(one) for run, one in scored.items()}
     teachers = next((rows for one in scored.values() if (rows := _first_seed(teacher_of(one)))), {})
-    first = next((rows for rows in answers.values() if rows), {})
+    first = next((rows for rows in found.values() if rows), {})
     cards = []
     for key, row in list(first.items())[:PER_SET]:
         columns = [Column("reference", "", " / ".join(row.get("references", [])))]
-        if key in teachers:
+        if key in teachers and "teacher" not in found:
             columns.append(Column("teacher", "", _field(teachers[key], "prediction")))
-        for run, rows in answers.items():
+        for run, rows in found.items():
             if key in rows:
                 who = "student" if len(runs) == 1 else run
-                columns.append(Column(who, _told(rows[key]), _field(rows[key], "prediction")))
+                shown = _field(rows[key], "prediction")
+                columns.append(Column(who, _told(rows[key]), shown, color=colors.get(run)))
         cards.append(Sample(f"{name} · {key}", _field(row, "prompt"), columns))
     return cards
 

@@ -54,7 +54,9 @@ def answers_of(run: Run, count: int) -> list[Answer]:
     Raises DpkdError when there are none.
     """
     answers = [
-        answer for scored in list(run.evaluations.values())[:1] for answer in _evaluated(scored, count)
+        answer
+        for scored in [one for one in run.evaluations.values() if not one.is_benchmark][:1]
+        for answer in _evaluated(scored, count)
     ] or _sampled(run, count)
     if not answers:
         raise DpkdError(
@@ -164,20 +166,15 @@ def token_rewards(
     from dpkd.api.teachers import Wants
     from dpkd.data.batches import collate
     from dpkd.models.chunked import chunk_rows, token_logps
-    from dpkd.models.head import head_of, hidden_rows
+    from dpkd.models.head import evaluating, head_of, hidden_rows
 
-    was_training = student.training
-    student.eval()
     device = next(student.parameters()).device
     rows = chunk_rows(vocabulary, device=device)
     results = []
-    try:
-        with torch.no_grad():
-            for sequence in sequences:  # a handful, one by one: no row is padded
-                batch = collate([sequence], pad_id=pad_id).to(device)
-                logq_N = token_logps(hidden_rows(student, batch), head_of(student, vocabulary), batch.targets, rows)
-                logp_N = teacher.score(batch, Wants(rows, logps=True)).logps()
-                results.append([float(value) for value in beta * (logq_N.double() - logp_N.double()).cpu()])
-    finally:
-        student.train(was_training)
+    with torch.no_grad(), evaluating(student):
+        for sequence in sequences:  # a handful, one by one: no row is padded
+            batch = collate([sequence], pad_id=pad_id).to(device)
+            logq_N = token_logps(hidden_rows(student, batch), head_of(student, vocabulary), batch.targets, rows)
+            logp_N = teacher.score(batch, Wants(rows, logps=True)).logps()
+            results.append([float(value) for value in beta * (logq_N.double() - logp_N.double()).cpu()])
     return results

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from dpkd.functional import at_least_float32, gather_logps, log_softmax
 from dpkd.models.attention import implementation
 from dpkd.models.head import causal_lm
-from dpkd.models.loading import context_length
 
 
 class KVCacheModel:
@@ -115,8 +114,3 @@ def _stacked(first: Tensor, second: Tensor) -> Tensor:
     """Keys or values `[B, heads, S, D]` of two caches, the shorter one padded on the left."""
     columns = max(first.shape[2], second.shape[2])
     return torch.cat([F.pad(part, (0, 0, columns - part.shape[2], 0)) for part in (first, second)])
-
-
-def longest_sequence(model: nn.Module) -> int | None:
-    """How many tokens a model reads at most, where its configuration says so."""
-    return context_length(causal_lm(model).config)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from dpkd.api import Sampled
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.models.chunked import chunk_rows, token_logps
-from dpkd.models.head import head_of, hidden_rows
-from dpkd.models.layers import evaluating
+from dpkd.models.head import evaluating, head_of, hidden_rows
 
 # Tokens of a forward, padding included.
 TOKENS = 16384

@@ -19,6 +19,7 @@ from dpkd.models.chunked import chunk_rows
 from dpkd.rollout.generator import prompt_seed, sample_seeds, sampling_task
 from dpkd.rollout.policy_logps import PolicyScorer, truncated
 from dpkd.rollout.response_store import ResponseStore
+from dpkd.rollout.reward import Reward
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,9 @@ class TeacherScorer:
         self.teacher.expect(sequences, wants)
         for group in micro_batches(lengths, self.batch_size):
             batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(self.device)
-            logps = self.teacher.score(batch, wants).logps().tolist()
-            for place, i in enumerate(group):
-                own = [value for value, b in zip(logps, batch.sequence.tolist(), strict=True) if b == place]
-                scored[i] = replace(responses[i], teacher_logps=tuple(own))
+            parts = self.teacher.score(batch, wants).logps().cpu().split(batch.lengths.tolist())
+            for i, part in zip(group, parts, strict=True):
+                scored[i] = replace(responses[i], teacher_logps=tuple(part.tolist()))
         return scored
 
 
@@ -88,6 +88,7 @@ class StudentGenerator:
     progress: Callable[[int], None] | None = None
     policy: PolicyScorer | None = None  # for a policy gradient; None: what draws computes as what trains
     decode: Callable[[Sequence[int]], str] | None = None  # text of a response, for a policy gradient
+    reward: Reward | None = None  # of each response, for a policy gradient that reads it
 
     def __call__(self, indices: Sequence[int], period: int) -> list[tuple[Response, ...]]:
         count = self.config.student_sampling.num_generations
@@ -112,7 +113,15 @@ class StudentGenerator:
             )
             for s in sampled
         ]
-        return self.score.scored([i for i in indices for _ in range(len(drawn) // len(indices))], drawn)
+        asked = [i for i in indices for _ in range(len(drawn) // len(indices))]
+        return self._rewarded(asked, self.score.scored(asked, drawn))
+
+    def _rewarded(self, indices: list[int], drawn: list[Response]) -> list[Response]:
+        if self.reward is None:
+            return drawn
+        assert self.decode is not None
+        rewards = self.reward(indices, drawn, [self.decode(response.ids) for response in drawn])
+        return [replace(response, reward=reward) for response, reward in zip(drawn, rewards, strict=True)]
 
     def _drawn(self, student: nn.Module, indices: list[int], period: int) -> Sequence[Sampled]:
         how = self.config.student_sampling
@@ -146,12 +155,15 @@ def _with_advantages(drawn: list[Response], loss: RolloutLoss[Any], **known: Any
     def column(name: str) -> torch.Tensor:
         return torch.tensor([value for r in drawn for value in getattr(r, name)])
 
+    rewards = [r.reward for r in drawn if r.reward is not None]
+
     lengths = torch.tensor([len(r.ids) for r in drawn])
     rollout = Rollout(
         column("rollout_logps"),
         column("behaviour_logps"),
         column("teacher_logps"),
         torch.repeat_interleave(torch.arange(len(drawn)), lengths),
+        rewards=torch.tensor(rewards) if len(rewards) == len(drawn) else None,
         **known,
     )
     with torch.no_grad():

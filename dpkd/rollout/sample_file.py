@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +19,8 @@ from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
 from dpkd.data.templates import chat_lead
 from dpkd.errors import DpkdError
-from dpkd.io import JsonLog, lock, read_json, write_json
+from dpkd.io import JsonLog, read_json, write_json
+from dpkd.locks import lock
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings, TeacherSettings
@@ -48,7 +50,6 @@ def sample_to_file(
     seed: int,
     num_generations: int = 1,
     backend: str = "hf",
-    backend_settings: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SampleReport:
     """Append one JSON line per response; a second call goes on where an interrupted one stopped.
@@ -57,85 +58,82 @@ def sample_to_file(
     Raises DpkdError when the file was written with other settings, by another model or for other prompts, when it
     is damaged, or while another process writes it.
     """
-    with lock(output.with_name(f".{output.name[:100]}.lock"), str(output)):
-        return _sample(
-            model,
-            data,
-            sampling,
-            registry,
-            output,
-            seed,
-            num_generations,
-            backend,
-            dict(backend_settings or {}),
-            progress,
-        )
-
-
-def _sample(
-    model: ModelSettings,
-    data: DataSettings,
-    sampling: SamplingSettings,
-    registry: Registry,
-    output: Path,
-    seed: int,
-    num_generations: int,
-    backend: str,
-    backend_settings: dict[str, Any],
-    progress: Callable[[int, int], None] | None,
-) -> SampleReport:
-    examples = read_examples(data, require_response=False)
-    tokenizer = load_tokenizer(model)
-    served = ServerTeacher(model) if isinstance(model, TeacherSettings) and model.server is not None else None
-    if served is not None:
-        served.check(tokenizer)
-    facts = {
-        "model": model.model,
-        "weights": model_fingerprint(str(model.model), model.revision) if served is None else served.fingerprint(),
-        "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
-        "seed": seed,
-        "template": data.template,
-        "data": examples.fingerprint,
-        "num_generations": num_generations,
-        **({"backend": {"name": backend, **backend_settings}} if backend != "hf" else {}),
-    }
-    lines = JsonLog(output, id=str, sample=int)
-    found = _found(lines, facts)
-    tokenized = tokenize(examples.examples, tokenizer, data, require_response=False)
-    todo = [p for p in tokenized.prompts if (p.id, num_generations - 1) not in found]
-    by_id = {example.id: example for example in examples.examples}
-    lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
-    counts = {"written": 0, "truncated": 0, "empty": 0}
-    with ExitStack() as stack:
+    with lock(output.with_name(f".{output.name[:100]}.lock"), str(output)), ExitStack() as stack:
+        examples, tokenizer = read_examples(data, require_response=False), load_tokenizer(model)
+        served = ServerTeacher(model) if isinstance(model, TeacherSettings) and model.server is not None else None
+        if served is not None:
+            served.check(tokenizer)
+        facts = {
+            "model": model.model,
+            "weights": model_fingerprint(str(model.model), model.revision) if served is None else served.fingerprint(),
+            "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
+            "seed": seed,
+            "template": data.template,
+            "data": examples.fingerprint,
+            "num_generations": num_generations,
+            **({"backend": {"name": backend}} if backend != "hf" else {}),
+        }
+        lines = JsonLog(output, id=str, sample=int)
+        found = _found(lines, facts)
+        tokenized = tokenize(examples.examples, tokenizer, data, require_response=False)
+        todo = [p for p in tokenized.prompts if (p.id, num_generations - 1) not in found]
         if served is not None:
             sampler: Sampler = stack.enter_context(closing(served)).sampler()
         else:
-            lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
-            check_ids(todo, lm.get_input_embeddings().weight.shape[0], str(model.model))
-            longest = max((len(p.prompt_ids) for p in todo), default=0) + sampling.max_new_tokens
-            writer = GenerationModel(lm, None, end_ids(tokenizer, lm), tokenizer.pad_token_id, longest=longest)
-            sampler = stack.enter_context(closing(open_sampler(registry, backend, backend_settings, writer)))
+            writer = _loaded(model, tokenizer, todo, sampling)
+            sampler = stack.enter_context(closing(open_sampler(registry, backend, {}, writer)))
         sampler.refresh()
+        by_id = {example.id: example for example in examples.examples}
+        lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
+        counts: Counter[str] = Counter()
         for group in _groups(todo, 4 * sampling.batch_size):
-            rows = []
-            seeds = [response_seed(seed, n, p.id) for p in group for n in range(num_generations)]
-            task = sampling_task(
-                sampling, [p.prompt_ids for p in group], seeds, num_generations=num_generations, logps=False
+            drawn = list(_drawn(sampler, group, sampling, seed, num_generations, tokenizer))
+            counts.update(written=len(drawn), truncated=sum(one.truncated for one in drawn))
+            counts.update(empty=sum(not one.text.strip() for one in drawn))
+            lines.append(
+                *(
+                    {**_row(by_id[one.id], one.text, lead), "id": one.id, "sample": one.number}
+                    for one in drawn
+                    if (one.id, one.number) not in found
+                )
             )
-            for number, s in enumerate(sampler.draw(task)):
-                prompt, n = group[number // num_generations], number % num_generations
-                # The space between prompt and response belongs to the response: no strip.
-                text = continuation(tokenizer, prompt.prompt_ids, s.response_ids)
-                counts["written"] += 1
-                counts["truncated"] += s.truncated
-                counts["empty"] += not text.strip()
-                if (prompt.id, n) not in found:
-                    rows.append({**_row(by_id[prompt.id], text, lead), "id": prompt.id, "sample": n})
-            lines.append(*rows)
             if progress is not None:
                 progress(counts["written"], len(todo) * num_generations)
-    notes = [*examples.lines()[1:], *(f"dropped {count:,}: {why}" for why, count in tokenized.report.dropped.items())]
-    return SampleReport(counts["written"], len(found), counts["truncated"], counts["empty"], tuple(notes))
+    dropped = (f"dropped {count:,}: {why}" for why, count in tokenized.report.dropped.items())
+    notes = (*examples.lines()[1:], *dropped)
+    return SampleReport(counts["written"], len(found), counts["truncated"], counts["empty"], notes)
+
+
+class _Drawn(NamedTuple):
+    """A response to the prompt of an id, and which of several it is."""
+
+    id: str
+    number: int
+    text: str
+    truncated: bool
+
+
+def _loaded(
+    model: ModelSettings, tokenizer: Any, prompts: Sequence[Prompt], sampling: SamplingSettings
+) -> GenerationModel:
+    """The model, for these prompts."""
+    lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
+    check_ids(prompts, lm.get_input_embeddings().weight.shape[0], str(model.model))
+    longest = max((len(p.prompt_ids) for p in prompts), default=0) + sampling.max_new_tokens
+    return GenerationModel(lm, None, end_ids(tokenizer, lm), tokenizer.pad_token_id, longest=longest)
+
+
+def _drawn(
+    sampler: Sampler, group: Sequence[Prompt], sampling: SamplingSettings, seed: int, count: int, tokenizer: Any
+) -> Iterator[_Drawn]:
+    """`count` responses to each prompt."""
+    seeds = [response_seed(seed, n, p.id) for p in group for n in range(count)]
+    task = sampling_task(sampling, [p.prompt_ids for p in group], seeds, num_generations=count, logps=False)
+    for place, one in enumerate(sampler.draw(task)):
+        prompt = group[place // count]
+        # The space between prompt and response belongs to the response: no strip.
+        text = continuation(tokenizer, prompt.prompt_ids, one.response_ids)
+        yield _Drawn(prompt.id, place % count, text, one.truncated)
 
 
 def _row(example: Example, text: str, lead: str) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from torch import nn
 from dpkd.api import Sampled, SamplingSettings
 from dpkd.errors import DpkdError
 from dpkd.models.compile import uncompiled
-from dpkd.models.layers import evaluating
+from dpkd.models.head import evaluating
+from dpkd.models.loading import longest_sequence
 from dpkd.rollout.continuous_batching import ContinuousBatcher, DrawingPolicy, Request
 from dpkd.rollout.cuda_graphs import CannotDecodeStatically
-from dpkd.rollout.kv_cache import KVCacheModel, longest_sequence
+from dpkd.rollout.kv_cache import KVCacheModel
 from dpkd.rollout.static_decoding import StaticBatcher
 
 Decoding = Literal["auto", "graph", "eager"]

@@ -15,6 +15,9 @@ class StudentConfig(TeacherGuided, Refreshed, SourceConfig):
 
     source: Literal["student"] = "student"
     num_generations: int = Field(1, ge=1, description="responses to each prompt, all of them trained on")
+    reward: str | None = Field(
+        None, description="an installed metric that scores each response, for a loss that reads rewards"
+    )
 
     @property
     def writers(self) -> Mapping[Text, str]:

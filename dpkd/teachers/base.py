@@ -11,8 +11,8 @@ from dpkd.api import TeacherAccess, TeacherOffer
 from dpkd.api.teachers import SharedVocabulary, Teacher, Wants
 from dpkd.cross_tokenizer.retokenize import AlignedBatch
 from dpkd.data.batches import Batch
-from dpkd.models.head import head_of
-from dpkd.models.layers import evaluating, layer_rows
+from dpkd.models.head import evaluating, head_of
+from dpkd.models.layers import layer_rows
 from dpkd.teachers.local import TeacherRows
 
 OFFER = TeacherOffer(TeacherAccess.LOGITS, what="the student's own base", writes=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from dpkd.api import LossConfig, LossSpec, Signal, TeacherAccess, TeacherOffer, Text
+from dpkd.api.inputs import TEACHER_LOGPS
 
 
 def why_not(
@@ -15,7 +16,7 @@ def why_not(
         return f"{spec.name} is computed on responses that the teacher writes, and {offer.what} writes none; {_MODEL}"
     if Signal.TEACHER_HIDDEN in reads and offer.access is not TeacherAccess.HIDDEN:
         return f"{spec.name} reads the teacher's hidden states, which {offer.what} does not have; {_MODEL}"
-    if not {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS} & set(reads):
+    if not {Signal.TEACHER_LOGITS, *TEACHER_LOGPS} & set(reads):
         return None
     if offer.access in (TeacherAccess.NONE, TeacherAccess.TEXT):
         return f"{spec.name} reads the teacher's {spec.needs(config).value}, and {offer.what} gives text only; {_MODEL}"

@@ -33,11 +33,7 @@ from dpkd.functional import log_softmax
 from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import context_length
 from dpkd.models.settings import TeacherSettings
-from dpkd.teachers.base import OFFER, BaseTeacher
-from dpkd.teachers.local import LocalTeacher
-from dpkd.teachers.server.teacher import ServerTeacher, served_offer
-from dpkd.teachers.store import StoreTeacher
-from dpkd.teachers.store_manifest import read_manifest
+from dpkd.teachers.built_in import built_in_kind
 
 # From least to most: what all of them give is the least that one gives.
 _ACCESS = list(TeacherAccess)
@@ -100,7 +96,7 @@ class SeveralTeachers(Teacher):
 
     def __init__(self, settings: SeveralSettings) -> None:
         self._settings = settings
-        self.members = {name: _open(member) for name, member in settings.teachers.items()}
+        self.members = {name: _kind(member).open(member) for name, member in settings.teachers.items()}
         self.measurable = all(member.measurable for member in self.members.values())
         self.remote = any(member.remote for member in self.members.values())
         self._counts = dict.fromkeys(self.members, 0)
@@ -299,7 +295,7 @@ class RoutedRows(TeacherOutput):
 
 def several_offer(settings: SeveralSettings) -> TeacherOffer:
     """What all of them give: the least of each; no text, which would have several authors."""
-    offers = [_offer(member) for member in settings.teachers.values()]
+    offers = [_kind(member).offer(member) for member in settings.teachers.values()]
     least = min(offers, key=lambda offer: _ACCESS.index(offer.access))
     access = TeacherAccess.LOGITS if least.access is TeacherAccess.HIDDEN else least.access
     own = [offer.writers for offer in offers if offer.writers is not None]
@@ -315,20 +311,10 @@ def several_offer(settings: SeveralSettings) -> TeacherOffer:
     )
 
 
-def _offer(settings: MemberSettings) -> TeacherOffer:
-    if settings.server is not None:
-        return served_offer(settings)
-    if settings.base:
-        return OFFER
-    return read_manifest(settings.store).offer if settings.store is not None else TeacherOffer(TeacherAccess.HIDDEN)
-
-
-def _open(settings: MemberSettings) -> Teacher:
-    if settings.server is not None:
-        return ServerTeacher(settings)
-    if settings.base:
-        return BaseTeacher()
-    return StoreTeacher(settings.store) if settings.store is not None else LocalTeacher(settings, InMemory())
+def _kind(settings: MemberSettings) -> TeacherSpec:
+    spec = built_in_kind(settings, InMemory())
+    assert spec is not None  # a member names a model, a store, a server or the base
+    return spec
 
 
 SPEC = TeacherSpec(

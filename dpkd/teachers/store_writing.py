@@ -12,7 +12,7 @@ from torch import Tensor
 from dpkd.api.teachers import Teacher, Wants
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, log_softmax
-from dpkd.io import lock
+from dpkd.locks import lock
 from dpkd.models.chunked import chunk_rows, chunks
 from dpkd.teachers.store_manifest import Manifest, write_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key

@@ -145,16 +145,16 @@ def _recording(x: Inputs, read: set[Signal]) -> Inputs:
 
 
 def _recording_rollout(rollout: Rollout) -> tuple[Rollout, set[str]]:
-    """The same collection, writing down which log-probs are read."""
+    """The same collection, writing down which log-probs are read, and whether rewards are."""
     seen: set[str] = set()
 
     class Recording(Rollout):
         def __getattribute__(self, name: str) -> Any:
-            if name.endswith("_logps"):
+            if name.endswith("_logps") or name == Signal.REWARDS:
                 seen.add(name)
             return super().__getattribute__(name)
 
-    recording = Recording(rollout.rollout_logps, rollout.behaviour_logps, rollout.teacher_logps, rollout.sequence)
+    recording = Recording(**vars(rollout))
     seen.clear()
     return recording, seen
 

@@ -2,24 +2,26 @@
 
 N rows (positions or pairs), V vocabulary. A `SampleBatch` shows the student as one matrix `[N, K]` whatever the family:
 logits (K = V), hidden states of all layers one after the other, or the log-probs of the chosen and the rejected
-response (K = 2).
+response (K = 2), or those of their tokens where the loss reads these (K = 2T).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dpkd.api import HIDDEN, Family, Layers, Pair, PairInputs, Rollout, RolloutInputs, Signal, Stack, TokenInputs
-from dpkd.functional import gather_logps, log_mix
+from dpkd.api.inputs import TOKEN_LOGPS
+from dpkd.functional import gather_logps, log_mix, token_mask
 from dpkd.testing.results import CheckSkipped
 
 VOCABULARY = 7
 CHOSEN = 6  # tokens of the student that a loss may read as its likeliest
+LONGEST = 9  # tokens of a response of a pair
 EXCLUDED = 2  # so many of the last tokens may be excluded (logits of -inf); they are never targets
 STUDENT_STACK, TEACHER_STACK = Stack(3, 4), Stack(6, 5)  # of losses on hidden states
 TEACHER_MIX = 0.2  # share of the teacher in the policy that drew a rollout
@@ -59,24 +61,32 @@ class SampleBatch:
     def teacher(self) -> Tensor:
         """The teacher's counterpart, `[N, K]`."""
         if self.family is Family.PAIR:
-            return self._matrix(Signal.TEACHER_LOGPS)
+            return self._matrix(self._of_tokens(Signal.TEACHER_LOGPS))
         hidden = Signal.TEACHER_HIDDEN in self.signals
         return self._matrix(Signal.TEACHER_HIDDEN if hidden else Signal.TEACHER_LOGITS)
 
     @property
     def _student_signal(self) -> Signal:
         if self.family is Family.PAIR:
-            return Signal.STUDENT_LOGPS
+            return self._of_tokens(Signal.STUDENT_LOGPS)
         return Signal.STUDENT_HIDDEN if Signal.STUDENT_HIDDEN in self.signals else Signal.STUDENT_LOGITS
+
+    def _of_tokens(self, signal: Signal) -> Signal:
+        """The signal of the single tokens, where the batch has these, of one of whole responses."""
+        return TOKEN_LOGPS[signal] if TOKEN_LOGPS[signal] in self.signals else signal
 
     def _matrix(self, signal: Signal) -> Tensor:
         value = self.signals[signal]
-        return torch.stack(list(value), dim=1) if isinstance(value, Pair) else value.flatten(1)
+        return (torch.stack(list(value), dim=1) if isinstance(value, Pair) else value).flatten(1)
 
     def with_student(self, student_NK: Tensor) -> SampleBatch:
         """The same rows under another student."""
-        if self.family is Family.PAIR:
+        if self.family is Family.PAIR and self._student_signal is Signal.STUDENT_LOGPS:
             return self.having(Signal.STUDENT_LOGPS, Pair(student_NK[:, 0], student_NK[:, 1]))
+        if self.family is Family.PAIR:
+            tokens = _masked(student_NK.unflatten(1, (2, -1)).unbind(1), self.signals[Signal.LENGTHS])
+            sums = Pair(*(logps_NT.sum(-1) for logps_NT in tokens))
+            return self.having(Signal.STUDENT_TOKEN_LOGPS, tokens).having(Signal.STUDENT_LOGPS, sums)
         before = self.signals[self._student_signal]
         assert isinstance(before, Tensor)
         return self.having(self._student_signal, student_NK.unflatten(1, before.shape[1:]))
@@ -124,14 +134,15 @@ def random_batch(
     student_excludes: int = 0,
     teacher_excludes: int = 0,
     hidden: InputShape | None = None,
+    tokens: bool = False,
 ) -> SampleBatch:
     """Rows of a family; `scale` is the standard deviation of logits, or the size of log-probs per token in nats.
 
-    With `hidden` the rows have hidden states in place of logits.
+    With `hidden` the rows have hidden states in place of logits. With `tokens` pairs have log-probs of single tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     if family is Family.PAIR:
-        return SampleBatch(family, _pairs(rows, scale, generator)).to(dtype)
+        return SampleBatch(family, _pairs(rows, scale, generator, tokens)).to(dtype)
     if hidden is not None:
         return SampleBatch(family, _hidden(rows, scale, hidden, generator)).to(dtype)
     student, teacher = (
@@ -170,8 +181,10 @@ def _rest(rows: int, scale: float, generator: torch.Generator) -> Tensor:
     return -scale * more * torch.rand(rows, generator=generator, dtype=torch.float64)
 
 
-def _pairs(rows: int, scale: float, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
-    lengths = Pair(*(torch.randint(1, 10, (rows,), generator=generator).double() for _ in range(2)))
+def _pairs(rows: int, scale: float, generator: torch.Generator, tokens: bool) -> dict[Signal, Tensor | Pair]:
+    lengths = Pair(*(torch.randint(1, LONGEST + 1, (rows,), generator=generator).double() for _ in range(2)))
+    if tokens:
+        return {Signal.LENGTHS: lengths, **_token_logps(lengths, scale, generator)}
 
     def logps() -> Pair:
         each = (torch.rand(rows, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -183,6 +196,22 @@ def _pairs(rows: int, scale: float, generator: torch.Generator) -> dict[Signal, 
         Signal.LENGTHS: lengths,
         Signal.REFERENCE_LOGPS: logps(),  # drawn last: what other losses see stays as it was
     }
+
+
+def _token_logps(lengths: Pair, scale: float, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
+    """Log-probs of single tokens, and their sums."""
+    found: dict[Signal, Tensor | Pair] = {}
+    for whole, each in TOKEN_LOGPS.items():
+        shape = (2, len(lengths.chosen), LONGEST)
+        logps = -scale * torch.rand(shape, generator=generator, dtype=torch.float64)
+        tokens = _masked(logps.unbind(0), lengths)
+        found |= {each: tokens, whole: Pair(*(logps_NT.sum(-1) for logps_NT in tokens))}
+    return found
+
+
+def _masked(logps: Sequence[Tensor], lengths: Tensor | Pair) -> Pair:
+    """Log-probs `[N, T]` of two responses with 0 behind the end of each."""
+    return Pair(*(v.masked_fill(~token_mask(n, v.shape[-1]), 0.0) for v, n in zip(logps, lengths, strict=True)))
 
 
 def _drawn(student_NV: Tensor, teacher_NV: Tensor, generator: torch.Generator) -> dict[Signal, Tensor | Pair]:
@@ -223,7 +252,17 @@ def matched(batch: SampleBatch) -> SampleBatch:
 
 
 def rollout_of(batch: SampleBatch) -> Rollout:
-    """The rows of a rollout batch as one collection, in responses of two tokens."""
+    """The rows of a rollout batch as one collection: responses of two tokens, two to a prompt."""
     logps = {s: batch.signals[s] for s in (Signal.ROLLOUT_LOGPS, Signal.BEHAVIOUR_LOGPS, Signal.TEACHER_LOGPS)}
     old, drawn, teacher = (v for v in logps.values() if isinstance(v, Tensor))
-    return Rollout(old, drawn, teacher, torch.arange(len(batch)) // 2)
+    responses_R = torch.arange(-(-len(batch) // 2))
+    return Rollout(
+        old,
+        drawn,
+        teacher,
+        torch.arange(len(batch)) // 2,
+        prompt=responses_R // 2,
+        prompts=tuple(f"prompt {i // 2}" for i in responses_R.tolist()),
+        responses=tuple(f"response {i}" for i in responses_R.tolist()),
+        rewards=(responses_R + 1.0).cos().to(old.dtype),  # numbers of either sign
+    )

@@ -58,6 +58,7 @@ def check_loss(
 ) -> Report:
     """Run every check that applies to a loss.
 
+    spec               the spec of the loss
     config             settings to check under; the defaults when None
     reference          the author's float64 function, see `dpkd.testing.reference_checks`
     expected_failures  check name -> reason; such a check must fail
@@ -73,7 +74,10 @@ def check_loss(
 
 
 def check_installed(spec: LossSpec) -> Report:
-    """What `dpkd check-loss` shows: every check under the default settings, without raising for what fails."""
+    """What `dpkd check-loss` shows of the loss of a `spec`: every check under the default settings.
+
+    Failures are in the report and not raised.
+    """
     return _run(spec, None, None, None, None)
 
 
@@ -91,10 +95,10 @@ def loss_checks(
     reference: Callable[..., Any] | None = None,
     objective: Callable[..., Any] | None = None,
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, callable) of every check that applies.
+    """(name, callable) of every check that applies to the loss of a `spec`.
 
-    The callable returns where the loss passes and raises CheckFailed (or whatever the loss raised), CheckSkipped or
-    CheckWarned otherwise.
+    `config`, `reference` and `objective` are those of `check_loss`. The callable returns where the loss passes and
+    raises CheckFailed (or whatever the loss raised), CheckSkipped or CheckWarned otherwise.
     """
     suite = _Suite(_subject(spec, config, reference, objective))
     for check in suite.applicable:
@@ -111,7 +115,8 @@ def parametrize_checks(
 ) -> Callable[[TestT], TestT]:
     """A pytest decorator: one case per check for a test with the argument `check`, which calls it.
 
-    A check that warns or cannot judge is skipped with its reason; an expected failure is a strict xfail.
+    `spec`, `config`, `reference`, `expected_failures` and `objective` are those of `check_loss`. A check that
+    warns or cannot judge is skipped with its reason; an expected failure is a strict xfail.
     """
     import pytest
 

@@ -5,6 +5,7 @@ It is called with float64 arrays as keyword arguments and returns one value per 
     token and rollout losses   reference(student_logits=..., teacher_logits=..., targets=..., config=...)
     on hidden states           reference(student_hidden=..., teacher_hidden=..., weights={name: ...}, config=...)
     pair losses                reference(student=(t, s), teacher=(t, s), reference=(t, s), lengths=(t, s), config=...)
+    on their tokens            reference(student_token_logps=(t, s), teacher_token_logps=(t, s), ..., config=...)
 
 It gets what the loss declares and nothing else; rows for which it returns NaN are not compared.
 """
@@ -60,10 +61,10 @@ def _reference_values(subject: LossUnderTest, batch: SampleBatch, loss: Loss) ->
     arguments: dict[str, Any] = {"config": subject.config}
     if HIDDEN & subject.reads:
         arguments["weights"] = {name: weight.detach().numpy().copy() for name, weight in loss.named_parameters()}
-    for signal in subject.reads:
+    for signal in subject.reads & batch.signals.keys():  # rewards are read by the advantages
         value = batch.signals[signal]
         if isinstance(value, Pair):
-            arguments[PAIR_NAMES[signal]] = tuple(v.numpy().copy() for v in value)
+            arguments[PAIR_NAMES.get(signal, signal.value)] = tuple(v.numpy().copy() for v in value)
         else:
             arguments[signal.value] = value.numpy().copy()
     with np.errstate(all="ignore"):

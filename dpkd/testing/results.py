@@ -32,7 +32,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Result:
-    """One check of one loss; `reason` is empty where it passed."""
+    """One check of one loss: the name of the `check`, its `outcome`, and a `reason`, which is empty where it passed."""
 
     check: str
     outcome: Outcome
@@ -41,7 +41,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one loss, in the order in which they ran."""
+    """The `results` of all checks of one `loss`, in the order in which they ran."""
 
     loss: str
     results: tuple[Result, ...]
@@ -52,7 +52,7 @@ class Report:
         return not self.named(Outcome.FAILED)
 
     def named(self, outcome: Outcome) -> tuple[str, ...]:
-        """The checks that ended so."""
+        """The names of the checks with this `outcome`."""
         return tuple(r.check for r in self.results if r.outcome == outcome)
 
     def table(self) -> str:

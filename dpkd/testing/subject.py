@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dpkd.api import HIDDEN, Family, Loss, LossConfig, LossSpec, Signal, Stack, TokenLoss, Trait
+from dpkd.api.inputs import TOKEN_LOGPS
 from dpkd.testing.inputs import STUDENT_STACK, TEACHER_STACK, InputShape, SampleBatch, random_batch
 from dpkd.testing.results import CheckFailed
 
@@ -54,7 +55,8 @@ class LossUnderTest:
     def batch(self, rows: int = 6, **how: Any) -> SampleBatch:
         """Random rows of the loss's family; see `random_batch`."""
         with torch.random.fork_rng(devices=[]):
-            return random_batch(self.spec.family, rows, hidden=self._bound()[1], **how)
+            tokens = bool(self.reads & set(TOKEN_LOGPS.values()))
+            return random_batch(self.spec.family, rows, hidden=self._bound()[1], tokens=tokens, **how)
 
     def values(self, batch: SampleBatch, loss: Loss | None = None) -> Tensor:
         """What the loss returns, `[N]`. Raises CheckFailed where it returns something else."""
@@ -83,6 +85,7 @@ class Check:
 
     families   the losses that it applies to
     logits     and only those that read logits
+    tokens     and only those that read log-probs of single tokens of a pair
     trait      and only those that make this promise
     requires   checks without which its judgement means nothing
     """
@@ -90,6 +93,7 @@ class Check:
     run: Callable[[LossUnderTest], None]
     families: frozenset[Family] = field(default=frozenset(Family))
     logits: bool = False
+    tokens: bool = False
     trait: Trait | None = None
     requires: tuple[str, ...] = ()
 
@@ -101,6 +105,8 @@ class Check:
     def applies(self, spec: LossSpec) -> bool:
         """Whether a loss of this family and with these traits is to be checked."""
         if self.logits and HIDDEN & spec.signals():
+            return False
+        if self.tokens and not spec.signals() & set(TOKEN_LOGPS.values()):
             return False
         return spec.family in self.families and (self.trait is None or self.trait in spec.traits)
 

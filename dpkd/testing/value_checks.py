@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpkd.api import Family, Signal, TokenInputs
+from dpkd.api.inputs import TOKEN_LOGPS
 from dpkd.functional import KLSum, log_softmax
 from dpkd.testing.inputs import EXCLUDED, SampleBatch
 from dpkd.testing.results import CheckSkipped
@@ -184,12 +186,26 @@ def kl_sum_says_the_same(subject: LossUnderTest) -> None:
     require_close(found_N, expected_N, "`kl_sum` is another value than `forward`")
 
 
+def padding_changes_nothing(subject: LossUnderTest) -> None:
+    """A wider batch gives the same values: behind the last token of a response there is nothing."""
+    batch = subject.batch(seed=15)
+    tokens = set(TOKEN_LOGPS.values())
+    wider = batch.map(lambda signal, value: F.pad(value, (0, 3)) if signal in tokens else value)
+    require_close(
+        subject.values(wider),
+        subject.values(batch),
+        "values differ when the batch is wider: places behind a response's last token are read. Multiply by "
+        "dpkd.functional.token_mask(x.lengths.chosen, T), and divide by x.lengths",
+    )
+
+
 CHECKS = (
     Check(one_value_per_position, requires=FOUNDATION[:1]),
     Check(deterministic, requires=FOUNDATION[:2]),
     Check(no_positions, requires=WITH_GRADIENT),
     Check(positions_are_independent, requires=WITH_GRADIENT),
     Check(inputs_are_left_alone, requires=WITH_GRADIENT),
+    Check(padding_changes_nothing, families=frozenset({Family.PAIR}), tokens=True, requires=FOUNDATION),
     Check(finite_on_extreme_logits, requires=WITH_GRADIENT),
     Check(excluded_tokens_give_no_nan, families=LOGITS, logits=True, requires=WITH_GRADIENT),
     Check(bfloat16_inputs, families=LOGITS, requires=WITH_GRADIENT),

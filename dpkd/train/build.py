@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from dpkd.api import HIDDEN, Family, ResponseSource, Signal
+from dpkd.api.inputs import REFERENCE_LOGPS
 from dpkd.api.teachers import Teacher
 from dpkd.config.objective import chosen_ids
 from dpkd.config.resolve import Resolved
@@ -20,9 +21,8 @@ from dpkd.config.settings import BatchSettings, RunSettings
 from dpkd.data.batch_sampler import BatchSampler
 from dpkd.data.batches import Layout
 from dpkd.data.corpus import read_corpus
-from dpkd.data.encode import EncodedData, check_ids
+from dpkd.data.encode import check_ids
 from dpkd.errors import DpkdError
-from dpkd.evaluation.inputs import Inputs
 from dpkd.models.attention import VARLEN, implementation
 from dpkd.models.compile import WORTH_STEPS, code_of, compile_checked, compile_loss, undo
 from dpkd.models.device import teacher_dtype
@@ -42,7 +42,7 @@ from dpkd.train.loss_module import LossModule
 from dpkd.train.memory_trace import sample_inputs
 from dpkd.train.microbatch import MicroBatcher
 from dpkd.train.optimizers import make_optimizer
-from dpkd.train.prepare import Prepared, prepare
+from dpkd.train.prepare import RunData, prepare
 from dpkd.train.progress import Display
 from dpkd.train.rollouts import Rollouts, check_processes, make_groups
 from dpkd.train.schedules import Schedules
@@ -53,21 +53,18 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunParts:
     """A run, ready to go."""
 
-    tokenizer: Any
-    data: EncodedData
+    run_data: RunData
     teacher: Teacher | None
+    vocabulary: int
     train_step: TrainStep
     builder: StepBatchBuilder
     schedules: Schedules
-    facts: dict[str, Any]
-    dev: Inputs | None
-    vocabulary: int
-    context: int | None  # the longest sequence that both models read
     rollouts: Rollouts
+    facts: dict[str, Any]
 
     @property
     def source(self) -> ResponseSource:
@@ -101,99 +98,110 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
     settings = resolved.settings
     _check_sharding(accelerator)
     check_processes(resolved, accelerator.num_processes)
-    prepared = prepare(resolved, display)
-    tokenizer, data, steps = prepared.tokenizer, prepared.data, prepared.steps
-    corpus = _corpus(settings, tokenizer, steps, display)
-    models = _Models(resolved, accelerator, prepared, display)
-    check_ids(data.prompts, causal_lm(models.student).get_input_embeddings().weight.shape[0], "the student")
+    run_data = prepare(resolved, display)
+    corpus = _corpus(settings, run_data.tokenizer, run_data.steps, display)
+    models = _Models(resolved, accelerator, run_data, display)
+    check_ids(run_data.data.prompts, causal_lm(models.student).get_input_embeddings().weight.shape[0], "the student")
     layout = models.layout(settings.batch)  # while the student is whole: it may be sharded below
     losses = _losses(resolved)
-    layers = bind(resolved, losses, prepared.student_config, prepared.teacher_config)
-    if layers:
-        check_stack(models.student)
-        check_stack(models.teacher.model if models.teacher is not None else None)
-    reward = resolved.loss.reward_scale
-    loss_module = LossModule(
-        models.student,
-        losses,
-        vocabulary=models.vocabulary,
-        chunk_mib=settings.train.chunk_mib,
-        layers=layers,
-        widest=models.teacher.widest if models.teacher is not None else None,
-        chosen=chosen_ids(resolved.objectives),
-        reward_scale=1.0 if reward is None else float(reward(resolved.loss_config)),
-    ).to(accelerator.device)
-    _compile(resolved, models, losses, steps, accelerator, display)
-    optimizer = make_optimizer(loss_module, settings.train)
+    whole = _loss_module(resolved, run_data, models, losses).to(accelerator.device)
+    _compile(resolved, models, losses, run_data.steps, accelerator, display)
+    optimizer = make_optimizer(whole, settings.train)
     if settings.train.ema is not None:
         follow(optimizer, settings.train.ema)
-    loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
+    loss_module, optimizer = accelerator.prepare(whole, optimizer)
     if models.teacher is not None and models.teacher.of_student and is_sharded(models.student):
         raise DpkdError("teacher.base: a sharded student is not whole when its base is asked; name a teacher.model")
-    inner = accelerator.unwrap_model(loss_module)
-    register_fsdp_forward_method(inner, "lend")  # nothing happens to it where the student is not sharded
-    micro_batcher = MicroBatcher(
-        settings.train.micro_batch_size,
-        tokenizer.pad_token_id,
-        settings.batch.tokens,
-        layout,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device,
-        0 if prepared.teacher_tokenizer is None else prepared.teacher_tokenizer.pad_token_id,
-    )
     train_step = TrainStep(
         accelerator=accelerator,
         loss_module=loss_module,
         optimizer=optimizer,
         teacher=models.teacher,
         reference=models.reference,
-        micro_batcher=micro_batcher,
+        micro_batcher=_micro_batcher(settings, run_data, layout, accelerator),
         clip=settings.train.clip,
     )
+    register_fsdp_forward_method(train_step.inner, "lend")  # nothing happens to it where the student is not sharded
     rollouts = Rollouts(
-        resolved, models.student, inner.lend, models.teacher, models.vocabulary, prepared, accelerator, display
+        resolved=resolved,
+        student=models.student,
+        lend=train_step.inner.lend,
+        teacher=models.teacher,
+        vocabulary=models.vocabulary,
+        run_data=run_data,
+        accelerator=accelerator,
+        display=display,
     )
-    builder = StepBatchBuilder(
-        make_groups(resolved, losses, rollouts),
-        settings.terms,
-        losses["pretrain"].reads() if "pretrain" in losses else LM_READS,
-        data.prompts,
-        corpus,
-    )
-    schedules = Schedules(losses, {objective.name: objective.schedules for objective in resolved.objectives})
-    facts = {
-        "steps": steps,
-        "data": prepared.data_facts,
-        "corpus": None if corpus is None else _corpus_facts(corpus),
-        "models": _fingerprints(resolved, prepared),
-        "vocabulary": models.vocabulary,
-        "layout": micro_batcher.layout._asdict(),
-        **({"in_memory": resolved.given.described()} if resolved.given.models or resolved.given.data else {}),
-        "parameters": {"student": _count(models.student), "trained": _count(models.student, trained=True)},
-    }
-    if models.teacher is not None and models.teacher.model is not None:
-        facts["parameters"]["teacher"] = _count(models.teacher.model)
+    lm_reads = losses["pretrain"].reads() if "pretrain" in losses else LM_READS
+    groups = make_groups(resolved, losses, rollouts)
     return RunParts(
-        tokenizer,
-        data,
-        models.teacher,
-        train_step,
-        builder,
-        schedules,
-        facts,
-        prepared.dev,
-        models.vocabulary,
-        prepared.context,
-        rollouts,
+        run_data=run_data,
+        teacher=models.teacher,
+        vocabulary=models.vocabulary,
+        train_step=train_step,
+        builder=StepBatchBuilder(groups, settings.terms, lm_reads, run_data.data.prompts, corpus),
+        schedules=Schedules(losses, {objective.name: objective.schedules for objective in resolved.objectives}),
+        rollouts=rollouts,
+        facts=_facts(resolved, run_data, models, corpus, layout),
     )
 
 
-def _fingerprints(resolved: Resolved, prepared: Prepared) -> dict[str, str]:
+def _loss_module(resolved: Resolved, run_data: RunData, models: _Models, losses: dict[str, Any]) -> LossModule:
+    """The student with its losses, those on hidden states bound to the models."""
+    layers = bind(resolved, losses, run_data.student_config, run_data.teacher_config)
+    teacher, reward = models.teacher, resolved.loss.reward_scale
+    if layers:
+        check_stack(models.student)
+        check_stack(teacher.model if teacher is not None else None)
+    return LossModule(
+        models.student,
+        losses,
+        vocabulary=models.vocabulary,
+        chunk_mib=resolved.settings.train.chunk_mib,
+        layers=layers,
+        widest=teacher.widest if teacher is not None else None,
+        chosen=chosen_ids(resolved.objectives),
+        reward_scale=1.0 if reward is None else float(reward(resolved.main.config)),
+    )
+
+
+def _micro_batcher(settings: RunSettings, run_data: RunData, layout: Layout, accelerator: Accelerator) -> MicroBatcher:
+    other = run_data.teacher_tokenizer
+    return MicroBatcher(
+        settings.train.micro_batch_size,
+        run_data.tokenizer.pad_token_id,
+        settings.batch.tokens,
+        layout,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
+        teacher_pad_id=0 if other is None else other.pad_token_id,
+    )
+
+
+def _facts(
+    resolved: Resolved, run_data: RunData, models: _Models, corpus: CorpusBatches | None, layout: Layout
+) -> dict[str, Any]:
+    """What run.json says of data and models."""
+    given, teacher = resolved.given, None if models.teacher is None else models.teacher.model
+    parameters = {"student": _count(models.student), "trained": _count(models.student, trained=True)}
+    return {
+        "steps": run_data.steps,
+        "data": run_data.data_facts,
+        "corpus": None if corpus is None else _corpus_facts(corpus),
+        "models": _fingerprints(resolved, run_data),
+        "vocabulary": models.vocabulary,
+        "layout": layout._asdict(),
+        **({"in_memory": given.described()} if given.models or given.data else {}),
+        "parameters": parameters | ({} if teacher is None else {"teacher": _count(teacher)}),
+    }
+
+
+def _fingerprints(resolved: Resolved, run_data: RunData) -> dict[str, str]:
     """Who the models of the run are."""
     student = resolved.settings.student
     found = {} if student.model is None else {"student": resolved.given.fingerprint(student)}
-    return found if prepared.teacher is None else {**found, "teacher": prepared.teacher.fingerprint()}
+    return found if run_data.teacher is None else {**found, "teacher": run_data.teacher.fingerprint()}
 
 
 def _check_sharding(accelerator: Accelerator) -> None:
@@ -216,8 +224,8 @@ def _count(model: nn.Module, *, trained: bool = False) -> int:
 class _Models:
     """Student, teacher (where one is named) and their shared vocabulary."""
 
-    def __init__(self, resolved: Resolved, accelerator: Accelerator, prepared: Prepared, display: Display) -> None:
-        settings, device, self.teacher = resolved.settings, accelerator.device, prepared.teacher
+    def __init__(self, resolved: Resolved, accelerator: Accelerator, run_data: RunData, display: Display) -> None:
+        settings, device, self.teacher = resolved.settings, accelerator.device, run_data.teacher
         if self.teacher is not None:
             # A student that starts from the teacher's layers takes them as they are stored.
             copied = settings.student.init == "layers"
@@ -234,13 +242,13 @@ class _Models:
         check_head(student)
         self.vocabulary = student.get_output_embeddings().weight.shape[0]
         if self.teacher is not None:
-            shared = self.teacher.share(prepared.tokenizer, self.vocabulary)
+            shared = self.teacher.share(run_data.tokenizer, self.vocabulary)
             self.vocabulary = shared.size
             if shared.note:
                 display.say(shared.note)
         reads = frozenset().union(*(objective.reads for objective in resolved.objectives))
         self.reference = None
-        if Signal.REFERENCE_LOGPS in reads:
+        if REFERENCE_LOGPS & reads:
             # The student as it starts: a resumed run makes it anew, before it loads what was trained.
             self.reference = LocalTeacher.of(deepcopy(student), self.vocabulary, device)
         self.student = add_lora(student, settings.student.lora) if settings.student.lora else student

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from dpkd.api import Signal, Trait
+from dpkd.api.inputs import TEACHER_LOGPS
 from dpkd.api.teachers import Teacher
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
@@ -23,7 +24,7 @@ from dpkd.rollout.response_generators import RankShards
 from dpkd.teachers.offers import why_not
 from dpkd.teachers.store_manifest import Kind, Manifest
 from dpkd.teachers.store_writing import write_store
-from dpkd.train.prepare import Prepared, prepare
+from dpkd.train.prepare import RunData, prepare
 from dpkd.train.progress import Display
 from dpkd.train.rollouts import open_source, teacher_generator
 
@@ -52,23 +53,23 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     kind, k = _kind(resolved, settings)
     if kind == "sampled" and run.teacher.server is not None:
         raise DpkdError("a server gives no tokens drawn from its whole distribution: choose --kind topk or tokens")
-    prepared = prepare(resolved, display)
-    teacher = prepared.teacher
+    run_data = prepare(resolved, display)
+    teacher = run_data.teacher
     assert teacher is not None
     teacher.prepare_for(k, 0)  # what the store keeps, more or less than the loss needs
-    if prepared.retokenizer is not None:
+    if run_data.retokenizer is not None:
         raise DpkdError("a store has the teacher's numbers for the student's tokens, and their tokenizers differ")
-    vocabulary = max(prepared.tokenizer.get_vocab().values()) + 1
+    vocabulary = max(run_data.tokenizer.get_vocab().values()) + 1
     manifest = Manifest(
         kind,
         k,
         teacher.fingerprint(),
         Path(run.teacher.model or teacher.fingerprint().rpartition(":")[2]).name,
-        tokenizer_fingerprint(prepared.tokenizer),
+        tokenizer_fingerprint(run_data.tokenizer),
         vocabulary,
         tuple(sorted({writer for objective in objectives for writer in objective.writers})),
-        prepared.data_facts["fingerprint"],
-        template_fingerprint(run.data.template, prepared.tokenizer),
+        run_data.data_facts["fingerprint"],
+        template_fingerprint(run.data.template, run_data.tokenizer),
         settings.dtype,
         run.seed,
     )
@@ -79,10 +80,10 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
             raise DpkdError(problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.load(device)
-    teacher.share(prepared.tokenizer, vocabulary)
+    teacher.share(run_data.tokenizer, vocabulary)
     with closing(teacher):
-        sequences = _sequences(resolved, objectives, prepared, settings.output, display)
-        _write(settings, teacher, sequences, manifest, prepared, display)
+        sequences = _sequences(resolved, objectives, run_data, settings.output, display)
+        _write(settings, teacher, sequences, manifest, run_data, display)
     display.say(
         f"train without the teacher: the same command with `--set teacher.store={settings.output}` for --teacher"
     )
@@ -91,7 +92,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
 
 def _reading(resolved: Resolved) -> list[Objective]:
     """The losses that read numbers of the teacher. Raises DpkdError where there is none."""
-    reading = {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS, Signal.TEACHER_HIDDEN}
+    reading = {Signal.TEACHER_LOGITS, Signal.TEACHER_HIDDEN, *TEACHER_LOGPS}
     found = [objective for objective in resolved.objectives if objective.reads & reading]
     if not found:
         raise DpkdError(f"{resolved.loss.name} reads no number of the teacher: it needs no store")
@@ -100,7 +101,7 @@ def _reading(resolved: Resolved) -> list[Objective]:
 
 def _kind(resolved: Resolved, settings: CacheSettings) -> tuple[Kind, int]:
     """What is asked for, or the least that serves the main loss."""
-    spec, config = resolved.loss, resolved.loss_config
+    spec, config = resolved.loss, resolved.main.config
     kind: Kind
     if settings.kind is not None:
         kind = settings.kind
@@ -114,12 +115,12 @@ def _kind(resolved: Resolved, settings: CacheSettings) -> tuple[Kind, int]:
 
 
 def _sequences(
-    resolved: Resolved, objectives: Sequence[Objective], prepared: Prepared, output: Path, display: Display
+    resolved: Resolved, objectives: Sequence[Objective], run_data: RunData, output: Path, display: Display
 ) -> list[TokenSequence]:
     """All fixed text of these losses: the data set's responses, and the teacher's, which are drawn here if need be."""
-    prompts = prepared.data.prompts
-    assert prepared.teacher is not None
-    own = prepared.teacher.text()
+    prompts = run_data.data.prompts
+    assert run_data.teacher is not None
+    own = run_data.teacher.text()
     assert own is not None
     sequences: dict[TokenSequence, None] = {}
     for objective in objectives:
@@ -128,13 +129,13 @@ def _sequences(
             replace(own, folder=output / "responses"),
             prompts,
             registry=resolved.registry,
-            tokenizer=prepared.tokenizer,
-            context=prepared.context,
+            tokenizer=run_data.tokenizer,
+            context=run_data.context,
             seed=resolved.settings.seed,
             rank_shards=RankShards(),
             progress=display.pulse,
         )
-        source = open_source(objective, resolved, prepared, teacher=generator)
+        source = open_source(objective, resolved, run_data, teacher=generator)
         written = source.fixed(range(len(prompts)))
         sequences |= {TokenSequence(prompts[i].prompt_ids, r.ids): None for i, many in written for r in many}
     return list(sequences)
@@ -145,7 +146,7 @@ def _write(
     teacher: Teacher,
     sequences: list[TokenSequence],
     manifest: Manifest,
-    prepared: Prepared,
+    run_data: RunData,
     display: Display,
 ) -> None:
     tokens = sum(len(s.response_ids) for s in {(*s.prompt_ids, -1, *s.response_ids): s for s in sequences}.values())
@@ -161,7 +162,7 @@ def _write(
             teacher,
             sequences,
             manifest,
-            pad_id=prepared.tokenizer.pad_token_id,
+            pad_id=run_data.tokenizer.pad_token_id,
             batch_size=settings.batch_size,
             progress=lambda done, of: display.at(done),
         )

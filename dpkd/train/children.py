@@ -7,12 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
-
-from dpkd.train.interrupt import STOP_SIGNALS
 
 _CHILD = "from dpkd.train.children import die_with_parent; die_with_parent(); from dpkd.cli.main import main; main()"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -56,22 +53,6 @@ class Children:
                 self.stopped_by = number
             for process in self._running:
                 process.send_signal(number)
-
-
-@contextmanager
-def children() -> Iterator[Children]:
-    """Commands that are stopped by the signals that this process gets in the block (in its main thread only)."""
-    started = Children()
-    if threading.current_thread() is not threading.main_thread():
-        yield started
-        return
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, started) for number in heard}
-    try:
-        yield started
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def die_with_parent() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpkd.api import Family, Signal, Trait
+from dpkd.api.inputs import TEACHER_LOGPS
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.config.text import teacher_reasons
@@ -37,7 +38,7 @@ def token_by_token(resolved: Resolved) -> list[str]:
 def _needs_one_tokenizer(objective: Objective) -> bool:
     if objective.spec.family is Family.ROLLOUT:
         return True
-    of_teacher = {Signal.TEACHER_LOGITS, Signal.TEACHER_LOGPS, Signal.TEACHER_HIDDEN}
+    of_teacher = {Signal.TEACHER_LOGITS, Signal.TEACHER_HIDDEN, *TEACHER_LOGPS}
     reads_teacher = bool(of_teacher & objective.reads)
     return reads_teacher and Trait.ACROSS_TOKENIZERS not in objective.spec.traits
 

@@ -37,7 +37,8 @@ def write_facts(folder: RunFolder, resolved: Resolved, parts: RunParts) -> None:
 
 
 def _own_facts(parts: RunParts) -> dict[str, Any]:
-    return {**parts.facts, "dev": None if parts.dev is None else parts.dev.fingerprint}
+    dev = parts.run_data.dev
+    return {**parts.facts, "dev": None if dev is None else dev.fingerprint}
 
 
 def change_facts(folder: RunFolder, parts: RunParts, step: int, changes: Mapping[str, Any]) -> None:

@@ -29,12 +29,12 @@ def finish(
     """
     student, best = run_parts.train_step.inner.student, None if dev is None else dev.best_step
     if dev is None or best is None or best == dev.lines[-1]["step"]:
-        save_model(student, run_parts.tokenizer, folder.model)
+        save_model(student, run_parts.run_data.tokenizer, folder.model)
         if best is not None and dev is not None:
             display.say(f"the last step is the best by dev {dev.settings.metric}: {dev.best:.4g}")
     else:
         last = folder.path / "last"
-        save_model(student, run_parts.tokenizer, last, last.with_name("last-adapter"))
+        save_model(student, run_parts.run_data.tokenizer, last, last.with_name("last-adapter"))
         for name in ("adapter", "model"):  # `model` is never there with weights that are not to stay
             link_folder(dev.saved(best) / name, folder.path / name)
         said = f"the best by dev {dev.settings.metric}: {dev.best:.4g}"

@@ -1,19 +1,38 @@
-"""Stopping at a step's end when the user asks, so that a checkpoint can be written."""
+"""What happens when the user asks a process to stop: a handler for the time of a block."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TypeVar
 
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+HandlerT = TypeVar("HandlerT", bound=Callable[[int, FrameType | None], Any])
+
+_STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+@contextmanager
+def on_stop(handler: HandlerT) -> Iterator[HandlerT]:
+    """Have SIGINT, SIGTERM and SIGHUP call a handler for the time of the block (in the main thread only)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield handler
+        return
+    # What the caller has switched off stays off: `nohup` ignores SIGHUP.
+    heard = [number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield handler
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class StopRequest:
-    """Becomes true when SIGINT, SIGTERM or SIGHUP arrives; a second SIGINT interrupts at once."""
+    """Becomes true when a signal asks to stop, at the end of a step; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -26,20 +45,3 @@ class StopRequest:
             sys.stderr.write("stopping after this step, with a checkpoint; once more stops at once\n")
             self.signal_number = number
         self.asked = True
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Collect stop requests for the time of the block (in the main thread only)."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    # What the caller has switched off stays off: `nohup` ignores SIGHUP.
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, request) for number in heard}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

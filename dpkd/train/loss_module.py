@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.api import Layers, Pair, PairInputs, RolloutInputs, Signal, TokenInputs
+from dpkd.api.inputs import TOKEN_LOGPS
 from dpkd.errors import DpkdError, described
-from dpkd.functional import log_softmax, segment_sum
+from dpkd.functional import by_segment, log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, chunks, objective, token_logps
 from dpkd.models.compile import uncompiled
 from dpkd.models.device import out_of_memory
 from dpkd.models.fused import FusedKL, kl_sum_of, usable
-from dpkd.models.head import Head, head_of
-from dpkd.models.layers import evaluating, layer_rows
+from dpkd.models.head import Head, evaluating, head_of
+from dpkd.models.layers import layer_rows
 from dpkd.models.sharding import gathered
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, Term
@@ -235,14 +236,10 @@ class LossModule(nn.Module):
             observe_rows(log_q_nV, log_p_nV, batch.targets[rows], metrics)
 
         logps_N = token_logps(hidden, head, batch.targets, self.chunk, observer if micro_batch.measure else None)
-        student = Pair(*segment_sum(logps_N, batch.sequence, len(batch.lengths)).chunk(2))
         lengths = Pair(*batch.lengths.to(logps_N.dtype).clamp(min=1).chunk(2))
         real = micro_batch.real_pairs
-        signals: dict[Signal, Pair] = {Signal.STUDENT_LOGPS: student, Signal.LENGTHS: lengths}
-        if micro_batch.teacher_logps is not None:
-            signals[Signal.TEACHER_LOGPS] = micro_batch.teacher_logps
-        if micro_batch.reference_logps is not None:
-            signals[Signal.REFERENCE_LOGPS] = micro_batch.reference_logps
+        signals = {Signal.LENGTHS: lengths, **by_response(micro_batch, logps_N)}
+        student = signals[Signal.STUDENT_LOGPS]
         total = logps_N.new_zeros(())
         for term in micro_batch.terms:
             reads = {signal: value for signal, value in signals.items() if signal in term.reads}
@@ -251,8 +248,27 @@ class LossModule(nn.Module):
             total = total + term.share(values_B, micro_batch.processes)
             _add_term(metrics, term.name, values_B, {name: _some(values, real) for name, values in x.parts.items()})
         if micro_batch.measure and micro_batch.responses:
-            observe_pairs(student, micro_batch.teacher_logps, lengths, self.reward_scale, metrics)
+            observe_pairs(student, signals.get(Signal.TEACHER_LOGPS), lengths, self.reward_scale, metrics)
         return total, metrics
+
+
+def by_response(micro_batch: MicroBatch, student_N: Tensor) -> dict[Signal, Pair]:
+    """Log-probs of the response tokens as sums over the responses, and token by token where a loss reads them."""
+    batch = micro_batch.batch
+    known = {
+        Signal.STUDENT_LOGPS: student_N,
+        Signal.TEACHER_LOGPS: micro_batch.teacher_logps,
+        Signal.REFERENCE_LOGPS: micro_batch.reference_logps,
+    }
+    signals = {}
+    for signal, logps_N in known.items():
+        if logps_N is None:
+            continue
+        signals[signal] = Pair(*segment_sum(logps_N, batch.sequence, len(batch.lengths)).chunk(2))
+        if micro_batch.reads(TOKEN_LOGPS[signal]):
+            logps_BT = by_segment(logps_N, batch.sequence, batch.lengths, batch.longest_response)
+            signals[TOKEN_LOGPS[signal]] = Pair(*logps_BT.chunk(2))
+    return signals
 
 
 def _of_plugin(loss: nn.Module) -> str:

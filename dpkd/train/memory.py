@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.api import Family, Signal, Text
+from dpkd.api import Family, Text
+from dpkd.api.inputs import REFERENCE_LOGPS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.models.chunked import chunk_rows
@@ -27,14 +28,14 @@ from dpkd.models.quantization import quantization_of, weight_bytes
 from dpkd.models.sharding import processes_of_shards
 from dpkd.models.student_init import recompute_activations, switch_dropout_off
 from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
-from dpkd.train.prepare import Prepared
+from dpkd.train.prepare import RunData
 from dpkd.train.rollouts import open_source
 
 FLOAT = 4  # bytes: the student's weights, its gradients and the optimizer's state are float32
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes by purpose at the moment of the run that takes the most, and that moment."""
 
     moment: str
@@ -69,24 +70,24 @@ class _Batch:
     response: int
 
 
-def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
+def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
     """The peak of a run on one device; of a student that is sharded, that of each process."""
     settings = resolved.settings
     dtype = teacher_dtype(settings.train.precision, device_of(settings.train.device))
-    batch = _largest_batch(resolved, prepared)
-    student = _count(settings, prepared.student_config, batch)
-    references = any(Signal.REFERENCE_LOGPS in objective.reads for objective in resolved.objectives)
+    batch = _largest_batch(resolved, run_data)
+    student = _count(settings, run_data.student_config, batch)
+    references = any(REFERENCE_LOGPS & objective.reads for objective in resolved.objectives)
     shards = processes_of_shards()
-    weights = student_bytes(settings, prepared.student_config, student.parameters)
+    weights = student_bytes(settings, run_data.student_config, student.parameters)
     whole = 0.0 if shards == 1 else weights * (1 - 1 / shards)  # what a process gathers to have all of them
     always = {
         "student weights": weights / shards + weights * references,
-        "teacher weights": 0.0 if prepared.teacher is None else prepared.teacher.weight_bytes(dtype),
+        "teacher weights": 0.0 if run_data.teacher is None else run_data.teacher.weight_bytes(dtype),
         "optimizer state": student.optimizer / shards,
     }
     gathered = {"gathered layers": min(whole, float(FLOAT * student.gathered))}
     gradients = float(FLOAT * student.trained) / shards
-    text = prepared.student_config.get_text_config()
+    text = run_data.student_config.get_text_config()
     head = float(FLOAT * text.vocab_size * text.hidden_size) if student.trained == student.parameters else 0.0
     # A step begins without gradients. The losses make that of the head, while the activations are there; later
     # micro-batches of the step find all of them.
@@ -96,17 +97,17 @@ def memory_estimate(resolved: Resolved, prepared: Prepared) -> Estimate:
     # Where gradients are there already, those that come are added to them one by one; the peak is then at the start.
     backward = min(student.passes.backward, 1.1 * student.passes.kept) if again else student.passes.backward
     moments = [
-        Estimate(
+        MemoryEstimate(
             "losses",
             {**always, **gathered, "gradients": begun, "activations": student.passes.kept, "logits, a chunk": logits},
         ),
-        Estimate("backward", {**always, **gathered, "gradients": begun, "activations, new gradients": backward}),
+        MemoryEstimate("backward", {**always, **gathered, "gradients": begun, "activations, new gradients": backward}),
         # An optimizer goes over the parameters one by one, with two temporaries of the size of each.
-        Estimate("update", {**always, "gradients": gradients, "temporaries": 2.0 * FLOAT * student.largest}),
+        MemoryEstimate("update", {**always, "gradients": gradients, "temporaries": 2.0 * FLOAT * student.largest}),
     ]
     if Text.STUDENT in _writers(resolved):
-        cache = {"gathered weights": whole, "cache and logits": _sampling_bytes(resolved, prepared)}
-        moments.append(Estimate("sampling", {**always, **cache}))
+        cache = {"gathered weights": whole, "cache and logits": _sampling_bytes(resolved, run_data)}
+        moments.append(MemoryEstimate("sampling", {**always, **cache}))
     return max(moments, key=lambda estimate: estimate.total)
 
 
@@ -114,17 +115,17 @@ def _writers(resolved: Resolved) -> set[Text]:
     return set(resolved.objectives[0].writers)
 
 
-def _largest_batch(resolved: Resolved, prepared: Prepared) -> _Batch:
+def _largest_batch(resolved: Resolved, run_data: RunData) -> _Batch:
     """Windows hold rows of like length, so that all sequences of one may be the longest.
 
     A sequence is one of the data set, or a prompt with all that may be sampled.
     """
     settings = resolved.settings
-    bounds = open_source(resolved.main, resolved, prepared).describe().longest
+    bounds = open_source(resolved.main, resolved, run_data).describe().longest
     lm = settings.terms.lm.weight > 0
     lengths = [
         (len(p.prompt_ids), max([length for _, length in bounds(i)] + [len(p.response_ids)] * lm))
-        for i, p in enumerate(prepared.data.prompts)
+        for i, p in enumerate(run_data.data.prompts)
     ]
     pairs = resolved.loss.family is Family.PAIR
     sequences = min(settings.train.micro_batch_size, settings.train.batch_size * (2 if pairs else 1))
@@ -147,13 +148,13 @@ def _micro_batches(resolved: Resolved) -> int:
     return -(-settings.train.batch_size // groups) + others
 
 
-def _sampling_bytes(resolved: Resolved, prepared: Prepared) -> float:
+def _sampling_bytes(resolved: Resolved, run_data: RunData) -> float:
     """The cache of keys and values of the prompts sampled together, and the logits of one token of each."""
     sampling = resolved.settings.text.sampling
-    text = prepared.student_config.get_text_config()
+    text = run_data.student_config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    prompt = max(len(p.prompt_ids) for p in prepared.data.prompts)
+    prompt = max(len(p.prompt_ids) for p in run_data.data.prompts)
     cached = 2 * text.num_hidden_layers * (prompt + sampling.max_new_tokens) * width
     # A cache grows by concatenation: the old and the new tensors of a layer are there together.
     cached += cached // text.num_hidden_layers

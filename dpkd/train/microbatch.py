@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpkd.api import Pair, Response, Signal, Text
+from dpkd.api import Response, Signal, Text
+from dpkd.api.inputs import TEACHER_LOGPS
 from dpkd.api.teachers import TeacherOutput, Wants
 from dpkd.cross_tokenizer.retokenize import IDLE_ALIGNED, AlignedBatch, AlignedSequence, collate_aligned
 from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate, micro_batches, upload
@@ -76,13 +77,13 @@ class MicroBatch:
     extra: Mapping[Signal, Tensor] = field(default_factory=dict)
     teacher: TeacherOutput | None = None
     measurable: bool = False  # whether that is the whole distribution at every row
-    teacher_logps: Pair | None = None
-    reference_logps: Pair | None = None
+    teacher_logps: Tensor | None = None  # of the response tokens [N], for pairs
+    reference_logps: Tensor | None = None
     aligned: AlignedBatch | None = None  # where the teacher has another tokenizer and a loss reads it
 
-    def reads(self, signal: Signal) -> bool:
-        """Whether a term of this micro-batch reads a signal."""
-        return any(signal in term.reads for term in self.terms)
+    def reads(self, *signals: Signal) -> bool:
+        """Whether a term of this micro-batch reads one of the signals."""
+        return any(signal in term.reads for term in self.terms for signal in signals)
 
     @property
     def real_pairs(self) -> list[int] | None:
@@ -100,7 +101,7 @@ class MicroBatch:
         """What its losses, and the log, need of a teacher; `measurable`: of one that has whole distributions."""
         measured = self.measured and measurable
         # What a rollout loss reads of the drawn tokens was computed when they were drawn.
-        logps = self.pairs and (self.reads(Signal.TEACHER_LOGPS) or measured)
+        logps = self.pairs and (self.reads(*TEACHER_LOGPS) or measured)
         logits = not self.pairs and self.reads(Signal.TEACHER_LOGITS)
         return Wants(chunk, logps, logits or measured, tuple(layers))
 

@@ -38,7 +38,7 @@ def explain(loss_module: LossModule, micro_batch: MicroBatch) -> NotFinite:
         return NotFinite(
             "the teacher's logits are not finite. Try another teacher.dtype (float32) or teacher.attention."
         )
-    if micro_batch.teacher_logps is not None and any(_bad(part) for part in micro_batch.teacher_logps):
+    if micro_batch.teacher_logps is not None and _bad(micro_batch.teacher_logps):
         return NotFinite("the teacher's log-probs are not finite. Try another teacher.dtype (float32).")
     names = ", ".join(
         f"loss `{term.name}` ({type(loss_module.losses[term.name]).__name__})" for term in micro_batch.terms

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dpkd.config.settings import TrainSettings
-from dpkd.models.optimizers import OPTIMIZERS, Common, weights_of
+from dpkd.models.optimizers import Common, optimizer_kind, weights_of
 from dpkd.models.schedules import OWN, schedule_factor
 
 
@@ -34,15 +34,15 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
 def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer that `train.optimizer` names, over the trainable parameters of a module."""
     common = Common(settings.lr, settings.weight_decay, settings.betas, settings.eps)
-    return OPTIMIZERS[settings.optimizer].make(weights_of(module), common, settings.own_optimizer_settings)
+    return optimizer_kind(settings.optimizer).make(weights_of(module), common, settings.own_optimizer_settings)
 
 
 def describe_optimizer(settings: TrainSettings) -> str:
     """For the plan: the optimizer, its settings, and its learning rate."""
     own = settings.own_optimizer_settings.model_dump()
-    shown = "".join(f", {name} {value}" for name, value in own.items())
+    shown = "".join(f", {name} {value}" for name, value in own.items() if value is not None)
     schedule = "".join(f", {name} {value}" for name, value in settings.schedule_settings.items())
     return (
-        f"{settings.optimizer} ({OPTIMIZERS[settings.optimizer].summary}){shown}, lr {settings.lr:g} "
+        f"{settings.optimizer} ({optimizer_kind(settings.optimizer).summary}){shown}, lr {settings.lr:g} "
         f"{settings.schedule}{schedule}, warm-up {settings.warmup_steps}"
     )

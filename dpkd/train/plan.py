@@ -19,9 +19,9 @@ from dpkd.models.loading import count_parameters
 from dpkd.run_folder import RunFolder
 from dpkd.train.cross_tokenizer import union_of
 from dpkd.train.defaults import with_defaults
-from dpkd.train.memory import Estimate, memory_estimate
+from dpkd.train.memory import MemoryEstimate, memory_estimate
 from dpkd.train.optimizers import describe_optimizer
-from dpkd.train.prepare import Prepared, prepare
+from dpkd.train.prepare import RunData, prepare
 from dpkd.train.progress import Display
 from dpkd.train.rollouts import open_source
 
@@ -56,15 +56,15 @@ def make_plan(resolved: Resolved, display: Display) -> RunPlan:
     RunFolder.check_new(resolved.settings.output)
     resolved = with_defaults(resolved, display)
     settings = resolved.settings
-    prepared = prepare(resolved, display)
-    data, tokenizer = prepared.data, prepared.tokenizer
-    student_size = count_parameters(prepared.student_config)
+    run_data = prepare(resolved, display)
+    data, tokenizer = run_data.data, run_data.tokenizer
+    student_size = count_parameters(run_data.student_config)
     sections = {
-        "loss": [*_loss_rows(resolved), *_layer_rows(prepared)],
-        "models": [*_model_rows(settings, student_size, prepared.teacher), *_tokenizer_rows(prepared)],
-        "text": open_source(resolved.main, resolved, prepared).describe().rows,
-        "training": _training_rows(settings, data, prepared.steps, prepared.data_facts["fingerprint"]),
-        "memory (estimate)": memory_rows(memory_estimate(resolved, prepared)),
+        "loss": [*_loss_rows(resolved), *_layer_rows(run_data)],
+        "models": [*_model_rows(settings, student_size, run_data.teacher), *_tokenizer_rows(run_data)],
+        "text": open_source(resolved.main, resolved, run_data).describe().rows,
+        "training": _training_rows(settings, data, run_data.steps, run_data.data_facts["fingerprint"]),
+        "memory (estimate)": memory_rows(memory_estimate(resolved, run_data)),
     }
     return RunPlan(sections, _rendered(data.prompts[0], tokenizer))
 
@@ -80,8 +80,8 @@ def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
     loss, terms = resolved.loss, resolved.settings.terms
     rows = [
         ("objective", f"{loss.name}: {loss.card.title} ({loss.family} loss, weight {terms.main:g})"),
-        ("settings", ", ".join(f"{k}={v}" for k, v in resolved.loss_config.model_dump().items()) or "none"),
-        ("needs of the teacher", loss.needs(resolved.loss_config).value),
+        ("settings", ", ".join(f"{k}={v}" for k, v in resolved.main.config.model_dump().items()) or "none"),
+        ("needs of the teacher", loss.needs(resolved.main.config).value),
     ]
     for extra in resolved.extras:
         text = "the same responses" if extra.shares_text else f"responses by {_by(extra)}"
@@ -104,11 +104,11 @@ def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
     return rows
 
 
-def _layer_rows(prepared: Prepared) -> list[tuple[str, str]]:
+def _layer_rows(run_data: RunData) -> list[tuple[str, str]]:
     """Which hidden states losses compare; 0 is the embedding."""
     return [
         (f"hidden states of {name}", f"student's {_listed(layers.student)}; teacher's {_listed(layers.teacher)}")
-        for name, layers in prepared.layers.items()
+        for name, layers in run_data.layers.items()
     ]
 
 
@@ -131,27 +131,28 @@ def _model_rows(settings: RunSettings, student: int, teacher: Teacher | None) ->
     return rows
 
 
-def _tokenizer_rows(prepared: Prepared) -> list[tuple[str, str]]:
+def _tokenizer_rows(run_data: RunData) -> list[tuple[str, str]]:
     """What follows from two tokenizers, where there are two."""
-    if prepared.retokenizer is None:
+    if run_data.retokenizer is None:
         return []
-    sizes = [c.get_text_config().vocab_size for c in (prepared.student_config, prepared.teacher_config) if c]
-    union = union_of(prepared.retokenizer, *sizes)
+    sizes = [c.get_text_config().vocab_size for c in (run_data.student_config, run_data.teacher_config) if c]
+    union = union_of(run_data.retokenizer, *sizes)
     return [("tokenizers differ", f"aligned spans; {union.sentence()}; no KL to the teacher is measured")]
 
 
 def _training_rows(settings: RunSettings, data: EncodedData, steps: int, fingerprint: str) -> list[tuple[str, str]]:
     train = settings.train
     per_step = train.batch_size * sum(len(p.response_ids) for p in data.prompts) / len(data.prompts)
+    tokens = f"about {per_step:,.0f} a step, {per_step * steps:,.0f} in all (of the data set)"
     return [
         ("data", f"{settings.data.path}, {len(data.prompts):,} examples, fingerprint {fingerprint[:12]}"),
         ("steps", f"{steps:,} of {train.batch_size} examples ({train.micro_batch_size} sequences per forward)"),
-        ("response tokens", f"about {per_step:,.0f} a step, {per_step * steps:,.0f} in all (of the data set)"),
+        *([("response tokens", tokens)] if per_step else []),
         ("optimizer", f"{describe_optimizer(train)}, {train.precision}"),
     ]
 
 
-def memory_rows(estimate: Estimate) -> list[tuple[str, str]]:
+def memory_rows(estimate: MemoryEstimate) -> list[tuple[str, str]]:
     """The estimate as rows, with its sum."""
     parts = {name: size for name, size in estimate.parts.items() if size}
     return [
@@ -165,7 +166,18 @@ def _size(size: float) -> str:
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:
+    text = _shortened(prompt.text)
     if not prompt.response_ids:
-        return f"{prompt.text}\n(a prompt alone: the response is written in the run)"
-    response = continuation(tokenizer, prompt.prompt_ids, prompt.response_ids, special=True)
-    return f"{prompt.text}⟦{response}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"
+        return f"{text}\n(a prompt alone: the response is written in the run)"
+    chosen, rejected = (
+        _shortened(continuation(tokenizer, prompt.prompt_ids, ids, special=True))
+        for ids in (prompt.response_ids, prompt.rejected_ids)
+    )
+    trained = f"{text}⟦{chosen}⟧\n(trained: what stands in ⟦ ⟧, {len(prompt.response_ids)} tokens)"
+    return f"{trained}\n(rejected: ⟦{rejected}⟧, {len(prompt.rejected_ids)} tokens)" if rejected else trained
+
+
+def _shortened(text: str, most: int = 1200) -> str:
+    """A text with its middle left out where it would fill the screen."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} [... {len(text) - most:,} characters ...] {text[-half:]}"

@@ -34,7 +34,7 @@ from dpkd.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
-class Prepared:
+class RunData:
     """Data, tokenizers and configurations of a run; `context` is the longest sequence that both models read.
 
     Where the two tokenizers differ there is a `retokenizer`, and `context` is the student's own.
@@ -62,7 +62,7 @@ class Prepared:
         return None if self.teacher is None else self.teacher.tokenizer
 
 
-def prepare(resolved: Resolved, display: Display) -> Prepared:
+def prepare(resolved: Resolved, display: Display) -> RunData:
     """Read and tokenize the data and look at the configurations; says what was kept, skipped and cut.
 
     Raises DpkdError for whatever would stop the run later: missing packages, layers that a model does not have,
@@ -124,7 +124,7 @@ def prepare(resolved: Resolved, display: Display) -> Prepared:
         "skipped": examples.skipped_by_reason(),
         **asdict(data.report),
     }
-    return Prepared(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, retokenizer)
+    return RunData(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, retokenizer)
 
 
 def _trains_on_data(resolved: Resolved) -> bool:

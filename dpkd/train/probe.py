@@ -50,7 +50,7 @@ def _filler(length: int, writer: Text, sampled: bool) -> Response:
 
 def _run(train_step: TrainStep, micro_batches: Sequence[MicroBatch]) -> None:
     """Forward, backward and an update with a rate of 0, twice: in the second the optimizer has its state."""
-    optimizer = getattr(train_step.optimizer, "optimizer", train_step.optimizer)
+    optimizer = train_step.torch_optimizer
     is_new, losses = not optimizer.state, train_step.inner.losses
     random_state = checkpoint.random_state(train_step.accelerator.device)
     kept = copy.deepcopy(losses.state_dict())

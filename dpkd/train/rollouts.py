@@ -14,6 +14,7 @@ from dpkd.api import (
     Ability,
     Family,
     GenerationModel,
+    MetricSpec,
     ResponseSource,
     RolloutLoss,
     Sampler,
@@ -42,7 +43,8 @@ from dpkd.rollout.response_generators import (
     TeacherScorer,
 )
 from dpkd.rollout.response_store import ResponseStore, default_folder
-from dpkd.train.prepare import Prepared
+from dpkd.rollout.reward import Reward
+from dpkd.train.prepare import RunData
 from dpkd.train.progress import Display
 from dpkd.train.step_batches import LossGroup
 
@@ -63,7 +65,7 @@ def make_groups(resolved: Resolved, losses: Mapping[str, Any], rollouts: Rollout
                 first.name,
                 rollouts.open(first, loss),
                 {member.name: (member.reads, member.weight) for member in members},
-                rollouts.prepared.retokenizer,
+                rollouts.run_data.retokenizer,
             )
         )
     return groups
@@ -83,25 +85,25 @@ def check_processes(resolved: Resolved, processes: int) -> None:
 
 
 def open_source(
-    objective: Objective, resolved: Resolved, prepared: Prepared, *, model: nn.Module | None = None, **generators: Any
+    objective: Objective, resolved: Resolved, run_data: RunData, *, model: nn.Module | None = None, **generators: Any
 ) -> ResponseSource:
     """The source of the responses of a loss; without `generators` (see `SourceContext`) it can be described.
 
     What ends a response is the tokenizer's EOS, and what the generation config of the student, `model`, adds.
     """
-    settings, data = resolved.settings, prepared.data
+    settings, data = resolved.settings, run_data.data
     how = objective.text.student_sampling
     batches = BatchSampler(
         [len(p.prompt_ids) + len(p.response_ids) for p in data.prompts],
         batch_size=settings.train.batch_size,
-        steps=prepared.steps,
+        steps=run_data.steps,
         seed=settings.seed,
         refresh=how.refresh,
         every=how.every,
         num_iterations=how.num_iterations,
     )
     context = SourceContext(
-        data.prompts, batches, settings.seed, end_ids(prepared.tokenizer, model), prepared.context, **generators
+        data.prompts, batches, settings.seed, end_ids(run_data.tokenizer, model), run_data.context, **generators
     )
     return objective.source.open(objective.text, context)
 
@@ -164,7 +166,7 @@ def longest_asked(prompts: Sequence[Prompt], new_tokens: int) -> int:
     return max((len(prompt.prompt_ids) for prompt in prompts), default=0) + new_tokens
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rollouts:
     """The models of a run and all else that writing takes; opens the source of each group of losses."""
 
@@ -173,7 +175,7 @@ class Rollouts:
     lend: Callable[[Callable[[nn.Module], Any]], Any]  # the student with whole weights, for the time of a call
     teacher: Teacher | None
     vocabulary: int
-    prepared: Prepared
+    run_data: RunData
     accelerator: Accelerator
     display: Display
     _samplers: list[tuple[tuple[Any, ...], Sampler]] = field(default_factory=list)
@@ -186,11 +188,11 @@ class Rollouts:
     def open(self, objective: Objective, rollout_loss: RolloutLoss[Any] | None) -> ResponseSource:
         """The source of the responses of a loss."""
         text, generators = objective.text, dict[str, Any]()
-        if self.teacher is not None and self.prepared.retokenizer is None:
+        if self.teacher is not None and self.run_data.retokenizer is None:
             generators["score"] = TeacherScorer(
                 self.teacher,
-                self.prepared.data.prompts,
-                self.prepared.tokenizer.pad_token_id,
+                self.run_data.data.prompts,
+                self.run_data.tokenizer.pad_token_id,
                 self.vocabulary,
                 text.sampling.batch_size,
                 self.accelerator.device,
@@ -200,7 +202,7 @@ class Rollouts:
             generators["student"] = StudentGenerator(
                 self._student_sampler(text),
                 self.lend,
-                self.prepared.data.prompts,
+                self.run_data.data.prompts,
                 text,
                 self.resolved.settings.seed,
                 self._rank_shards,
@@ -208,11 +210,17 @@ class Rollouts:
                 generators.get("score"),
                 rollout_loss,
                 policy=self._policy_scorer(text.backend),
-                decode=partial(self.prepared.tokenizer.decode, skip_special_tokens=True),
+                decode=partial(self.run_data.tokenizer.decode, skip_special_tokens=True),
+                reward=self._reward(text.student_sampling.reward),
             )
         if Text.TEACHER in text.writers:
             generators["teacher"] = self._teacher_generator(text)
-        return open_source(objective, self.resolved, self.prepared, model=self.student, **generators)
+        return open_source(objective, self.resolved, self.run_data, model=self.student, **generators)
+
+    def _reward(self, metric: str | None) -> Reward | None:
+        if metric is None:
+            return None
+        return Reward(self.resolved.registry.get(MetricSpec, metric).spec, self.run_data.data.prompts)
 
     @property
     def _rank_shards(self) -> RankShards:
@@ -227,7 +235,7 @@ class Rollouts:
         device = self.accelerator.device
         if device.type == "cpu" and backend == "hf":
             return None
-        pad_id = self.prepared.tokenizer.pad_token_id
+        pad_id = self.run_data.tokenizer.pad_token_id
         return PolicyScorer(self.vocabulary, pad_id, device, self.accelerator.autocast)
 
     def _student_sampler(self, text: SourceConfig) -> Sampler:
@@ -236,11 +244,11 @@ class Rollouts:
         for known, sampler in self._samplers:
             if known == key:
                 return sampler
-        prepared = self.prepared
+        run_data = self.run_data
         new_tokens = max(objective.text.sampling.max_new_tokens for objective in self.resolved.objectives)
-        longest = longest_asked(prepared.data.prompts, new_tokens)
+        longest = longest_asked(run_data.data.prompts, new_tokens)
         model = generation_model(
-            self.student, self.vocabulary, prepared.tokenizer, prepared.context, text.decoding, longest
+            self.student, self.vocabulary, run_data.tokenizer, run_data.context, text.decoding, longest
         )
         sampler = open_sampler(self.resolved.registry, text.backend, text.backend_settings, model)
         self._samplers.append((key, sampler))
@@ -251,9 +259,9 @@ class Rollouts:
         assert self.teacher is not None
         own = self.teacher.text()
         assert own is not None
-        prepared, retokenizer = self.prepared, self.prepared.retokenizer
-        prompts: Sequence[Prompt] = prepared.data.prompts
-        context, tokenizer = prepared.context, prepared.tokenizer
+        run_data, retokenizer = self.run_data, self.run_data.retokenizer
+        prompts: Sequence[Prompt] = run_data.data.prompts
+        context, tokenizer = run_data.context, run_data.tokenizer
         if retokenizer is not None:
             prompts, context, tokenizer = retokenizer.prompts, retokenizer.longest, retokenizer.teacher.tokenizer
         generator = teacher_generator(
@@ -269,4 +277,4 @@ class Rollouts:
         )
         if retokenizer is None:
             return generator
-        return RetokenizedResponses(generator, retokenizer, prepared.data.prompts, prepared.context)
+        return RetokenizedResponses(generator, retokenizer, run_data.data.prompts, run_data.context)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -25,7 +25,7 @@ from dpkd.train.dev import Dev
 from dpkd.train.facts import change_facts, check_same, write_facts
 from dpkd.train.finish import finish, reopen
 from dpkd.train.guard import RunawayGuard
-from dpkd.train.interrupt import stop_on_signal
+from dpkd.train.interrupt import StopRequest, on_stop
 from dpkd.train.metrics_log import MetricsLog
 from dpkd.train.nonfinite import NotFinite
 from dpkd.train.probe import probe
@@ -167,40 +167,20 @@ def _run(
         display=display,
         callbacks=[*extras, *callbacks],
     )
-    start = 0
+    start = 0 if newest is None else newest.step
     if newest is not None:
-        start = newest.step
-        optimizer = getattr(run_parts.train_step.optimizer, "optimizer", run_parts.train_step.optimizer)
-        trainer.restore(
-            checkpoint.load(
-                newest,
-                module=run_parts.train_step.inner,
-                optimizer=optimizer,
-                rank=accelerator.process_index,
-                processes=accelerator.num_processes,
-                device=accelerator.device,
-            )
-        )
+        _restore(trainer, newest, accelerator)
         display.say(f"continuing {folder.path} after step {start} of {run_parts.steps}")
     again = f"continue with: {_resume_call(folder, resolved.given)}"
     try:
-        if resolved.settings.batch.probe:
-            display.say(f"probe: {_probe(resolved, run_parts)}")
-        _write_teacher_text(run_parts, again)
-        with stop_on_signal() as stop:
-            done = trainer.run(start, stop)
-            trainer.save(done)
-    except RuntimeError as error:
-        if (word := out_of_memory(error)) is None:
-            raise
-        raise DpkdError(word) from error
-    except TeacherLost as error:
-        raise TeacherLost(f"training stopped: {error}. What was done is kept; {again}") from error
-    except NotFinite as error:
-        kept = checkpoint.latest(folder.checkpoints)
-        where = f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet (train.save_every)"
-        lower = f"go on with a lower rate: dpkd train --resume {folder.path} --set train.lr=..."
-        raise NotFinite(f"training stopped: {error}\n{where}; {lower}") from error
+        with _explained(folder, again):
+            if resolved.settings.batch.probe:
+                what = probe(run_parts.train_step, run_parts.builder, resolved.settings.train.batch_size)
+                display.say(f"probe: {what}")
+            _write_teacher_text(run_parts, again)
+            with on_stop(StopRequest()) as stop:
+                done = trainer.run(start, stop)
+                trainer.save(done)
     finally:
         display.close()
         run_parts.close()
@@ -216,8 +196,36 @@ def _run(
     return folder
 
 
-def _probe(resolved: Resolved, run_parts: RunParts) -> str:
-    return probe(run_parts.train_step, run_parts.builder, resolved.settings.train.batch_size)
+def _restore(trainer: Trainer, newest: checkpoint.Checkpoint, accelerator: Accelerator) -> None:
+    """Go on from a checkpoint."""
+    trainer.restore(
+        checkpoint.load(
+            newest,
+            module=trainer.train_step.inner,
+            optimizer=trainer.train_step.torch_optimizer,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+            device=accelerator.device,
+        )
+    )
+
+
+@contextmanager
+def _explained(folder: RunFolder, again: str) -> Iterator[None]:
+    """What ends a run in the block, with what was kept of it and how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (word := out_of_memory(error)) is None:
+            raise
+        raise DpkdError(word) from error
+    except TeacherLost as error:
+        raise TeacherLost(f"training stopped: {error}. What was done is kept; {again}") from error
+    except NotFinite as error:
+        kept = checkpoint.latest(folder.checkpoints)
+        where = f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet (train.save_every)"
+        lower = f"go on with a lower rate: dpkd train --resume {folder.path} --set train.lr=..."
+        raise NotFinite(f"training stopped: {error}\n{where}; {lower}") from error
 
 
 def _resume_call(folder: RunFolder, given: InMemory) -> str:
@@ -237,13 +245,13 @@ def _write_teacher_text(run_parts: RunParts, again: str) -> None:
 
 def _dev(resolved: Resolved, folder: RunFolder, run_parts: RunParts, accelerator: Accelerator) -> Dev | None:
     """The evaluation on held-out rows while training, where the settings name some."""
-    if run_parts.dev is None:
+    if run_parts.run_data.dev is None:
         return None
     teacher = run_parts.teacher if run_parts.teacher is not None and run_parts.teacher.measurable else None
     return Dev(
         settings=resolved.settings.dev,
-        inputs=run_parts.dev,
-        tokenizer=run_parts.tokenizer,
+        inputs=run_parts.run_data.dev,
+        tokenizer=run_parts.run_data.tokenizer,
         teacher=teacher,
         vocabulary=run_parts.vocabulary,
         seed=resolved.settings.seed,
@@ -262,5 +270,5 @@ def _callbacks(
     if not accelerator.is_main_process:
         return found
     trackers = Trackers(resolved.settings.train.trackers, folder.path, folder.path.name, resolved.as_dict())
-    samples = SampleLog(folder.samples, run_parts.tokenizer, run_parts.data.prompts)
+    samples = SampleLog(folder.samples, run_parts.run_data.tokenizer, run_parts.run_data.data.prompts)
     return [MetricsLog(folder.metrics), trackers, RunawayGuard(), samples, *found]

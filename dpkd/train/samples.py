@@ -33,7 +33,11 @@ class SampleLog(Callback):
         for index, written in responses.responses[:PER_STEP]:
             prompt = self._prompts[index]
             texts = [
-                {"writer": r.writer.value, "text": continuation(self._tokenizer, prompt.prompt_ids, r.ids)}
+                {
+                    "writer": r.writer.value,
+                    "text": continuation(self._tokenizer, prompt.prompt_ids, r.ids),
+                    **({} if r.reward is None else {"reward": r.reward}),
+                }
                 for r in written
             ]
             self._lines.append({"step": step, "id": prompt.id, "prompt": prompt.text, "responses": texts})

@@ -29,7 +29,7 @@ def scheduled(settings: ScheduleSettings, step: int, steps: int) -> float:
 
 @dataclass
 class LossPace:
-    """The state of a by-loss schedule: TAID's adaptive interpolation (2501.16937, §3.2, from memory)."""
+    """The state of a by-loss schedule: TAID's rule, as its released `update_t` has it (2501.16937)."""
 
     value: float
     momentum: float = 0.0

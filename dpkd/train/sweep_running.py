@@ -36,21 +36,20 @@ from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, metric_spec
 from dpkd.evaluation.lengths import WORDS, parse_cuts
 from dpkd.evaluation.sets import find_set
 from dpkd.evaluation.target import find_target
-from dpkd.io import lock, write_json, write_text
+from dpkd.io import write_json, write_text
+from dpkd.locks import lock
 from dpkd.models.shared import Shared
 from dpkd.plugins import Registry, load_registry
 from dpkd.report.card import rescore
-from dpkd.run_folder import RunFolder
+from dpkd.run_folder import RunFolder, SweepFolder
 from dpkd.train.accelerate_state import own_accelerate_state
-from dpkd.train.children import Children, children
+from dpkd.train.children import Children
 from dpkd.train.dev import direction_of
-from dpkd.train.interrupt import STOP_SIGNALS
+from dpkd.train.interrupt import on_stop
 from dpkd.train.progress import Display
 from dpkd.train.resume import flat, resume_folder
 from dpkd.train.run import train
 from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
-
-CHOICES = "choices.json"
 
 
 class Runner(Protocol):
@@ -76,6 +75,18 @@ class SweepOutcome:
         """How many runs were looked at."""
         return sum(map(len, (self.done, self.found, self.failed, self.skipped, self.left)))
 
+    def of(self, name: str) -> tuple[str, str]:
+        """State of a run (`waiting` where it was not looked at yet), and the reason for it, if any."""
+        if name in self.done or name in self.found:
+            return "finished", ""
+        if reason := self.failed.get(name):
+            return "failed", reason
+        if reason := self.failed.get(f"{name} (evaluation)"):
+            return "not scored", reason
+        if reason := self.skipped.get(name):
+            return "skipped", reason
+        return ("left", "no time was left") if name in self.left else ("waiting", "")
+
 
 def run_sweep(
     plan: Plan,
@@ -94,11 +105,11 @@ def run_sweep(
     """
     output = Path(plan.settings.output)
     registry = registry or load_registry()
-    isolated = isolate or bool(devices)
+    handler: Children | StopSignal = Children() if isolate or devices else StopSignal()
     best: dict[str, SweepRun] = {}
     with (
         lock(output / ".lock", f"the sweep {output}"),
-        children() if isolated else interruptible() as heard,
+        on_stop(handler) as heard,
         _Sweep(
             plan,
             Isolated(heard, registry) if isinstance(heard, Children) else InProcess(registry),
@@ -140,12 +151,14 @@ class _Sweep:
     began: float = field(default_factory=time.monotonic)
     lasted: deque[float] = field(default_factory=lambda: deque(maxlen=3))  # seconds of the last runs
     without_best: set[str] = field(default_factory=set)
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def on(self, devices: Sequence[str]) -> Iterator[_Sweep]:
         """The sweep, one run on each device at a time, with a bar."""
         for device in devices or (None,):
             self.slots.put(device)
+        self._record()
         with self.display.bar("sweep", len(self.plan.runs)):
             yield self
 
@@ -157,7 +170,24 @@ class _Sweep:
                 self.display.say(f"{run.name}: {said}")
         finally:
             self.slots.put(device)
+        self._record()
         self.display.at(self.outcome.tried)
+
+    def _record(self) -> None:
+        """Write down what became of each run so far, for whoever reads the folder."""
+        with self.writing:
+            rows = [
+                {
+                    "name": run.name,
+                    "stage": run.stage,
+                    "scored": self.plan.is_scored(run),
+                    "state": state,
+                    "reason": why,
+                }
+                for run in self.plan.runs
+                for state, why in [self.outcome.of(run.name)]
+            ]
+            write_json(SweepFolder(Path(self.plan.settings.output)).record, {"runs": rows})
 
     def best(self, stage: str, runs: Sequence[SweepRun]) -> dict[str, SweepRun]:
         """The run of a stage that is best by its dev.metric, if any has finished; says so, and writes it down."""
@@ -174,7 +204,7 @@ class _Sweep:
             + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             + ")"
         )
-        file = Path(self.plan.settings.output) / CHOICES
+        file = SweepFolder(Path(self.plan.settings.output)).choices
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         write_json(file, {**known, stage: {"metric": metric, "chosen": own, "run": chosen.name, "values": values}})
         return {stage: chosen}
@@ -428,32 +458,16 @@ def log_of(run: SweepRun) -> Path:
 
 @dataclass
 class StopSignal:
-    """The signal that asked the sweep to stop."""
+    """The signal that asked the sweep to stop: it ends at once, where no run catches the signal.
+
+    A run that trains has its own handler meanwhile, and writes a checkpoint; loading and scoring can be done again.
+    """
 
     stopped_by: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = number
         raise KeyboardInterrupt
-
-
-@contextmanager
-def interruptible() -> Iterator[StopSignal]:
-    """Signals to stop end the block at once, where no run catches them (in the main thread only).
-
-    A run that trains has its own handlers meanwhile, and writes a checkpoint; loading and scoring can be done again.
-    """
-    stop = StopSignal()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def summary(outcome: SweepOutcome) -> str:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpkd.api import Pair, Signal
+from dpkd.api import Signal
+from dpkd.api.inputs import REFERENCE_LOGPS, TEACHER_LOGPS
 from dpkd.api.teachers import Teacher, Wants
-from dpkd.functional import segment_sum
 from dpkd.train.ema import averaged
 from dpkd.train.loss_module import LossModule
 from dpkd.train.mean_metrics import MeanMetrics
@@ -45,6 +45,11 @@ class TrainStep:
         """The LossModule itself."""
         return self.accelerator.unwrap_model(self.loss_module)  # type: ignore[no-any-return]
 
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[no-any-return]
+
     def __call__(
         self, step_batches: Sequence[StepBatch], *, lr: float, measure: bool, ahead: Sequence[StepBatch] = ()
     ) -> MeanMetrics:
@@ -72,13 +77,13 @@ class TrainStep:
 
     def lend_saved(self, work: Callable[[torch.nn.Module], Any]) -> Any:
         """Give the student to some work, with the weights that are saved: their average where one is kept."""
-        with averaged(getattr(self.optimizer, "optimizer", self.optimizer)):
+        with averaged(self.torch_optimizer):
             return self.inner.lend(work)
 
     @cached_property
     def watch(self) -> FiniteWatch:
         """What keeps a step that is not finite from the weights."""
-        return FiniteWatch(getattr(self.optimizer, "optimizer", self.optimizer), self.accelerator.device)
+        return FiniteWatch(self.torch_optimizer, self.accelerator.device)
 
     def check(self) -> None:
         """Wait for the steps so far. Raises NotFinite where one of them was not finite; no weight has changed since."""
@@ -112,10 +117,10 @@ class TrainStep:
     def with_teacher(self, micro_batch: MicroBatch) -> MicroBatch:
         """What the teacher, and the reference, say of a micro-batch: one forward, and only where it is read."""
         chunk = self.inner.chunk
-        if self.reference is not None and micro_batch.reads(Signal.REFERENCE_LOGPS):
+        if self.reference is not None and micro_batch.reads(*REFERENCE_LOGPS):
             with self.accelerator.autocast():  # as the student of now
                 logps = self.reference.score(micro_batch.batch, Wants(chunk, logps=True)).logps()
-            micro_batch = replace(micro_batch, reference_logps=by_response(micro_batch, logps))
+            micro_batch = replace(micro_batch, reference_logps=logps)
         if self.teacher is None:
             return micro_batch
         layers = self.inner.layers_of(micro_batch).teacher
@@ -134,7 +139,7 @@ class TrainStep:
             micro_batch,
             teacher=output if measurable or not micro_batch.pairs else None,
             measurable=measurable,
-            teacher_logps=by_response(micro_batch, output.logps()) if wants.logps else None,
+            teacher_logps=output.logps() if wants.logps else None,
         )
 
     def _expect(self, step_batches: Sequence[StepBatch]) -> None:
@@ -144,7 +149,7 @@ class TrainStep:
         for step_batch in step_batches:
             reads = frozenset().union(*(term.reads for term in step_batch.terms))
             logits = not step_batch.pairs and Signal.TEACHER_LOGITS in reads
-            wants = Wants(1, logps=step_batch.pairs and Signal.TEACHER_LOGPS in reads, logits=logits)
+            wants = Wants(1, logps=step_batch.pairs and bool(TEACHER_LOGPS & reads), logits=logits)
             if wants.anything and not (self.teacher.chooses and Signal.CHOSEN_IDS in reads):
                 self.teacher.expect([s for group in step_batch.groups for s in group.sequences], wants)
 
@@ -166,8 +171,3 @@ class TrainStep:
         if self.watch.see(norm):
             raise explain_gradient(self.inner)
         metrics.add("gradient_norm", norm, 1.0)
-
-
-def by_response(micro_batch: MicroBatch, logps_N: torch.Tensor) -> Pair:
-    """Log-probs of tokens as sums over the chosen and the rejected responses."""
-    return Pair(*segment_sum(logps_N, micro_batch.batch.sequence, len(micro_batch.batch.lengths)).chunk(2))

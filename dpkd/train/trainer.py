@@ -273,7 +273,6 @@ class Trainer:
             from accelerate.utils import gather_object
 
             states = gather_object([state])
-        optimizer = getattr(self.train_step.optimizer, "optimizer", self.train_step.optimizer)
         loop = {
             "metrics": self._reduced(self.window.metrics).as_dict(),
             "tokens": self.window.tokens,
@@ -284,7 +283,7 @@ class Trainer:
             self.folder.checkpoints,
             step,
             module=self.train_step.inner,
-            optimizer=optimizer,
+            optimizer=self.train_step.torch_optimizer,
             sources={name: source.state() for name, source in self.sources.items()},
             loop=loop,
             random_states=states,

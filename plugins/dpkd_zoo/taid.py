@@ -47,12 +47,13 @@ SPEC = LossSpec(
         title="Temporally adaptive interpolated distillation",
         summary="Forward KL to a target that moves from the student to the teacher as the loss falls.",
         formula="KL(pₜ‖q),  pₜ = softmax((1-t)·z_q + t·z_p), no gradient through pₜ",
-        sources=(at(TAID, "§3 (equation numbers not confirmed)"),),
+        sources=(at(TAID, "§3; released code SakanaAI/TAID, distil_losses/taid.py, for the loss and the schedule"),),
         use_when="Teacher and student are far apart: the target is always within the student's reach.",
         avoid_when="The run is very short, or t does not move: with t below 1 the student partly follows itself.",
         notes="A value near 0 means that the target is near, not that the teacher is: watch the divergence in an "
         "evaluation. Suggested schedule, as in the paper: t from 0.4 to 1, by-loss (α 5e-4, momentum 0.99), never "
-        "behind the linear one. The schedule sets t, and a loss.t of your own counts only where schedules.t allows "
+        "behind the linear one, which in the released code ends one step later. The schedule sets t, and a loss.t of "
+        "your own counts only where schedules.t allows "
         "it: schedules.t.start=0.7 schedules.t.end=0.7 schedules.t.shape=linear fixes it. The loss itself takes about "
         "1.1 times kd's time.",
         latex=r"\mathrm{KL}(p_t\,\|\,q), \qquad p_t=\mathrm{softmax}\big((1-t)\,z_q+t\,z_p\big)\text{ without "

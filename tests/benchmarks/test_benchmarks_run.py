@@ -123,6 +123,19 @@ def test_startup_runs_commands(bench):
     assert [met for _, met in startup.targets(found).values()] == [False, True]
 
 
+@needs_tokenizer
+def test_ways_to_wait(bench, monkeypatch):
+    waiting, seen = bench("waiting"), []
+
+    def here(module, function, *arguments, environment=waiting.POLICIES["libgomp's default"]):
+        seen.append(environment.get("OMP_WAIT_POLICY"))
+        return getattr(bench(module), function)(*arguments)
+
+    monkeypatch.setattr(waiting, "call_in_process", here)
+    assert [row[0] for row in cells(waiting.table(1, "tiny"))] == list(waiting.POLICIES)
+    assert seen == [None, None, None, "PASSIVE", "PASSIVE"]  # the first makes models and rows
+
+
 def test_the_page_has_a_place_for_every_table(bench):
     everything = bench("all")
     page = everything.PAGE.read_text(encoding="utf-8")

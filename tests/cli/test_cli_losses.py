@@ -35,6 +35,8 @@ def test_every_loss_has_a_line_of_the_table(call: Callable[..., Any], width: int
     lines = call("list-losses", width=width).stdout.splitlines()
     assert [line.split()[0] for line in lines if line[:1] == " " and line[1:2].isalnum()][1:] == names
     assert all(len(line) <= width for line in lines)
+    (said,) = [line for line in lines if line.startswith("not confirmed against the paper")]
+    assert said.endswith(": " + ", ".join(n for n, one in load_registry().losses.items() if one.spec.card.unconfirmed))
 
 
 def test_json_says_what_the_specs_say(call: Callable[..., Any]) -> None:

@@ -166,7 +166,7 @@ def test_train_hands_over_files_flags_and_sets_in_order(engine: list[tuple[str, 
     settings = resolved.settings
     assert (settings.teacher.model, settings.student.model, settings.data.path) == ("t", "s", "d.jsonl")
     assert (settings.train.lr, settings.train.steps, settings.seed, settings.output) == (2e-3, 4, 7, "o")
-    assert resolved.loss_config.kd_ratio == 1.0
+    assert resolved.main.config.kd_ratio == 1.0
     assert resolved.provenance["seed"] == "--seed"
     assert resolved.provenance["train.lr"] == str(more)
 

@@ -99,8 +99,8 @@ def test_suggestions_are_those_of_the_loss_that_runs_in_the_end() -> None:
 
 def test_the_settings_of_the_loss_are_its_own() -> None:
     resolved = run(base("soft"), sets=("loss.beta=0.3", "loss.inner.mu=1"))
-    assert isinstance(resolved.loss_config, Config)
-    assert (resolved.loss_config.beta, resolved.loss_config.inner.mu) == (0.3, 1.0)
+    assert isinstance(resolved.main.config, Config)
+    assert (resolved.main.config.beta, resolved.main.config.inner.mu) == (0.3, 1.0)
     assert resolved.loss.name == "soft"
     assert resolved.plugin == "fakes 1.0"
 
@@ -232,7 +232,9 @@ def test_what_may_only_be_misspelt_is_not_missing() -> None:
 )
 def test_why_a_teacher_is_needed(loss: str, sets: tuple[str, ...], reason: str) -> None:
     (found,) = problems(Layer("base.yaml", {"loss": loss, "student": "small"}), sets=sets)
-    assert found == f"teacher.model: is missing, but {reason}. Name one with --teacher."
+    without = "; if its responses are in your data, --set text.source=dataset needs none"
+    only_writes = reason.startswith("it writes")
+    assert found == f"teacher.model: is missing, but {reason}. Name one with --teacher{without * only_writes}."
 
 
 def test_a_student_made_of_layers_needs_the_teacher_and_no_model() -> None:
@@ -261,7 +263,7 @@ def test_a_resolved_file_resolves_to_the_same(loss: str, tmp_path: Path) -> None
     write_config(resolved, tmp_path)
     again = resolve([file_layer(tmp_path / "config.resolved.yaml")], REGISTRY)
     assert again.as_dict() == resolved.as_dict()
-    assert (again.settings, again.loss_config) == (resolved.settings, resolved.loss_config)
+    assert (again.settings, again.main.config) == (resolved.settings, resolved.main.config)
     assert yaml.safe_load(annotated_yaml(resolved)) == resolved.as_dict(), "any YAML reader gives the same"
 
 
@@ -326,6 +328,6 @@ def test_a_given_setting_does_not_follow_a_suggested_schedule() -> None:
     assert set(run(base("moving")).settings.schedules) == {"beta"}
     fixed = run(base("moving"), sets=("loss.beta=0.3",))
     assert fixed.settings.schedules == {}
-    assert fixed.loss_config.beta == 0.3  # type: ignore[attr-defined]
+    assert fixed.main.config.beta == 0.3  # type: ignore[attr-defined]
     own = run(base("moving"), sets=("loss.beta=0.3", "schedules.beta.end=0.5"))
     assert own.settings.schedules["beta"].end == 0.5, "a schedule that the user touches is the user's"

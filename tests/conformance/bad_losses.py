@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from good_losses import BOTH, DPO_SPEC, PAIRS, Settings, forward_kl_reference, loss_class, spec_of
+from good_losses import BOTH, DPO_SPEC, PAIR_TOKENS, PAIRS, Settings, forward_kl_reference, loss_class, spec_of
 from torch import Tensor, nn
 
 from dpkd.api import LossConfig, LossSpec, PairLoss, Signal, TokenLoss, Trait
@@ -57,6 +57,13 @@ def bad_spec(check: str, name: str, spec: LossSpec, **told: Any) -> None:
 
 
 # --- shape and memory
+
+
+@bad("padding_changes_nothing", base=PairLoss, reads=PAIR_TOKENS - {Signal.LENGTHS})
+def mean_over_padding(self: Any, x: Any) -> Tensor:
+    """A mean over T: shorter responses count for less, the wider their batch is."""
+    gaps = [(q - p).mean(-1) for q, p in zip(x.student_token_logps, x.teacher_token_logps, strict=True)]
+    return F.softplus(gaps[1] - gaps[0])
 
 
 @bad("one_value_per_position")

@@ -28,11 +28,12 @@ from dpkd.api import (
     Trait,
     setting,
 )
-from dpkd.functional import KLSum, kl, preference, returns_to_go
+from dpkd.functional import KLSum, kl, preference, returns_to_go, token_mask
 
 CARD = Card("A title", "One line.", "p", (Source("A paper", "https://example.org/paper", "Eq. 1"),), "often", "never")
 BOTH = frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS})
 PAIRS = frozenset({Signal.STUDENT_LOGPS, Signal.TEACHER_LOGPS})
+PAIR_TOKENS = frozenset({Signal.STUDENT_TOKEN_LOGPS, Signal.TEACHER_TOKEN_LOGPS, Signal.LENGTHS})
 DRAWN = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS, Signal.ADVANTAGES, Signal.TEACHER_LOGPS})
 
 
@@ -87,6 +88,29 @@ def dpo_reference(student: Any, teacher: Any, config: Settings) -> np.ndarray:
     """log(1 + exp(-margin))."""
     margin = (student[0] - teacher[0]) - (student[1] - teacher[1])
     return np.logaddexp(0.0, -config.beta * margin)
+
+
+class TokenWeightedDPO(PairLoss[Settings]):
+    """DPO on mean log-ratios, each token weighted by its share of the teacher's mass on the response's tokens."""
+
+    def forward(self, x: PairInputs) -> Tensor:
+        gaps = []
+        for log_q_BT, log_p_BT, length_B in zip(x.student_token_logps, x.teacher_token_logps, x.lengths, strict=True):
+            outside_BT = ~token_mask(length_B, log_p_BT.shape[-1])
+            weight_BT = log_p_BT.masked_fill(outside_BT, -torch.inf).softmax(-1)
+            gaps.append((weight_BT * (log_q_BT - log_p_BT)).sum(-1))
+        return preference(self.config.beta * (gaps[0] - gaps[1]))
+
+
+def token_weighted_dpo_reference(
+    student_token_logps: Any, teacher_token_logps: Any, lengths: Any, config: Settings
+) -> np.ndarray:
+    """Response by response, over its own tokens only."""
+    found = []
+    for log_q, log_p, length in zip(student_token_logps, teacher_token_logps, lengths, strict=True):
+        rows = [(q[: int(n)], p[: int(n)]) for q, p, n in zip(log_q, log_p, length, strict=True)]
+        found.append(np.array([np.average(q - p, weights=np.exp(p)) for q, p in rows]))
+    return np.logaddexp(0.0, -config.beta * (found[0] - found[1]))
 
 
 class Reinforce(RolloutLoss[Settings]):
@@ -163,6 +187,7 @@ FORWARD_KL = spec_of(
     Trait.LINEAR_IN_TEACHER,
     suggests={"text": {"source": "teacher"}},
 )
+TOKEN_DPO_SPEC = spec_of("token-dpo", TokenWeightedDPO, PAIR_TOKENS, Trait.NON_NEGATIVE)
 DPO_SPEC = spec_of("dpo", DPO, PAIRS, Trait.NON_NEGATIVE)
 REINFORCE = spec_of("reinforce", Reinforce, DRAWN, Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT)
 SAMPLED = spec_of("sampled", Sampled, BOTH | {Signal.TARGETS}, Trait.SCORE_FUNCTION, Trait.SHIFT_INVARIANT)
@@ -175,6 +200,7 @@ COPY = spec_of("copy", Copy, HIDDEN, Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE)
 GOOD: list[tuple[LossSpec, Callable[..., Any] | None]] = [
     (FORWARD_KL, forward_kl_reference),
     (DPO_SPEC, dpo_reference),
+    (TOKEN_DPO_SPEC, token_weighted_dpo_reference),
     (REINFORCE, reinforce_reference),
     (SAMPLED, None),
     (TEMPERED, None),

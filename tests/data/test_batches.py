@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpkd.data.batches import TokenSequence, collate, micro_batches
+from dpkd.data.batches import Layout, TokenSequence, collate, micro_batches
 
 EOS = 7
 SEQUENCES = [TokenSequence((1, 2), (3, EOS)), TokenSequence((EOS,), (4, 5, 6, EOS)), TokenSequence((1,), ())]
@@ -42,3 +43,21 @@ def test_micro_batches_take_each_once_longest_first(lengths, size):
     flat = [i for g in groups for i in g]
     assert sorted(flat) == list(range(len(lengths)))
     assert [lengths[i] for i in flat] == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(shared=True), Layout(packed=True)])
+def test_the_host_does_as_much_for_many_sequences_as_for_few(layout):
+    class Counting(TorchDispatchMode):
+        operators = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Counting.operators += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for rows in (4, 64):
+        Counting.operators = 0
+        with Counting():
+            collate([TokenSequence((5, i // 2), tuple(range(i % 7))) for i in range(rows)], pad_id=0, layout=layout)
+        counts.append(Counting.operators)
+    assert 10 < counts[0] == counts[1]

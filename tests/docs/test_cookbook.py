@@ -55,7 +55,7 @@ def test_it_parses_and_resolves(words):
         return
     flags = {f"--{name}": (path, given[name]) for name, path in FLAGS.items()}
     done = resolve(user_layers(given["config"] or [], flags, given["set_"] or []), load_registry())
-    assert done.registered.spec.name == given["loss"]
+    assert done.main.spec.name == given["loss"]
 
 
 def test_a_mistake_would_be_noticed():

@@ -8,10 +8,16 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from reference import MODULES, public_names
+
+from dpkd import api
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/python.md").read_text(encoding="utf-8")
@@ -172,6 +178,45 @@ def test_every_public_name_is_documented(module, name):
     functions = [getattr(member, "fget", member) for member in own]
     bare = [f.__name__ for f in functions if inspect.isfunction(f) and not (f.__doc__ or "").strip()]
     assert bare == []
+
+
+def functions(path: str, value: Any) -> Iterator[tuple[str, Any, str]]:
+    """A public function, or the methods and the constructor of a class: name, function, docstring."""
+    if inspect.isfunction(value):
+        yield path, value, value.__doc__ or ""
+    elif inspect.isclass(value) and issubclass(value, tuple):
+        yield path, value, value.__doc__ or ""
+    elif inspect.isclass(value) and not issubclass(value, Enum | BaseModel):  # whose fields have descriptions
+        for key, member in inspect.getmembers(value):
+            function = getattr(member, "__func__", member)  # of a class method
+            if not inspect.isfunction(function) or not (function.__module__ or "").startswith("dpkd"):
+                continue
+            if key == "__init__":
+                yield path, function, (function.__doc__ or "") + (value.__doc__ or "")
+            elif not key.startswith("_"):
+                yield f"{path}.{key}", function, function.__doc__ or ""
+
+
+def explained(doc: str) -> set[str]:
+    """The names that a docstring explains: in backticks, or in front of a column. Names in examples do not count."""
+    doc = re.sub(r"^ *>>> .*\n(?: *[^ >\n].*\n)*", "", doc, flags=re.MULTILINE)
+    columns = re.findall(r"^ *(\w+(?:, \w+)*)  +\S", doc, flags=re.MULTILINE)
+    return {*re.findall(r"`(\w+)`", doc), *(name for column in columns for name in column.split(", "))}
+
+
+CALLABLES = [
+    one for module, name in public() for one in functions(name, getattr(importlib.import_module(module), name))
+]
+
+
+@pytest.mark.parametrize(("function", "doc"), [one[1:] for one in CALLABLES], ids=[one[0] for one in CALLABLES])
+def test_every_parameter_is_explained(function, doc):
+    of_class = r"See `(\w+)\.(\w+)`"  # a method that says what its protocol says
+    doc += "".join(getattr(getattr(api, owner), name).__doc__ for owner, name in re.findall(of_class, doc))
+    parameters = inspect.signature(function).parameters.keys() - {"self", "cls"}
+    assert sorted(parameters - explained(doc)) == []
+    bare = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is p.empty]
+    assert sorted({*bare} & parameters) == []
 
 
 def test_the_wheel_has_the_marker_of_both_packages(tmp_path):

@@ -78,10 +78,12 @@ def failures(loss: ModuleType, test: ModuleType) -> set[str]:
 
 def test_the_edits_of_the_pair_page(package):
     edits = blocks("pair-loss", "diff")
-    assert len(edits) == 5
+    assert len(edits) == 9
     assert failures(*package("pair", [])) == set()
     assert failures(*package("pair", edits[:2])) == {"matches_reference"}  # the test asks for what is not there yet
     assert "only_declared_signals" in failures(*package("pair", edits[:4]))  # `reads` lacks the lengths
+    assert failures(*package("pair", edits[:5])) == set()
+    assert "only_declared_signals" in failures(*package("pair", edits[:8]))  # `reads` has the sums
     loss, test = package("pair", edits)
     assert failures(loss, test) == set()
     assert set(loss.SPEC.config.model_fields) == {"beta", "gamma"}

@@ -174,3 +174,11 @@ def test_chunk_rows_suit_the_device_and_are_never_too_few():
     assert chunk_rows(512, 32.0) == chunk_rows(512) == 16384
     assert chunk_rows(152_000, 32.0) == 55
     assert chunk_rows(152_000) == 128  # the gradient of a large head weighs more than caches do
+
+
+@pytest.mark.parametrize(("vocabulary", "free_gib"), [(32_000, 80), (50_257, 80), (151_936, 140), (151_936, 2)])
+def test_a_chunk_on_a_gpu_is_a_small_share_of_its_memory(vocabulary, free_gib, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib * 2**30, 141 * 2**30))
+    taken = 4 * vocabulary * chunk_rows(vocabulary, device="cuda") / 2**20
+    assert 0.98 * min(128, 1024 * free_gib / 64) < taken <= 128 or chunk_rows(vocabulary, device="cuda") == 128
+    assert taken * 10 < 1400  # what a loss adds to the backbones at Qwen's vocabulary, for less than TRL's peak in all

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from dpkd.api import LossSpec, Signal
-from dpkd.data.batches import TokenSequence, collate
+from dpkd.data.batches import PLAIN, TokenSequence, collate
 from dpkd.models import compile as compiling
 from dpkd.models.head import hidden_rows
 from dpkd.plugins import load_registry
@@ -123,3 +125,13 @@ def test_a_loss_that_looks_at_values_is_said_to_be_no_graph():
     spec = load_registry().get(LossSpec, "akl").spec
     _, x = sample_inputs(READS, vocabulary=1024)
     assert compiling.why_no_graph(spec.loss(spec.config()), x.only(spec.signals(spec.config()))) is not None
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_the_gradient_that_is_compared_survives_half_precision(kind):
+    """A comparison whose gradient is all rounding would refuse what compiles well."""
+    model = make(kind, layers=8)
+    exact = compiling._probe(model, nullcontext, PLAIN)
+    rounded = compiling._probe(model, lambda: torch.autocast("cpu", torch.bfloat16), PLAIN)
+    assert exact[1].abs().max() > 1e-3
+    assert compiling._largest_gap(rounded, exact) < 0.1

@@ -17,6 +17,9 @@ from dpkd.train.optimizers import describe_optimizer, learning_rate, make_optimi
 # On a CPU its state is not paged; the update is the same.
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
+# All rows of the table, and some that transformers makes.
+NAMES = [*OPTIMIZERS, "lion", "adamw_8bit", "paged_adamw_8bit", "ademamix", "lion_8bit", "rmsprop", "adagrad"]
+
 
 def student(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
@@ -41,7 +44,7 @@ def weights(model: nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_trains_and_its_state_takes_what_is_counted(name: str) -> None:
     model, run = student(), settings(name)
     optimizer = make_optimizer(model, run)
@@ -57,7 +60,7 @@ def test_it_trains_and_its_state_takes_what_is_counted(name: str) -> None:
     assert state_bytes(model, name, run.own_optimizer_settings) == held
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_continues_it_bit_for_bit(name: str, tmp_path: Path) -> None:
     model, run = student(), settings(name)
     optimizer = make_optimizer(model, run)
@@ -99,7 +102,7 @@ def test_a_rate_that_is_set_in_the_groups_is_the_rate_of_muon_too() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_vectors_do_not_decay(name: str) -> None:
     optimizer = make_optimizer(student(), settings(name, weight_decay=0.1))
     for group in optimizer.param_groups:
@@ -110,9 +113,11 @@ def test_vectors_do_not_decay(name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer": "adam"}, "should be one of adamw, adamw_8bit"),
+        ({"optimizer": "adam"}, "should be one of adamw, adafactor, muon, sgd, lion, adamw_torch, "),
         ({"optimizer": "muon", "optimizer_settings": {"betas": [0.9, 0.99]}}, r"optimizer_settings\.betas: no such"),
         ({"optimizer": "sgd", "optimizer_settings": {"momentum": 1.5}}, r"optimizer_settings\.momentum: .*less than 1"),
+        ({"optimizer": "rmsprop", "optimizer_settings": {"rho": 0.9}}, r"optimizer_settings\.rho: no such setting"),
+        ({"optimizer": "galore_adamw"}, "should be one of adamw"),
         ({"schedule": "polynomial", "schedule_settings": {"cycles": 2}}, "polynomial has no setting cycles.*power"),
         ({"schedule": "cosine", "schedule_settings": {"num_cycles": 2}}, "cosine has no settings but"),
         ({"schedule": "warmup_stable_decay"}, "warmup_stable_decay: "),
@@ -124,9 +129,21 @@ def test_what_cannot_be_is_refused(values: dict[str, object], message: str) -> N
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpkd.models.optimizers.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="adamw_8bit needs the package bitsandbytes, which is not installed: pip inst"):
-        TrainSettings(optimizer="adamw_8bit")
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ValueError, match="paged_lion_8bit cannot be used here: You need to install `bitsandbytes`"):
+        TrainSettings(optimizer="paged_lion_8bit")
+
+
+def test_settings_of_transformers_optimizers_are_the_arguments_of_their_class() -> None:
+    run = settings("rmsprop", optimizer_settings={"alpha": 0.9, "momentum": 0.5}, weight_decay=0.1, eps=1e-6)
+    optimizer = make_optimizer(student(), run)
+    assert type(optimizer) is torch.optim.RMSprop
+    assert {(g["alpha"], g["momentum"], g["centered"]) for g in optimizer.param_groups} == {(0.9, 0.5, False)}
+    assert "rmsprop (RMSprop by transformers), alpha 0.9, momentum 0.5, lr 0.01" in describe_optimizer(run)
+    lion = make_optimizer(student(), settings("lion"))
+    assert {tuple(group["betas"]) for group in lion.param_groups} == {(0.9, 0.99)}
+    adam = make_optimizer(student(), settings("adamw_8bit", betas=(0.8, 0.95), eps=1e-5))
+    assert {(tuple(group["betas"]), group["eps"]) for group in adam.param_groups} == {((0.8, 0.95), 1e-5)}
 
 
 SCHEDULES = {

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from dpkd.errors import DpkdError
-from dpkd.io import JsonLog, StorageError, lock, read_json, whole_file, whole_folder, write_json, write_text
+from dpkd.io import JsonLog, StorageError, read_json, whole_file, whole_folder, write_json, write_text
+from dpkd.locks import lock
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace", "chmod"])
@@ -169,7 +170,7 @@ def test_a_lock_names_its_owner_and_dies_with_it(tmp_path: Path) -> None:
 
 def test_one_of_many_gets_the_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom dpkd.io import lock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom dpkd.locks import lock\n"
         "for _ in range(50):\n"
         "    with lock(Path(sys.argv[1]) / '.lock', 'x', wait=True):\n"
         "        file = Path(sys.argv[1]) / 'count'\n"

@@ -114,6 +114,16 @@ def test_a_hangup_saves_as_a_request_to_stop_does(commands):
     assert checkpoint.latest(here / "run/checkpoints") is not None
 
 
+@pytest.mark.parametrize(("seconds", "saved"), [(0.0, [1, 2, 3]), (600.0, [3])])
+def test_by_default_a_run_saves_after_some_time_and_at_its_end(seconds, saved, settings_of, quiet, monkeypatch):
+    assert checkpoint.SAVE_SECONDS == 600
+    monkeypatch.setattr(checkpoint, "SAVE_SECONDS", seconds)
+    resolved = settings_of("kd", {"train.steps": 3, "train.keep_checkpoints": 9})
+    assert resolved.settings.train.save_every == "auto"
+    found = run.train(resolved, console=quiet).checkpoints.glob("step-*")
+    assert sorted(int(path.name.removeprefix("step-")) for path in found) == saved
+
+
 # --- missing and damaged files ---------------------------------------------------------------------------------------
 
 

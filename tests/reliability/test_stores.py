@@ -113,7 +113,7 @@ def toy(tmp_path):
 
 
 def test_two_calls_do_not_write_one_file_of_samples(toy):
-    from dpkd.io import lock
+    from dpkd.locks import lock
 
     (toy / "here").mkdir()
     with lock(toy / "here/.answers.jsonl.lock", "answers.jsonl"):
@@ -146,7 +146,7 @@ def test_a_damaged_line_of_samples_is_named(toy):
 
 
 def test_two_evaluations_do_not_write_one_folder(toy):
-    from dpkd.io import lock
+    from dpkd.locks import lock
 
     call = [
         *("eval", "--model", "../toy/model", "--data", "../toy/data.jsonl", "--output", "scores"),
@@ -161,7 +161,7 @@ def test_two_evaluations_do_not_write_one_folder(toy):
 
 
 def test_a_store_is_written_by_one_call_at_a_time(toy):
-    from dpkd.io import lock
+    from dpkd.locks import lock
 
     call = [
         *("cache", "--loss", "kd", "--teacher", "../toy/model", "--data", "../toy/data.jsonl", "--output", "store"),

@@ -35,7 +35,7 @@ def test_a_sweeps_folder_stands_for_its_runs(tmp_path: Path) -> None:
     (sweep / "kd.yaml").write_text("train.lr: 1\n")
     result = CliRunner().invoke(app, ["report", str(sweep), "--no-figures"])
     assert result.exit_code == 0, result.output
-    assert "<h1>kd, sft</h1>" in (sweep / "report.html").read_text(encoding="utf-8")
+    assert "<h1>sweep</h1>" in (sweep / "report.html").read_text(encoding="utf-8")
     told = CliRunner().invoke(app, ["compare", str(sweep)]).output
     assert "kd (baseline)" in told
     assert "sft" in told
@@ -46,7 +46,7 @@ def test_png_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_run(tmp_path / "a")
     add_dev(path)
     add_scores(path / "eval", {10: [20.0, 30.0], 20: [22.0, 31.0]})
-    written = drawing.write_figures(read_runs([path]), tmp_path / "png")
+    written = drawing.write_figures(drawing.figures(read_runs([path])), tmp_path / "png")
     names = {file.name for file in written}
     assert {"kl.png", "reward-against-kl.png", "length-dolly-rouge-l.png", "dev-rouge.png"} <= names
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)

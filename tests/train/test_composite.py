@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_invariants import gradients
+from toy_runs import StopAfter
 
 from dpkd.config.settings import ScheduleSettings
 from dpkd.errors import SettingsError, Stopped
@@ -78,13 +78,9 @@ def test_a_run_with_several_losses_logs_each_and_resumes(settings_of, quiet, mon
     assert first["text/own/responses"] == 4
     assert (first["schedule/temperature"], last["schedule/temperature"]) == (1.0, 2.0)
 
-    @contextmanager
-    def stop_early():
-        yield type("Stop", (), {"asked": True, "signal_number": 2})()
-
     resolved = settings_of("kd", changes | {"output": str(tmp_path / "stopped")})
     with monkeypatch.context() as patch:
-        patch.setattr(run, "stop_on_signal", stop_early)
+        patch.setattr(run, "StopRequest", lambda: StopAfter(1))
         with pytest.raises(Stopped):
             run.train(resolved, console=quiet)
     continued = resume_folder(tmp_path / "stopped", console=quiet)

@@ -72,6 +72,14 @@ def test_the_plan_shows_what_is_trained_in_another_color(settings_of, written):
     assert "red \x1b[1;32m⟦cat ⟦x⟧<eos>⟧\x1b[0m" in text
 
 
+def test_the_plan_shows_both_responses_of_a_pair_and_no_more_than_a_screen(settings_of, written):
+    path = written({"prompt": "red ", "chosen": "cat" * 500, "rejected": "dog"})
+    changes = {"data.path": path, "text.source": "preference", "data.max_tokens": 2000}
+    _, plan = said(dry_run, settings_of("dpkd-simpo", changes))
+    shown = f"red ⟦{'cat' * 200} [... 305 characters ...] {('cat' * 500 + '<eos>')[-600:]}⟧"
+    assert plan.example == f"{shown}\n(trained: what stands in ⟦ ⟧, 1501 tokens)\n(rejected: ⟦dog<eos>⟧, 4 tokens)"
+
+
 def test_rejected_responses_that_nothing_reads_are_refused(settings_of, written):
     path = written({"prompt": "red ", "chosen": "cat", "rejected": "dog"})
     changes = {"data.path": path, "data.columns.output": "chosen"}

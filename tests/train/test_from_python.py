@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from toy_runs import StopAfter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpkd
@@ -213,19 +213,12 @@ def test_the_fingerprint_sees_one_weight_and_the_configuration(models):
     assert len(found) == 3
 
 
-@contextmanager
-def _stop_after_one_step():
-    """A request to stop that is there from the start."""
-    stop = type("Stop", (), {"asked": True, "signal_number": 2})()
-    yield stop
-
-
 def test_resume_needs_the_same_objects(models, tokenizer, rows, tmp_path, monkeypatch):
     teacher, student = models
     objects = {"teacher": teacher, "student": student, "data": rows, "tokenizer": tokenizer}
     whole = dpkd.train(loss="kd", **objects, output=tmp_path / "whole", settings=SHORT)
     with monkeypatch.context() as patch:
-        patch.setattr(engine_run, "stop_on_signal", _stop_after_one_step)
+        patch.setattr(engine_run, "StopRequest", lambda: StopAfter(1))
         with pytest.raises(Stopped, match=r"dpkd\.resume\('.*stopped', teacher=\.\.\., student=\.\.\., data=\.\.\.\)"):
             dpkd.train(loss="kd", **objects, output=tmp_path / "stopped", settings=SHORT)
     stopped = tmp_path / "stopped"
@@ -243,7 +236,7 @@ def test_resume_needs_the_same_objects(models, tokenizer, rows, tmp_path, monkey
 
 
 def test_resume_refuses_an_object_that_the_run_did_not_begin_with(toy, rows, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_run, "stop_on_signal", _stop_after_one_step)
+    monkeypatch.setattr(engine_run, "StopRequest", lambda: StopAfter(1))
     with pytest.raises(Stopped, match="continue with: dpkd train --resume"):
         dpkd.train(loss="sft", student=toy / "gpt2", data=toy / "data.jsonl", output=tmp_path / "run", settings=SHORT)
     with pytest.raises(DpkdError, match="did not begin with in-memory:data: its settings name what it reads"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_invariants import gradients
+from toy_runs import StopAfter
 
 from dpkd.api import HIDDEN, Layers, Stack
 from dpkd.errors import DpkdError, SettingsError, Stopped
@@ -42,7 +41,7 @@ def test_value_and_gradient_are_those_of_the_models_own_hidden_states(settings_o
     loss_module.zero_grad()
     run_parts = run.assemble(resolved, run._accelerator(resolved), Display(quiet))
     for i in run_parts.source.context.batches.window(0):
-        prompt = run_parts.data.prompts[i]
+        prompt = run_parts.run_data.data.prompts[i]
         ids, first = [*prompt.prompt_ids, *prompt.response_ids], len(prompt.prompt_ids) - 1
         ours, theirs = _states(loss_module.student, ids), _states(teacher, ids)
         for matrix, (s, t) in zip(loss_module.losses["main"].weight, [(1, 2), (2, 4)], strict=True):
@@ -100,12 +99,8 @@ def test_weights_of_the_loss_are_trained_kept_and_restored(changes, settings_of,
     changes = {"train.steps": 4, **EXTRA, **changes}
     whole = run.train(settings_of("kd", changes), console=quiet)
 
-    @contextmanager
-    def stop_early():
-        yield type("Stop", (), {"asked": True, "signal_number": 2})()
-
     with monkeypatch.context() as patch:
-        patch.setattr(run, "stop_on_signal", stop_early)
+        patch.setattr(run, "StopRequest", lambda: StopAfter(1))
         with pytest.raises(Stopped):
             run.train(settings_of("kd", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
     torch.manual_seed(999)

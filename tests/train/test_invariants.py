@@ -54,6 +54,15 @@ def gradients(resolved, quiet):
     return found, metrics.averages(), train_step
 
 
+def assert_same(found, wanted):
+    """Equal gradients, but for the last digits: Llama's norms compute in float32 whatever the weights."""
+    assert found.keys() == wanted.keys()
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    assert largest > 0
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6 * largest, msg=name)
+
+
 @pytest.mark.parametrize(
     ("loss", "changes"),
     [
@@ -75,16 +84,10 @@ def test_the_gradient_does_not_depend_on_accumulation(loss, changes, settings_of
         }
         results[micro] = gradients(settings_of(loss, changed), quiet)[:2]
     whole, metrics = results[8]
-    assert any(g.abs().max() > 0 for g in whole.values())
     for micro in (4, 2, 1):
         found, other = results[micro]
-        assert found.keys() == whole.keys()
-        for name, gradient in whole.items():
-            # Llama's norms compute in float32 whatever the weights: their last digit may turn with the row's width.
-            torch.testing.assert_close(
-                found[name], gradient, rtol=1e-5, atol=1e-7, msg=f"{name}, micro-batches of {micro}"
-            )
-        assert other["loss/main"] == pytest.approx(metrics["loss/main"], rel=1e-9)
+        assert_same(found, whole)
+        assert other["loss/main"] == pytest.approx(metrics["loss/main"], rel=1e-6)
 
 
 def test_the_denominator_is_the_tokens_of_the_window(settings_of, quiet):
@@ -127,8 +130,7 @@ def test_the_layout_of_batches_changes_no_gradient(loss, changes, settings_of, q
     assert train_step.micro_batcher.layout == Layout(
         changes.get("batch.shared_prompts", False), "batch.packing" in changes
     )
-    for name, gradient in whole.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    assert_same(found, whole)
     assert other["loss/main"] == pytest.approx(metrics["loss/main"], rel=1e-6)
 
 
@@ -161,7 +163,7 @@ def test_no_micro_batch_has_more_tokens_than_asked_for():
 def stepper_window(resolved, quiet):
     """The sequences of the first window."""
     run_parts = assemble(resolved, run._accelerator(resolved), Display(quiet))
-    prompts = run_parts.data.prompts
+    prompts = run_parts.run_data.data.prompts
     return [
         TokenSequence(prompts[i].prompt_ids, prompts[i].response_ids)
         for i in run_parts.source.context.batches.window(0)
@@ -184,7 +186,7 @@ def test_a_process_with_nothing_to_do_gives_zero_and_finite_gradients(settings_o
         groups = [group] if not pairs else [PromptGroup((group.sequences[0], group.sequences[0]))]
         resolved = settings_of(name)
         _, _, train_step = gradients(resolved, quiet)
-        term = Term("main", resolved.loss.signals(resolved.loss_config), 1.0, 5.0)
+        term = Term("main", resolved.loss.signals(resolved.main.config), 1.0, 5.0)
         step_batch = StepBatch("main", groups, [term], pairs)
         (idle,) = MicroBatcher(8, 256, rank=1, processes=2)(step_batch, measure=False)
         total, metrics = train_step.loss_module(train_step.with_teacher(idle))

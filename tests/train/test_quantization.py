@@ -218,6 +218,19 @@ def test_a_device_that_cannot_read_packed_weights_is_a_sentence(wide, monkeypatc
         load_model(settings, device="cpu", dtype=torch.float32)
 
 
+@needs_bitsandbytes
+def test_sizes_that_a_kernel_cannot_compute_are_a_sentence_before_the_run(wide, monkeypatch):
+    import bitsandbytes
+
+    def refuse(self, x):
+        raise AssertionError("N must be divisible by block_n")
+
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", refuse)
+    settings = TeacherSettings(model=str(wide), quantization="4bit")
+    with pytest.raises(DpkdError, match=r"teacher\.quantization=4bit does not work on .* \(N must be divisible"):
+        load_model(settings, device="cpu", dtype=torch.float32)
+
+
 @pytest.mark.parametrize("more", [{"student.lora": None}, {"student.init": "random"}])
 def test_packed_weights_of_a_student_need_adapters(more, settings_of, wide):
     with pytest.raises(SettingsError, match="packs weights that stay frozen, so the student needs adapters"):

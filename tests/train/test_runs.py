@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_runs import StopAfter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpkd.api import Family
@@ -129,20 +129,6 @@ def test_bf16_runs_with_float32_log_probs(settings_of, quiet, tmp_path):
     assert line["loss/main"] == pytest.approx(exact["loss/main"], rel=0.05)
 
 
-class _After:
-    """Asks to stop once so many steps were seen."""
-
-    signal_number = 2
-
-    def __init__(self, steps):
-        self._left = steps
-
-    @property
-    def asked(self):
-        self._left -= 1
-        return self._left <= 0
-
-
 @pytest.mark.parametrize(
     ("loss", "changes"),
     [
@@ -164,12 +150,8 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, to
     } | changes
     whole = run.train(settings_of(loss, common, teacher="gpt2"), console=quiet)
 
-    @contextmanager
-    def stop_early():
-        yield _After(3)
-
     with monkeypatch.context() as patch:
-        patch.setattr(run, "stop_on_signal", stop_early)
+        patch.setattr(run, "StopRequest", lambda: StopAfter(3))
         with pytest.raises(Stopped, match="stopped after step 3; continue with: dpkd train --resume") as caught:
             run.train(settings_of(loss, common | {"output": str(tmp_path / "stopped")}, teacher="gpt2"), console=quiet)
     assert caught.value.exit_code == 130
@@ -241,13 +223,9 @@ def test_the_reference_is_the_student_as_it_started(settings_of, toy, quiet, mon
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[1] != losses[0]
 
-    @contextmanager
-    def stop_early():
-        yield _After(2)
-
     resolved = settings_of("dpo", changes | {"output": str(tmp_path / "stopped")})
     with monkeypatch.context() as patch:
-        patch.setattr(run, "stop_on_signal", stop_early)
+        patch.setattr(run, "StopRequest", lambda: StopAfter(2))
         with pytest.raises(Stopped):
             run.train(resolved, console=quiet)
     continued = resume_folder(tmp_path / "stopped", console=quiet)

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_invariants import _NoStep, gradients
+from test_invariants import _NoStep, assert_same, gradients
 
 from dpkd.api import StepResponses, Text
 from dpkd.errors import SettingsError, Stopped
@@ -91,8 +91,7 @@ def test_the_denominator_counts_the_tokens_of_all_responses(written):
     (first, n), (second, m), (both, total) = (gradient(responses) for responses in (mixed[::2], mixed[1::2], mixed))
     assert n != m
     assert total == n + m
-    for name, value in both.items():
-        torch.testing.assert_close(value, (first[name] * n + second[name] * m) / total, rtol=1e-6, atol=1e-8)
+    assert_same(both, {name: (first[name] * n + second[name] * m) / total for name in both})
 
 
 @pytest.mark.parametrize("loss", ["rkl", "minillm"])
@@ -103,8 +102,7 @@ def test_the_gradient_does_not_depend_on_accumulation(loss, settings_of, quiet, 
         resolved = settings_of(loss, {**STUDENT, "text.num_generations": 3, **changes})
         found.append(gradients(resolved, quiet)[0])
     for one, other in pairwise(found):
-        for name, value in one.items():
-            torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-7)
+        assert_same(other, one)
 
 
 def test_a_mixed_text_has_several_responses_where_the_student_writes(settings_of, quiet):
@@ -178,7 +176,7 @@ def test_a_policy_gradient_gets_the_log_probs_of_the_training_path(written):
     """As on a GPU, where what draws rounds otherwise than what trains: bfloat16 autocast stands for that here."""
     _, run_parts = written("minillm", STUDENT)
     generator = run_parts.builder.groups[0].source.context.student
-    vocabulary, pad_id = run_parts.vocabulary, run_parts.tokenizer.pad_token_id
+    vocabulary, pad_id = run_parts.vocabulary, run_parts.run_data.tokenizer.pad_token_id
     device = torch.device("cpu")
     plain = generator([0, 1, 2], 0)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)

@@ -20,6 +20,7 @@ from dpkd.train import run
     [
         ("dpkd", {"text.every": 1, "dev.every": 1, "dev.limit": 3, "dev.max_new_tokens": 4}),
         ("minillm", {"student.lora": {"r": 2}}),
+        ("jsd", {"train.compile": "on", "text.source": "student"}),  # the whole one is not compiled
     ],
 )
 def test_a_sharded_student_gives_what_a_whole_one_gives(loss, changes, settings_of, toy, quiet, tmp_path):
@@ -39,7 +40,7 @@ def test_a_sharded_student_gives_what_a_whole_one_gives(loss, changes, settings_
     }
     if "dev.every" in changes:
         changes["dev.path"] = str(toy / "data.jsonl")
-    one = run.train(settings_of(loss, changes), console=quiet)
+    one = run.train(settings_of(loss, changes | {"train.compile": "off"}), console=quiet)
     args = ["train", "--loss", loss, "--teacher", str(toy / "teacher"), "--data", str(toy / "data.jsonl")]
     args += ["--output", str(tmp_path / "two")]
     for path, value in changes.items():
@@ -49,6 +50,8 @@ def test_a_sharded_student_gives_what_a_whole_one_gives(loss, changes, settings_
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *args], capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    if "train.compile" in changes:
+        assert "compiled: the student's layers, the teacher's layers" in done.stdout
     for name in ("model", "adapter"):
         if not (one.path / name).exists():
             continue

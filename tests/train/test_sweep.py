@@ -78,6 +78,13 @@ def test_a_failed_run_is_listed_and_the_others_go_on(written, tmp_path):
     }
     outcome = run_sweep(read_sweep(written(stages=stages)), console=Console(quiet=True))
     assert outcome.done == ["good"]
+    record = json.loads((tmp_path / "runs/sweep.json").read_text())["runs"]
+    assert [(row["name"], row["stage"], row["state"]) for row in record] == [
+        ("bad", "bad", "failed"),
+        ("good", "good", "finished"),
+        ("later", "later", "skipped"),
+    ]
+    assert "9 layers asked for" in record[0]["reason"]
     assert "9 layers asked for" in outcome.failed["bad"]
     assert outcome.skipped == {"later": "needs bad, which failed"}
     with pytest.raises(DpkdError, match=r"(?s)failed: bad: .*skipped: later: needs bad.*finished runs are skipped"):

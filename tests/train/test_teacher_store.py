@@ -58,7 +58,8 @@ TOP = LossSpec(
 
 def _with_loss(resolved, spec=TOP):
     """The same run with a loss that no plugin has."""
-    return replace(resolved, registered=RegisteredLoss(spec, "test", "1", spec.name, "test"), loss_config=spec.config())
+    registered = RegisteredLoss(spec, "test", "1", spec.name, "test")
+    return replace(resolved, main=replace(resolved.main, registered=registered, config=spec.config()))
 
 
 def _without_model(settings_of, loss, store, changes=None, **more):

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 
 from dpkd.cli.main import main
+from dpkd.models import compile as compiling
 from dpkd.models.head import causal_lm
 from dpkd.train import build as run_parts
 
@@ -21,6 +22,7 @@ def shard_first(loss_module, settings):
 
 
 if __name__ == "__main__":
+    compiling.BACKEND = "eager"  # a CPU may have no C++ compiler
     run_parts.make_optimizer = shard_first
     Accelerator.prepare = lambda self, *parts: parts
     main()

@@ -58,13 +58,13 @@ def save_foreign(folder: Path) -> Path:
 def dense(run_parts: Any, texts: Any, loss: Any, reads: frozenset[Signal]) -> torch.Tensor:
     """The mean over spans, the long way: whole logits, spans by common byte offsets, the chain rule by summing."""
     student, teacher = run_parts.train_step.inner.student, run_parts.teacher.model
-    own_tokenizer, other = run_parts.tokenizer, AutoTokenizer.from_pretrained(teacher.name_or_path)
+    own_tokenizer, other = run_parts.run_data.tokenizer, AutoTokenizer.from_pretrained(teacher.name_or_path)
     own_pieces, other_pieces = token_pieces(own_tokenizer), token_pieces(other)
     values = []
     for index, (response,) in texts[0].responses:
         text = own_tokenizer.decode(response.ids, skip_special_tokens=True)
         valid = text.partition("\ufffd")[0]  # a student may draw half a character: from there on there is no text
-        prompt = run_parts.data.prompts[index]
+        prompt = run_parts.run_data.data.prompts[index]
         ids = list(response.ids)
         (theirs,) = encode_continuations(other, [valid])
         both = zip(valid, other.decode(theirs), strict=False)  # it may not know a character

@@ -24,10 +24,9 @@ from torch import nn
 
 from dpkd.api import Ability, GenerationModel, Sampled, SamplerConfig, SamplerSpec, SamplingTask, hookimpl, setting
 from dpkd.errors import DpkdError
-from dpkd.models.head import causal_lm
-from dpkd.models.layers import evaluating
+from dpkd.models.head import causal_lm, evaluating
+from dpkd.models.loading import longest_sequence
 from dpkd.models.lora import merged
-from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.rollout.sampling import room
 
 # Batches that go to the engine in one call: what it has drawn is known when the call returns.

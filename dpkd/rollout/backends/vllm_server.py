@@ -19,9 +19,9 @@ import torch
 
 from dpkd.api import GenerationModel, Sampled, SamplerConfig, SamplerSpec, SamplingTask, hookimpl, setting
 from dpkd.errors import DpkdError
+from dpkd.models.loading import longest_sequence
 from dpkd.models.settings import ClientSettings
 from dpkd.rollout.backends.vllm import LACKS, check_logps
-from dpkd.rollout.kv_cache import longest_sequence
 from dpkd.rollout.sampling import room
 from dpkd.teachers.server.client import Client, ServerRefusal
 from dpkd.teachers.server.protocols import VLLM, BadAnswer

@@ -97,8 +97,8 @@ def test_a_failed_save_leaves_the_older_model(
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated", "ignore:fan_in_fan_out is set")
 def test_adapters_are_saved_merged_and_apart(teacher: Any, tokenizer: Any, ids: torch.Tensor, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="adapters need peft")
-    teacher.save_pretrained(tmp_path / "base")
-    model = add_lora(teacher, LoraSettings(r=2))
+    teacher.double().save_pretrained(tmp_path / "base")
+    model = add_lora(teacher, LoraSettings(r=2)).double()
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -108,12 +108,12 @@ def test_adapters_are_saved_merged_and_apart(teacher: Any, tokenizer: Any, ids: 
     save_model(model, tokenizer, tmp_path / "run" / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert not hasattr(loaded, "peft_config")
-    torch.testing.assert_close(logits(loaded, ids), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(loaded, ids), expected, atol=1e-9, rtol=1e-9)
     assert torch.equal(logits(model, ids), expected)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["adapter", "model"]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     apart = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
-    torch.testing.assert_close(logits(apart, ids), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(apart, ids), expected, atol=1e-9, rtol=1e-9)
     stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert stored
     assert all("lora_" in name for name in stored)
