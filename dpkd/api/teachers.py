@@ -222,7 +222,7 @@ class Teacher:
         """Raises DpkdError when it cannot be the teacher of a student with this `tokenizer`; nothing is loaded yet."""
 
     def meet(self, prompts: Sequence[TeacherPrompt]) -> None:
-        """The prompts of the run's data and of its development set, once they are read; nothing is loaded yet."""
+        """`prompts` of the run's data and of its development set, once they are read; nothing is loaded yet."""
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Bring what it needs to answer.
@@ -245,7 +245,7 @@ class Teacher:
         return SharedVocabulary(self.vocabulary)
 
     def join(self, student: nn.Module) -> None:
-        """The student as it is trained, adapters included; the last call before it is asked."""
+        """Take the `student` as it is trained, adapters included; the last call before it is asked."""
 
     def expect(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], wants: Wants) -> None:
         """Prompts and responses `sequences` that it will soon be asked to score, with the same `wants`.
