@@ -56,7 +56,7 @@ def with_defaults(resolved: Resolved, display: Display) -> Resolved:
     lora = settings.student.lora is not None
     lr = default_rate(sizes.student, lora=lora)
     what = "adapters on" if lora else "all weights of"
-    reason = f"default for {what} {sizes.student / 1e6:,.0f} M parameters"
+    reason = f"default for {what} {_millions(sizes.student)} parameters"
     display.say(f"learning rate: {lr:g}, the {reason} (train.lr)")
     train = checked(TrainSettings, {**settings.train.model_dump(), "lr": lr}, "train")
     return replace(
@@ -73,6 +73,10 @@ def default_rate(parameters: int, *, lora: bool) -> float:
     (0.0005, 0.0005)
     """
     return next(adapters if lora else full for limit, full, adapters in _RATES if parameters < limit)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.0f} M" if count >= 10e6 else f"{count / 1e6:.2g} M"
 
 
 def _sizes(settings: RunSettings, config: Any, teacher: Teacher | None, device: torch.device) -> _Sizes:
@@ -94,8 +98,8 @@ def _warnings(sizes: _Sizes, settings: RunSettings, device: torch.device) -> lis
     found = []
     if 0 < sizes.teacher < sizes.student:
         found.append(
-            f"the teacher ({sizes.teacher / 1e6:,.0f} M parameters) is smaller than the student "
-            f"({sizes.student / 1e6:,.0f} M): are --teacher and --student exchanged?"
+            f"the teacher ({_millions(sizes.teacher)} parameters) is smaller than the student "
+            f"({_millions(sizes.student)}): are --teacher and --student exchanged?"
         )
     memory = memory_of(device)
     if memory is not None and sizes.bytes > memory:
