@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dpkd.report.blocks import Block, FactList, Folded, Group, Table, TableCell, Tile
@@ -31,7 +32,11 @@ def facts_of(run: Run) -> dict[str, str]:
 
 
 def _model(block: Mapping[str, Any] | None) -> str:
-    return public(block["model"]) if block and block.get("model") else ""
+    """A model's name; that of its run where it is the model of one."""
+    if not block or not block.get("model"):
+        return ""
+    path = Path(str(block["model"]))
+    return path.parent.name if path.name == "model" and path.parent.name else public(block["model"])
 
 
 def _student(block: Mapping[str, Any] | None) -> str:
