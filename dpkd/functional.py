@@ -304,7 +304,10 @@ def segment_sum(values_N: Tensor, segment_N: Tensor, count: int) -> Tensor:
 
 
 def by_segment(values_N: Tensor, segment_N: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
-    """The values of each segment in a row of its own, `[B, longest]`, and 0 behind its last; `segment_N` ascends.
+    """The values of each segment in a row of its own, `[B, longest]`, and 0 behind its last.
+
+    values_N   the values of all segments, and `segment_N` the ascending number of the segment of each
+    lengths_B  how many values each segment has, `longest` at most
 
     >>> by_segment(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2]), torch.tensor([2, 0, 1]), 2)
     tensor([[1., 2.],
@@ -317,7 +320,9 @@ def by_segment(values_N: Tensor, segment_N: Tensor, lengths_B: Tensor, longest: 
 
 
 def token_mask(lengths_B: Tensor, longest: int) -> Tensor:
-    """Whether a place holds a token, `[B, longest]`, bool.
+    """Whether a place holds a token, `[B, longest]`, bool; `lengths_B` are the tokens of each of the B sequences.
+
+    `longest` is the number of places.
 
     >>> token_mask(torch.tensor([2.0, 1.0]), 3).int()
     tensor([[1, 1, 0],
@@ -327,7 +332,9 @@ def token_mask(lengths_B: Tensor, longest: int) -> Tensor:
 
 
 def leave_one_out(values_R: Tensor, group_R: Tensor) -> Tensor:
-    """Each value less the mean of the others of its group, `[R]`; alone in its group, as it is.
+    """Each of `values_R` less the mean of the others of its group, `[R]`; alone in its group, as it is.
+
+    `group_R` has the number of the group of each value, from 0.
 
     >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1]))
     tensor([-3.0000, -1.5000,  4.5000,  5.0000])

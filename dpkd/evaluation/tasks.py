@@ -20,7 +20,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from dpkd.data.hub import local_only, out_of_reach
+from dpkd.data.hub import local_only
 from dpkd.errors import DpkdError, SettingsError, described
 from dpkd.evaluation.evaluator import Evaluator
 from dpkd.evaluation.predictions import Prediction, write_predictions
@@ -160,13 +160,12 @@ def _loaded(manager: Any, name: str) -> LoadedTask:
     try:
         loaded: LoadedTask = manager.load([name])
     except Exception as error:
-        offline = (
-            " The hub is out of reach here: a task needs the network until its data are in the cache ($HF_HOME)."
-            if out_of_reach()
-            else ""
-        )
-        packages = " Some tasks need packages: pip install 'lm-eval[NAME]'." if isinstance(error, ImportError) else ""
-        raise DpkdError(f"the task {name} cannot be loaded: {described(error)}.{offline}{packages}") from error
+        advice = ""
+        if isinstance(error, ConnectionError):
+            advice = ". A task needs the network until its data are in the cache ($HF_HOME)"
+        if isinstance(error, ImportError):
+            advice = ". Some tasks need packages of their own: pip install 'lm-eval[NAME]'"
+        raise DpkdError(f"the task {name} cannot be loaded: {described(error)}{advice}") from error
     return loaded
 
 

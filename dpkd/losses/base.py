@@ -45,6 +45,7 @@ class ZooLoss(nn.Module):
         self.loss.config = checked(self.spec.config, {**self.config.model_dump(), **settings}, "loss")
 
     def extra_repr(self) -> str:
+        """The name and the settings, for printing."""
         return ", ".join([repr(self.spec.name), *(f"{k}={v!r}" for k, v in self.config.model_dump().items())])
 
     def _values(self, kind: type[Any], signals: Mapping[Signal, Any], device: torch.device) -> Tensor:

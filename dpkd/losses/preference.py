@@ -35,8 +35,9 @@ class PreferenceLoss(ZooLoss):
         teacher_logps       the same under the teacher; no gradient goes there
         reference_logps     under the student as it was at the start
         lengths             tokens of the responses, EOS included
-        student_token_logps `(chosen, rejected)`, each `[P, T]`: log-probs of the tokens from the first on, 0 behind the
-                            last, where the loss reads them; teacher_token_logps and reference_token_logps likewise
+        student_token_logps  `(chosen, rejected)`, each `[P, T]`: log-probs of the tokens from the first on, 0 behind
+                            the last, where the loss reads them; `teacher_token_logps` and `reference_token_logps`
+                            likewise
         num_items_in_batch  pairs of the whole optimizer step (the Trainer's argument of that name counts tokens);
                             None: P
 

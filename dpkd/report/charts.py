@@ -94,7 +94,7 @@ class ScatterPanel:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ForestRow:
     """A score with the ends of its interval (None: not known), and its values under several training seeds."""
 
     label: str
@@ -111,7 +111,7 @@ class ForestPanel:
     key: str
     title: str
     x_label: str
-    estimates: tuple[Estimate, ...]
+    estimates: tuple[ForestRow, ...]
     lines: tuple[tuple[str, float], ...] = ()
     note: str = ""
 

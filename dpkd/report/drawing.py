@@ -168,7 +168,7 @@ def _color(index: int | None) -> str:
 
 
 def _marker(index: int | None) -> str:
-    return "x" if index is None else MARKERS[index // len(PALETTE) % len(MARKERS)]
+    return "h" if index is None else MARKERS[index // len(PALETTE) % len(MARKERS)]
 
 
 def _stroke(index: int) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Experiment:
     tried       runs that only decided a setting, by name
     choices     what they decided, by stage
     missing     runs of the sweep that did not finish, or were not scored, with the reason
-    baseline    name of the method that the others are tested against
+    baseline    name of the method, or reference, that the methods are tested against
     """
 
     path: Path
@@ -97,7 +97,7 @@ def is_sweep(path: Path) -> bool:
 def read_experiment(path: Path, baseline: Path | None = None) -> Experiment:
     """Read a sweep's folder, or any folder of runs. The baseline is a run in it; None: the first SFT run, or the first.
 
-    Raises DpkdError when a file is damaged, and SettingsError when the baseline is none of the methods.
+    Raises DpkdError when a file is damaged, and SettingsError when the baseline is none of the runs that are compared.
     """
     folder = SweepFolder(path)
     listed = (read_json(folder.record, SweepRecord) or {}).get("runs", [])
@@ -110,21 +110,14 @@ def read_experiment(path: Path, baseline: Path | None = None) -> Experiment:
     missing = _missing(listed, runs)
     aside = used | set(tried) | {row["name"] for row in missing}
     competing = [run for run in runs if run.name not in aside]
+    references = [run for run in runs if run.name in used]
     methods = by_seed(competing)
     stages = {row["name"]: row.get("stage", "") for row in listed}
     families = [stages.get(members(method)[0].name, "") for method in methods]
     shown = _shortened(methods)
     names = {method.name: short.name for method, short in zip(methods, shown, strict=True)}
-    return Experiment(
-        path,
-        shown,
-        colors_of(families),
-        [run for run in runs if run.name in used],
-        tried,
-        choices,
-        missing,
-        names.get(_baseline(methods, baseline), ""),
-    )
+    base = _baseline(methods, references, baseline)
+    return Experiment(path, shown, colors_of(families), references, tried, choices, missing, names.get(base, base))
 
 
 def _run_of(block: Mapping[str, Any] | None) -> str | None:
@@ -175,12 +168,12 @@ def _missing(listed: Sequence[ListedRun], runs: Sequence[Run]) -> list[ListedRun
     return missing
 
 
-def _baseline(methods: Sequence[Run], asked: Path | None) -> str:
+def _baseline(methods: Sequence[Run], references: Sequence[Run], asked: Path | None) -> str:
     if asked is not None:
         name = renamed_baseline(methods, asked.name)
-        if name not in [method.name for method in methods]:
-            told = ", ".join(run.name for method in methods for run in members(method))
-            raise SettingsError([f"--baseline {asked}: not among the methods of this sweep ({told})"])
+        if name not in [run.name for run in (*methods, *references)]:
+            told = ", ".join(run.name for method in (*references, *methods) for run in members(method))
+            raise SettingsError([f"--baseline {asked}: not among the models that are compared ({told})"])
         return name
     scored = [method for method in methods if method.evaluations] or list(methods)
     return next((method.name for method in scored if method.loss == "sft"), scored[0].name if scored else "")

@@ -85,26 +85,25 @@ def _sweep_sections(experiment: Experiment) -> list[Section]:
     runs, colors = [run for run, _ in experiment.members], [color for _, color in experiment.members]
     curves: list[Block] = [Folded(own.title, _grid(own.panels, keys=False)) for own in chapters(runs, colors)]
     if curves:
-        curves.insert(0, Legend(sweep_sections.legend(experiment.members)))
+        curves.insert(0, Legend(sweep_sections.legend(experiment)))
     return [
         Section("overview", "Overview", "", sweep_sections.overview(experiment, tables)),
         Section("ranking", "Ranking", _RANKING, _ranking(experiment, tables)),
-        Section("benchmarks", "Other sets", "Sets without Rouge-L.", sweep_sections.other_sets(experiment)),
+        Section("benchmarks", "Other sets", _OTHERS, sweep_sections.other_sets(experiment)),
         Section("cost", "Cost", _COST, _cost(experiment, tables)),
         Section("collapse", "Collapse", _COLLAPSE, _collapse(experiment)),
         Section("reward", "Reward and KL", _REWARD, _reward(tables)),
         Section("samples", "Samples", "The same prompts, answered by every model.", _samples(experiment, tables)),
         Section("choices", "Chosen settings", _CHOICES, sweep_sections.chosen(experiment)),
         Section("tokens", "Reward by token", "Each token, shaded by its implicit reward.", texts.tokens(runs)),
-        Section(
-            "curves", "All curves", "", [Legend(sweep_sections.legend(experiment.members)), *curves] if curves else []
-        ),
+        Section("curves", "All curves", "", curves),
         Section("settings", "Settings", "", sweep_sections.differing_settings(experiment)),
         Section("technical", "Data, versions, sources", "", _folded("Each run", sections.technical(runs))),
     ]
 
 
 _RANKING = "Best first. The intervals and p-values are about the rows: another training seed may move a mean further."
+_OTHERS = "Standard benchmarks and other sets without Rouge-L. ±: sd over seeds, or standard error over rows."
 _COST = (
     "Rouge-L against what training took, without the models that all share. The step line is the best method within "
     "each budget."
@@ -157,7 +156,7 @@ def _samples(experiment: Experiment, tables: Mapping[str, Sequence[Standing]]) -
     """References first, then the methods by their rank on the first set."""
     ranks = {one.run.name: one.rank for table in list(tables.values())[:1] for one in table}
     order = sorted(experiment.scored, key=lambda run: ranks.get(run.name, len(ranks) + 1))
-    return [*texts.answers(order, sweep_sections.colors_by_name(experiment), first=_AT_ONCE)]
+    return [*texts.answers(order, sweep_sections.colors_by_name(experiment), sets=list(tables), first=_AT_ONCE)]
 
 
 def _folded(title: str, blocks: Sequence[Block]) -> list[Block]:

@@ -68,9 +68,10 @@ def _standing(run: Run, color: int | None, name: str) -> Standing | None:
 
 
 def _differences(experiment: Experiment, runs: Sequence[Run], name: str) -> dict[str, Difference]:
-    if experiment.baseline not in [run.name for run in runs]:
+    base = [run for run in experiment.references if run.name == experiment.baseline and name in run.evaluations]
+    if experiment.baseline not in [run.name for run in (*base, *runs)]:
         return {}
-    found = compare(runs, experiment.baseline, metrics=(RANKED_BY,))
+    found = compare([*base, *runs], experiment.baseline, metrics=(RANKED_BY,))
     cells = next(table.cells for table in found.sets if table.name == name)
     found_by = {run: own[RANKED_BY].difference for run, own in cells.items() if RANKED_BY in own}
     return {run: difference for run, difference in found_by.items() if difference is not None}

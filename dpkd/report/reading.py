@@ -76,6 +76,7 @@ class Scores(TypedDict, total=False):
     data: dict[str, Any]
     generation: dict[str, Any]
     task: dict[str, Any]
+    stderr: dict[str, Any]
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dpkd.report.blocks import Block, FactList, Folded, Group, Table, TableCell, Tile
 from dpkd.report.names import compact, duration, finite, memory, number, ordered, public, spread, tokens
 from dpkd.report.reading import Cost, MetricValues, Run, Scored, better_of, title_of
 from dpkd.run_folder import RunFolder
+from dpkd.settings import flat
 
 _SOURCE = re.compile(r"^- \[(?P<title>.+)\]\((?P<url>https?://[^)\s]+)\)(?P<where>.*)$")
 _TOLD = ("loss", "teacher", "student", "data", "steps", "seed")
@@ -31,7 +33,11 @@ def facts_of(run: Run) -> dict[str, str]:
 
 
 def _model(block: Mapping[str, Any] | None) -> str:
-    return public(block["model"]) if block and block.get("model") else ""
+    """A model's name; that of its run where it is the model of one."""
+    if not block or not block.get("model"):
+        return ""
+    path = Path(str(block["model"]))
+    return path.parent.name if path.name == "model" and path.parent.name else public(block["model"])
 
 
 def _student(block: Mapping[str, Any] | None) -> str:
@@ -158,25 +164,12 @@ def _scored_how(one: Scored) -> str:
     return f"{found.get('rows', 0):,} rows, seeds {seeds}, {drawn}{limit}"
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by dotted path.
-
-    >>> list(flat({"train": {"lr": 0.1, "betas": [1, 2]}, "seed": 3}))
-    [('train.lr', 0.1), ('train.betas', [1, 2]), ('seed', 3)]
-    """
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def settings(runs: Sequence[Run]) -> list[Block]:
     """What differs between several runs, what was chosen for one, and all settings folded away."""
     trained = [run for run in runs if run.config]
     if not trained:
         return []
-    all_settings = [{path: public(value) for path, value in flat(run.config)} for run in trained]
+    all_settings = [{path: public(value) for path, value in flat(run.config).items()} for run in trained]
     paths = list(dict.fromkeys(path for own in all_settings for path in own))
     rows = [[path, *(own.get(path, "–") for own in all_settings)] for path in paths]
     heads = ["setting", *([run.name for run in trained] if len(trained) > 1 else ["value"])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dpkd.report.charts import Estimate, ForestPanel, LinePanel, Panel, Point, PointPanel, chapters, curve
+from dpkd.report.charts import ForestPanel, ForestRow, LinePanel, Panel, Point, PointPanel, chapters, curve
 from dpkd.report.correlation import Correlation, correlation
 from dpkd.report.experiment import Experiment
 from dpkd.report.names import finite, title
@@ -35,11 +35,11 @@ _AXES = (
 def ranking_panels(table: Sequence[Standing], name: str) -> list[ForestPanel]:
     """Rouge-L of each method with its interval, and beside it the divergence; the references are lines."""
     ranked = [one for one in table if one.rank]
-    rouge = tuple(Estimate(one.run.name, one.color or 0, one.mean, one.interval, one.seeds) for one in ranked)
+    rouge = tuple(ForestRow(one.run.name, one.color or 0, one.mean, one.interval, one.seeds) for one in ranked)
     note = "95 % bootstrap over rows; small strokes: training seeds"
     panels = [ForestPanel(f"ranking-{name}", f"Rouge-L on {name}", "Rouge-L × 100", rouge, _lines(table), note)]
     found = [(one, kl) for one in table if (kl := score_of(one.run, name, "reverse_kl")) is not None]
-    kls = tuple(Estimate(one.run.name, one.color or 0, kl, None) for one, kl in found if one.rank)
+    kls = tuple(ForestRow(one.run.name, one.color or 0, kl, None) for one, kl in found if one.rank)
     if kls:
         lines = tuple((one.run.name, kl) for one, kl in found if not one.rank)
         label = "nats per token of the references"

@@ -11,10 +11,10 @@ from dpkd.report.comparison_text import SIGNIFICANT, p_text
 from dpkd.report.experiment import Experiment, StageChoice, members
 from dpkd.report.names import duration, finite, memory, number, ordered, public, spread, title, tokens
 from dpkd.report.ranking import RANKED_BY, Standing, front, sets_of
-from dpkd.report.reading import Run, better_of, title_of
-from dpkd.report.sections import flat
+from dpkd.report.reading import Scored, better_of, title_of
 from dpkd.report.sweep_charts import correlations, has_pairs, score_of
 from dpkd.run_metrics import collapse_step, logps_per_token
+from dpkd.settings import flat
 
 _BESIDE = ("forward_kl", "reverse_kl", "nll")  # beside Rouge-L in the ranking
 
@@ -90,9 +90,15 @@ def ranking(table: Sequence[Standing], name: str, baseline: str) -> Table:
 
 
 def _counts(table: Sequence[Standing]) -> str:
-    scores = table[0].scored.scores
-    seeds = len(scores.get("seeds", []))
-    return f"{scores.get('rows', 0):,} rows, {seeds} sampling seed{'s' if seeds != 1 else ''}"
+    """Rows and sampling seeds of the methods, which need not be the same for all."""
+    scores = [one.scored.scores for one in table if one.rank]
+    rows = sorted({one.get("rows", 0) for one in scores})
+    seeds = sorted({len(one.get("seeds", [])) for one in scores})
+    return f"{_range(rows)} rows, {_range(seeds)} sampling seed{'s' if seeds[-1] != 1 else ''}"
+
+
+def _range(counts: Sequence[int]) -> str:
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
 def _best(values: Sequence[float | None]) -> float | None:
@@ -188,12 +194,20 @@ def _metrics(experiment: Experiment, wanted: Sequence[tuple[str, str]], *, sets:
     for run in experiment.scored:
         cells = [TableCell(run.name, color=colors.get(run.name))]
         for name, metric, best in columns:
-            found = run.evaluations[name].metrics.get(metric, {}) if name in run.evaluations else {}
-            mean = finite(found.get("mean"))
+            mean, error = _with_error(run.evaluations.get(name), metric)
             is_best = best is not None and mean == best and run.name in colors
-            cells.append(TableCell(spread(mean, finite(found.get("sd"))), "n best" if is_best else "n"))
+            cells.append(TableCell(spread(mean, error), "n best" if is_best else "n"))
         rows.append(cells)
     return Table(_heads("run", *heads, kind="n"), rows)
+
+
+def _with_error(one: Scored | None, metric: str) -> tuple[float | None, float | None]:
+    """The mean with its standard deviation over seeds, or its standard error over rows, as benchmarks have it."""
+    if one is None:
+        return None, None
+    found = one.metrics.get(metric, {})
+    sd = finite(found.get("sd"))
+    return finite(found.get("mean")), finite(one.scores.get("stderr", {}).get(metric)) if sd is None else sd
 
 
 def other_sets(experiment: Experiment) -> list[Block]:
@@ -278,7 +292,7 @@ def chosen(experiment: Experiment) -> list[Block]:
         rows = []
         for name, value in values.items():
             run = experiment.tried.get(name)
-            own = dict(flat(run.config)) if run is not None else {}
+            own = flat(run.config) if run is not None else {}
             kind = "n best" if name == choice.get("run") else "n"
             cells = [TableCell(public(own.get(path, "–")), kind) for path in paths]
             rows.append([TableCell(name), *cells, TableCell(number(value), kind)])
@@ -295,16 +309,14 @@ def _at_edge(experiment: Experiment, choice: StageChoice) -> bool:
     if len(choice.get("chosen", {})) != 1:
         return False
     ((path, value),) = choice["chosen"].items()
-    tried = [
-        dict(flat(experiment.tried[name].config)).get(path) for name in choice["values"] if name in experiment.tried
-    ]
+    tried = [flat(experiment.tried[name].config).get(path) for name in choice["values"] if name in experiment.tried]
     grid = {number for one in tried if (number := finite(one)) is not None}
     return len(grid) > 1 and finite(value) in (min(grid), max(grid))
 
 
 def differing_settings(experiment: Experiment) -> list[Block]:
     """A row for each method, a column for each setting in which they differ."""
-    configs = [{path: public(value) for path, value in flat(run.config)} for run in experiment.methods]
+    configs = [{path: public(value) for path, value in flat(run.config).items()} for run in experiment.methods]
     paths = list(dict.fromkeys(path for own in configs for path in own))
     own_paths = [p for p in paths if p not in ("output", "seed") and len({c.get(p, "–") for c in configs}) > 1]
     if not own_paths:
@@ -316,9 +328,9 @@ def differing_settings(experiment: Experiment) -> list[Block]:
     return [Table(_heads("run", *own_paths), rows, "Where the methods differ")]
 
 
-def legend(runs: Sequence[tuple[Run, int]]) -> list[Key]:
-    """One entry for each color."""
-    return [Key(color, run.name, "") for run, color in runs]
+def legend(experiment: Experiment) -> list[Key]:
+    """The methods with their colors."""
+    return [Key(color, name, "") for name, color in colors_by_name(experiment).items()]
 
 
 def about_tokens(table: Sequence[Standing]) -> Note | None:

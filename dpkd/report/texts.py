@@ -25,9 +25,18 @@ def samples(runs: Sequence[Run]) -> list[Block]:
     return cards
 
 
-def answers(runs: Sequence[Run], colors: Mapping[str, int] | None = None, first: int | None = None) -> list[Sample]:
-    """Answers to the first rows of each set, side by side; those of the `first` runs are seen at once (None: all)."""
-    names = dict.fromkeys(name for run in runs for name in run.evaluations)
+def answers(
+    runs: Sequence[Run],
+    colors: Mapping[str, int] | None = None,
+    *,
+    sets: Sequence[str] | None = None,
+    first: int | None = None,
+) -> list[Sample]:
+    """Answers to the first rows of each set (None: of all), side by side.
+
+    Those of the `first` runs are seen at once (None: all).
+    """
+    names = sets if sets is not None else dict.fromkeys(name for run in runs for name in run.evaluations)
     cards = [card for name in names for card in _evaluated(name, runs, colors or {})]
     if first is None:
         return cards

@@ -75,7 +75,7 @@ class Manifest:
 def _more(what: TeacherAccess | Text, k: int | None = None) -> str:
     """The command that writes a store with more in it."""
     if isinstance(what, Text):
-        return f"write it with `dpkd cache --responses {what}`"
+        return "write it with `dpkd cache` and this run's settings"
     if what is TeacherAccess.TOP_K:
         return f"`dpkd cache --kind topk --k {k}` (or more)"
     return "`dpkd cache --kind sampled`" if what is TeacherAccess.SAMPLED else ""

@@ -16,6 +16,7 @@ from dpkd.models.device import device_of, memory_of, teacher_dtype
 from dpkd.models.loading import count_parameters
 from dpkd.models.optimizers import state_bytes
 from dpkd.models.quantization import check_quantization, check_trainable
+from dpkd.models.sharding import processes_of_shards
 from dpkd.models.student_init import student_config
 from dpkd.train.memory import FLOAT, meta_student, student_bytes
 from dpkd.train.progress import Display
@@ -55,7 +56,7 @@ def with_defaults(resolved: Resolved, display: Display) -> Resolved:
     lora = settings.student.lora is not None
     lr = default_rate(sizes.student, lora=lora)
     what = "adapters on" if lora else "all weights of"
-    reason = f"default for {what} {sizes.student / 1e6:,.0f} M parameters"
+    reason = f"default for {what} {_millions(sizes.student)} parameters"
     display.say(f"learning rate: {lr:g}, the {reason} (train.lr)")
     train = checked(TrainSettings, {**settings.train.model_dump(), "lr": lr}, "train")
     return replace(
@@ -74,12 +75,16 @@ def default_rate(parameters: int, *, lora: bool) -> float:
     return next(adapters if lora else full for limit, full, adapters in _RATES if parameters < limit)
 
 
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.0f} M" if count >= 10e6 else f"{count / 1e6:.2g} M"
+
+
 def _sizes(settings: RunSettings, config: Any, teacher: Teacher | None, device: torch.device) -> _Sizes:
     student = meta_student(settings, config)
     parameters = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     state = state_bytes(student, settings.train.optimizer, settings.train.own_optimizer_settings)
-    needed = student_bytes(settings, config, parameters) + FLOAT * trained + state
+    needed = (student_bytes(settings, config, parameters) + FLOAT * trained + state) / processes_of_shards()
     if teacher is not None and settings.teacher.device is None:
         needed += teacher.weight_bytes(teacher_dtype(settings.train.precision, device))
     return _Sizes(parameters, _size_of(teacher), needed)
@@ -93,8 +98,8 @@ def _warnings(sizes: _Sizes, settings: RunSettings, device: torch.device) -> lis
     found = []
     if 0 < sizes.teacher < sizes.student:
         found.append(
-            f"the teacher ({sizes.teacher / 1e6:,.0f} M parameters) is smaller than the student "
-            f"({sizes.student / 1e6:,.0f} M): are --teacher and --student exchanged?"
+            f"the teacher ({_millions(sizes.teacher)} parameters) is smaller than the student "
+            f"({_millions(sizes.student)}): are --teacher and --student exchanged?"
         )
     memory = memory_of(device)
     if memory is not None and sizes.bytes > memory:

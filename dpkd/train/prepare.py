@@ -73,6 +73,11 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     teacher = make_teacher(settings.teacher, resolved.registry, given)
     if teacher is not None:
         teacher.prepare_for(kept_tokens(resolved.objectives), chosen_ids(resolved.objectives))
+        if teacher.of_student and settings.student.lora is None:
+            raise DpkdError(
+                "teacher.base: the student has no adapters that could be switched off; --set student.lora.r=16, or "
+                "name its model as the teacher"
+            )
     teacher_config = None if teacher is None else teacher.config
     own_config = student_config(settings.student, teacher_config, given)
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
@@ -84,7 +89,10 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     responses = _trains_on_data(resolved)
     pairs = any(objective.text.preferences for objective in resolved.objectives)
     rows = given.rows(settings.data.path)
-    examples = read_examples(settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed)
+    column = None if teacher is None else teacher.column
+    examples = read_examples(
+        settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed, teacher_column=column
+    )
     data = given.remembered(
         (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses),
         lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses),
@@ -107,7 +115,9 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.corpus is not None:
         check_corpus(settings.terms.pretrain.corpus)
     steps = _steps(settings, len(data.prompts), display)
-    dev = _dev_inputs(settings, tokenizer, context, resolved.registry, display)
+    dev = _dev_inputs(settings, tokenizer, context, resolved.registry, display, column)
+    if teacher is not None:
+        teacher.meet([*data.prompts, *(dev.prompts if dev is not None else ())])
     facts = {
         "path": examples.source if settings.data.mix else settings.data.path,
         "fingerprint": examples.fingerprint,
@@ -149,7 +159,12 @@ def _steps(settings: RunSettings, examples: int, display: Display) -> int:
 
 
 def _dev_inputs(
-    settings: RunSettings, tokenizer: Any, context: int | None, registry: Registry, display: Display
+    settings: RunSettings,
+    tokenizer: Any,
+    context: int | None,
+    registry: Registry,
+    display: Display,
+    teacher_column: str | None,
 ) -> Inputs | None:
     """The rows of the development set. Raises DpkdError when they, or the metric, are not to be had."""
     dev = settings.dev
@@ -159,7 +174,14 @@ def _dev_inputs(
     data = settings.data.model_copy(
         update={"path": dev.path, "split": dev.split, "limit": dev.limit, "min_response_words": 0}
     )
-    inputs = read_inputs(data, tokenizer, context=context, max_new_tokens=dev.max_new_tokens, long_prompts="skip")
+    inputs = read_inputs(
+        data,
+        tokenizer,
+        context=context,
+        max_new_tokens=dev.max_new_tokens,
+        long_prompts="skip",
+        teacher_column=teacher_column,
+    )
     for line in (f"dev: {len(inputs.prompts):,} rows of {inputs.source}", *inputs.lines()):
         display.say(line)
     return inputs

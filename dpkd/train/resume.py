@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dpkd.io import remove_leftovers
 from dpkd.models.in_memory import InMemory
 from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder, check_trust
+from dpkd.settings import flat
 from dpkd.train.run import resume
 
 # What a run that goes on may do otherwise: its data, models, losses and random numbers stay.
@@ -91,15 +92,3 @@ def _changes(before: Resolved, after: Resolved) -> dict[str, Any]:
             ]
         )
     return changes
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted path.
-
-    >>> flat({"train": {"lr": 0.1, "steps": 3}, "seed": 1})
-    {'train.lr': 0.1, 'train.steps': 3, 'seed': 1}
-    """
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found

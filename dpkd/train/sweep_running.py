@@ -43,12 +43,13 @@ from dpkd.plugins import Registry, load_registry
 from dpkd.report.card import rescore
 from dpkd.run_folder import RunFolder, SweepFolder
 from dpkd.run_metrics import read_metrics
+from dpkd.settings import flat
 from dpkd.train.accelerate_state import own_accelerate_state
 from dpkd.train.children import Children
 from dpkd.train.dev import direction_of
 from dpkd.train.interrupt import on_stop
 from dpkd.train.progress import Display
-from dpkd.train.resume import flat, resume_folder
+from dpkd.train.resume import resume_folder
 from dpkd.train.run import train
 from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
 

@@ -210,8 +210,11 @@ def test_seeds_are_one_method_with_a_stroke_for_each(folder: Path) -> None:
 
 def test_the_baseline_may_be_another(folder: Path) -> None:
     assert read_experiment(folder, Path("given-kd")).baseline == "given-kd"
-    with pytest.raises(SettingsError, match="--baseline teacher: not among the methods"):
-        read_experiment(folder, Path("teacher"))
+    table = methods(standings(read_experiment(folder, Path("start")), "dolly"))
+    gaps = {one.run.name: one.difference.mean for one in table if one.difference is not None}
+    assert gaps == pytest.approx({name: float(np.mean(values)) - 9.0 for name, values in ROUGE.items()})
+    with pytest.raises(SettingsError, match=r"--baseline lr-lr_0\.1: not among the models that are compared"):
+        read_experiment(folder, Path("lr-lr_0.1"))
 
 
 def test_the_best_within_a_budget(folder: Path) -> None:
@@ -289,6 +292,7 @@ def test_sets_without_rouge_are_one_table(folder: Path) -> None:
             "set": "arc",
             "metrics": {"acc": {"mean": 40.0 + place, "sd": None}},
             "better": {"acc": "higher"},
+            "stderr": {"acc": 1.25},
             "titles": {"acc": "accuracy"},
         }
         (path / "scores.json").write_text(json.dumps(scores))
@@ -296,7 +300,7 @@ def test_sets_without_rouge_are_one_table(folder: Path) -> None:
     assert (sets_of(found, ranked=True), sets_of(found, ranked=False)) == (["dolly"], ["arc"])
     text = sweep_page(found)
     assert "arc: accuracy" in text
-    assert '<td class="n best">41.00</td>' in text
+    assert '<td class="n best">41.00 ± 1.25</td>' in text
 
 
 def test_choices_with_their_grid(folder: Path) -> None:
@@ -326,7 +330,16 @@ def test_the_page_is_whole(folder: Path) -> None:
     assert (
         first < words.index("answer of teacher") < words.index("answer of pairs-dpkd") < words.index("3 more answers")
     )
-    for told in ("1. pairs-dpkd", "5. pairs-dpo", "35.00", "baseline", "mixed-opd left no time was left", "2.0 GiB"):
+    for told in (
+        "teacher teacher (260K) · student start (169K)",
+        "6 rows, 1 sampling seed;",
+        "1. pairs-dpkd",
+        "5. pairs-dpo",
+        "35.00",
+        "baseline",
+        "mixed-opd left no time was left",
+        "2.0 GiB",
+    ):
         assert told in words, told
     assert str(folder.parent) not in text, "paths of this machine stay here"
 

@@ -69,7 +69,7 @@ def test_rewards_reach_the_loss_one_for_each_response(example, settings_of, quie
     text = parts.source.next(0)
     every = [(index, response) for index, many in text.responses for response in many]
     assert len(every) == 12
-    texts = [parts.tokenizer.decode(response.ids, skip_special_tokens=True) for _, response in every]
+    texts = [parts.run_data.tokenizer.decode(response.ids, skip_special_tokens=True) for _, response in every]
     rewards = [response.reward for _, response in every]
     assert rewards == [len(set(text.strip())) for text in texts]
     assert len(set(rewards)) > 1
