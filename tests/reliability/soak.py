@@ -311,7 +311,7 @@ def soak(output: Path, log: JsonLog, until: float, only: list[str], kinds: list[
         if time.monotonic() > until:
             break
         row = where.case(what, kind) if isinstance(where, Soak) else bad_input.run(kind, what, where)
-        log.append({"case": name, "scenario": scenario_name, "fault": kind, **row})
+        log.append({**row, "case": name, "scenario": scenario_name, "fault": kind})
 
 
 KINDS = {"kill": "killed", "full": "faults", "full-once": "faults", "torn": "faults", "disk": "full disks"}
