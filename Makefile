@@ -42,10 +42,11 @@ links: $(STAMP)
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/soak.py $(SOAK)
 
-# Known vulnerabilities of every pinned package: needs the network, and is no part of `make test`.
+# Known vulnerabilities of every pinned package: needs the network, and is no part of `make test`. Strict: a package that
+# cannot be looked up is a failure, else an audit without its database would find nothing and be content.
 audit:
 	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet pip-audit==2.10.1)
-	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	.venv-audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

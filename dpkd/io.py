@@ -18,11 +18,12 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dpkd.errors import DpkdError
 
 _TEMPORARY = ".{name}.{token}.tmp"
+_APPEND = os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a log is never a link that somebody planted
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -43,7 +44,9 @@ def storage_errors(path: Path, advice: str = "") -> Iterator[None]:
 
 def _refusal(path: Path, error: Exception, advice: str) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+    is_link = getattr(error, "errno", None) == errno.ELOOP
+    known = "the disk is full" if full else "it is a symbolic link" if is_link else None
+    reason = known or getattr(error, "strerror", None) or str(error)
     what_next = "Free some space and run the command again; what was saved before is intact." if full else ""
     return " ".join(part for part in (f"{path} cannot be written or read: {reason}.", advice or what_next) if part)
 
@@ -152,9 +155,9 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half-written in a folder; only while its lock is held."""
-    for entry in folder.glob(".*.tmp"):
+def remove_leftovers(*folders: Path) -> None:
+    """Delete what killed processes left half-written in folders; only while their lock is held."""
+    for entry in (entry for folder in folders for entry in folder.glob(".*.tmp")):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -333,7 +336,7 @@ class JsonLog:
         content = "".join(f"{dumps(row)}\n" for row in rows).encode("utf-8", errors="backslashreplace")
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            descriptor = os.open(self.path, os.O_RDWR | _APPEND, 0o666)
             try:
                 self._repair(descriptor)
                 append_to(descriptor, content)
@@ -356,6 +359,12 @@ class JsonLog:
         if not self._repaired:
             cut_torn_line(descriptor)
             self._repaired = True
+
+
+def open_log(path: Path) -> IO[str]:
+    """A text file to append to. Raises StorageError for a symbolic link, and when the file system refuses."""
+    with storage_errors(path):
+        return os.fdopen(os.open(path, os.O_WRONLY | _APPEND, 0o666), "a", encoding="utf-8")
 
 
 def append_to(descriptor: int, content: bytes) -> None:

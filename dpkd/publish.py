@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from dpkd.errors import DpkdError
+from dpkd.io import whole_file
 from dpkd.run_folder import RunFolder
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -54,17 +55,15 @@ def export_gguf(run: Path, output: Path | None = None, *, outtype: str = "f16", 
     folder = RunFolder.existing(run)
     model, script = _part(folder, "model"), _converter(converter)
     target = output or folder.path / f"model-{outtype}.gguf"
-    unfinished = target.with_name(f".{target.name}.part")
-    command = [sys.executable, str(script), str(model), "--outfile", str(unfinished), "--outtype", outtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not unfinished.is_file():
-        unfinished.unlink(missing_ok=True)
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise DpkdError(
-            f"{script} failed with exit code {done.returncode}: {said[-1] if said else 'it says nothing'}. "
-            f"To see all of it: {' '.join(command)}"
-        )
-    unfinished.replace(target)
+    with whole_file(target) as unfinished:
+        command = [sys.executable, str(script), str(model), "--outfile", str(unfinished), "--outtype", outtype]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or not unfinished.stat().st_size:
+            said = (done.stderr or done.stdout).strip().splitlines()
+            raise DpkdError(
+                f"{script} failed with exit code {done.returncode}: {said[-1] if said else 'it says nothing'}. "
+                f"To see all of it: {' '.join(command)}"
+            )
     return target
 
 

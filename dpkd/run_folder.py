@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.errors import DpkdError
+from dpkd.io import read_json, sha256
 from dpkd.locks import lock
 
 
@@ -70,12 +71,29 @@ class RunFolder:
 
     @property
     def marker(self) -> Path:
-        """Written last of all when a run is finished: its steps, the step of its model, and the model's checksums."""
+        """Written last of all when a run is finished: its steps, the step of its model, and checksums."""
         return self.path / "finished.json"
 
     @property
     def is_finished(self) -> bool:
         return self.marker.is_file() and self.model.is_dir()
+
+    def records(self) -> dict[str, str]:
+        """The SHA-256 of what the run wrote down on its way, by file: nothing changes it once the run is finished."""
+        files = (self.facts, self.metrics, self.samples, self.path / "dev.jsonl")
+        return {file.name: sha256(file) for file in files if file.is_file()}
+
+    def check_records(self) -> None:
+        """Raises DpkdError when a record of a finished run is not what the run wrote; older runs have no checksums."""
+        advice = f"delete {self.marker.name}: `dpkd train --resume {self.path}` then completes the run again."
+        facts = read_json(self.marker, f"To go on, {advice}") if self.marker.is_file() else {}
+        expected, found = facts.get("records"), self.records()
+        for name, value in expected.items() if isinstance(expected, Mapping) else ():
+            if found.get(name) != value:
+                what = "not the file that the run wrote" if name in found else "lost"
+                raise DpkdError(
+                    f"{self.path / name} is {what} ({self.marker.name} has its checksum). Restore it, or {advice}"
+                )
 
     def lock(self) -> AbstractContextManager[None]:
         """For the time of the block no other process may write here. Raises DpkdError, naming who does."""

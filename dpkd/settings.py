@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -34,3 +35,16 @@ def _means_none(model: type[BaseModel], key: str) -> bool:
     options = get_args(model.model_fields[key].annotation) if key in model.model_fields else ()
     texts = [option for option in options if option is str or "none" in get_args(option)]
     return type(None) in options and not texts
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted path.
+
+    >>> flat({"train": {"lr": 0.1, "betas": [1, 2]}, "terms": {}, "seed": 3})
+    {'train.lr': 0.1, 'train.betas': [1, 2], 'terms': {}, 'seed': 3}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        found |= flat(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
+    return found

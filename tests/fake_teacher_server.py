@@ -10,7 +10,9 @@ import base64
 import io
 import json
 import threading
+import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -29,6 +31,7 @@ class FakeServer:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.headers: list[dict[str, str]] = []
         self.has_chosen_ids = True
+        self.adapters: dict[str, Any] | None = None  # by name, where adapters may be loaded
         self.most_in_flight = self._in_flight = 0
         self._lock = threading.Lock()
         outer = self
@@ -91,22 +94,37 @@ class FakeServer:
             return self._chosen(body)
         if path == "/generate":
             return self._sglang(body)
+        if path.endswith("load_lora_adapter") and self.adapters is not None:
+            return self._adapter(path, body)
         return 404, {"detail": "Not Found"}
 
+    def _adapter(self, path: str, body) -> tuple[int, Any]:
+        from peft import PeftModel
+
+        assert self.adapters is not None
+        if path == "/v1/unload_lora_adapter":
+            del self.adapters[body["lora_name"]]
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+                loaded = PeftModel.from_pretrained(deepcopy(self.model), body["lora_path"])
+            self.adapters[body["lora_name"]] = loaded.eval()
+        return 200, b"Success"
+
     @torch.no_grad()
-    def logps(self, ids) -> torch.Tensor:
+    def logps(self, ids, model=None) -> torch.Tensor:
         """`[T, V]`: row t has the distribution of token t + 1."""
         size = self.model.config.vocab_size
         if self.dies and any(not 0 <= i < size for i in ids):
             self.close()
             raise AssertionError("an id beyond the vocabulary was sent")
-        return self.model(torch.tensor([list(ids)])).logits[0].float().log_softmax(-1)
+        return (model or self.model)(torch.tensor([list(ids)])).logits[0].float().log_softmax(-1)
 
-    def _draw(self, ids, limit, stops, temperature, seed) -> tuple[list[int], list[float]]:
+    def _draw(self, ids, limit, stops, temperature, seed, model=None) -> tuple[list[int], list[float]]:
         generator = torch.Generator().manual_seed(int(seed or 0))
         drawn, logps = [], []
         while len(drawn) < limit and len(ids) + len(drawn) < self.context:
-            row = self.logps([*ids, *drawn])[-1]
+            row = self.logps([*ids, *drawn], model)[-1]
             chance = (row / temperature).softmax(-1) if temperature else None
             token = int(row.argmax()) if chance is None else int(torch.multinomial(chance, 1, generator=generator))
             drawn.append(token)
@@ -116,7 +134,8 @@ class FakeServer:
         return drawn, logps
 
     def _completions(self, body) -> tuple[int, Any]:
-        if body["model"] != self.name:
+        model = (self.adapters or {}).get(body["model"])
+        if body["model"] != self.name and model is None:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         ids = body["prompt"]
         if isinstance(ids, str):
@@ -127,7 +146,7 @@ class FakeServer:
         if k is not None and k > self.max_logprobs:
             return 400, {"error": {"message": f"Requested prompt logprobs of {k}, max allowed: {self.max_logprobs}"}}
         stops = set(body.get("stop_token_ids", ())) | {self.tokenizer.eos_token_id}
-        drawn, logps = self._draw(ids, body["max_tokens"], stops, body.get("temperature", 1.0), body.get("seed"))
+        drawn, logps = self._draw(ids, body["max_tokens"], stops, body.get("temperature", 1.0), body.get("seed"), model)
         ended = bool(drawn) and drawn[-1] in stops
         choice: dict[str, Any] = {
             "text": self.tokenizer.decode(drawn, skip_special_tokens=True),

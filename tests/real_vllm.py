@@ -36,17 +36,22 @@ def variables(folder: Path) -> dict[str, str]:
     }
 
 
-class VllmServer:
-    """`vllm serve` on a free port of the loopback."""
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
-    def __init__(self, python: str, model: Path, folder: Path, *arguments: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = folder / f"server-{port}.log"
+
+class VllmServer:
+    """`vllm serve` on the loopback, on a free port where none is named."""
+
+    def __init__(self, python: str, model: Path, folder: Path, *arguments: str, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / f"server-{self.port}.log"
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
-        command += ["--port", str(port), "--served-model-name", "toy", "--enforce-eager", "--max-model-len", "256"]
+        command += ["--port", str(self.port), "--served-model-name", "toy", "--enforce-eager", "--max-model-len", "256"]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, *arguments], stdout=log, stderr=log, env=variables(folder), start_new_session=True

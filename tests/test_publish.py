@@ -137,6 +137,16 @@ def test_export_runs_the_converter(finished, tmp_path, monkeypatch):
     assert [path.name for path in finished.iterdir() if "bf16" in path.name] == []
 
 
+def test_export_follows_no_planted_link(finished, tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    for name in ("model.gguf", ".model.gguf.part"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    converter = tmp_path / "convert_hf_to_gguf.py"
+    converter.write_text(CONVERTER)
+    assert export_gguf(finished, tmp_path / "model.gguf", converter=converter).read_bytes() == b"GGUFf16"
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
 def test_without_a_converter_it_says_where_to_get_it(finished, monkeypatch, tmp_path):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,24 @@ from dpkd.config.resolve import resolve
 from dpkd.plugins import load_registry
 
 WORDS = ["red", "blue", "green", "old", "new", "big", "small", "cat", "dog", "tree", "house", "river", "sings", "runs"]
+
+
+def torchrun(*arguments: str, port: int, timeout: float = 240, **options) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node 2 ARGUMENTS`, whose processes never outlive this call.
+
+    They have sessions of their own, so they end only if their launcher is asked to stop and has the time to end them:
+    `subprocess.run` would kill it at once.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([*command, *arguments], **piped, **options) as launcher:
+        try:
+            output, errors = launcher.communicate(timeout=timeout)
+        except BaseException:
+            launcher.terminate()
+            launcher.wait()
+            raise
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, output, errors)
 
 
 def _tokenizer():

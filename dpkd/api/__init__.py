@@ -46,12 +46,12 @@ from dpkd.api.losses import (
     setting,
 )
 from dpkd.api.metrics import Answers, MetricSpec, TokenScores
+from dpkd.api.source_base import SourceBase
 from dpkd.api.sources import (
     Refreshed,
     Response,
     ResponseSource,
     SamplingSettings,
-    SourceBase,
     SourceConfig,
     SourceContext,
     SourcePlan,

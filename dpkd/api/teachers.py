@@ -56,6 +56,22 @@ class TeacherBatch(Protocol):
         """The number of the sequence of each row `[N]`."""
 
 
+class TeacherPrompt(Protocol):
+    """A prompt of the data: where it is from, its ids, and what the teacher's `column` says of it."""
+
+    @property
+    def id(self) -> str:
+        """File and number of its row."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Its tokens."""
+
+    @property
+    def teacher(self) -> str | None:
+        """What the column has; None where the teacher reads none."""
+
+
 class Wants(NamedTuple):
     """What a micro-batch needs of the teacher.
 
@@ -168,6 +184,8 @@ class Teacher:
     remote      whether it answers from outside this process: it is asked ahead, and may be lost (TeacherLost)
     chooses     whether it must be told at which ids logits are read, where losses read the student's likeliest only
     context     the longest sequence that it reads, where it has no `config` that says it
+    of_student  whether it is the student itself, without its adapters: it needs some, and gets the student by `join`
+    column      column of the data that it reads of each row (`TeacherPrompt.teacher`); None: none
     widest      logits of a row that a loss sees, where that is more than the student's vocabulary
     vocabulary  ids that it predicts, once it is loaded
     """
@@ -180,6 +198,8 @@ class Teacher:
     remote: bool = False
     chooses: bool = False
     context: int | None = None
+    of_student: bool = False
+    column: str | None = None
     widest: int | None = None
     vocabulary: int = 0
 
@@ -201,6 +221,9 @@ class Teacher:
     def check(self, tokenizer: Any) -> None:
         """Raises DpkdError when it cannot be the teacher of a student with this `tokenizer`; nothing is loaded yet."""
 
+    def meet(self, prompts: Sequence[TeacherPrompt]) -> None:
+        """`prompts` of the run's data and of its development set, once they are read; nothing is loaded yet."""
+
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Bring what it needs to answer.
 
@@ -220,6 +243,9 @@ class Teacher:
                 f"{student_rows:,} rows"
             )
         return SharedVocabulary(self.vocabulary)
+
+    def join(self, student: nn.Module) -> None:
+        """Take the `student` as it is trained, adapters included; the last call before it is asked."""
 
     def expect(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], wants: Wants) -> None:
         """Prompts and responses `sequences` that it will soon be asked to score, with the same `wants`.

@@ -145,7 +145,9 @@ class TrainSettings(Block):
     save_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         "auto", description="steps between checkpoints; auto: about every ten minutes; None: at the end and on a stop"
     )
-    keep_checkpoints: int = Field(1, ge=1, description="number of recent checkpoints to keep")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="number of recent checkpoints to keep; a damaged newest one falls back to the one before"
+    )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="also log to these")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
 

@@ -22,7 +22,8 @@ class Prompt:
     """A prompt in tokens (BOS included, if the tokenizer adds one), the data's response, and all references.
 
     `response_ids` end with EOS unless the response was cut; empty when there is no response. `text` is the
-    prompt as it was written. `rejected_ids` are those of the other response of a pair, where there is one.
+    prompt as it was written. `rejected_ids` are those of the other response of a pair, where there is one, and
+    `teacher` is the name of the row's teacher, where the data has it.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Prompt:
     references: tuple[str, ...]
     text: str
     rejected_ids: tuple[int, ...] = ()
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def tokenize(
         room = settings.max_tokens - len(prompt)
         cut += max(len(response), len(rejected)) > room
         ids = (tuple(response[:room]), tuple(rejected[:room]))
-        prompts.append(Prompt(example.id, prompt, ids[0], example.references, text.text, ids[1]))
+        prompts.append(Prompt(example.id, prompt, ids[0], example.references, text.text, ids[1], example.teacher))
     if not prompts:
         raise _nothing_left(len(examples), dropped)
     report = _report(len(examples), prompts, dropped, cut, settings.max_tokens)

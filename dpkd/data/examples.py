@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from dpkd.data.formats import Example, RowFormat, find_shape, not_understood, to_examples
+from dpkd.data.formats import Example, RowFormat, check_text, find_shape, not_understood, to_examples
 from dpkd.data.rows import BadRow, RawRow
 from dpkd.data.settings import DataSettings, MixPart
 from dpkd.data.sources import Place, memory_source, open_source
@@ -55,23 +55,27 @@ def read_examples(
     pairs: bool | None = None,
     rows: Iterable[Any] | None = None,
     seed: int = 0,
+    teacher_column: str | None = None,
 ) -> ExampleSet:
     """All examples of a data set or a mixture, at most `limit` rows of each.
 
     Without `require_response`, rows that hold a prompt alone are good too. `pairs`: whether the rejected responses of
     pairs are used; where they are not, rows that have them are refused (None: they do not matter). `rows` are those of
-    the data set, if in memory; `seed` decides the order of a mixture. Raises DpkdError for data that cannot be found,
-    columns that are not understood, bad rows (unless skipped), and when nothing is left.
+    the data set, if in memory; `seed` decides the order of a mixture; `teacher_column` has the name of each row's
+    teacher. Raises DpkdError for data that cannot be found, columns that are not understood, bad rows (unless skipped),
+    and when nothing is left.
     """
     if settings.mix:
         parts = [
-            read_examples(_part(settings, part), require_response=require_response, pairs=pairs)
+            read_examples(
+                _part(settings, part), require_response=require_response, pairs=pairs, teacher_column=teacher_column
+            )
             for part in settings.mix
         ]
         return _mixed(settings, parts, seed)
     place = Place(settings.path, settings.split, "data.path", settings.subset, settings.streaming)
     source = open_source(place) if rows is None else memory_source(rows)
-    reader = _Reader(settings, require_response)
+    reader = _Reader(settings, require_response, teacher_column)
     reader.read(islice(source.rows, settings.limit))
     examples, bad = tuple(reader.examples), tuple(reader.bad)
     if bad and settings.on_bad_row == "error":
@@ -137,7 +141,12 @@ def _check_pairs(examples: Sequence[Example], settings: DataSettings, pairs: boo
         )
 
 
-_LATER_FIELDS = ("rejected", "more", "template")  # left out where they are None: the hashes of older data stay
+_LATER_FIELDS = (
+    "rejected",
+    "more",
+    "template",
+    "teacher",
+)  # left out where they are None: the hashes of older data stay
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -153,8 +162,8 @@ def fingerprint(examples: Iterable[Example]) -> str:
 class _Reader:
     """Collects examples and bad rows; the shape is the one of the first row that has one."""
 
-    def __init__(self, settings: DataSettings, require_response: bool) -> None:
-        self._settings, self._require_response = settings, require_response
+    def __init__(self, settings: DataSettings, require_response: bool, teacher_column: str | None = None) -> None:
+        self._settings, self._require_response, self._teacher_column = settings, require_response, teacher_column
         self._shape: RowFormat | None = None
         self._input_seen = settings.columns.input is None or settings.limit is not None
         self.examples: list[Example] = []
@@ -191,7 +200,11 @@ class _Reader:
                 return BadRow(row.id, "missing field", f"only {', '.join(map(str, row.value)) or 'nothing'} given")
         self._input_seen = self._input_seen or columns.input in row.value
         every = self._settings.train_on == "all"
-        return to_examples(row, self._shape, require_response=required, every_turn=every)
+        found = to_examples(row, self._shape, require_response=required, every_turn=every)
+        if self._teacher_column is None or isinstance(found, BadRow):
+            return found
+        name = check_text(row, self._teacher_column)
+        return name if isinstance(name, BadRow) else [replace(example, teacher=name) for example in found]
 
 
 def _bad_rows(source: str, bad: tuple[BadRow, ...]) -> DpkdError:

@@ -36,6 +36,7 @@ class Example:
     rejected  the other response of a pair, where the row has one
     more      JSON of what messages hold beside role and content, and of the tools that are offered
     template  how the prompt is written, where its data set says so itself
+    teacher   the name of the row's teacher, where a column of the data has it
     """
 
     id: str
@@ -47,6 +48,7 @@ class Example:
     rejected: str | None = None
     more: str | None = None
     template: str | None = None
+    teacher: str | None = None
 
 
 class RowFormat(NamedTuple):

@@ -12,7 +12,7 @@ from dpkd.api import Answers, Sampled, SamplingSettings
 from dpkd.data.encode import Prompt
 from dpkd.data.encoding import end_ids
 from dpkd.errors import DpkdError
-from dpkd.evaluation.predictions import Prediction, read_predictions, write_predictions
+from dpkd.evaluation.predictions import Prediction, check_answers, read_predictions, write_predictions
 from dpkd.io import JsonLog, read_json, write_json
 from dpkd.rollout.generator import response_seed
 from dpkd.rollout.sampling import sample
@@ -51,6 +51,9 @@ class AnswerCache:
         """The answers of a seed that an earlier call wrote, by row."""
         whole = self.file(seed)
         if whole.exists():
+            scores = self.folder / "scores.json"
+            if scores.exists():
+                check_answers(whole, read_json(scores, "Delete it: `dpkd eval` writes it again."))
             return {str(p.id): p for p in read_predictions(whole)}
         return {row["id"]: _prediction(row) for row in self._unfinished(seed).rows()}
 

@@ -60,15 +60,20 @@ def read_inputs(
     max_new_tokens: int,
     long_prompts: LongPrompts = "error",
     rows: Iterable[Any] | None = None,
+    teacher_column: str | None = None,
 ) -> Inputs:
     """Read and tokenize a set; `context` is the longest sequence that the models read, `rows` those in memory.
+
+    `teacher_column` has the name of each row's teacher.
 
     Rows are left out, and counted, by `data.on_bad_row=skip`, `data.min_response_words` and `long_prompts="skip"`, and
     by nothing else. Raises DpkdError when a prompt is longer than `data.max_prompt_tokens`, or leaves no room for an
     answer, and when no row is left.
     """
     # A conversation has one answer to score, its last.
-    found = read_examples(data.model_copy(update={"mix": (), "train_on": "last"}), rows=rows)
+    found = read_examples(
+        data.model_copy(update={"mix": (), "train_on": "last"}), rows=rows, teacher_column=teacher_column
+    )
     skipped = Counter(found.skipped_by_reason())
     read = _encoded(found.examples, tokenizer, data, skipped)
     longest = min(data.max_prompt_tokens, context - 1 if context is not None else UNLIMITED)

@@ -13,7 +13,7 @@ from typing import Any
 
 from dpkd.errors import DpkdError
 from dpkd.evaluation.rows import read_rows
-from dpkd.io import dumps, write_text
+from dpkd.io import dumps, sha256, write_text
 
 _PREDICTION_KEYS = ("output", "response", "completion", "generated_text", "text")
 _REFERENCE_KEYS = ("reference", "output", "response", "answer", "target", "text")
@@ -217,3 +217,13 @@ def _file(rows: Sequence[Prediction] | Sequence[References]) -> str:
 def _some(names: Sequence[str | None]) -> str:
     shown = ", ".join(str(name) for name in names[:3])
     return f"{shown}, …" if len(names) > 3 else shown
+
+
+def check_answers(file: Path, scores: Mapping[str, Any]) -> None:
+    """Raises DpkdError when a file of answers is not the one that the scores beside it were computed from."""
+    expected = scores.get("files", {}).get(file.name)
+    if expected is not None and sha256(file) != expected:
+        raise DpkdError(
+            f"{file} is damaged: its checksum is not the one in scores.json. Delete it and run `dpkd eval` again: only "
+            "what is missing is sampled."
+        )

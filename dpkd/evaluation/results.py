@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from dpkd.api import Answers, MetricSpec, TokenScores
 from dpkd.errors import DpkdError
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, bucket_labels, bucket_of
-from dpkd.io import write_json
+from dpkd.io import digest, dumps, sha256, write_json
 
 FORMAT = 2
 
@@ -179,5 +180,8 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def write_scores(evaluation: Evaluation, folder: Path) -> Path:
-    """Write scores.json, whole or not at all."""
-    return write_json(folder / "scores.json", evaluation.as_dict())
+    """Write scores.json, whole or not at all, with its own checksum and those of the answers that were scored."""
+    answers = [folder / f"predictions-{seed}.jsonl" for seed in evaluation.seeds]
+    files = {file.name: sha256(file) for file in answers if file.is_file()}
+    scores = json.loads(dumps(evaluation.as_dict() | {"files": files}))  # as it will be read
+    return write_json(folder / "scores.json", scores | {"check": digest(scores)})

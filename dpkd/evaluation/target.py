@@ -49,12 +49,15 @@ def model_of(name: str, *, trust_remote_code: bool = False) -> ModelSettings:
         return ModelSettings(model=name, trust_remote_code=trust_remote_code)
     if not run.model.is_dir():
         raise DpkdError(f"{name} has no model yet: finish the run with `dpkd train --resume {name}`")
-    _check_model(run)
+    check_model(run)
     return ModelSettings(model=str(run.model), trust_remote_code=trust_remote_code)
 
 
-def _check_model(run: RunFolder) -> None:
-    """Compare the files of a run's model with the checksums that the run wrote down (runs of 0.1.0 did not)."""
+def check_model(run: RunFolder) -> None:
+    """Compare the files of a run's model with the checksums that the run wrote down (runs of 0.1.0 did not).
+
+    Raises DpkdError for the first that is lost or another one.
+    """
     if not run.marker.is_file():
         return
     hashes = read_json(run.marker).get("model")

@@ -62,6 +62,9 @@ class TeacherSettings(ModelSettings):
     store: str | None = Field(
         None, description="folder of a store of its log-probs (`dpkd cache`), in place of the model"
     )
+    base: bool = Field(
+        False, description="the student's own base: the student with its adapters switched off, no second copy"
+    )
     kind: str = Field("auto", description="auto: a model or a store, as named; else an installed kind of teacher")
     settings: dict[str, Any] = Field({}, description="with a `kind` from a plugin: its own settings")
 
@@ -124,6 +127,14 @@ class TeacherSettings(ModelSettings):
             raise ValueError("`quantization` packs weights in this process; a `server` is started with its own")
         if self.server is None and self.top_k is not None:
             raise ValueError("`top_k` is what a `server` is asked for, and none is named")
+        return self
+
+    @model_validator(mode="after")
+    def _base_is_alone(self) -> TeacherSettings:
+        named = [name for name in ("model", "store", "server") if getattr(self, name) is not None]
+        if self.base and (named or self.kind != "auto" or self.quantization != "none"):
+            what = ", ".join(named) or ("kind" if self.kind != "auto" else "quantization")
+            raise ValueError(f"`base` is the student itself: leave out {what}")
         return self
 
     @model_validator(mode="after")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+
+
+def processes_of_shards() -> int:
+    """Over how many processes FSDP will spread the student, as `accelerate launch` tells each; 1: it is not sharded."""
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    return int(os.environ.get("WORLD_SIZE", "1")) if sharded else 1
 
 
 def _shards(module: nn.Module) -> list[FSDPModule]:

@@ -19,7 +19,8 @@ from typing_extensions import TypedDict
 from dpkd.config.write import read_sources
 from dpkd.config.yaml_text import read_resolved
 from dpkd.errors import DpkdError
-from dpkd.io import JsonLog
+from dpkd.evaluation.predictions import check_answers
+from dpkd.io import JsonLog, digest
 from dpkd.report.names import better_by_name, finite, title
 from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
@@ -71,6 +72,7 @@ class Scores(TypedDict, total=False):
     better: dict[str, str]
     titles: dict[str, str]
     lengths: Lengths
+    files: dict[str, str]
     data: dict[str, Any]
     generation: dict[str, Any]
     task: dict[str, Any]
@@ -176,7 +178,10 @@ class Scored:
     def predictions(self) -> dict[int, list[PredictionRow]]:
         """The rows of each seed, in the order of the data; empty where the files are not there."""
         found = {seed: self.folder / f"predictions-{seed}.jsonl" for seed in self.scores.get("seeds", [])}
-        return {seed: _json_lines(path, PredictionRow) for seed, path in found.items() if path.is_file()}
+        there = {seed: path for seed, path in found.items() if path.is_file()}
+        for path in there.values():
+            check_answers(path, self.scores)
+        return {seed: _json_lines(path, PredictionRow) for seed, path in there.items()}
 
 
 def better_of(metric: str, scored: Iterable[Scored]) -> str:
@@ -276,6 +281,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
                 "(SET/scores.json). Name what `dpkd train --output` or `dpkd eval` wrote, such as runs/kd-1."
             )
         return Run(name, path, evaluations=alone)
+    folder.check_records()
     text = _text(folder.config)
     dev = path / "dev.jsonl"
     return Run(
@@ -344,6 +350,9 @@ def read_json(path: Path, kind: type[T]) -> T | None:
         value = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
         raise DpkdError(f"{path}: expected JSON ({error}); write it anew, or remove it to go on without it") from error
+    check = value.pop("check", None) if isinstance(value, dict) else None
+    if check is not None and check != digest(value):
+        raise DpkdError(f"{path} is damaged: its checksum is wrong; write it anew, or remove it to go on without it")
     return _checked(path, kind, value)
 
 

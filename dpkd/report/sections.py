@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from dpkd.report.blocks import Block, FactList, Folded, Group, Table, TableCell,
 from dpkd.report.names import compact, duration, finite, memory, number, ordered, public, spread, tokens
 from dpkd.report.reading import Cost, MetricValues, Run, Scored, better_of, title_of
 from dpkd.run_folder import RunFolder
+from dpkd.settings import flat
 
 _SOURCE = re.compile(r"^- \[(?P<title>.+)\]\((?P<url>https?://[^)\s]+)\)(?P<where>.*)$")
 _TOLD = ("loss", "teacher", "student", "data", "steps", "seed")
@@ -163,25 +164,12 @@ def _scored_how(one: Scored) -> str:
     return f"{found.get('rows', 0):,} rows, seeds {seeds}, {drawn}{limit}"
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by dotted path.
-
-    >>> list(flat({"train": {"lr": 0.1, "betas": [1, 2]}, "seed": 3}))
-    [('train.lr', 0.1), ('train.betas', [1, 2]), ('seed', 3)]
-    """
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def settings(runs: Sequence[Run]) -> list[Block]:
     """What differs between several runs, what was chosen for one, and all settings folded away."""
     trained = [run for run in runs if run.config]
     if not trained:
         return []
-    all_settings = [{path: public(value) for path, value in flat(run.config)} for run in trained]
+    all_settings = [{path: public(value) for path, value in flat(run.config).items()} for run in trained]
     paths = list(dict.fromkeys(path for own in all_settings for path in own))
     rows = [[path, *(own.get(path, "–") for own in all_settings)] for path in paths]
     heads = ["setting", *([run.name for run in trained] if len(trained) > 1 else ["value"])]

@@ -12,9 +12,9 @@ from dpkd.report.experiment import Experiment, StageChoice, members
 from dpkd.report.names import duration, finite, memory, number, ordered, public, spread, title, tokens
 from dpkd.report.ranking import RANKED_BY, Standing, front, sets_of
 from dpkd.report.reading import Scored, better_of, title_of
-from dpkd.report.sections import flat
 from dpkd.report.sweep_charts import correlations, has_pairs, score_of
 from dpkd.run_metrics import collapse_step, logps_per_token
+from dpkd.settings import flat
 
 _BESIDE = ("forward_kl", "reverse_kl", "nll")  # beside Rouge-L in the ranking
 
@@ -292,7 +292,7 @@ def chosen(experiment: Experiment) -> list[Block]:
         rows = []
         for name, value in values.items():
             run = experiment.tried.get(name)
-            own = dict(flat(run.config)) if run is not None else {}
+            own = flat(run.config) if run is not None else {}
             kind = "n best" if name == choice.get("run") else "n"
             cells = [TableCell(public(own.get(path, "–")), kind) for path in paths]
             rows.append([TableCell(name), *cells, TableCell(number(value), kind)])
@@ -309,16 +309,14 @@ def _at_edge(experiment: Experiment, choice: StageChoice) -> bool:
     if len(choice.get("chosen", {})) != 1:
         return False
     ((path, value),) = choice["chosen"].items()
-    tried = [
-        dict(flat(experiment.tried[name].config)).get(path) for name in choice["values"] if name in experiment.tried
-    ]
+    tried = [flat(experiment.tried[name].config).get(path) for name in choice["values"] if name in experiment.tried]
     grid = {number for one in tried if (number := finite(one)) is not None}
     return len(grid) > 1 and finite(value) in (min(grid), max(grid))
 
 
 def differing_settings(experiment: Experiment) -> list[Block]:
     """A row for each method, a column for each setting in which they differ."""
-    configs = [{path: public(value) for path, value in flat(run.config)} for run in experiment.methods]
+    configs = [{path: public(value) for path, value in flat(run.config).items()} for run in experiment.methods]
     paths = list(dict.fromkeys(path for own in configs for path in own))
     own_paths = [p for p in paths if p not in ("output", "seed") and len({c.get(p, "–") for c in configs}) > 1]
     if not own_paths:

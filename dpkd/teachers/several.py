@@ -13,10 +13,19 @@ from typing import Any
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpkd.api import Block, TeacherAccess, hookimpl
-from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherOffer, TeacherOutput, TeacherSpec, Wants
+from dpkd.api.teachers import (
+    SharedVocabulary,
+    Teacher,
+    TeacherBatch,
+    TeacherOffer,
+    TeacherOutput,
+    TeacherPrompt,
+    TeacherSpec,
+    Wants,
+)
 from dpkd.data.batches import TokenSequence, collate
 from dpkd.data.encoding import encode, prompt_prefix
 from dpkd.errors import DpkdError
@@ -50,14 +59,15 @@ class MemberSettings(TeacherSettings):
 
     @model_validator(mode="after")
     def _is_one(self) -> MemberSettings:
-        if self.kind != "auto" or not (self.model or self.store or self.server):
-            raise ValueError("names no `model`, `store` or `server`")
+        if self.kind != "auto" or not (self.model or self.store or self.server or self.base):
+            raise ValueError("names no `model`, `store`, `server` or `base`")
         return self
 
 
 class SeveralSettings(Block):
     """The teachers by name; they are tried in this order."""
 
+    column: str | None = Field(None, description="column of the data that names the teacher of each row")
     teachers: dict[str, MemberSettings] = Field(min_length=1, description="settings of each teacher, by a name")
 
     @model_validator(mode="after")
@@ -68,7 +78,9 @@ class SeveralSettings(Block):
             raise ValueError("`weight` makes a mixture: give one to each teacher, or to none")
         if any(weights) and any(member.when for member in members):
             raise ValueError("teachers are either mixed (`weight`) or chosen for each prompt (`when`), not both")
-        if not any(weights) and sum(member.when is None for member in members) != 1:
+        if self.column is not None and (any(weights) or any(member.when for member in members)):
+            raise ValueError("with a `column`, rows name their teacher: leave out `when` and `weight`")
+        if self.column is None and not any(weights) and sum(member.when is None for member in members) != 1:
             raise ValueError("exactly one teacher must be without `when`: it scores all other prompts")
         return self
 
@@ -88,6 +100,9 @@ class SeveralTeachers(Teacher):
         self.measurable = all(member.measurable for member in self.members.values())
         self.remote = any(member.remote for member in self.members.values())
         self._counts = dict.fromkeys(self.members, 0)
+        self.of_student = any(member.of_student for member in self.members.values())
+        self.column = settings.column
+        self._named: dict[tuple[int, ...], str] = {}
 
     @property
     def offers(self) -> TeacherAccess:  # type: ignore[override]
@@ -128,6 +143,21 @@ class SeveralTeachers(Teacher):
         ]
         self.context = min(limits, default=None)
 
+    def meet(self, prompts: Sequence[TeacherPrompt]) -> None:
+        """Note the teacher that each row names. Raises DpkdError for one that there is not, or two of one prompt."""
+        for prompt in prompts:
+            if prompt.teacher is None:
+                continue
+            if prompt.teacher not in self.members:
+                known = ", ".join(self.members)
+                raise DpkdError(f"{prompt.id}: `{self.column}` names the teacher {prompt.teacher!r}; there are {known}")
+            if self._named.setdefault(prompt.prompt_ids, prompt.teacher) != prompt.teacher:
+                other = self._named[prompt.prompt_ids]
+                raise DpkdError(
+                    f"{prompt.id}: `{self.column}` names the teacher {prompt.teacher!r}, and another row with the same "
+                    f"prompt {other!r}: what the student writes to it would have two. Leave one row out."
+                )
+
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         for member in self.members.values():
             member.load(device, dtype)
@@ -142,6 +172,10 @@ class SeveralTeachers(Teacher):
             raise DpkdError(f"teacher.settings.teachers: they have different vocabularies ({sizes})")
         self.vocabulary, note = next(iter(found.values()))
         return SharedVocabulary(self.vocabulary, note)
+
+    def join(self, student: nn.Module) -> None:
+        for member in self.members.values():
+            member.join(student)
 
     def expect(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], wants: Wants) -> None:
         for name, places in self._shares(sequences).items():
@@ -187,12 +221,17 @@ class SeveralTeachers(Teacher):
             return {name: list(range(len(sequences))) for name in self.members}
         shares: dict[str, list[int]] = {name: [] for name in self.members}
         for number, (prompt, _) in enumerate(sequences):
-            shares[self._teacher_of(self._tokenizer.decode(list(prompt), skip_special_tokens=True))].append(number)
+            shares[self._teacher_of(tuple(prompt))].append(number)
         return {name: numbers for name, numbers in shares.items() if numbers}
 
-    def _teacher_of(self, prompt: str) -> str:
+    def _teacher_of(self, prompt: tuple[int, ...]) -> str:
+        text = self._tokenizer.decode(list(prompt), skip_special_tokens=True)
+        if self.column is not None:
+            if prompt not in self._named:
+                raise DpkdError(f"no row of the data has this prompt, and so none names its teacher: {text[:80]!r}")
+            return self._named[prompt]
         rules = self._settings.teachers.items()
-        found = [name for name, member in rules if member.when is not None and re.search(member.when, prompt)]
+        found = [name for name, member in rules if member.when is not None and re.search(member.when, text)]
         return found[0] if found else next(name for name, member in rules if member.when is None)
 
     def _read_by(self, name: str, sequence: tuple[Sequence[int], Sequence[int]]) -> TokenSequence:
@@ -274,7 +313,7 @@ def several_offer(settings: SeveralSettings) -> TeacherOffer:
 
 def _kind(settings: MemberSettings) -> TeacherSpec:
     spec = built_in_kind(settings, InMemory())
-    assert spec is not None  # a member names a model, a store or a server
+    assert spec is not None  # a member names a model, a store, a server or the base
     return spec
 
 

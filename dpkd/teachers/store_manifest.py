@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dpkd.api import TeacherAccess, TeacherOffer, Text
 from dpkd.errors import DpkdError
-from dpkd.io import write_json
+from dpkd.io import digest, write_json
 
 FORMAT = 1
 Kind = Literal["tokens", "topk", "sampled"]
@@ -75,7 +75,7 @@ class Manifest:
 def _more(what: TeacherAccess | Text, k: int | None = None) -> str:
     """The command that writes a store with more in it."""
     if isinstance(what, Text):
-        return f"write it with `dpkd cache --responses {what}`"
+        return "write it with `dpkd cache` and this run's settings"
     if what is TeacherAccess.TOP_K:
         return f"`dpkd cache --kind topk --k {k}` (or more)"
     return "`dpkd cache --kind sampled`" if what is TeacherAccess.SAMPLED else ""
@@ -96,7 +96,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
                 "or delete that folder."
             )
         return
-    write_json(file, {"format": FORMAT, **asdict(manifest)})
+    values = {"format": FORMAT, **asdict(manifest)}
+    write_json(file, values | {"check": digest(values)})
 
 
 def _plain(value: Any) -> Any:
@@ -108,6 +109,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     file = Path(folder) / "manifest.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        check = values.pop("check", None)  # stores of 0.1.0 have none
+        if check is not None and check != digest(values):
+            raise ValueError("it is damaged: its checksum is wrong; delete it and run `dpkd cache` again")
         if values.pop("format") != FORMAT:
             raise DpkdError(f"{file}: another version of dpkd wrote this store; write it anew with `dpkd cache`")
         return Manifest(**{name: _plain(value) for name, value in values.items()})
@@ -116,5 +120,5 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"teacher.store: {folder} is no store of teacher log-probs (it has no manifest.json); "
             "`dpkd cache --output FOLDER` writes one"
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DpkdError(f"{file} cannot be read: {error}") from error

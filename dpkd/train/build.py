@@ -32,6 +32,7 @@ from dpkd.models.head import causal_lm, check_head
 from dpkd.models.in_memory import InMemory
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
+from dpkd.models.sharding import is_sharded
 from dpkd.models.student_init import make_student, recompute_activations
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
@@ -117,6 +118,8 @@ def assemble(
         if settings.train.ema is not None:
             follow(optimizer, settings.train.ema)
         loss_module, optimizer = accelerator.prepare(whole, optimizer)
+    if models.teacher is not None and models.teacher.of_student and is_sharded(models.student):
+        raise DpkdError("teacher.base: a sharded student is not whole when its base is asked; name a teacher.model")
     train_step = TrainStep(
         accelerator=accelerator,
         loss_module=loss_module,
@@ -258,6 +261,8 @@ class _Models:
             # The student as it starts: a resumed run makes it anew, before it loads what was trained.
             self.reference = LocalTeacher.of(deepcopy(student), self.vocabulary, device)
         self.student = add_lora(student, settings.student.lora) if settings.student.lora else student
+        if self.teacher is not None:
+            self.teacher.join(self.student)
         self.student.train()
 
     def layout(self, batch: BatchSettings) -> Layout:

@@ -47,7 +47,8 @@ def finish(
     steps = run_parts.steps
     with timings("hashes"):
         model = {file.name: sha256(file) for file in sorted(folder.model.iterdir()) if file.is_file()}
-    write_json(folder.marker, {"step": step, "of": steps, "best_step": best, "model": model})
+    marked = {"step": step, "of": steps, "best_step": best, "model": model, "records": folder.records()}
+    write_json(folder.marker, marked)
     shutil.rmtree(folder.best, ignore_errors=True)
     display.say(
         f"model    {folder.model}\nmetrics  {folder.metrics}\nscore it dpkd eval --model {folder.path} --data FILE"

@@ -19,11 +19,13 @@ from dpkd.api.inputs import REFERENCE_LOGPS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.models.chunked import chunk_rows
+from dpkd.models.compile import repeated_blocks
 from dpkd.models.device import device_of, precision_of, teacher_dtype
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
 from dpkd.models.optimizers import state_bytes
 from dpkd.models.quantization import quantization_of, weight_bytes
+from dpkd.models.sharding import processes_of_shards
 from dpkd.models.student_init import recompute_activations, switch_dropout_off
 from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
 from dpkd.train.prepare import RunData
@@ -46,11 +48,15 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Parameters of the student, the trained ones, the largest of these; bytes of optimizer state and passes."""
+    """Parameters of the student, the trained ones, the largest of these; bytes of optimizer state and passes.
+
+    gathered  parameters that are whole at a time where the student is sharded: all that is in no layer, and two layers
+    """
 
     parameters: int
     trained: int
     largest: int
+    gathered: int
     optimizer: float
     passes: Passes
 
@@ -65,18 +71,22 @@ class _Batch:
 
 
 def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
-    """The peak of a run on one device."""
+    """The peak of a run on one device; of a student that is sharded, that of each process."""
     settings = resolved.settings
     dtype = teacher_dtype(settings.train.precision, device_of(settings.train.device))
     batch = _largest_batch(resolved, run_data)
     student = _count(settings, run_data.student_config, batch)
     references = any(REFERENCE_LOGPS & objective.reads for objective in resolved.objectives)
+    shards = processes_of_shards()
+    weights = student_bytes(settings, run_data.student_config, student.parameters)
+    whole = 0.0 if shards == 1 else weights * (1 - 1 / shards)  # what a process gathers to have all of them
     always = {
-        "student weights": student_bytes(settings, run_data.student_config, student.parameters) * (1 + references),
+        "student weights": weights / shards + weights * references,
         "teacher weights": 0.0 if run_data.teacher is None else run_data.teacher.weight_bytes(dtype),
-        "optimizer state": student.optimizer,
+        "optimizer state": student.optimizer / shards,
     }
-    gradients = float(FLOAT * student.trained)
+    gathered = {"gathered layers": min(whole, float(FLOAT * student.gathered))}
+    gradients = float(FLOAT * student.trained) / shards
     text = run_data.student_config.get_text_config()
     head = float(FLOAT * text.vocab_size * text.hidden_size) if student.trained == student.parameters else 0.0
     # A step begins without gradients. The losses make that of the head, while the activations are there; later
@@ -88,14 +98,16 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
     backward = min(student.passes.backward, 1.1 * student.passes.kept) if again else student.passes.backward
     moments = [
         MemoryEstimate(
-            "losses", {**always, "gradients": begun, "activations": student.passes.kept, "logits, a chunk": logits}
+            "losses",
+            {**always, **gathered, "gradients": begun, "activations": student.passes.kept, "logits, a chunk": logits},
         ),
-        MemoryEstimate("backward", {**always, "gradients": begun, "activations, new gradients": backward}),
+        MemoryEstimate("backward", {**always, **gathered, "gradients": begun, "activations, new gradients": backward}),
         # An optimizer goes over the parameters one by one, with two temporaries of the size of each.
         MemoryEstimate("update", {**always, "gradients": gradients, "temporaries": 2.0 * FLOAT * student.largest}),
     ]
     if Text.STUDENT in _writers(resolved):
-        moments.append(MemoryEstimate("sampling", {**always, "cache and logits": _sampling_bytes(resolved, run_data)}))
+        cache = {"gathered weights": whole, "cache and logits": _sampling_bytes(resolved, run_data)}
+        moments.append(MemoryEstimate("sampling", {**always, **cache}))
     return max(moments, key=lambda estimate: estimate.total)
 
 
@@ -181,8 +193,10 @@ def _count(settings: RunSettings, config: Any, batch: _Batch) -> _Counts:
             passes = backbone_passes(student, batch.sequences, batch.tokens, bf16=bf16)
     except Exception:  # whatever an architecture does that needs values: a plan must not fail for it
         passes = _rule_of_thumb(settings, config, batch.sequences * batch.tokens, sum(trained))
+    layers = [sum(p.numel() for p in one.parameters()) for one in repeated_blocks(student)]
+    gathered = parameters - sum(layers) + 2 * max(layers, default=0)
     state = state_bytes(student, settings.train.optimizer, settings.train.own_optimizer_settings)
-    return _Counts(parameters, sum(trained), max(trained), state, passes)
+    return _Counts(parameters, sum(trained), max(trained), gathered, state, passes)
 
 
 def meta_student(settings: RunSettings, config: Any) -> nn.Module:

@@ -75,6 +75,11 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     teacher = make_teacher(settings.teacher, resolved.registry, given)
     if teacher is not None:
         teacher.prepare_for(kept_tokens(resolved.objectives), chosen_ids(resolved.objectives))
+        if teacher.of_student and settings.student.lora is None:
+            raise DpkdError(
+                "teacher.base: the student has no adapters that could be switched off; --set student.lora.r=16, or "
+                "name its model as the teacher"
+            )
     teacher_config = None if teacher is None else teacher.config
     own_config = student_config(settings.student, teacher_config, given)
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
@@ -85,7 +90,8 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     across = teacher is not None and _two_tokenizers(resolved, tokenizer, teacher, own_config)
     responses = _trains_on_data(resolved)
     pairs = any(objective.text.preferences for objective in resolved.objectives)
-    examples = _examples(resolved, responses, pairs)
+    column = None if teacher is None else teacher.column
+    examples = _examples(resolved, responses, pairs, column)
     data = given.remembered(
         (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses),
         lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses),
@@ -108,7 +114,9 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.corpus is not None:
         check_corpus(settings.terms.pretrain.corpus)
     steps = _steps(settings, len(data.prompts), display)
-    dev = _dev_inputs(settings, tokenizer, context, resolved.registry, display)
+    dev = _dev_inputs(settings, tokenizer, context, resolved.registry, display, column)
+    if teacher is not None:
+        teacher.meet([*data.prompts, *(dev.prompts if dev is not None else ())])
     facts = {
         "path": examples.source if settings.data.mix else settings.data.path,
         "fingerprint": examples.fingerprint,
@@ -118,12 +126,17 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     return RunData(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, retokenizer)
 
 
-def _examples(resolved: Resolved, responses: bool, pairs: bool) -> ExampleSet:
+def _examples(resolved: Resolved, responses: bool, pairs: bool, column: str | None) -> ExampleSet:
     """The rows of the run; those of one file are read once for all runs of this process, while it stays as it is."""
     data, given, seed = resolved.settings.data, resolved.given, resolved.settings.seed
-    read = partial(read_examples, data, require_response=responses, pairs=pairs, rows=given.rows(data.path), seed=seed)
-    stamp = None if data.mix or given.rows(data.path) is not None else file_stamp(data.path)
-    return read() if stamp is None else given.remembered((stamp, data.model_dump_json(), responses, pairs), read)
+    rows = given.rows(data.path)
+    read = partial(
+        read_examples, data, require_response=responses, pairs=pairs, rows=rows, seed=seed, teacher_column=column
+    )
+    stamp = None if data.mix or rows is not None else file_stamp(data.path)
+    if stamp is None:
+        return read()
+    return given.remembered((stamp, data.model_dump_json(), responses, pairs, column), read)
 
 
 def _trains_on_data(resolved: Resolved) -> bool:
@@ -158,7 +171,12 @@ def _steps(settings: RunSettings, examples: int, display: Display) -> int:
 
 
 def _dev_inputs(
-    settings: RunSettings, tokenizer: Any, context: int | None, registry: Registry, display: Display
+    settings: RunSettings,
+    tokenizer: Any,
+    context: int | None,
+    registry: Registry,
+    display: Display,
+    teacher_column: str | None,
 ) -> Inputs | None:
     """The rows of the development set. Raises DpkdError when they, or the metric, are not to be had."""
     dev = settings.dev
@@ -168,7 +186,14 @@ def _dev_inputs(
     data = settings.data.model_copy(
         update={"path": dev.path, "split": dev.split, "limit": dev.limit, "min_response_words": 0}
     )
-    inputs = read_inputs(data, tokenizer, context=context, max_new_tokens=dev.max_new_tokens, long_prompts="skip")
+    inputs = read_inputs(
+        data,
+        tokenizer,
+        context=context,
+        max_new_tokens=dev.max_new_tokens,
+        long_prompts="skip",
+        teacher_column=teacher_column,
+    )
     for line in (f"dev: {len(inputs.prompts):,} rows of {inputs.source}", *inputs.lines()):
         display.say(line)
     return inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from dpkd.config.layers import set_layer
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import read_sources
 from dpkd.errors import DpkdError, SettingsError
+from dpkd.evaluation.target import check_model
+from dpkd.io import remove_leftovers
 from dpkd.models.in_memory import InMemory
 from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder, check_trust
+from dpkd.settings import flat
 from dpkd.train.run import resume
 from dpkd.train.timings import Timings
 
@@ -62,11 +65,15 @@ def resume_folder(
     new = {path: resolved.provenance[path] for path in changes if path in resolved.provenance}
     resolved = replace(resolved, provenance=sources | new)
     if folder.is_finished and not changes.keys() & EXTENDING:
-        shutil.rmtree(folder.best, ignore_errors=True)  # where the run was killed as it cleaned up
+        with folder.lock():  # where the run was killed as it cleaned up, or could not remove something
+            shutil.rmtree(folder.best, ignore_errors=True)
+            remove_leftovers(folder.path, folder.checkpoints)
         raise DpkdError(
             f"{path} is finished: its model is {folder.model}. To train it further, give it more steps: "
             f"dpkd train --resume {path} --set train.steps=N"
         )
+    folder.check_records()
+    check_model(folder)
     settings = resolved.settings
     needed = {settings.teacher.model, settings.student.model, settings.data.path}
     if unused := sorted({*given.models, *given.data} - needed):
@@ -87,15 +94,3 @@ def _changes(before: Resolved, after: Resolved) -> dict[str, Any]:
             ]
         )
     return changes
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted path.
-
-    >>> flat({"train": {"lr": 0.1, "steps": 3}, "seed": 1})
-    {'train.lr': 0.1, 'train.steps': 3, 'seed': 1}
-    """
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found

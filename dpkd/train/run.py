@@ -95,8 +95,7 @@ def resume(
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
     with _locked(folder, accelerator):
         if accelerator.is_main_process:
-            remove_leftovers(folder.path)
-            remove_leftovers(folder.checkpoints)
+            remove_leftovers(folder.path, folder.checkpoints)
         run_parts = assemble(resolved, accelerator, display, timings)
         _check_processes_agree(accelerator, run_parts)
         if folder.facts.is_file():

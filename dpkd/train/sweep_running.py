@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
+import math
 import os
 import shutil
 import signal
@@ -36,18 +36,20 @@ from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, metric_spec
 from dpkd.evaluation.lengths import WORDS, parse_cuts
 from dpkd.evaluation.sets import find_set
 from dpkd.evaluation.target import find_target
-from dpkd.io import write_json, write_text
+from dpkd.io import open_log, read_json, write_json, write_text
 from dpkd.locks import lock
 from dpkd.models.shared import Shared
 from dpkd.plugins import Registry, load_registry
 from dpkd.report.card import rescore
 from dpkd.run_folder import RunFolder, SweepFolder
+from dpkd.run_metrics import read_metrics
+from dpkd.settings import flat
 from dpkd.train.accelerate_state import own_accelerate_state
 from dpkd.train.children import Children
 from dpkd.train.dev import direction_of
 from dpkd.train.interrupt import on_stop
 from dpkd.train.progress import Display
-from dpkd.train.resume import flat, resume_folder
+from dpkd.train.resume import resume_folder
 from dpkd.train.run import train
 from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
 from dpkd.train.timings import Timings
@@ -206,19 +208,19 @@ class _Sweep:
             + ")"
         )
         file = SweepFolder(Path(self.plan.settings.output)).choices
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = read_json(file, "Delete it: the sweep writes it again.") if file.is_file() else {}
         write_json(file, {**known, stage: {"metric": metric, "chosen": own, "run": chosen.name, "values": values}})
         return {stage: chosen}
 
     def _dev(self, run: SweepRun) -> float | None:
-        """The value of dev.metric that decided a finished run's model."""
+        """The value of dev.metric that decided a finished run's model; None where no value was finite."""
         file = run.folder / "dev.jsonl"
         if not RunFolder(run.folder).is_finished or not file.is_file():
             return None
         metric = resolve(self.plan.layers(run), self.registry).settings.dev.metric
         sign = direction_of(metric, metric_specs(self.registry))
-        values = [json.loads(line)[metric] for line in file.read_text(encoding="utf-8").splitlines() if line]
-        return float(sign * max(sign * value for value in values))
+        values = [sign * float(row[metric]) for row in read_metrics(file) if metric in row]
+        return sign * max(filter(math.isfinite, values)) if any(map(math.isfinite, values)) else None
 
     def _result(self, run: SweepRun, device: str | None) -> str:
         folder, began = RunFolder(run.folder), time.monotonic()
@@ -288,7 +290,7 @@ def _in_short(run: SweepRun) -> str:
     """The main scores of a run, where it has any."""
     parts = []
     for file in sorted(run.folder.glob("eval/*/scores.json")):
-        metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"]
+        metrics = read_json(file)["metrics"]
         shown = [("Rouge-L", "rouge_l"), ("fKL", "forward_kl"), ("rKL", "reverse_kl")]
         parts += [f"{short} {metrics[name]['mean']:.3f}" for short, name in shown if name in metrics]
     return "".join(f"  {part}" for part in parts)
@@ -335,7 +337,7 @@ class InProcess:
         began = time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        with log_of(run).open("a", encoding="utf-8") as file:
+        with open_log(log_of(run)) as file:
             file.write(f"$ {title}\n")
             try:
                 with own_accelerate_state():
@@ -424,7 +426,7 @@ class Isolated:
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         log = log_of(run)
-        with log.open("a", encoding="utf-8") as file:
+        with open_log(log) as file:
             file.write(f"$ dpkd {' '.join(arguments)}\n")
             file.flush()
             began = time.monotonic()

@@ -139,7 +139,8 @@ class TrainStep:
                 chosen = self.inner.likeliest(micro_batch)
             wants = wants._replace(chosen=chosen)
             micro_batch = replace(micro_batch, extra={**micro_batch.extra, Signal.CHOSEN_IDS: chosen})
-        output = self.teacher.score(micro_batch.aligned or micro_batch.batch, wants)
+        with self.accelerator.autocast() if self.teacher.of_student else contextlib.nullcontext():
+            output = self.teacher.score(micro_batch.aligned or micro_batch.batch, wants)
         measurable = micro_batch.measured and self.teacher.measurable
         return replace(
             micro_batch,

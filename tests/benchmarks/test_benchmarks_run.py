@@ -156,3 +156,17 @@ def test_decoding(bench):
     assert [row[1] for row in cells(page)] == ways
     assert "graph True; 4 of 4 responses as eagerly" in page
     assert "Error" not in page
+
+
+def test_served_widens_heads_and_keeps_the_function(bench):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, intermediate_size=48, initializer_range=0.3, **sizes)).eval()
+    wide = bench("served").widen_heads(model, 32)
+    ids = torch.randint(0, 50, (3, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(wide(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert wide.config.head_dim == 32

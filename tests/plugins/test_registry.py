@@ -274,7 +274,7 @@ def test_a_real_interrupt_is_no_broken_plugin(install_plugin) -> None:
 def test_a_prefix_that_the_plugin_does_not_keep_is_said(install_plugin, loss_source: Callable[[str], str]) -> None:
     install_plugin("stranger", {"sampler.curved": loss_source("curved")})
     registry = load_registry(GOOD)
-    assert list(registry.all(SamplerSpec)) == ["hf", "vllm"]
+    assert list(registry.all(SamplerSpec)) == ["hf", "vllm", "vllm-server"]
     (broken,) = registry.broken
     assert "implements no hook: expected a function `dpkd_samplers`" in broken.reason
 

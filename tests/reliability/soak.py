@@ -3,44 +3,45 @@
     python tests/reliability/soak.py --minutes 30 --output soak
 
 A case runs a command under a fault, then again without one, and compares what is left with what an undisturbed command
-leaves. Outcomes: identical; refused (a sentence, exit 1 or 2); and what must not be: different, traceback, hang.
-Then come generated cases of bad input (bad_input.py).
-Finished cases are in OUTPUT/cases.jsonl: a second call goes on with the rest.
+leaves. The commands fork at each of their calls (faults.Injector); what several faults leave behind alike, to the byte,
+is met by one second command for all of them. Outcomes: identical; refused (a sentence, exit 1 or 2); kept (of a damaged
+file that nothing reads); and what must not be: different, traceback, hang. Then come generated cases of bad input
+(bad_input.py).
+
+The cases of all commands are mixed evenly, so that whatever time there is covers all of them. Finished cases are in
+OUTPUT/cases.jsonl: a second call goes on with the rest. A folder in memory (/dev/shm) is the fastest.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import re
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bad_input
 from faults import Fault, SweepOutcome, dpkd
-from toy_commands import LIMITS, TRAIN, fingerprint, write_toy
+from toy_commands import CACHE, COMPARE, EVAL, LIMITS, REPORT, SAMPLE, SWEEP, TRAIN, fingerprint, write_toy
 
 from dpkd.io import JsonLog
 
-EVAL = [
-    *("eval", "--model", "../toy/model", "--data", "../toy/data.jsonl", "--output", "scores", "--seeds", "1,2"),
-    *("--max-new-tokens", "4", "--teacher", "../toy/model", "--limit", "6"),
-]
-SAMPLE = [
-    *("sample", "--model", "../toy/model", "--data", "../toy/data.jsonl", "--output", "answers.jsonl"),
-    *("--max-new-tokens", "4", "--batch-size", "1"),
-]
-CACHE = [
-    *("cache", "--loss", "kd", "--teacher", "../toy/model", "--data", "../toy/data.jsonl", "--output", "store"),
-    *("--set", "student.init=layers", "--set", "student.layers=1", "--kind", "sampled", "--k", "8", *LIMITS),
-]
 RESUME = ["train", "--resume", "run"]
+EVAL_RUN = ["eval", "--model", "run", "--data", "../toy/data.jsonl", "--seeds", "1", "--max-new-tokens", "2"]
 EXTEND = [*RESUME, "--set", "train.steps=6"]
+FROM_STORE = [
+    *("train", "--loss", "kd", "--student", "../toy/model", "--data", "../toy/data.jsonl", "--output", "run"),
+    *("--set", "teacher.store=store", "--set", "train.steps=2", "--set", "train.device=cpu", *LIMITS),
+]
 
 
 @dataclass(frozen=True)
@@ -50,27 +51,24 @@ class Scenario:
     name: str
     command: Sequence[str]
     again: Sequence[str]
-    result: str
     prepare: Sequence[Sequence[str]] = ()
     killed: float | None = None  # the last of these is killed after this share of its calls
+    reader: Sequence[str] | None = None  # what is called when a file that the command left is damaged
 
 
 SCENARIOS = (
-    Scenario("train", TRAIN, RESUME, "run"),
-    Scenario("resume", RESUME, RESUME, "run", prepare=[TRAIN], killed=0.6),
-    Scenario("extend", EXTEND, EXTEND, "run", prepare=[TRAIN]),
-    Scenario("eval", EVAL, EVAL, "scores"),
-    Scenario("sample", SAMPLE, SAMPLE, "."),
-    Scenario("cache", CACHE, CACHE, "store"),
-    Scenario("report", ["report", "run", "--no-figures"], ["report", "run", "--no-figures"], "run", prepare=[TRAIN]),
-    Scenario(
-        "compare",
-        ["compare", "scores", "--format", "csv", "--output", "table.csv"],
-        ["compare", "scores", "--format", "csv", "--output", "table.csv"],
-        ".",
-        prepare=[EVAL],
-    ),
+    Scenario("train", TRAIN, RESUME, reader=EXTEND),
+    Scenario("resume", RESUME, RESUME, prepare=[TRAIN], killed=0.6, reader=REPORT),
+    Scenario("extend", EXTEND, EXTEND, prepare=[TRAIN], reader=EVAL_RUN),
+    Scenario("eval", EVAL, EVAL, reader=COMPARE),
+    Scenario("sample", SAMPLE, SAMPLE, reader=SAMPLE),
+    Scenario("cache", CACHE, CACHE, reader=FROM_STORE),
+    Scenario("sweep", SWEEP, SWEEP, reader=SWEEP),
+    Scenario("report", REPORT, REPORT, prepare=[TRAIN], reader=REPORT),
+    Scenario("compare", COMPARE, COMPARE, prepare=[EVAL], reader=COMPARE),
 )
+DAMAGED = 30  # files of each scenario
+DISKS = 10  # sizes of the disk of each scenario
 
 
 class Soak:
@@ -80,140 +78,263 @@ class Soak:
         self.output, self.scenario = output, scenario
         self.start = output / f"{scenario.name}-start"  # what `prepare` makes
         self.whole = output / f"{scenario.name}-whole"  # what the undisturbed command leaves
-        self.calls = 0
+        self.read = output / f"{scenario.name}-read"  # and the reader after it
+        self.folder = output / f"{scenario.name}-case"
+        self.branches = output / f"{scenario.name}-branches"  # and the faults at each of its calls
+        self.seconds: dict[str, dict[str, Any]] = {}  # what the second command made of each state
 
-    def undisturbed(self) -> None:
-        """Run the command without a fault, for what it leaves and for how many calls it makes."""
-        for folder in (self.start, self.whole):
+    def prepare(self, kinds: Sequence[str]) -> list[tuple[str, Fault | int]]:
+        """All cases of these kinds; the commands run without a fault, and with one at each call, unless they have."""
+        if not self.read.with_suffix(".done").exists():
+            self._undisturbed()
+            self.read.with_suffix(".done").touch()
+        if "fault" in kinds and not (self.branches / "complete").exists():
+            self._branch()
+            (self.branches / "complete").touch()
+        self.first = {(row["kind"], row["at"]): row for row in JsonLog(self.branches / "first.jsonl").rows()}
+        self.left, self.after = _result(self.whole), _result(self.read)
+        return [case for case in self.cases() if (case[0] if isinstance(case[1], int) else "fault") in kinds]
+
+    def _undisturbed(self) -> None:
+        """For what the commands leave."""
+        for folder in (self.start, self.whole, self.read):
             shutil.rmtree(folder, ignore_errors=True)
         self.start.mkdir(parents=True)
         for command in self.scenario.prepare:
-            made = dpkd(command, self.start)
-            assert made.kind == "ok", made.text
+            made = _ok(dpkd(command, self.start))
         if self.scenario.killed is not None:
             shutil.rmtree(self.start)
-            dpkd(self.scenario.prepare[-1], self.start, Fault("kill", int(made.calls * self.scenario.killed)))
+            dpkd(self.scenario.prepare[-1], self.start, Fault("kill", int(len(made.calls) * self.scenario.killed)))
         shutil.copytree(self.start, self.whole)
-        done = dpkd(self.scenario.command, self.whole)
-        assert done.kind == "ok", done.text
-        self.calls, self.left = done.calls, self.result(self.whole)
+        _ok(dpkd(self.scenario.command, self.whole))
+        shutil.copytree(self.whole, self.read)
+        if self.scenario.reader is not None:
+            _ok(dpkd(self.scenario.reader, self.read))
 
-    def result(self, folder: Path) -> dict[str, str]:
-        found = fingerprint(folder / self.scenario.result) if (folder / self.scenario.result).exists() else {}
-        return {name: value for name, value in found.items() if not name.startswith("cache/")}
+    def _branch(self) -> None:
+        """Run the command once, with a fork at each call for each fault."""
+        for folder in (self.branches, self.folder):
+            _away(folder)
+        shutil.copytree(self.start, self.folder)
+        self.branches.mkdir()
+        (self.branches / "toy").symlink_to(self.output / "toy")  # a fork works one folder deeper
+        _ok(dpkd(self.scenario.command, self.folder, branches=self.branches))
 
-    def case(self, fault: Fault) -> dict[str, Any]:
-        """One fault, the second call, and what became of it."""
-        folder = self.output / f"{self.scenario.name}-case"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self.start, folder)
-        first = dpkd(self.scenario.command, folder, fault)
-        second = self.second(folder, first)
-        left = self.result(folder)
-        row = {"first": first.kind, "second": second.kind, "outcome": self.outcome(first, second, left)}
-        if row["outcome"] not in ("identical", "refused"):
-            row["text"] = (first.text + "\n--\n" + second.text)[-3000:]
-            names = sorted(name for name in {*left, *self.left} if left.get(name) != self.left.get(name))
-            row["differing"] = names[:8]
-        elif row["outcome"] == "refused":
-            row["text"] = second.text[-400:]
-        return row
+    def cases(self) -> list[tuple[str, Fault | int]]:
+        """All cases in a random order that is always the same, as kind and fault, or kind and number."""
+        found: list[tuple[str, Fault | int]] = [(kind, Fault(kind, at)) for kind, at in self.first]
+        found += [("damage", number) for number in range(DAMAGED)]
+        found += [("disk", number) for number in range(DISKS if _can_mount() else 0)]
+        random.Random(self.scenario.name).shuffle(found)
+        return found
 
-    def second(self, folder: Path, first: SweepOutcome) -> SweepOutcome:
-        again = dpkd(self.scenario.again, folder)
+    def case(self, what: Fault | int, kind: str) -> dict[str, Any]:
+        """One case, and what became of it."""
+        _away(self.folder)
+        if isinstance(what, Fault):
+            return self._forked(what)
+        return self._damaged(what) if kind == "damage" else self._small_disk(what)
+
+    def _forked(self, fault: Fault) -> dict[str, Any]:
+        """What the second command makes of what the fork left; other than well, all of it is done once more."""
+        found = self.first[fault.kind, fault.at]
+        state, first = found["state"], SweepOutcome(found["code"], found["text"], [])
+        if state not in self.seconds:
+            shutil.copytree(self.branches / state, self.folder, symlinks=True)
+            self.seconds[state] = self._row(first, self._second())
+        row = self.seconds[state] | {"first": first.kind, "state": state, "call": found["call"]}
+        if row["outcome"] in GOOD and first.kind in ("ok", "killed", "refused"):
+            return row
+        _away(self.folder)
+        shutil.copytree(self.start, self.folder)
+        return self._faulty(fault) | {"state": state, "call": found["call"], "repeated": True}
+
+    def _faulty(self, fault: Fault) -> dict[str, Any]:
+        first = dpkd(self.scenario.command, self.folder, fault)
+        return self._row(first, self._second())
+
+    def _small_disk(self, number: int) -> dict[str, Any]:
+        """A file system that is full before the command is done, as it is to all libraries; then it has more space."""
+        start, whole = _size(self.start), _size(self.whole)
+        space = start + int((whole - start) * 1.2 * (number + 1) / DISKS)
+        self.folder.mkdir()
+        with mounted(self.folder, space) as grow:
+            shutil.copytree(self.start, self.folder, dirs_exist_ok=True)
+            first = dpkd(self.scenario.command, self.folder)
+            grow(1 << 28)
+            return self._row(first, self._second()) | {"space": space}
+
+    def _second(self) -> SweepOutcome:
+        again = dpkd(self.scenario.again, self.folder)
         if again.kind == "refused" and "is not a run folder" in again.text:
-            again = dpkd(self.scenario.command, folder)
+            again = dpkd(self.scenario.command, self.folder)
         if again.kind == "refused" and "is finished" in again.text:
             again = SweepOutcome(0, again.text, again.calls)
         return again
 
-    def outcome(self, first: SweepOutcome, second: SweepOutcome, left: dict[str, str]) -> str:
+    def _row(self, first: SweepOutcome, second: SweepOutcome) -> dict[str, Any]:
+        outcome, names = self._outcome(first, second)
+        row = {"first": first.kind, "second": second.kind, "outcome": outcome}
+        if outcome != "identical":
+            row |= {"text": (first.text[-2000:] + "\n--\n" + second.text[-2000:]), "differing": names[:8]}
+        return row
+
+    def _outcome(self, first: SweepOutcome, second: SweepOutcome) -> tuple[str, list[str]]:
         for kind in ("hang", "traceback"):
             if kind in (first.kind, second.kind):
-                return kind
-        if second.kind == "refused":
-            return "refused"
-        return "identical" if left == self.left else "different"
+                return kind, []
+        if second.kind != "ok":
+            return second.kind, []
+        names = _differing(_result(self.folder), self.left)
+        return ("different" if names else "identical"), names
+
+    def _damaged(self, number: int) -> dict[str, Any]:
+        """Flip, cut, empty or lose one file that the whole command left; then call what reads it."""
+        generator = random.Random(f"{self.scenario.name} {number}")
+        shutil.copytree(self.whole, self.folder)
+        # A model card is for people, who may edit it: no command reads it.
+        left = (p for p in self.folder.rglob("*") if p.is_file() and "cache" not in p.parts and p.name != "README.md")
+        files = sorted(left)
+        file, how = generator.choice(files), generator.choice(("flip", "cut", "empty", "lose"))
+        _damage(file, how, generator)
+        assert self.scenario.reader is not None
+        second = dpkd(self.scenario.reader, self.folder)
+        if second.kind == "refused" and "is finished" in second.text:
+            second = SweepOutcome(0, second.text, second.calls)
+        name = str(file.relative_to(self.folder))
+        row: dict[str, Any] = {"second": second.kind, "file": name, "how": how, "outcome": second.kind}
+        if second.kind == "ok":
+            names = _differing(_result(self.folder), self.after)
+            row["outcome"] = {0: "identical"}.get(len(names), "kept" if names == [name] else "different")
+            row["differing"] = names[:8]
+        return row | ({} if row["outcome"] == "identical" else {"text": second.text[-2000:]})
 
 
-def faults(calls: int, every: int) -> Iterator[Fault]:
-    """Each k-th call killed, and without space: for good, torn, or once."""
-    for at in range(0, calls, every):
-        for kind in ("kill", "full", "torn", "full-once"):
-            yield Fault(kind, at)
+def _ok(done: SweepOutcome) -> SweepOutcome:
+    assert done.kind == "ok", done.text
+    return done
 
 
-def damage(soak: Soak, generator: random.Random) -> tuple[str, dict[str, Any]]:
-    """Flip, cut, empty or lose one file that the whole command left; then call again."""
-    folder = soak.output / f"{soak.scenario.name}-case"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(soak.whole, folder)
-    files = sorted(p for p in (folder / soak.scenario.result).rglob("*") if p.is_file() and "cache" not in p.parts)
-    file, how = generator.choice(files), generator.choice(("flip", "cut", "empty", "lose"))
+def _result(folder: Path) -> dict[str, str]:
+    """What is left, without stores, which may be filled further, and what a sweep says of its runs.
+
+    Which number a shard has does not count, nor does a shard that no list names: nothing reads it.
+    """
+    found = fingerprint(folder)
+    left = {name: value for name, value in found.items() if not (name.startswith("cache/") or name.endswith(".log"))}
+    for name in [name for name in left if re.search(r"/shard-\d+\.\w+$", name)]:
+        value, stem = left.pop(name), name.rpartition(".")[0]
+        if f"{stem}.json" in found:
+            left[re.sub(r"\d+\.(\w+)$", rf"{value}.\1", name)] = value
+    return left
+
+
+def _differing(found: dict[str, str], wanted: dict[str, str]) -> list[str]:
+    return sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+
+
+def _damage(file: Path, how: str, generator: random.Random) -> None:
     content = bytearray(file.read_bytes())
-    if how == "flip" and content:
-        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
     if how == "lose":
         file.unlink()
-    else:
-        file.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(how, content))
-    second = soak.second(folder, SweepOutcome(0, "", 0))
-    row: dict[str, Any] = {"second": second.kind, "file": str(file.relative_to(folder)), "how": how}
-    row["outcome"] = second.kind if second.kind in ("hang", "traceback", "refused") else "went on"
-    row["text"] = second.text[-1500:] if second.kind == "traceback" else ""
-    return f"{row['file']} {how}", row
+        return
+    if how == "flip" and content:
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    damaged = {"cut": content[: len(content) // 2], "empty": b""}.get(how, content)
+    file.unlink()  # hard links of it stay whole
+    file.write_bytes(damaged)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a folder on a file system in memory, which has pages."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 + 4096 for path in [folder, *folder.rglob("*")])
+
+
+def _can_mount() -> bool:
+    return sys.platform == "linux" and os.geteuid() == 0 and shutil.which("mount") is not None
+
+
+@contextmanager
+def mounted(folder: Path, size: int) -> Iterator[Any]:
+    """A file system of so many bytes at the folder, and a function that changes its size."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield lambda more: subprocess.run(["mount", "-o", f"remount,size={more}", folder], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _away(folder: Path) -> None:
+    while folder.is_mount():  # an interrupted call left it
+        subprocess.run(["umount", "--lazy", folder], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=30.0, help="stop after so long; a second call goes on")
     options.add_argument("--output", type=Path, default=Path("soak"), help="folder of the cases")
-    options.add_argument("--every", type=int, default=1, help="a fault at every k-th call of the file system")
+    options.add_argument("--kinds", default="fault,disk,damage", help="of the cases of scenarios, comma-separated")
     options.add_argument("--only", default="", help="comma-separated names of scenarios, or bad-input")
     options.add_argument("--cases", type=int, default=10_000, help="of bad input")
+    options.add_argument("--table", action="store_true", help="print the table of what is done, and run nothing")
     given = options.parse_args()
     output: Path = given.output.resolve()
-    write_toy(output / "toy")
     log, until = JsonLog(output / "cases.jsonl", case=str), time.monotonic() + 60 * given.minutes
-    known = {row["case"] for row in log.rows()}
-    for scenario in SCENARIOS:
-        if given.only and scenario.name not in given.only.split(","):
-            continue
-        soak = Soak(output, scenario)
-        soak.undisturbed()
-        for fault in faults(soak.calls, given.every):
-            name = f"{scenario.name} {fault.kind} {fault.at}"
-            if time.monotonic() < until and name not in known:
-                log.append({"case": name, "scenario": scenario.name, "fault": fault.kind, **soak.case(fault)})
-        generator = random.Random(0)
-        for number in range(40):
-            found, row = damage(soak, generator)
-            name = f"{scenario.name} damage {number}"
-            if time.monotonic() < until and name not in known:
-                log.append({"case": name, "scenario": scenario.name, "fault": "damage", "what": found, **row})
-    if not given.only or "bad-input" in given.only.split(","):
-        feed(output / "bad-input", given.cases, log, known, until)
+    if not given.table:
+        only = given.only.split(",") if given.only else [*(scenario.name for scenario in SCENARIOS), "bad-input"]
+        soak(output, log, until, only, given.kinds.split(","), given.cases)
     return report(log.rows())
 
 
-def feed(folder: Path, count: int, log: JsonLog, known: set[str], until: float) -> None:
-    """Generated cases of bad input, in this process."""
-    world = bad_input.World.make(folder)
-    for family, number in bad_input.cases(count):
-        name = f"bad-input {family} {number}"
-        if time.monotonic() < until and name not in known:
-            row = bad_input.run(family, number, world)
-            log.append({"case": name, "scenario": "bad-input", "fault": family, **row})
+def soak(output: Path, log: JsonLog, until: float, only: list[str], kinds: list[str], count: int) -> None:
+    """Run the cases that are not in the log yet, until the time is over."""
+    if not (output / "toy").exists():
+        write_toy(output / "toy")
+    rows = log.rows()
+    known = {row["case"] for row in rows}
+    todo: list[tuple[float, str, Any]] = []
+    for scenario in SCENARIOS:
+        if scenario.name in only:
+            one = Soak(output, scenario)
+            cases = one.prepare(kinds)
+            one.seconds = {row["state"]: row for row in rows if row["scenario"] == scenario.name and "state" in row}
+            todo += [(at / len(cases), scenario.name, (one, *case)) for at, case in enumerate(cases)]
+    if "bad-input" in only:
+        world = bad_input.World.make(output / "bad-input")
+        inputs = list(bad_input.cases(count))
+        todo += [(1 + at, "bad-input", (world, *case)) for at, case in enumerate(inputs)]  # after the others
+    for _, scenario_name, (where, kind, what) in sorted(todo, key=lambda case: case[:2]):
+        name = f"{scenario_name} {kind} {what.at if isinstance(what, Fault) else what}"
+        if name in known:
+            continue
+        if time.monotonic() > until:
+            break
+        row = where.case(what, kind) if isinstance(where, Soak) else bad_input.run(kind, what, where)
+        log.append({**row, "case": name, "scenario": scenario_name, "fault": kind})
+
+
+KINDS = {"kill": "killed", "full": "faults", "full-once": "faults", "torn": "faults", "disk": "full disks"}
+GOOD = ("identical", "kept", "refused", "accepted")
+NEVER = ("different", "traceback", "hang")
 
 
 def report(rows: list[dict[str, Any]]) -> int:
-    """Print the counts; 1 when there is a case of a kind that must not be."""
-    counts = Counter((row["scenario"], row["fault"], row["outcome"]) for row in rows)
-    for (scenario, fault, outcome), count in sorted(counts.items()):
-        print(f"{scenario:10} {fault:10} {outcome:10} {count:6,}")
-    totals = Counter(row["outcome"] for row in rows)
-    print("total", dict(totals))
-    return int(any(totals[outcome] for outcome in ("different", *bad_input.BAD)))
+    """Print the counts as a table in Markdown; 1 when there is a case of a kind that must not be."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for row in rows:
+        is_input = row["scenario"] == "bad-input"
+        what = "bad input" if is_input else KINDS.get(row["fault"], "damaged files")
+        for place in (row["fault"] if is_input else row["scenario"], "all"):
+            counts.setdefault((what, place), Counter())[row["outcome"]] += 1
+    others = sorted({outcome for count in counts.values() for outcome in count} - {*GOOD, *NEVER})
+    columns = [*GOOD, *NEVER, *others]
+    print(f"| | command or input | cases | {' | '.join(columns)} |")
+    print(f"|---|---|{'---:|' * (1 + len(columns))}")
+    for (what, place), count in sorted(counts.items(), key=lambda item: (item[0][0], item[0][1] == "all", item[0][1])):
+        numbers = [sum(count.values()), *(count[outcome] for outcome in columns)]
+        print(f"| {what} | {place} | {' | '.join(f'{number:,}' for number in numbers)} |")
+    return int(any(count[outcome] for count in counts.values() for outcome in (*NEVER, *others)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dpkd.errors import DpkdError
-from dpkd.io import JsonLog, StorageError, read_json, whole_file, whole_folder, write_json, write_text
+from dpkd.io import JsonLog, StorageError, open_log, read_json, whole_file, whole_folder, write_json, write_text
 from dpkd.locks import lock
 
 
@@ -96,6 +96,16 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path: Pa
     assert not (tmp_path / "facts.json").is_symlink()
     (tmp_path / ".lock").symlink_to(tmp_path / "victim")
     with pytest.raises(StorageError), lock(tmp_path / ".lock", "x"):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_a_log_is_refused_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "victim")
+    with pytest.raises(StorageError, match=r"metrics\.jsonl cannot be written or read: it is a symbolic link"):
+        JsonLog(tmp_path / "metrics.jsonl").append({"n": 1})
+    with pytest.raises(StorageError, match="it is a symbolic link"), open_log(tmp_path / "metrics.jsonl"):
         pass
     assert (tmp_path / "victim").read_text() == "mine"
 

@@ -40,10 +40,8 @@ class Said(Console):
 
 @pytest.fixture
 def finished(settings_of, quiet):
-    """A run of 4 steps with a checkpoint at each of the last two."""
-    return run.train(
-        settings_of("kd", {"train.steps": 4, "train.save_every": 1, "train.keep_checkpoints": 2}), console=quiet
-    )
+    """A run of 4 steps with a checkpoint at each of the last two, which is the default."""
+    return run.train(settings_of("kd", {"train.steps": 4, "train.save_every": 1}), console=quiet)
 
 
 def unfinished(folder: RunFolder) -> RunFolder:
@@ -61,7 +59,7 @@ def commands(tmp_path_factory):
     write_toy(folder / "toy")
     whole = dpkd(TRAIN, folder / "whole")
     assert whole.kind == "ok", whole.text
-    return folder, fingerprint(folder / "whole/run"), whole.calls
+    return folder, fingerprint(folder / "whole/run"), len(whole.calls)
 
 
 @pytest.mark.parametrize("place", [0.0, 0.01, 0.03, 0.3, 0.6, 0.9, 0.94, 0.98, 1.0])
@@ -84,16 +82,15 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(place, kind, comman
     folder, whole, calls = commands
     here = folder / f"{kind}-{place}"
     failed = dpkd(TRAIN, here, Fault(kind, int(place * calls)))
-    if place > 0.9 and failed.kind == "ok":  # only a removal of what is no longer needed failed
-        assert whole.items() <= fingerprint(here / "run").items()
-        return
-    assert (failed.kind, failed.code) == ("refused", 1), failed.text
-    assert "disk is full" in failed.text or "No space left" in failed.text
+    finished = place > 0.9 and failed.kind == "ok"  # only a removal of what is no longer needed failed
+    if not finished:
+        assert (failed.kind, failed.code) == ("refused", 1), failed.text
+        assert "disk is full" in failed.text or "No space left" in failed.text
     again = dpkd(["train", "--resume", "run"], here)
     if "is not a run folder" in again.text:
         again = dpkd(TRAIN, here)
-    assert again.kind == "ok", again.text
-    assert fingerprint(here / "run") == whole
+    assert again.kind == "ok" or (finished and "is finished" in again.text), again.text
+    assert fingerprint(here / "run") == whole  # the next call removes what was left over
 
 
 def test_a_hangup_saves_as_a_request_to_stop_does(commands):
@@ -122,6 +119,17 @@ def test_by_default_a_run_saves_after_some_time_and_at_its_end(seconds, saved, s
     assert resolved.settings.train.save_every == "auto"
     found = run.train(resolved, console=quiet).checkpoints.glob("step-*")
     assert sorted(int(path.name.removeprefix("step-")) for path in found) == saved
+
+
+def test_what_a_finished_run_could_not_remove_goes_at_the_next_call(finished, quiet):
+    left = [finished.best / "step-1", finished.path / ".model.0.tmp", finished.checkpoints / ".step-00000002.0.tmp"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    with pytest.raises(DpkdError, match="is finished"):
+        resume_folder(finished.path, console=quiet)
+    assert [folder for folder in left if folder.exists()] == []
+    assert finished.is_finished
 
 
 # --- missing and damaged files ---------------------------------------------------------------------------------------
@@ -185,8 +193,7 @@ def _damage(file: Path, damage: str) -> None:
 
 def test_lost_responses_of_the_student_are_noticed(settings_of, quiet):
     folder = run.train(
-        settings_of("minillm", {"train.steps": 4, "train.save_every": 1, "train.keep_checkpoints": 2, "text.every": 4}),
-        console=quiet,
+        settings_of("minillm", {"train.steps": 4, "train.save_every": 1, "text.every": 4}), console=quiet
     )
     remove_folder(checkpoint.latest(folder.checkpoints).path)
     sources = checkpoint.latest(folder.checkpoints).path / "sources.json"
@@ -213,8 +220,33 @@ def test_a_damaged_model_is_not_evaluated(finished):
 
     assert model_of(str(finished.path)).model == str(finished.model)
     _damage(finished.model / "model.safetensors", "flip")
-    with pytest.raises(DpkdError, match=r"model\.safetensors is not the file that the run saved"):
+    said = r"model\.safetensors is not the file that the run saved"
+    with pytest.raises(DpkdError, match=said):
         model_of(str(finished.path))
+    with pytest.raises(DpkdError, match=said):
+        resume_folder(finished.path, assignments=["train.steps=6"], console=Console(quiet=True))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "run.json"])
+@pytest.mark.parametrize("damage", ["digit", "lost"])
+def test_damaged_records_of_a_finished_run_are_named(name, damage, finished, quiet):
+    """By what reads them: a report, a comparison, and a run that is extended."""
+    from dpkd.report.reading import read_run
+
+    read_run(finished.path)
+    file = finished.path / name
+    content = file.read_text()
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_text(content.replace("1", "2", 1))
+        assert file.read_text() != content
+    said = rf"{name} is (lost|not the file that the run wrote) \(finished\.json has its checksum\)"
+    with pytest.raises(DpkdError, match=said):
+        read_run(finished.path)
+    with pytest.raises(DpkdError, match=said):
+        resume_folder(finished.path, assignments=["train.steps=6"], console=quiet)
+    assert finished.is_finished
 
 
 # --- the development set ---------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ import pytest
 import torch
 from faults import dpkd
 from safetensors.torch import load_file, save_file
-from toy_commands import LIMITS, write_toy
+from toy_commands import COMPARE, EVAL, LIMITS, write_toy
 
 from dpkd.errors import DpkdError
 from dpkd.models import fingerprint
 from dpkd.models.fingerprint import model_fingerprint
+from dpkd.teachers.store_manifest import Manifest, read_manifest, write_manifest
 from dpkd.teachers.store_shards import Shards
 
 
@@ -56,6 +57,16 @@ def test_a_damaged_shard_is_named_when_the_store_is_opened(name, damage, tmp_pat
         file.write_bytes({"flip": bytes(content), "cut": bytes(content[: len(content) // 2]), "empty": b""}[damage])
     with pytest.raises(DpkdError, match=r"shard-00000\.\w+ is damaged.*run `dpkd cache` again"):
         Shards(tmp_path)
+
+
+def test_a_damaged_manifest_of_a_store_is_named(tmp_path):
+    manifest = Manifest("sampled", 8, "teacher", "t", "tokenizer", 257, (), "data", "template", "float16", 0)
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    file = tmp_path / "manifest.json"
+    file.write_text(file.read_text().replace('"k": 8', '"k": 9'))
+    with pytest.raises(DpkdError, match=r"manifest\.json cannot be read: it is damaged: its checksum is wrong"):
+        read_manifest(tmp_path)
 
 
 def test_a_lost_shard_is_named(tmp_path):
@@ -172,6 +183,30 @@ def test_a_store_is_written_by_one_call_at_a_time(toy):
         refused = dpkd(call, toy / "here")
     assert refused.code == 1
     assert "is being written by another process" in refused.text
+
+
+EVALUATION_DAMAGES = {
+    "a digit of a score": ("scores.json", lambda content: content.replace(b'"mean": ', b'"mean": 1', 1)),
+    "a cut file of answers": ("predictions-1.jsonl", lambda content: b"".join(content.splitlines(True)[:-1])),
+    "a changed answer": ("predictions-2.jsonl", lambda content: content.replace(b": true", b": false", 1)),
+}
+
+
+@pytest.mark.parametrize("damage", EVALUATION_DAMAGES)
+def test_a_damaged_evaluation_is_named(damage, toy):
+    """By all that reads it: a score that was changed is never compared, nor answers that were not scored."""
+    assert dpkd(EVAL, toy / "here").kind == "ok"
+    assert dpkd(COMPARE, toy / "here").kind == "ok"
+    assert dpkd(EVAL, toy / "here").kind == "ok"
+    name, change = EVALUATION_DAMAGES[damage]
+    file = toy / "here/evaluations/data" / name
+    before = file.read_bytes()
+    file.write_bytes(change(before))
+    assert file.read_bytes() != before
+    reader = COMPARE if name == "scores.json" else EVAL
+    refused = dpkd(reader, toy / "here")
+    assert (refused.kind, refused.code) == ("refused", 1), refused.text
+    assert f"{name} is damaged: " in " ".join(refused.text.split())
 
 
 def test_strict_json_everywhere(toy):

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from toy_commands import write_toy
+from toy_runs import torchrun
 
 from dpkd.train import checkpoint
 
@@ -62,11 +64,42 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def ends(process: int) -> bool:
-    deadline = time.monotonic() + 200
-    while is_alive(process) and time.monotonic() < deadline:
+def ends(process: int, seconds: float = 200) -> bool:
+    return _until(lambda: not is_alive(process), seconds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_launcher_that_is_interrupted_takes_its_processes_with_it(tmp_path):
+    """What the tests with several processes rely on, when they are interrupted."""
+    program = tmp_path / "program.py"
+    program.write_text("import os, pathlib, time\npathlib.Path(str(os.getpid())).touch()\ntime.sleep(600)\n")
+    (tmp_path / "here").mkdir()
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    def both_run() -> bool:
+        return len(list((tmp_path / "here").iterdir())) == 2
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    waiting = threading.Thread(target=lambda: _until(both_run) and os.kill(os.getpid(), signal.SIGALRM))
+    waiting.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            torchrun(str(program), port=30600 + os.getpid() % 400, cwd=tmp_path / "here")
+    finally:
+        waiting.join()
+        signal.signal(signal.SIGALRM, before)
+    started = [int(file.name) for file in (tmp_path / "here").iterdir()]
+    assert len(started) == 2
+    assert all(ends(process, 20) for process in started)
+
+
+def _until(condition, seconds: float = 200) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not is_alive(process)
+    return condition()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

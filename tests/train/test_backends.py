@@ -40,10 +40,10 @@ def lines(folder) -> list[dict[str, float]]:
 
 
 def test_built_in_ones_and_a_stranger_come_in_by_one_door(install_plugin):
-    assert list(load_registry({}).all(SamplerSpec)) == ["hf", "vllm"]
+    assert list(load_registry({}).all(SamplerSpec)) == ["hf", "vllm", "vllm-server"]
     install_plugin("stranger", {"echo": ECHO})
-    assert list(load_registry(STRANGER).all(SamplerSpec)) == ["echo", "hf", "vllm"]
-    assert list(load_registry({"DPKD_PLUGINS": "nobody"}).all(SamplerSpec)) == ["hf", "vllm"]
+    assert list(load_registry(STRANGER).all(SamplerSpec)) == ["echo", "hf", "vllm", "vllm-server"]
+    assert list(load_registry({"DPKD_PLUGINS": "nobody"}).all(SamplerSpec)) == ["hf", "vllm", "vllm-server"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_built_in_ones_and_a_stranger_come_in_by_one_door(install_plugin):
 def test_a_broken_one_is_listed_with_its_reason(install_plugin, change, reason):
     install_plugin("stranger", {"echo": ECHO.replace(*change)})
     registry = load_registry(STRANGER)
-    assert list(registry.all(SamplerSpec)) == ["hf", "vllm"]
+    assert list(registry.all(SamplerSpec)) == ["hf", "vllm", "vllm-server"]
     (broken,) = registry.broken
     assert reason in broken.reason
 

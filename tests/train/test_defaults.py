@@ -100,7 +100,8 @@ def test_a_small_teacher_and_a_small_machine_are_warned_of(toy, heard, monkeypat
     assert "weights, gradients and optimizer state need at least" in said
 
 
-def test_the_need_for_memory_is_counted(toy):
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_need_for_memory_is_counted(toy, monkeypatch, processes):
     """By hand: float32 weights, gradients and two moments of the student, and the teacher as it is stored."""
     from transformers import AutoModelForCausalLM
 
@@ -111,9 +112,11 @@ def test_the_need_for_memory_is_counted(toy):
     settings = _settings(toy)
     teacher = defaults.make_teacher(settings.settings.teacher, settings.registry, settings.given)
     config = defaults.student_config(settings.settings.student, None)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     found = defaults._sizes(settings.settings, config, teacher, torch.device("cpu"))
     assert (found.student, found.teacher) == tuple(sizes)
-    assert found.bytes == 16 * sizes[0] + 4 * sizes[1]
+    assert found.bytes == 16 * sizes[0] / processes + 4 * sizes[1]  # sharded; the teacher is whole
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

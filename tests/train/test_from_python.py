@@ -7,8 +7,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from toy_runs import StopAfter
+from toy_runs import StopAfter, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpkd
@@ -353,10 +351,9 @@ said.write_text(said.read_text() + f" | went on with {run.path}")
 def test_a_program_with_two_processes_of_its_own_goes_on_after_a_run(toy, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(29500 + os.getpid() % 400), str(program), str(toy), str(tmp_path / "run")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    port = 29500 + os.getpid() % 400
+    done = torchrun(str(program), str(toy), str(tmp_path / "run"), port=port, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     refused = "the processes of this run differ in their data: give all of them the same"
     for process in (0, 1):
@@ -392,6 +389,29 @@ def test_a_function_is_a_loss(models, tokenizer, rows, tmp_path):
     assert str(own.path) in html
     assert "finished: step 3, loss" in html
     assert html.count("polyline") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values.mean(), r"returned torch\.float32 \[\]; expected one number a row: float32 \[\d+\]"),
+        (lambda values: values[:-1], r"returned torch\.float32 \[\d+\]; expected one number a row"),
+        (lambda values: values.unsqueeze(0), r"returned torch\.float32 \[1, \d+\]; expected one number a row"),
+        (lambda values: values.long(), r"returned torch\.int64 \[\d+\]; expected one number a row: float32"),
+        (lambda values: None, r"returned NoneType; expected one number a row"),
+        (lambda values: values.detach(), r"returned values without a gradient: nothing would be learned"),
+    ],
+    ids=["mean", "short", "row", "integers", "nothing", "detached"],
+)
+def test_what_a_loss_returns_is_checked_at_the_first_step(change, message, models, tokenizer, rows, tmp_path):
+    def loss(student_logits):
+        return change(student_logits.logsumexp(-1))
+
+    common = {"student": models[1], "tokenizer": tokenizer, "data": rows, "settings": SHORT}
+    with pytest.raises(DpkdError, match=message):
+        dpkd.train(loss=loss, **common, output=tmp_path / "run")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert not (tmp_path / "run/model").exists()
 
 
 def test_a_function_whose_arguments_are_no_signals():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from toy_runs import torchrun
 
 from dpkd.api import Response, Text
 from dpkd.data.batches import Layout, TokenSequence, collate
@@ -215,24 +214,9 @@ def test_two_processes_give_what_one_gives(loss, settings_of, toy, quiet, tmp_pa
         "text.teacher_sampling.max_new_tokens": 8,
     }.items():
         args += ["--set", f"{path}={value}"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(29500 + os.getpid() % 400),
-    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*command, "-m", "dpkd.cli.main", *args],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-        cwd=tmp_path,
-    )
+    port = 29500 + os.getpid() % 400
+    done = torchrun("-m", "dpkd.cli.main", *args, port=port, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for mine, theirs in zip(read_metrics(one.metrics), read_metrics(Path(tmp_path / "two/metrics.jsonl")), strict=True):
         for name in ("loss/main", "gradient_norm", "kl/forward", "kl/reverse", "nll/student"):

@@ -87,6 +87,27 @@ def test_weights_and_optimiser_are_exact(settings_of):
     assert parts["optimizer state"] == 8 * student
 
 
+def test_a_sharded_student_is_spread_over_the_processes_and_gathered_to_sample(settings_of, toy, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    resolved = settings_of(
+        "minillm", {"student.init": "pretrained", "student.layers": None, "student.model": str(toy / "teacher")}
+    )
+    whole = estimate(resolved).parts
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert estimate(resolved).parts == whole  # DDP: each process has all of it
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    parts = estimate(resolved).parts
+    assert parts["optimizer state"] == whole["optimizer state"] / 8
+    assert parts["student weights"] == whole["student weights"] / 8
+    assert parts["teacher weights"] == whole["teacher weights"]
+    model = AutoModelForCausalLM.from_pretrained(toy / "teacher")
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    layers = sum(n for name, n in sizes.items() if ".layers." in name)
+    together = 4 * (sum(sizes.values()) - layers + 2 * layers // 4)
+    assert parts["gathered layers"] == together
+
+
 def test_the_total_is_that_of_the_largest_moment(settings_of):
     found = estimate(settings_of("dpkd"))
     assert found.total == sum(found.parts.values())

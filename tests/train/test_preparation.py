@@ -186,7 +186,7 @@ def test_an_interrupt_while_the_teacher_writes_says_how_to_go_on(settings_of, qu
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dpkd.api.sources.SourceBase.prepare", interrupted)
+    monkeypatch.setattr("dpkd.api.source_base.SourceBase.prepare", interrupted)
     with pytest.raises(Stopped, match="what it wrote is kept; continue with: dpkd train --resume") as caught:
         run.train(settings_of("seqkd"), console=quiet)
     assert caught.value.exit_code == 130

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from test_invariants import gradients
@@ -9,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpkd.api import Wants
 from dpkd.data.batches import Layout, TokenSequence, collate
-from dpkd.errors import SettingsError
+from dpkd.errors import DpkdError, SettingsError
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.several import SeveralSettings, SeveralTeachers
 from dpkd.train import run
+from dpkd.train.plan import make_plan
+from dpkd.train.progress import Display
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,66 @@ def test_a_context_is_read_by_its_teacher_only(toy):
     torch.testing.assert_close(output.logits(slice(None)).double().softmax(-1), expected, atol=1e-5, rtol=1e-4)
 
 
+def _rows(path, teachers):
+    rows = [
+        {"prompt": f"{word} sum", "response": "cat", "domain": teacher}
+        for word, teacher in zip(["red", "blue", "old", "new"], teachers, strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_a_column_of_the_data_names_the_teacher_of_each_row(settings_of, toy, other, quiet, tmp_path):
+    members = {"math": {"model": str(other)}, "chat": {"model": str(toy / "teacher")}}
+    settings = _student(toy, members)
+    settings["teacher.settings"]["column"] = "domain"
+    settings["data.path"] = _rows(tmp_path / "rows.jsonl", ["math", "chat", "chat", "math"])
+    changes = {"student.dropout": "off", "dev.path": settings["data.path"], "dev.max_new_tokens": 2}
+    resolved = settings_of("kd", {**settings, **changes, "text.source": "student", "train.steps": 1}, teacher=None)
+    tokens = dict.fromkeys(members, 0)
+    kept = SeveralTeachers._teacher_of
+
+    def watched(self, prompt):
+        found = kept(self, prompt)
+        expected = "math" if self._tokenizer.decode(list(prompt)).split()[0] in ("red", "new") else "chat"
+        assert found == expected
+        tokens[found] += 1
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SeveralTeachers, "_teacher_of", watched)
+        (line, *_) = read_metrics(run.train(resolved, console=quiet).metrics)
+    assert all(tokens.values())
+    assert line["teacher/math/tokens"] > 0
+    assert line["teacher/chat/tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("teachers", "words"),
+    [
+        (["math", "chat", "law", "math"], r"rows.jsonl:3: `domain` names the teacher 'law'; there are math, chat"),
+        (["math", "chat", None, "math"], r"missing field: `domain` is null"),
+    ],
+)
+def test_a_row_whose_teacher_is_not_known_is_named(settings_of, toy, quiet, tmp_path, teachers, words):
+    settings = _student(toy, {"math": {"model": str(toy / "teacher")}, "chat": {"model": str(toy / "teacher")}})
+    settings["teacher.settings"]["column"] = "domain"
+    settings["data.path"] = _rows(tmp_path / "rows.jsonl", teachers)
+    with pytest.raises(DpkdError, match=words):
+        make_plan(settings_of("kd", settings, teacher=None), Display(quiet))
+
+
+def test_two_rows_of_one_prompt_have_one_teacher(settings_of, toy, quiet, tmp_path):
+    settings = _student(toy, {"math": {"model": str(toy / "teacher")}, "chat": {"model": str(toy / "teacher")}})
+    settings["teacher.settings"]["column"] = "domain"
+    path = tmp_path / "rows.jsonl"
+    text = "".join(json.dumps({"prompt": "a", "response": "b", "domain": name}) + "\n" for name in ("math", "chat"))
+    path.write_text(text, encoding="utf-8")
+    settings["data.path"] = str(path)
+    with pytest.raises(DpkdError, match="and another row with the same prompt 'math'"):
+        make_plan(settings_of("kd", settings, teacher=None), Display(quiet))
+
+
 def _student(toy, teachers):
     return {
         "student.init": "pretrained",
@@ -119,7 +183,8 @@ def test_a_run_logs_who_scored_what(settings_of, toy, other, quiet):
         ("kd", {"a": {"model": "x"}, "b": {"model": "y"}}, "exactly one teacher must be without `when`"),
         ("kd", {"a": {"model": "x", "weight": 1}, "b": {"model": "y"}}, "give one to each teacher, or to none"),
         ("kd", {"a": {"when": "("}, "b": {"model": "y"}}, "is no regular expression"),
-        ("kd", {"a": {}}, "names no `model`, `store` or `server`"),
+        ("kd", {"a": {}}, "names no `model`, `store`, `server` or `base`"),
+        ("kd", {"a": {"base": True, "model": "x"}}, "`base` is the student itself: leave out model"),
         ("seqkd", {"a": {"model": "x"}}, "one of several teachers writes none"),
         ("hidden-mse", {"a": {"model": "x"}}, "which one of several teachers does not have"),
     ],

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_runs import torchrun
 
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
@@ -45,10 +44,9 @@ def test_a_sharded_student_gives_what_a_whole_one_gives(loss, changes, settings_
     args += ["--output", str(tmp_path / "two")]
     for path, value in changes.items():
         args += ["--set", f"{path}={value}"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--master-port", str(30100 + os.getpid() % 400), str(Path(__file__).with_name("train_sharded.py"))]
+    program, port = str(Path(__file__).with_name("train_sharded.py")), 30100 + os.getpid() % 400
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *args], capture_output=True, text=True, timeout=240, env=environment)
+    done = torchrun(program, *args, port=port, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     if "train.compile" in changes:
         assert "compiled: the student's layers, the teacher's layers" in done.stdout

@@ -161,9 +161,20 @@ def test_the_best_by_dev_stands_for_its_stage(written, toy, tmp_path):
     settings = yaml.safe_load((tmp_path / "runs/after/config.resolved.yaml").read_text())
     assert settings["train"]["lr"] == 0.01
     assert settings["student"]["model"] == str(tmp_path / "runs/grid-lr_0.01/model")
-    chosen = json.loads((tmp_path / "runs/choices.json").read_text())["grid"]
+    choices = tmp_path / "runs/choices.json"
+    chosen = json.loads(choices.read_text())["grid"]
     assert chosen["chosen"] == {"train.lr": 0.01}
     assert chosen["values"]["grid-lr_0.01"] < chosen["values"]["grid-lr_1e_07"]
+    dev_lines = tmp_path / "runs/grid-lr_0.01/dev.jsonl"
+    for file, problem in (
+        (choices, r"choices\.json is damaged"),
+        (dev_lines, r"dev\.jsonl:1: expected one JSON object"),
+    ):
+        whole = file.read_bytes()
+        file.write_bytes(b"{" + whole)
+        with pytest.raises(DpkdError, match=problem):
+            run_sweep(plan, console=Console(quiet=True))
+        file.write_bytes(whole)
 
 
 def test_no_run_begins_that_would_end_too_late(written, tmp_path):

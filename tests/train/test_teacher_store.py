@@ -173,7 +173,7 @@ def test_a_run_from_a_store_of_samples_trains(settings_of, toy, quiet, tmp_path)
         ("rkl", {}, "teacher.store: rkl reads whole distributions, and the store has 20 sampled tokens; only the"),
         ("kd", {"loss.temperature": 2.0}, "teacher.store: kd reads whole distributions"),
         ("dpkd", {}, "teacher.store: dpkd reads the teacher on responses that the student writes during"),
-        ("dpkd", PAIRS, "teacher.store: the store has responses by dataset, not by teacher; write it with"),
+        ("dpkd", PAIRS, "teacher.store: the store has responses by dataset, not by teacher; write it with `dpkd "),
         ("rkl", {"text.source": "student", "text.teacher_mix": 0.2}, "teacher.store: text.teacher_mix mixes the"),
         ("rkl", {"text.source": "student", "text.teacher_veto": 25}, "teacher.store: text.teacher_veto lets the"),
     ],

@@ -12,9 +12,12 @@ import torch
 from real_vllm import VllmServer, python_of_vllm
 from test_invariants import gradients
 
-from dpkd.api import TeacherLost, Wants
+from dpkd.api import GenerationModel, SamplingTask, TeacherLost, Wants
 from dpkd.data.batches import TokenSequence, collate
 from dpkd.errors import DpkdError
+from dpkd.models.lora import add_lora
+from dpkd.models.settings import LoraSettings
+from dpkd.rollout.backends.vllm_server import VllmServerConfig, VllmServerSampler
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train import resume, run
@@ -48,8 +51,8 @@ def teacher(tmp_path_factory, toy):
 def start(tmp_path_factory, teacher):
     python, folder, servers = python_of_vllm(), tmp_path_factory.mktemp("vllm"), []
 
-    def one(*arguments):
-        servers.append(VllmServer(python, teacher, folder, *arguments))
+    def one(*arguments, port=None):
+        servers.append(VllmServer(python, teacher, folder, *arguments, port=port))
         return servers[-1]
 
     yield one
@@ -142,6 +145,29 @@ def test_a_server_that_keeps_20_log_probs_is_refused_with_the_command_for_more(m
     small.close()
 
 
+def test_a_server_draws_with_the_students_adapters(teacher, start, monkeypatch, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    own = start("--dtype", "float32", "--enable-lora", "--logprobs-mode", "processed_logprobs")
+    model = add_lora(AutoModelForCausalLM.from_pretrained(teacher), LoraSettings(r=8)).eval()
+    config = VllmServerConfig(server=own.url, folder=str(tmp_path), dtype="float32")
+    sampler = VllmServerSampler(GenerationModel(model, 257, frozenset({256}), 256, longest=64), config)
+    for _ in range(2):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.1)
+        sampler.refresh()
+        for one in sampler.draw(SamplingTask([[5, 6, 7]], seeds=range(4), num_generations=4, max_new_tokens=16)):
+            with torch.no_grad():
+                rows = model(torch.tensor([[5, 6, 7, *one.response_ids]])).logits[0, 2:-1].log_softmax(-1)
+            expected = rows.gather(-1, torch.tensor(one.response_ids)[:, None])[:, 0]
+            torch.testing.assert_close(one.logps, expected, atol=1e-4, rtol=1e-4)
+    sampler.close()
+    own.close()
+
+
 def test_a_server_that_is_killed_stops_the_run_and_another_one_takes_it_up(made, quiet, start, tmp_path, toy):
     changes = {"loss.k": 20, "train.steps": 6, "teacher.client.retries": 0, "teacher.client.cache_tokens": 0}
     whole = run.train(made("topk-kl", {**changes, "output": str(tmp_path / "whole")}), console=quiet)
@@ -160,7 +186,7 @@ def test_a_server_that_is_killed_stops_the_run_and_another_one_takes_it_up(made,
         patch.setattr(Trainer, "_step", killed)
         with pytest.raises(TeacherLost, match=r"training stopped: (?s:.*)dpkd train --resume"):
             run.train(resolved, console=quiet)
-    second = start("--dtype", "float32", "--port", first.url.rpartition(":")[2])
+    second = start("--dtype", "float32", port=first.port)
     folder = resume.resume_folder(tmp_path / "cut", console=quiet)
     second.close()
     ends = [json.dumps([line["loss/main"] for line in read_metrics(f.metrics)]) for f in (folder, whole)]

@@ -13,7 +13,7 @@ import gc
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.util import find_spec
@@ -166,18 +166,8 @@ class VllmSampler:
         parameters = self._params(max_tokens=limit, ignore_eos=True, **how)
         (output,) = self._generate([(prompt, parameters)])
         ids = list(output.outputs[0].token_ids)
-        theirs = torch.tensor([step[i].logprob for i, step in zip(ids, output.outputs[0].logprobs, strict=True)])
-        model: Any = self._generation_model.model
-        whole = torch.tensor([[*prompt["prompt_token_ids"], *ids]], device=next(model.parameters()).device)
-        with torch.no_grad(), evaluating(model):
-            logits = model(whole, use_cache=False).logits[0, -len(ids) - 1 : -1, : self._cut].float()
-        own = logits.log_softmax(-1).gather(-1, whole[0, -len(ids) :, None])[:, 0].cpu()
-        apart = float((own - theirs).abs().mean())
-        if not apart <= TOLERANCE[self._dtype]:
-            raise DpkdError(
-                f"text.backend: vLLM's log-probs are {apart:.3g} nats from those of the model, and {self._dtype} "
-                f"explains {TOLERANCE[self._dtype]:g}: its engine did not take over all weights. Use text.backend=hf."
-            )
+        theirs = [step[i].logprob for i, step in zip(ids, output.outputs[0].logprobs, strict=True)]
+        check_logps(self._generation_model.model, prompt["prompt_token_ids"], ids, theirs, self._dtype, self._cut)
         self._checked = True
 
     def _requests(self, task: SamplingTask) -> Iterator[tuple[dict[str, list[int]], Any]]:
@@ -214,6 +204,26 @@ class VllmSampler:
                 "vLLM gives log-probs that are not numbers: the model's weights are damaged, or training has diverged"
             )
         return Sampled(ids, logps, logps, truncated)
+
+
+def check_logps(
+    model: Any, prompt: Sequence[int], ids: Sequence[int], theirs: Sequence[float], dtype: str, cut: int | None
+) -> None:
+    """Raises DpkdError when vLLM's log-probs of tokens after a prompt are not the model's: it has other weights.
+
+    dtype  of vLLM's weights, which explains some distance
+    cut    ids that are drawn; None: all
+    """
+    whole = torch.tensor([[*prompt, *ids]], device=next(model.parameters()).device)
+    with torch.no_grad(), evaluating(model):
+        logits = model(whole, use_cache=False).logits[0, -len(ids) - 1 : -1, :cut].float()
+    own = logits.log_softmax(-1).gather(-1, whole[0, -len(ids) :, None])[:, 0].cpu()
+    apart = float((own - torch.tensor(theirs)).abs().mean())
+    if not apart <= TOLERANCE[dtype]:
+        raise DpkdError(
+            f"text.backend: vLLM's log-probs are {apart:.3g} nats from those of the model, and {dtype} explains "
+            f"{TOLERANCE[dtype]:g}: its engine did not take over all weights. Use text.backend=hf."
+        )
 
 
 def _engine_config(lm: Any, vocabulary: int | None) -> Any:

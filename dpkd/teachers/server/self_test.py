@@ -13,6 +13,10 @@ TEXT = "The quick brown fox jumps over 13 lazy dogs."
 TOKENS = 24
 # Log-probs of one token in two requests differ by less, even where a server works in bfloat16.
 CLOSE = 0.3
+WITHOUT_CHOICE = (
+    "Without such a server: teacher.top_k=-1 where the vocabulary is small, or --loss opd, which reads the drawn token "
+    "alone."
+)
 
 
 class ServedModel(NamedTuple):
@@ -70,6 +74,7 @@ def _tested(
                 raise DpkdError(
                     f"the losses of this run need {asked} of the teacher, and its server refuses. {error}\n"
                     f"Start it with: {protocol.start_command(max(k, chosen + 1), query.chosen is not None)}"
+                    + (f"\n{WITHOUT_CHOICE}" if query.chosen is not None else "")
                 ) from error
             raise
         except BadAnswer as error:

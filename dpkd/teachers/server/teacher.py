@@ -85,7 +85,8 @@ class ServerTeacher(Teacher):
 
     def prepare_for(self, kept: int, chosen: int) -> None:
         self.k = kept if self._settings.top_k is None else self._settings.top_k
-        self.chosen, self.chooses = chosen, chosen > 0
+        self.chosen = 0 if self.k == -1 else chosen  # the whole distribution has them
+        self.chooses = self.chosen > 0
 
     def check(self, tokenizer: Any) -> None:
         """Ask the server who it is and test it on a known text: nothing of it is trusted before."""
