@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -153,7 +153,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """A hash of ids and content in order: the same on every machine, and for no other data."""
     digest = hashlib.sha256()
     for example in examples:
-        values = {k: v for k, v in asdict(example).items() if v is not None or k not in _LATER_FIELDS}
+        values = {k: v for k, v in vars(example).items() if v is not None or k not in _LATER_FIELDS}
         digest.update(json.dumps(values, sort_keys=True).encode())
         digest.update(b"\n")
     return digest.hexdigest()

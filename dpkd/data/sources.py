@@ -61,6 +61,15 @@ def open_source(place: Place, extra_readers: dict[str, Reader] | None = None) ->
     return _hub_source(place)
 
 
+def file_stamp(path: str) -> tuple[Any, ...] | None:
+    """What changes when a file is written again; None for what is not one file: a folder, a hub data set."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return None
+    found = file.stat()
+    return str(file), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def memory_source(rows: Iterable[Any]) -> DataFile:
     """Rows that are in memory already; their ids are `row:NUMBER`, counted from 1."""
     return DataFile("rows in memory", (_as_row(f"row:{number}", value) for number, value in enumerate(rows, 1)))

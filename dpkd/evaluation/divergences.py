@@ -24,6 +24,17 @@ from dpkd.models.head import evaluating, head_of, hidden_rows
 _COLUMNS = ("logq_N", "logp_N", "forward_kl_N", "reverse_kl_N")
 
 
+# Rows of a batch. On a GPU a small batch takes as long as the host needs to ask for it: there it is filled with tokens.
+ROWS, ROWS_OF_GPU, TOKENS_OF_GPU = 16, 256, 32_768
+
+
+def _limits(batch_size: int | None, device: torch.device) -> tuple[int, int | None]:
+    """Rows and tokens that a batch has at most."""
+    if batch_size is not None:
+        return batch_size, None
+    return (ROWS_OF_GPU, TOKENS_OF_GPU) if device.type == "cuda" else (ROWS, None)
+
+
 @torch.no_grad()
 def measure(
     student: nn.Module,
@@ -33,21 +44,23 @@ def measure(
     vocabulary: int,
     pad_id: int,
     text_bytes: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     chunk_mib: float | Literal["auto"] = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> TokenScores:
     """Log-probs and divergences of given responses; in eval mode, which is restored afterwards.
 
-    `text_bytes` is the number of UTF-8 bytes of all responses together. Raises DpkdError when a model gives a response
-    a log-prob that is not finite, or there is no response token at all.
+    `text_bytes` is the number of UTF-8 bytes of all responses together, `batch_size` that of the sequences of a batch
+    (None: as `_limits` has it). Raises DpkdError when a model gives a response a log-prob that is not finite, or there
+    is no response token at all.
     """
     device = next(student.parameters()).device
     size = chunk_rows(vocabulary, chunk_mib, device)
+    lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     columns: list[list[Any]] = [[] for _ in _COLUMNS]
     owners: list[Any] = []
     with evaluating(student):
-        for group in micro_batches([len(s.prompt_ids) + len(s.response_ids) for s in sequences], batch_size):
+        for group in micro_batches(lengths, *_limits(batch_size, device)):
             batch = collate([sequences[i] for i in group], pad_id=pad_id).to(device)
             for own, values in zip(columns, _batch_columns(student, teacher, batch, vocabulary, size), strict=True):
                 own.extend(values)

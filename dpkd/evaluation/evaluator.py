@@ -305,7 +305,9 @@ def evaluate_model(
     lengths = settings.lengths or tokens_by(tokenizer)
     metrics, buckets, rows = score(answers, specs, cuts=settings.cuts, measure=lengths)
     meter = _DivergenceMeter(model, teacher, tokenizer, vocabulary, tell)
-    metrics |= score_tokens(meter(inputs.sequences, "divergences"), specs)
+    texts = [continuation(tokenizer, s.prompt_ids, s.response_ids) for s in inputs.sequences]
+    text_bytes = sum(len(text.encode()) for text in texts)
+    metrics |= score_tokens(meter(inputs.sequences, "divergences", text_bytes), specs)
     if settings.rewards and teacher is not None:
         metrics |= _rewards(meter, inputs, predictions[settings.drawn_seeds[0]], specs, settings, teacher_answer_cache)
     check_finite(metrics)
@@ -323,7 +325,7 @@ class _DivergenceMeter:
     vocabulary: int
     tell: Progress
 
-    def __call__(self, sequences: Sequence[TokenSequence], what: str) -> TokenScores:
+    def __call__(self, sequences: Sequence[TokenSequence], what: str, text_bytes: int | None = None) -> TokenScores:
         done = 0
 
         def advance(count: int) -> None:
@@ -331,14 +333,13 @@ class _DivergenceMeter:
             done += count
             self.tell(what, done, len(sequences))
 
-        texts = [continuation(self.tokenizer, s.prompt_ids, s.response_ids) for s in sequences]
         return measure(
             self.model,
             sequences,
             teacher=self.teacher,
             vocabulary=self.vocabulary,
             pad_id=self.tokenizer.pad_token_id,
-            text_bytes=sum(len(text.encode()) for text in texts),
+            text_bytes=text_bytes,
             progress=advance,
         )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from dpkd.errors import DpkdError
@@ -47,28 +47,25 @@ def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 class _RememberedStems:
-    """The stemmer that rouge-score uses, asked once per word."""
+    """The stemmer that rouge-score uses, asked once for a word: evaluations of one set share most of theirs."""
 
     def __init__(self) -> None:
         from nltk.stem.porter import PorterStemmer
 
-        self.stem: Callable[[str], str] = lru_cache(maxsize=None)(PorterStemmer().stem)
+        self.stem: Callable[[str], str] = lru_cache(maxsize=2**17)(PorterStemmer().stem)
+
+
+_stemmer = cache(_RememberedStems)  # of this process: a stem depends on its word alone
 
 
 class RougeL:
-    """Rouge-L F-measure in [0, 1], equal to rouge-score's `rougeL` with stemming; the best of the references.
-
-    One object scores many rows: it remembers the stems of words.
-    """
-
-    def __init__(self) -> None:
-        self._stemmer = _RememberedStems()
+    """Rouge-L F-measure in [0, 1], equal to rouge-score's `rougeL` with stemming; the best of the references."""
 
     def words(self, text: str) -> list[str]:
         """The text as rouge-score sees it: lower-case, runs of `a-z0-9`, those longer than 3 stemmed."""
         from rouge_score.tokenize import tokenize
 
-        return list(tokenize(text, self._stemmer))
+        return list(tokenize(text, _stemmer()))
 
     def __call__(self, prediction: str, references: Sequence[str]) -> float:
         predicted = self.words(prediction)

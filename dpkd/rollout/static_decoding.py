@@ -31,6 +31,8 @@ from dpkd.rollout.kv_cache import KVCacheModel
 
 # Below so many rows a decoding step is bound by the weights that it reads: a smaller window gains nothing.
 SMALLEST_WINDOW = 32
+# A window of fewer rows is made when so small a share of them is left: capturing a step costs as much as many steps.
+SHRINK = 0.25
 
 
 def row_bucket(rows: int) -> int:
@@ -39,7 +41,7 @@ def row_bucket(rows: int) -> int:
 
 
 def column_bucket(columns: int) -> int:
-    """Columns of a window: multiples of 64 (kernels want aligned masks), beyond 256 at most a quarter too large."""
+    """Columns of the caches: multiples of 64 (kernels want aligned masks), beyond 256 at most a quarter too large."""
     step = max(64, 1 << max(0, (columns - 1).bit_length() - 3))
     return -(-columns // step) * step
 
@@ -101,6 +103,11 @@ class DecodingState:
             and _key(policy) == _key(self.policy)
             and self.dtypes == [part.dtype for cache in like for part in (cache.layers[0].keys, like_rows.logps_BL)]
         )
+
+    def window(self, columns: int) -> int:
+        """Columns of the window for so many: a power of two, or all that there are, for each window is captured."""
+        # More columns than there are keep their number: rows are moved before a window is made of them.
+        return max(columns, min(max(64, 1 << (columns - 1).bit_length()), self.columns))
 
     def step(self, rows: int, columns: int) -> Replay:
         """The step of a window."""
@@ -208,7 +215,7 @@ class StaticBatcher:
             state = self._state
             steps = min(CHECK_EVERY, max(slot.limit - slot.count for slot in slots if slot))
             slots, column = self._fitted(slots, column, steps, shrink=not waiting)
-            step = state.step(len(slots), column_bucket(column + steps))
+            step = state.step(len(slots), state.window(column + steps))
             for _ in range(steps):
                 step()
             column += steps
@@ -261,11 +268,11 @@ class StaticBatcher:
         """Rows and columns moved together, where that makes room or a smaller window."""
         state, live = self._state, [place for place, slot in enumerate(slots) if slot]
         smaller = max(SMALLEST_WINDOW, row_bucket(len(live)))
-        if shrink and smaller < len(slots):
+        if shrink and smaller <= SHRINK * len(slots):
             state.keep(_on(self._device, live))
             slots = [slots[place] for place in live] + [None] * (smaller - len(live))
         spare = column - max(slot.cached for slot in slots if slot)
-        if spare > 0 and column_bucket(column - spare + steps) < column_bucket(column + steps):
+        if spare > 0 and state.window(column - spare + steps) < state.window(column + steps):
             state.shift(spare, column)
             column -= spare
         return slots, column

@@ -47,6 +47,7 @@ from dpkd.train.progress import Display
 from dpkd.train.rollouts import Rollouts, check_processes, make_groups
 from dpkd.train.schedules import Schedules
 from dpkd.train.step_batches import LM_READS, CorpusBatches, StepBatchBuilder
+from dpkd.train.timings import Timings
 from dpkd.train.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -90,26 +91,33 @@ class RunParts:
             self.teacher.close()
 
 
-def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> RunParts:
-    """Load everything that a run needs.
+def assemble(
+    resolved: Resolved, accelerator: Accelerator, display: Display, timings: Timings | None = None
+) -> RunParts:
+    """Load everything that a run needs; `timings` gets where the time goes.
 
     Raises DpkdError when models, tokenizers or data do not fit together.
     """
     settings = resolved.settings
     _check_sharding(accelerator)
     check_processes(resolved, accelerator.num_processes)
-    run_data = prepare(resolved, display)
+    timings = timings or Timings()
+    with timings("data"):
+        run_data = prepare(resolved, display)
     corpus = _corpus(settings, run_data.tokenizer, run_data.steps, display)
-    models = _Models(resolved, accelerator, run_data, display)
+    with timings("models"):
+        models = _Models(resolved, accelerator, run_data, display)
     check_ids(run_data.data.prompts, causal_lm(models.student).get_input_embeddings().weight.shape[0], "the student")
     layout = models.layout(settings.batch)  # while the student is whole: it may be sharded below
     losses = _losses(resolved)
     whole = _loss_module(resolved, run_data, models, losses).to(accelerator.device)
-    _compile(resolved, models, losses, run_data.steps, accelerator, display)
-    optimizer = make_optimizer(whole, settings.train)
-    if settings.train.ema is not None:
-        follow(optimizer, settings.train.ema)
-    loss_module, optimizer = accelerator.prepare(whole, optimizer)
+    with timings("compile"):
+        _compile(resolved, models, losses, run_data.steps, accelerator, display)
+    with timings("optimizer"):
+        optimizer = make_optimizer(whole, settings.train)
+        if settings.train.ema is not None:
+            follow(optimizer, settings.train.ema)
+        loss_module, optimizer = accelerator.prepare(whole, optimizer)
     if models.teacher is not None and models.teacher.of_student and is_sharded(models.student):
         raise DpkdError("teacher.base: a sharded student is not whole when its base is asked; name a teacher.model")
     train_step = TrainStep(
@@ -120,6 +128,7 @@ def assemble(resolved: Resolved, accelerator: Accelerator, display: Display) -> 
         reference=models.reference,
         micro_batcher=_micro_batcher(settings, run_data, layout, accelerator),
         clip=settings.train.clip,
+        timings=timings,
     )
     register_fsdp_forward_method(train_step.inner, "lend")  # nothing happens to it where the student is not sharded
     rollouts = Rollouts(

@@ -150,6 +150,12 @@ def save(
     return Checkpoint(final, step)
 
 
+def check_finite(module: nn.Module) -> None:
+    """Raises NotFinite when a weight is not finite."""
+    for name, parameter in _trainable(module).items():
+        _check_finite({name: _whole(parameter)})
+
+
 def _check_finite(weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):

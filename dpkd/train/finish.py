@@ -27,22 +27,26 @@ def finish(
     With a development set that is the best model, and the last one goes to `last/`. Each part may be done again: a run
     that was killed in here finishes at the next `--resume`.
     """
-    student, best = run_parts.train_step.inner.student, None if dev is None else dev.best_step
+    timings, student = run_parts.train_step.timings, run_parts.train_step.inner.student
+    best = None if dev is None else dev.best_step
     if dev is None or best is None or best == dev.lines[-1]["step"]:
-        save_model(student, run_parts.run_data.tokenizer, folder.model)
+        with timings("model"):
+            save_model(student, run_parts.run_data.tokenizer, folder.model)
         if best is not None and dev is not None:
             display.say(f"the last step is the best by dev {dev.settings.metric}: {dev.best:.4g}")
     else:
         last = folder.path / "last"
-        save_model(student, run_parts.run_data.tokenizer, last, last.with_name("last-adapter"))
+        with timings("model"):
+            save_model(student, run_parts.run_data.tokenizer, last, last.with_name("last-adapter"))
         for name in ("adapter", "model"):  # `model` is never there with weights that are not to stay
             link_folder(dev.saved(best) / name, folder.path / name)
         said = f"the best by dev {dev.settings.metric}: {dev.best:.4g}"
         display.say(f"model is that of step {best}, {said}; the last is {last}")
-    facts = read_json(folder.facts)
-    write_model_card(folder.path, _card_facts(resolved, folder, facts))
+    with timings("card"):
+        write_model_card(folder.path, _card_facts(resolved, folder, read_json(folder.facts)))
     steps = run_parts.steps
-    model = {file.name: sha256(file) for file in sorted(folder.model.iterdir()) if file.is_file()}
+    with timings("hashes"):
+        model = {file.name: sha256(file) for file in sorted(folder.model.iterdir()) if file.is_file()}
     marked = {"step": step, "of": steps, "best_step": best, "model": model, "records": folder.records()}
     write_json(folder.marker, marked)
     shutil.rmtree(folder.best, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from dpkd.api import Layers, Text
@@ -16,7 +17,8 @@ from dpkd.config.teacher import make_teacher
 from dpkd.cross_tokenizer.retokenize import Retokenizer
 from dpkd.data.corpus import check_corpus
 from dpkd.data.encode import EncodedData, tokenize
-from dpkd.data.examples import read_examples
+from dpkd.data.examples import ExampleSet, read_examples
+from dpkd.data.sources import file_stamp
 from dpkd.data.templates import with_chat_template
 from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import metric_specs
@@ -88,13 +90,10 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     across = teacher is not None and _two_tokenizers(resolved, tokenizer, teacher, own_config)
     responses = _trains_on_data(resolved)
     pairs = any(objective.text.preferences for objective in resolved.objectives)
-    rows = given.rows(settings.data.path)
     column = None if teacher is None else teacher.column
-    examples = read_examples(
-        settings.data, require_response=responses, pairs=pairs, rows=rows, seed=settings.seed, teacher_column=column
-    )
+    examples = _examples(resolved, responses, pairs, column)
     data = given.remembered(
-        (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses),
+        (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses, column),
         lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses),
     )
     for line in [*examples.lines()[1:], *data.report.lines()]:
@@ -125,6 +124,19 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
         **asdict(data.report),
     }
     return RunData(tokenizer, teacher, data, facts, own_config, context, steps, dev, layers, retokenizer)
+
+
+def _examples(resolved: Resolved, responses: bool, pairs: bool, column: str | None) -> ExampleSet:
+    """The rows of the run; those of one file are read once for all runs of this process, while it stays as it is."""
+    data, given, seed = resolved.settings.data, resolved.given, resolved.settings.seed
+    rows = given.rows(data.path)
+    read = partial(
+        read_examples, data, require_response=responses, pairs=pairs, rows=rows, seed=seed, teacher_column=column
+    )
+    stamp = None if data.mix or rows is not None else file_stamp(data.path)
+    return (
+        read() if stamp is None else given.remembered((stamp, data.model_dump_json(), responses, pairs, column), read)
+    )
 
 
 def _trains_on_data(resolved: Resolved) -> bool:

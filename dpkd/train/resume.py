@@ -23,6 +23,7 @@ from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder, check_trust
 from dpkd.settings import flat
 from dpkd.train.run import resume
+from dpkd.train.timings import Timings
 
 # What a run that goes on may do otherwise: its data, models, losses and random numbers stay.
 CHANGEABLE = frozenset(
@@ -43,11 +44,12 @@ def resume_folder(
     registry: Registry | None = None,
     callbacks: Sequence[Callback] = (),
     console: Console | None = None,
+    timings: Timings | None = None,
 ) -> RunFolder:
     """Continue the run in a folder with its own settings, but for some `PATH=VALUE` of CHANGEABLE.
 
     A finished run goes on when it is given more steps. `given` has what was in memory when the run began,
-    `registry` the plugins (None: the installed ones).
+    `registry` the plugins (None: the installed ones), `timings` gets where the time goes.
     Raises DpkdError when the folder holds no run, or one that is finished, when a setting may not change, when the
     settings want foreign code to run and `trust_remote_code` does not allow it, or when `given` is not what it needs.
     """
@@ -76,7 +78,7 @@ def resume_folder(
     needed = {settings.teacher.model, settings.student.model, settings.data.path}
     if unused := sorted({*given.models, *given.data} - needed):
         raise DpkdError(f"{path} did not begin with {' and '.join(unused)}: its settings name what it reads")
-    return resume(resolved, folder, changes=changes, callbacks=callbacks, console=console)
+    return resume(resolved, folder, changes=changes, callbacks=callbacks, console=console, timings=timings)
 
 
 def _changes(before: Resolved, after: Resolved) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from dpkd.train.nonfinite import NotFinite
 from dpkd.train.probe import probe
 from dpkd.train.progress import Display
 from dpkd.train.samples import SampleLog
+from dpkd.train.timings import Timings
 from dpkd.train.trackers import Trackers
 from dpkd.train.trainer import Trainer
 
@@ -38,18 +39,30 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def train(resolved: Resolved, *, callbacks: Sequence[Callback] = (), console: Console | None = None) -> RunFolder:
+def train(
+    resolved: Resolved,
+    *,
+    callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
+    timings: Timings | None = None,
+    last_checkpoint: bool = True,
+) -> RunFolder:
     """Run a distillation from the start and return its folder.
 
+    `timings` measures where the time goes; it is said at the end. Without `last_checkpoint`, a run that reaches its end
+    saves its model only: it cannot be given more steps.
     Raises DpkdError for whatever the user can put right, NotFinite when numbers explode, and Stopped when the user
     stops it before its end.
     """
     RunFolder.check_new(resolved.settings.output)
-    accelerator = _accelerator(resolved)
+    timings = timings or Timings()
+    with timings("imports"):  # accelerate's, for the most part
+        accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
-    resolved = with_defaults(resolved, display)
-    run_parts = assemble(resolved, accelerator, display)
+    with timings("config"):
+        resolved = with_defaults(resolved, display)
+    run_parts = assemble(resolved, accelerator, display, timings)
     _check_processes_agree(accelerator, run_parts)
     folder = _shared_folder(accelerator, resolved)
     display.say(f"run folder: {folder.path}")
@@ -57,7 +70,9 @@ def train(resolved: Resolved, *, callbacks: Sequence[Callback] = (), console: Co
         if accelerator.is_main_process:
             write_facts(folder, resolved, run_parts)  # first: a folder with nothing else can be started again
             write_config(resolved, folder.path)
-        return _run(resolved, folder, run_parts, accelerator, display, callbacks=callbacks)
+        return _run(
+            resolved, folder, run_parts, accelerator, display, callbacks=callbacks, last_checkpoint=last_checkpoint
+        )
 
 
 def resume(
@@ -67,12 +82,13 @@ def resume(
     changes: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     console: Console | None = None,
+    timings: Timings | None = None,
 ) -> RunFolder:
     """Continue a run from its newest whole checkpoint, bit for bit; without one, from the start.
 
-    `changes` are the settings, by dotted path, that are not what they were. What an interrupt left undone in the
-    folder is made up for. Raises DpkdError when data or models are not those that the run began with, or when what
-    the folder holds is damaged.
+    `changes` are the settings, by dotted path, that are not what they were; `timings` as in `train`. What an interrupt
+    left undone in the folder is made up for. Raises DpkdError when data or models are not those that the run began
+    with, or when what the folder holds is damaged.
     """
     accelerator = _accelerator(resolved)
     display = Display(console or Console(), is_main=accelerator.is_main_process)
@@ -80,7 +96,7 @@ def resume(
     with _locked(folder, accelerator):
         if accelerator.is_main_process:
             remove_leftovers(folder.path, folder.checkpoints)
-        run_parts = assemble(resolved, accelerator, display)
+        run_parts = assemble(resolved, accelerator, display, timings)
         _check_processes_agree(accelerator, run_parts)
         if folder.facts.is_file():
             check_same(folder, run_parts)
@@ -153,6 +169,7 @@ def _run(
     newest: checkpoint.Checkpoint | None = None,
     *,
     callbacks: Sequence[Callback] = (),
+    last_checkpoint: bool = True,
 ) -> RunFolder:
     dev = _dev(resolved, folder, run_parts, accelerator)
     extras = _callbacks(resolved, folder, run_parts, accelerator, dev)
@@ -166,7 +183,7 @@ def _run(
         display=display,
         callbacks=[*extras, *callbacks],
     )
-    start = 0 if newest is None else newest.step
+    timings, start = run_parts.train_step.timings, 0 if newest is None else newest.step
     if newest is not None:
         _restore(trainer, newest, accelerator)
         display.say(f"continuing {folder.path} after step {start} of {run_parts.steps}")
@@ -176,15 +193,23 @@ def _run(
             if resolved.settings.batch.probe:
                 what = probe(run_parts.train_step, run_parts.builder, resolved.settings.train.batch_size)
                 display.say(f"probe: {what}")
-            _write_teacher_text(run_parts, again)
+            with timings("text"):
+                _write_teacher_text(run_parts, again)
             with on_stop(StopRequest()) as stop:
                 done = trainer.run(start, stop)
-                trainer.save(done)
+                timings.begin_end(max(0, done - start - 1))
+                ended = done == run_parts.steps or trainer.ended is not None
+                with timings("checkpoint"):
+                    if last_checkpoint or not ended:
+                        trainer.save(done)
+                    else:
+                        run_parts.train_step.check()
+                        checkpoint.check_finite(run_parts.train_step.inner)
     finally:
         display.close()
         run_parts.close()
         trainer.close()
-    if done < run_parts.steps and trainer.ended is None:
+    if not ended:
         raise Stopped(f"stopped after step {done}; {again}", stop.signal_number)
     accelerator.wait_for_everyone()
     is_main = accelerator.is_main_process
@@ -192,6 +217,8 @@ def _run(
         lambda _: finish(resolved, folder, run_parts, display, done, dev) if is_main else None
     )
     accelerator.wait_for_everyone()
+    for line in timings.lines():
+        display.say(line)
     return folder
 
 

@@ -52,6 +52,7 @@ from dpkd.train.progress import Display
 from dpkd.train.resume import resume_folder
 from dpkd.train.run import train
 from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
+from dpkd.train.timings import Timings
 
 
 class Runner(Protocol):
@@ -306,6 +307,7 @@ class InProcess:
         given = replace(self.shared, runs_left=left)
 
         def train_it(console: Console) -> None:
+            timings = Timings(on=True)
             if RunFolder(run.folder).config.is_file():
                 resume_folder(
                     run.folder,
@@ -313,9 +315,13 @@ class InProcess:
                     given=given,
                     registry=self.registry,
                     console=console,
+                    timings=timings,
                 )
             else:
-                train(resolve(plan.layers(run), self.registry, given), console=console)
+                with timings("config"):
+                    resolved = resolve(plan.layers(run), self.registry, given)
+                kept = plan.settings.keep_checkpoints
+                train(resolved, console=console, timings=timings, last_checkpoint=kept)
 
         return self._logged(run, f"dpkd train, output {run.folder}", train_it)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from dpkd.train.loss_module import LossModule
 from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, MicroBatcher, StepBatch
 from dpkd.train.nonfinite import FiniteWatch, NotFinite, explain, explain_gradient
+from dpkd.train.timings import Timings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,6 +31,7 @@ class TrainStep:
     loss_module  the LossModule, perhaps wrapped for several processes
     reference    the student as it was at the start, where a loss reads it
     clip         largest norm of the gradient
+    timings      where the time of the run goes
     """
 
     accelerator: Accelerator
@@ -39,6 +41,7 @@ class TrainStep:
     reference: Teacher | None
     micro_batcher: MicroBatcher
     clip: float | None
+    timings: Timings = field(default_factory=Timings)
 
     @property
     def inner(self) -> LossModule:
@@ -57,7 +60,8 @@ class TrainStep:
 
         `ahead` has what is known of the next step: a teacher from outside this process is asked for it already.
         """
-        micro_batches = [m for step_batch in step_batches for m in self.micro_batcher(step_batch, measure)]
+        with self.timings("data"):
+            micro_batches = [m for step_batch in step_batches for m in self.micro_batcher(step_batch, measure)]
         self._expect(step_batches if self.accelerator.num_processes == 1 else ())
         self._expect(ahead)
         metrics = MeanMetrics()
@@ -65,12 +69,13 @@ class TrainStep:
         for number, micro_batch in enumerate(micro_batches, 1):
             with self._synchronized(last=number == len(micro_batches)):
                 metrics.merge(self.micro_step(micro_batch))
-        self._clip(metrics)
-        if self.watch.end_of_step(step_batches, self._added_up):
-            self.check()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        with self.timings("update"):
+            self._clip(metrics)
+            if self.watch.end_of_step(step_batches, self._added_up):
+                self.check()
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         if measure:
             self.check()
         return metrics
@@ -104,14 +109,16 @@ class TrainStep:
 
     def micro_step(self, micro_batch: MicroBatch) -> MeanMetrics:
         """Teacher, forward and backward of one micro-batch."""
-        micro_batch = self.with_teacher(micro_batch)
-        with self.accelerator.autocast():
-            total, metrics = self.loss_module(micro_batch)
-        if self.watch.see(total.detach()):
-            raise explain(self.inner, micro_batch)
-        # A window in which nothing is left to learn still runs, so that processes stay in step.
-        if total.requires_grad:
-            self.accelerator.backward(total)
+        with self.timings("teacher"):
+            micro_batch = self.with_teacher(micro_batch)
+        with self.timings("forward/backward"):
+            with self.accelerator.autocast():
+                total, metrics = self.loss_module(micro_batch)
+            if self.watch.see(total.detach()):
+                raise explain(self.inner, micro_batch)
+            # A window in which nothing is left to learn still runs, so that processes stay in step.
+            if total.requires_grad:
+                self.accelerator.backward(total)
         return metrics  # type: ignore[no-any-return]
 
     def with_teacher(self, micro_batch: MicroBatch) -> MicroBatch:

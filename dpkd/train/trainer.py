@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from dpkd.train.optimizers import learning_rate
 from dpkd.train.progress import Display
 from dpkd.train.schedules import Schedules
 from dpkd.train.step_batches import StepBatchBuilder
+from dpkd.train.timings import Timings, clock_of
 from dpkd.train.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -77,6 +79,11 @@ class Trainer:
         return self.builder.groups[0].source.context.batches.steps
 
     @property
+    def timings(self) -> Timings:
+        """Where the time goes."""
+        return self.train_step.timings
+
+    @property
     def path(self) -> Path:
         """The run folder."""
         return self.folder.path
@@ -84,31 +91,40 @@ class Trainer:
     def run(self, start: int, stop: StopRequest) -> int:
         """Train from a step to the end, or to a stop request; returns the number of steps done."""
         self._done = start
-        for callback in self.callbacks:
-            callback.on_start(self, start)
+        with self.timings("callbacks"):
+            for callback in self.callbacks:
+                callback.on_start(self, start)
         with self.display.bar("training", self.steps, start):
             for step in range(start, self.steps):
                 if self.ended is not None:
                     break
                 measure = (step + 1) % self.settings.log_every == 0 or step + 1 == self.steps or step == 0
-                self._stoppable_step(step, measure)
+                with self.timings("first step") if step == start else nullcontext():
+                    self._stoppable_step(step, measure)
                 self._done = step + 1
                 if measure:
-                    self._log(self._done, learning_rate(step, self.steps, self.settings))
+                    with self.timings("log"):
+                        self._log(self._done, learning_rate(step, self.steps, self.settings))
                 self.display.at(self._done)
-                for callback in self.callbacks:
-                    callback.on_step(self, self._done)
+                with self.timings("callbacks"):
+                    for callback in self.callbacks:
+                        callback.on_step(self, self._done)
+                if step == start:
+                    self.timings.begin_steps(clock_of(self.accelerator.device))
                 if self._stops(stop):
                     break
                 if self.ended is None and self._done < self.steps and self._any(self.clock.due(self._done)):
-                    self.save(self._done)
+                    with self.timings("checkpoint"):
+                        self.save(self._done)
         return self._done
 
     def _step(self, step: int, measure: bool) -> None:
         """One optimizer step: responses, step batches, update."""
         values = self.schedules.apply(step, self.steps)
-        texts = [source.next(step) for source in self.sources.values()]
-        step_batches = self.builder.step_batches(step, texts)
+        with self.timings("draw"):
+            texts = [source.next(step) for source in self.sources.values()]
+        with self.timings("data"):
+            step_batches = self.builder.step_batches(step, texts)
         lr = learning_rate(step, self.steps, self.settings)
         metrics = self.train_step(step_batches, lr=lr, measure=measure, ahead=self._ahead(step + 1))
         if self.schedules.follow_the_loss:

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from dpkd.api import Answers, MetricSpec, SamplingSettings
-from dpkd.data.batches import TokenSequence
+from dpkd.data.batches import TokenSequence, micro_batches
 from dpkd.data.examples import read_examples
 from dpkd.data.settings import DataSettings
 from dpkd.errors import DpkdError
+from dpkd.evaluation import divergences
+from dpkd.evaluation import evaluator as evaluator_module
 from dpkd.evaluation.answer_cache import AnswerCache
 from dpkd.evaluation.divergences import measure
 from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, metric_specs
@@ -275,6 +277,23 @@ def test_divergences_are_those_of_the_definition(folder):
     } == pytest.approx(expected, rel=1e-4, abs=5e-6)
     alone = measure(parts.model, sequences, teacher=None, vocabulary=257, pad_id=256)
     assert set(score_tokens(alone, metric_specs(load_registry({})))) == {"nll", "perplexity"}
+
+
+def test_a_gpu_measures_few_large_batches():
+    """Of 500 sequences of 400 tokens: on a CPU 16 at a time, on a GPU as many as 32,768 tokens are."""
+    assert len(micro_batches([400] * 500, *divergences._limits(None, torch.device("cpu")))) == 32
+    assert len(micro_batches([400] * 500, *divergences._limits(None, torch.device("cuda")))) == 7
+    assert divergences._limits(3, torch.device("cuda")) == (3, None)
+
+
+def test_text_is_decoded_for_the_references_alone(folder, monkeypatch):
+    """Bits per byte is theirs; rewards of answers need no text."""
+    decoded = []
+    real = evaluator_module.continuation
+    monkeypatch.setattr(evaluator_module, "continuation", lambda *a: decoded.append(a) or real(*a))
+    found = run(folder, settings=replace(DRAWN, rewards=True))
+    assert found["bits_per_byte"] > 0
+    assert len(decoded) == found.rows
 
 
 @pytest.mark.parametrize("who", ["model", "teacher"])

@@ -16,6 +16,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer
 
 from dpkd.errors import DpkdError, SettingsError
+from dpkd.evaluation import text_metrics
 from dpkd.evaluation.lengths import LengthMeasure
 from dpkd.evaluation.text_metrics import (
     RougeL,
@@ -117,6 +118,16 @@ def test_buckets_of_real_text_equal_means_over_masks() -> None:
         assert bucket.score.rows == inside.sum() > 0
         assert bucket.score.rouge_l == pytest.approx(100 * values[inside].mean(), abs=1e-9)
     assert sum(b.score.rows for b in buckets) == 1000
+
+
+def test_a_word_is_stemmed_once_however_often_a_set_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = PorterStemmer.stem
+    monkeypatch.setattr(PorterStemmer, "stem", lambda self, word: asked.append(word) or real(self, word))
+    text_metrics._stemmer.cache_clear()
+    for _ in range(2):
+        assert RougeL()("running dogs", ["dogs running", "dogs"]) > 0
+    assert sorted(asked) == ["dogs", "running"]
 
 
 def test_thousand_pairs_take_a_few_seconds() -> None:

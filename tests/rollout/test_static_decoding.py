@@ -11,10 +11,11 @@ import torch
 from test_golden_responses import assert_golden, model_of, responses
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, GPTNeoConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig
 
 from dpkd.api import Sampled, SamplingSettings
 from dpkd.rollout import static_decoding
+from dpkd.rollout.cuda_graphs import Replay
 from dpkd.rollout.sampling import Decoder
 from dpkd.rollout.static_decoding import CHECK_EVERY, DecodingState, column_bucket, decode_step, row_bucket
 
@@ -58,6 +59,7 @@ def assert_same(got: list[Sampled], want: list[Sampled]) -> None:
 def test_the_responses_are_those_of_the_first_version(
     case: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(static_decoding, "SHRINK", 0.5)
     monkeypatch.setattr(static_decoding, "SMALLEST_WINDOW", 1)  # rows move as soon as half of them have ended
     assert_golden(case, responses(case, decoding="graph"))
     assert not caplog.text
@@ -278,6 +280,31 @@ def test_a_model_that_reads_values_is_refused_before_a_capture(caplog: pytest.Lo
     assert "the model reads values on the host (aten._local_scalar_dense" in caplog.text
     assert_same(got, draw(decoder_of(model, "eager")))
     assert read
+
+
+def test_few_windows_are_captured(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """1,277 responses of some 70 tokens, at most 128, to prompts of 20 to 192 tokens, 256 at a time."""
+    made: list[Replay] = []
+
+    class Counted(Replay):
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
+            made.append(self)
+
+    monkeypatch.setattr(static_decoding, "Replay", Counted)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=96, max_position_embeddings=512, **shape)).eval()
+    count = 1_277
+    prompts = [[5] * (20 + 172 * (i % 100) ** 3 // 99**3) for i in range(count)]  # most are short, as Dolly's are
+    decoder = decoder_of(model, eos_ids=(2,))
+    settings = SamplingSettings(max_new_tokens=128, batch_size=256)
+    drawn = decoder.draw(prompts, settings, seeds=range(count))
+    assert 60 < sum(len(one.response_ids) for one in drawn) / count < 80
+    assert len(made) <= 4
+    decoder.draw(prompts[:256], settings, seeds=range(256))
+    assert not caplog.text
+    assert len(made) <= 4  # the windows are kept from one call to the next
 
 
 def test_buckets() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from toy_runs import _fresh_accelerate, quiet, settings_of, toy  # noqa: F401
+
+from dpkd.train.timings import CudaClock
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,35 @@ def across(settings_of, toy: Path, foreign: Path, tmp_path: Path):  # noqa: F811
         return settings_of(loss, {**models, **(changes or {})}, teacher=None)
 
     return make
+
+
+class Event:
+    """An event of a GPU that is `behind` moments behind the host: it has passed when so many others were recorded."""
+
+    behind, recorded = 3, 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.waited = False
+
+    def record(self):
+        type(self).recorded += 1
+        self.number = self.recorded
+
+    def query(self):
+        return self.waited or self.number + self.behind <= self.recorded
+
+    def synchronize(self):
+        self.waited = True
+
+    def elapsed_time(self, later):
+        assert self.query(), "the host would wait"
+        assert later.query(), "the host would wait"
+        return 1e3 * (later.number - self.number)
+
+
+@pytest.fixture
+def far_clock(monkeypatch):
+    """The clock of a GPU whose work is behind the host's."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return CudaClock()

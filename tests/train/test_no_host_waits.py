@@ -17,6 +17,7 @@ from dpkd.train import microbatch, run
 from dpkd.train.build import assemble
 from dpkd.train.nonfinite import NotFinite
 from dpkd.train.progress import Display
+from dpkd.train.timings import Timings
 
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_dim", "equal", "item"}
 BY_MASK = {"index", "index_put", "index_put_", "_index_put_impl_"}  # with a mask they look how many are true
@@ -80,10 +81,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("loss", "changes"), CASES)
-def test_a_whole_step_reads_no_value(loss, changes, settings_of, toy, quiet, far_device, no_reading):
+def test_a_whole_step_reads_no_value(loss, changes, settings_of, toy, quiet, far_device, far_clock, no_reading):
     if "student.model" in changes:
         changes = changes | {"student.model": str(toy / "gpt2")}
     train_step, step_batches = ready(settings_of(loss, changes), quiet)
+    train_step.timings = Timings(on=True)  # which asks for no event that has not passed
+    train_step.timings.begin_steps(far_clock)
     no_reading()
     with NoWaits():
         for _ in range(2):  # the first makes the optimizer's state

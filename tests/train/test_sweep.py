@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import yaml
 from rich.console import Console
 
 from dpkd.errors import DpkdError, SettingsError
+from dpkd.plugins import load_registry
+from dpkd.train import checkpoint, prepare
 from dpkd.train.sweep import read_sweep
-from dpkd.train.sweep_running import run_sweep, summary
+from dpkd.train.sweep_running import InProcess, run_sweep, summary
 
 
 @pytest.fixture
@@ -201,3 +204,46 @@ def test_an_option_of_the_evaluation_is_checked_before_anything_runs(written):
     how = {"data": ["x.jsonl"], "options": {"seed": 1, "set": {"max_tokens": 640}}}
     with pytest.raises(SettingsError, match=r"evaluate\.options\.seed"):
         read_sweep(written(evaluate=how))
+
+
+def test_a_sweep_reads_a_file_once_and_again_when_it_has_changed(written, toy, tmp_path, monkeypatch):
+    """One reading for the runs of `start` and `distil`, which train on responses; the file as it is now counts."""
+    read = []
+    real = prepare.read_examples
+    monkeypatch.setattr(prepare, "read_examples", lambda *a, **k: read.append(a) or real(*a, **k))
+    data = tmp_path / "data.jsonl"
+    shutil.copy(toy / "data.jsonl", data)
+    settings = yaml.safe_load(written().read_text())["settings"] | {"data.path": str(data)}
+    plan = read_sweep(written(settings=settings))
+    runner = InProcess(load_registry())
+    (tmp_path / "runs").mkdir()
+    for run in plan.runs[:3]:
+        assert runner.train(plan, run, None) is None
+    assert len(read) == 1
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
+    assert runner.train(plan, plan.runs[3], None) is None
+    assert len(read) == 2
+    kept = [json.loads((run.folder / "run.json").read_text())["data"]["kept"] for run in plan.runs[2:4]]
+    assert kept[1] == kept[0] - 1
+
+
+def test_no_checkpoint_is_written_at_the_end_where_none_is_kept(written, tmp_path, monkeypatch):
+    saved = []
+    real = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, **k: saved.append(step) or real(folder, step, **k))
+    stages = {"start": {"settings": {"loss.name": "sft", "student.init": "layers", "student.layers": 2}}}
+    models = []
+    for keep in (False, True):
+        path = written(stages=stages, keep_checkpoints=keep, output=str(tmp_path / f"keep-{keep}"))
+        assert run_sweep(read_sweep(path), console=Console(quiet=True)).done == ["start"]
+        assert len(saved) == keep
+        models.append((tmp_path / f"keep-{keep}/start/model/model.safetensors").read_bytes())
+    assert models[0] == models[1]
+
+
+def test_the_log_of_a_run_says_where_its_time_went(written, tmp_path):
+    stages = {"start": {"settings": {"loss.name": "sft", "student.init": "layers", "student.layers": 2}}}
+    run_sweep(read_sweep(written(stages=stages)), console=Console(quiet=True))
+    log = (tmp_path / "runs/start.log").read_text()
+    assert "timings: start, to the end of the first step" in log
+    assert "timings: end" in log
