@@ -93,7 +93,7 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     column = None if teacher is None else teacher.column
     examples = _examples(resolved, responses, pairs, column)
     data = given.remembered(
-        (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses),
+        (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses, column),
         lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses),
     )
     for line in [*examples.lines()[1:], *data.report.lines()]:
@@ -134,9 +134,9 @@ def _examples(resolved: Resolved, responses: bool, pairs: bool, column: str | No
         read_examples, data, require_response=responses, pairs=pairs, rows=rows, seed=seed, teacher_column=column
     )
     stamp = None if data.mix or rows is not None else file_stamp(data.path)
-    if stamp is None:
-        return read()
-    return given.remembered((stamp, data.model_dump_json(), responses, pairs, column), read)
+    return (
+        read() if stamp is None else given.remembered((stamp, data.model_dump_json(), responses, pairs, column), read)
+    )
 
 
 def _trains_on_data(resolved: Resolved) -> bool:
