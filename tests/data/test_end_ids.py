@@ -55,6 +55,7 @@ def test_bits_per_byte_count_the_space_that_a_response_begins_with(pieces):
     from transformers import LlamaConfig
 
     from dpkd.data.batches import TokenSequence
+    from dpkd.data.encoding import continuation
     from dpkd.evaluation.evaluator import _DivergenceMeter
 
     torch.manual_seed(0)
@@ -62,7 +63,8 @@ def test_bits_per_byte_count_the_space_that_a_response_begins_with(pieces):
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(pieces), intermediate_size=8, **sizes)).eval()
     prompt, response = ([pieces.convert_tokens_to_ids(t) for t in text] for text in ("ab", "▁cd"))
     meter = _DivergenceMeter(model, None, pieces, len(pieces), lambda *_: None)
-    scores = meter([TokenSequence(tuple(prompt), tuple(response))], "x")
+    text = continuation(pieces, prompt, response)
+    scores = meter([TokenSequence(tuple(prompt), tuple(response))], "x", len(text.encode()))
     spec = load_registry().get(MetricSpec, "bits_per_byte").spec
     found = spec.of_tokens(scores)
     with torch.no_grad():

@@ -382,6 +382,7 @@ def test_a_function_is_a_loss(models, tokenizer, rows, tmp_path):
     found, wanted = (read_metrics(run.metrics) for run in (own, named))
     assert [m["loss/main"] for m in found] == pytest.approx([m["loss/main"] for m in wanted], rel=1e-5)
     shutil.rmtree(own.model)
+    own.marker.unlink()  # as if it had not finished
     with pytest.raises(DpkdError, match="no loss is called 'doubled-kl'"):
         dpkd.resume(own, **common)
     assert dpkd.resume(own, loss=doubled_kl, **common).model.is_dir()
