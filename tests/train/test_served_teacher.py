@@ -285,14 +285,11 @@ def test_nothing_is_asked_twice_and_the_next_step_is_asked_for_ahead(served, ser
 def test_a_server_that_dies_stops_the_run_at_a_checkpoint_from_which_it_goes_on(served, server, quiet, tmp_path):
     changes = {"loss.k": 8, "train.steps": 4, "student.dropout": "keep", "teacher.client.retries": 0}
     whole = run.train(served("topk-kl", {**changes, "output": str(tmp_path / "whole")}), console=quiet)
-
-    def dead(_):
-        return 500
-
     resolved = served("topk-kl", {**changes, "output": str(tmp_path / "cut")})
     answers = len(server.asked("/v1/completions"))
     server.requests.clear()
-    server.failures = [lambda answer: answer] * (answers // 2) + [500] * 1000
+    # Requests of one step may arrive after some of the next, which are sent ahead: so much later that a step is done.
+    server.failures = [lambda answer: answer] * (3 * answers // 4) + [500] * 1000
     with pytest.raises(TeacherLost, match=r"training stopped: .*HTTP 500(?s:.*)dpkd train --resume"):
         run.train(resolved, console=quiet)
     assert (tmp_path / "cut" / "checkpoints").is_dir()
