@@ -476,6 +476,8 @@ def folders(generator: random.Random, folder: Path, world: World) -> Case:
     )
     for _ in range(generator.randrange(1, 3)):
         file = generator.choice(files)
+        if file.is_dir():  # damaged before
+            continue
         if generator.random() < 0.15:
             file.unlink(missing_ok=True)
         elif generator.random() < 0.1:
