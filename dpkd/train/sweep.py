@@ -199,6 +199,8 @@ def _assigned(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, A
     """The values of a sweep's file, with `PATH=VALUE` over them."""
     paths = [text.partition("=")[0].strip() for text in assignments]
     given = {path: get_path(layer.values, path) for path, layer in zip(paths, set_layer(assignments), strict=True)}
+    if not isinstance(values.get("settings") or {}, Mapping):
+        return values  # what is wrong with them is said with all other mistakes
     settings = dict(values.get("settings") or {})
     if given.get("student.model"):
         settings = {path: value for path, value in settings.items() if path not in ("student.init", "student.layers")}

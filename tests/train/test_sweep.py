@@ -247,3 +247,9 @@ def test_the_log_of_a_run_says_where_its_time_went(written, tmp_path):
     log = (tmp_path / "runs/start.log").read_text()
     assert "timings: start, to the end of the first step" in log
     assert "timings: end" in log
+
+
+@pytest.mark.parametrize("value", [5, "lr", [1]])
+def test_settings_that_are_no_block_are_a_mistake_with_its_place(written, value):
+    with pytest.raises(SettingsError, match="settings"):
+        read_sweep(written(settings=value))
