@@ -119,9 +119,9 @@ def answer(
             on_finished=finished,
         )
     answers = {seed: [known[seed][p.id] for p in prompts] for seed in seeds}
+    drawn = {seed for _, seed in todo}
     for seed, own in answers.items():
-        drawn = any(seed == other for _, other in todo)
-        if answer_cache is not None and (drawn or not answer_cache.file(seed).exists()):
+        if answer_cache is not None and (seed in drawn or not answer_cache.file(seed).exists()):
             answer_cache.finish(seed, own)
     return answers
 

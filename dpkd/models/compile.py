@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate
-from dpkd.models.head import causal_lm, hidden_rows
+from dpkd.models.head import causal_lm, evaluating, hidden_rows
 
 BACKEND = "inductor"
 # Entries of the cache of one class of layers: each size, type and mode takes one, and a sweep has many models.
@@ -77,21 +77,18 @@ def compile_checked(model: nn.Module, autocast: Context = nullcontext, layout: L
     The pass is what a training step does, under its `autocast` and with rows of its `layout`: what is compiled for the
     comparison is the code of the run.
     """
-    was_training = model.training
     try:
         expected, again = (_probe(model, autocast, layout) for _ in range(2))
-        if _largest_gap(again, expected) > 0.01:  # dropout
-            expected = _probe(model.eval(), autocast, layout)
-        with warnings.catch_warnings():
+        dropout = _largest_gap(again, expected) > 0.01
+        with evaluating(model) if dropout else nullcontext(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler, about itself
+            expected = _probe(model, autocast, layout)
             reason = None if compile_blocks(model) else "it has no repeated layers"
             gap = _largest_gap(_probe(model, autocast, layout), expected)
         if reason is None and gap > 0.1:
             reason = f"its numbers change (by {gap:.2g})"
     except Exception as error:
         reason = _sentence(error)
-    finally:
-        model.train(was_training)
     if reason is not None:
         undo(model)
     return reason

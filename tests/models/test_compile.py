@@ -135,3 +135,12 @@ def test_the_gradient_that_is_compared_survives_half_precision(kind):
     rounded = compiling._probe(model, lambda: torch.autocast("cpu", torch.bfloat16), PLAIN)
     assert exact[1].abs().max() > 1e-3
     assert compiling._largest_gap(rounded, exact) < 0.1
+
+
+def test_parts_of_a_model_keep_their_modes(monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    model = make("gpt2").train()
+    still = compiling.repeated_blocks(model)[0].eval()
+    assert compiling.compile_checked(model) is None
+    assert model.training
+    assert not still.training
