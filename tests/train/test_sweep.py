@@ -14,7 +14,8 @@ from dpkd.errors import DpkdError, SettingsError
 from dpkd.plugins import load_registry
 from dpkd.train import checkpoint, prepare
 from dpkd.train.sweep import read_sweep
-from dpkd.train.sweep_running import InProcess, run_sweep, summary
+from dpkd.train.sweep_runners import InProcess
+from dpkd.train.sweep_running import run_sweep, summary
 
 
 @pytest.fixture

@@ -1,0 +1,214 @@
+"""How one run of a sweep is trained and scored: in this process, with what the runs share, or in one of its own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+
+from dpkd.api import SamplingSettings
+from dpkd.config.problems import checked
+from dpkd.config.resolve import resolve
+from dpkd.config.yaml_text import dump_value
+from dpkd.data.settings import DataSettings
+from dpkd.errors import DpkdError, Stopped
+from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, parse_seeds
+from dpkd.evaluation.lengths import WORDS, parse_cuts
+from dpkd.evaluation.sets import find_set
+from dpkd.evaluation.target import find_target
+from dpkd.io import open_log, write_text
+from dpkd.models.shared import Shared
+from dpkd.plugins import Registry
+from dpkd.report.card import rescore
+from dpkd.run_folder import RunFolder
+from dpkd.train.accelerate_state import own_accelerate_state
+from dpkd.train.children import Children
+from dpkd.train.resume import resume_folder
+from dpkd.train.run import train
+from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
+from dpkd.train.timings import Timings
+
+
+class Runner(Protocol):
+    """How a run is trained and scored: None when that went well, the reason when it failed; raises Stopped."""
+
+    def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None: ...
+
+    def evaluate(self, plan: Plan, run: SweepRun, device: str | None) -> str | None: ...
+
+
+class InProcess:
+    """Runs in this process, which share models, tokenizers and tokenized rows."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry, self.shared = registry, Shared()
+
+    def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
+        left = sum(not RunFolder(one.folder).is_finished for one in plan.runs)
+        given = replace(self.shared, runs_left=left)
+
+        def train_it(console: Console) -> None:
+            timings = Timings(on=True)
+            if RunFolder(run.folder).config.is_file():
+                resume_folder(
+                    run.folder,
+                    trust_remote_code=_is_trusted(plan, run, self.registry),
+                    given=given,
+                    registry=self.registry,
+                    console=console,
+                    timings=timings,
+                )
+            else:
+                with timings("config"):
+                    resolved = resolve(plan.layers(run), self.registry, given)
+                kept = plan.settings.keep_checkpoints
+                train(resolved, console=console, timings=timings, last_checkpoint=kept)
+
+        return self._logged(run, f"dpkd train, output {run.folder}", train_it)
+
+    def evaluate(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
+        how = plan.settings.evaluate
+        assert how is not None
+        return self._logged(
+            run, "dpkd eval", lambda console: _score(run, how.data, how.options, self.registry, self.shared, console)
+        )
+
+    def _logged(self, run: SweepRun, title: str, work: Callable[[Console], None]) -> str | None:
+        """Do it, with what it says in NAME.log. Returns what it failed of; stops go on."""
+        began = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with open_log(log_of(run)) as file:
+            file.write(f"$ {title}\n")
+            try:
+                with own_accelerate_state():
+                    work(Console(file=file, width=120))
+                reason = None
+            except Stopped:
+                raise
+            except DpkdError as error:
+                reason = str(error)
+                file.write(f"{reason}\n")
+            except Exception as error:  # a plugin's, or ours: the other runs go on
+                traceback.print_exc(file=file)
+                reason = f"{type(error).__name__}: {error}"
+            finally:
+                gc.collect()  # models and optimizers of the run refer to each other
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            file.write(f"# {'failed' if reason else 'done'}, {time.monotonic() - began:.1f} s\n")
+        return f"{reason.splitlines()[-1]} ({log_of(run)})" if reason else None
+
+
+def _score(
+    run: SweepRun, sets: Sequence[str], options: EvaluateOptions, registry: Registry, shared: Shared, console: Console
+) -> None:
+    """What `dpkd eval --model RUN` does."""
+    target = find_target(str(run.folder), None)
+    sampling = SamplingSettings(
+        temperature=0.0 if options.greedy else options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+    )
+    how = EvaluationSettings(
+        sampling,
+        parse_seeds(str(options.seeds)),
+        options.rewards,
+        parse_cuts(options.cuts),
+        WORDS,
+        options.long_prompts,
+    )
+    given = {"limit": options.limit, "template": options.template, "on_bad_row": options.on_bad_row, **options.set}
+    found = [find_set(name) for name in sets]
+    if all((target.folder / one.name / "scores.json").is_file() for one in found):
+        return
+    evaluator = Evaluator(target.model, target.teacher, dtype=options.dtype, given=shared, registry=registry)
+    for one in found:
+        rows = checked(DataSettings, one.given(target.data, given), "data")
+        evaluator.evaluate(one.name, rows, how, output=target.folder / one.name, say=console.print)
+    rescore(run.folder)
+
+
+def _is_trusted(plan: Plan, run: SweepRun, registry: Registry) -> bool:
+    """Whether the sweep itself, not a run's folder, allows code that comes with a model."""
+    settings = resolve(plan.layers(run), registry).settings
+    return settings.student.trust_remote_code or settings.teacher.trust_remote_code
+
+
+class Isolated:
+    """Each run, and each evaluation, in a process of its own."""
+
+    def __init__(self, started: Children, registry: Registry) -> None:
+        self.started, self.registry = started, registry
+
+    def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
+        if RunFolder(run.folder).config.is_file():
+            trust = ["--trust-remote-code"] if _is_trusted(plan, run, self.registry) else []
+            return self._command(["train", "--resume", str(run.folder), *trust], run, device)
+        own = run.folder.with_name(f"{run.name}.yaml")
+        write_text(own, _as_yaml(run))
+        files = [part for file in (*plan.files, own) for part in ("--config", str(file))]
+        return self._command(["train", *files, "--output", str(run.folder)], run, device)
+
+    def evaluate(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
+        how = plan.settings.evaluate
+        assert how is not None
+        given = how.options.model_dump(mode="json", exclude_unset=True, exclude={"set"})
+        options = [part for name, value in given.items() for part in _option(name, value)]
+        options += [part for name, value in how.options.set.items() for part in ("--set", f"data.{name}={value}")]
+        sets = [part for name in how.data for part in ("--data", name)]
+        return self._command(["eval", "--model", str(run.folder), *sets, *options], run, device)
+
+    def _command(self, arguments: Sequence[str], run: SweepRun, device: str | None) -> str | None:
+        """Run `dpkd ...`; its output goes to NAME.log. Returns the last line of a failure; raises Stopped."""
+        environment = dict(os.environ)
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        log = log_of(run)
+        with open_log(log) as file:
+            file.write(f"$ dpkd {' '.join(arguments)}\n")
+            file.flush()
+            began = time.monotonic()
+            code = self.started.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            file.write(f"# exit {code}, {time.monotonic() - began:.0f} s\n")
+        if code == 0:
+            return None
+        if self.started.stopped_by is not None:
+            raise Stopped(f"{run.name} was stopped", self.started.stopped_by)
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip() and line[0] != "#"]
+        return f"{lines[-1].strip()} ({log})" if lines else f"exit code {code} ({log})"
+
+
+def _as_yaml(run: SweepRun) -> str:
+    """Settings by dotted path as a file of nested blocks."""
+    nested: dict[str, Any] = {}
+    for path, value in run.settings.items():
+        *above, last = path.split(".")
+        block = nested
+        for key in above:
+            block = block.setdefault(key, {})
+        block[last] = value
+    return "".join(f"{key}: {dump_value(value)}\n" for key, value in nested.items())
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag] if value else []
+    return [] if value is None else [flag, str(value)]
+
+
+def log_of(run: SweepRun) -> Path:
+    """Where a run says what it does: beside its folder, which must be empty when it begins."""
+    return run.folder.with_name(f"{run.name}.log")
