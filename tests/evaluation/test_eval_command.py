@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from command_line import printed
 
 import dpkd
-from dpkd.cli.main import app
 from dpkd.errors import DpkdError, SettingsError
 
 QUICK = ("--seeds", "1,2", "--max-new-tokens", "4", "--limit", "4")
 
 
-def call(*arguments: object) -> str:
-    result = CliRunner().invoke(app, ["eval", *map(str, arguments)], env={"COLUMNS": "160"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
+call = partial(printed, "eval")
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import printed
 
-from dpkd.cli.main import app
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.evaluation.chat import Endpoint
 from dpkd.evaluation.judge import PROMPT, Prices, judge, messages_of, parse_score, verdict_files
@@ -389,12 +389,7 @@ def test_the_address_and_the_key():
     assert KEY not in str(caught.value)
 
 
-def call(*arguments: object, exit_code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["judge", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == exit_code, result.output
-    return result.stdout
+call = partial(printed, "judge", columns=80)
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import printed
 
-from dpkd.cli.main import app
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.evaluation.tasks import TaskSettings, load_tasks, metric_name
 
@@ -63,14 +62,6 @@ aggregate_metric_list:
 NEEDS_THE_HUB = "task: far_away\ndataset_path: nobody/has-this\noutput_type: generate_until\ntest_split: test\n"
 
 
-def call(command: str, *arguments: object) -> str:
-    result = CliRunner().invoke(app, [command, *map(str, arguments)], env={"COLUMNS": "160"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 @pytest.fixture
 def here(folder, tmp_path, monkeypatch) -> Path:
     """A working folder with two models, a set, and a folder of tasks."""
@@ -118,7 +109,7 @@ def expected_hits(folder: Path) -> list[bool]:
 @needs_lm_eval
 def test_a_task_scores_the_model_and_is_stored_beside_the_sets(here):
     own = ("--tasks", "toy_choice,toy_free", "--include-path", "tasks")
-    output = call("eval", "--model", "student", "--data", "rows.jsonl", "--greedy", "--max-new-tokens", 2, *own)
+    output = printed("eval", "--model", "student", "--data", "rows.jsonl", "--greedy", "--max-new-tokens", 2, *own)
     assert "student on lm-eval-toy_choice: greedy" in output
     assert "standard error" in output
     found = scores("runs/eval/student/lm-eval-toy_choice")
@@ -144,21 +135,21 @@ def test_compare_report_and_card_read_the_scores_of_tasks(here):
     for file in (here / "student").iterdir():
         (run / "model" / file.name).write_bytes(file.read_bytes())
     (run / "README.md").write_text("# run\n\n## How to load it\n\ncode\n")
-    call("eval", "--model", "run", "--model", "teacher", "--tasks", "toy_choice", "--include-path", "tasks")
+    printed("eval", "--model", "run", "--model", "teacher", "--tasks", "toy_choice", "--include-path", "tasks")
     mean = np.mean(expected_hits(here / "student"))
     assert f"| lm-eval-toy\\_choice | acc | {mean:.2f} | 6 | 1 |" in (run / "README.md").read_text()
-    table = call("compare", "run", "runs/eval/teacher")
+    table = printed("compare", "run", "runs/eval/teacher")
     assert "acc ↑" in table
     assert "(p " in table  # tested, by the scores of the questions
-    both = json.loads(call("compare", "run", "runs/eval/teacher", "--metrics", "acc", "--format", "json"))
+    both = json.loads(printed("compare", "run", "runs/eval/teacher", "--metrics", "acc", "--format", "json"))
     assert both["sets"][0]["cells"]["run"]["acc"]["mean"] == pytest.approx(mean)
-    call("report", "run", "--output", "page.html")
+    printed("report", "run", "--output", "page.html")
     assert "lm-eval-toy_choice" in Path("page.html").read_text()
 
 
 @needs_lm_eval
 def test_a_group_has_one_score_and_settings_are_recorded(here):
-    call(
+    printed(
         *("eval", "--model", "student", "--tasks", "toy_group", "--include-path", "tasks", "--limit", 4),
         *("--num-fewshot", 1, "--output", "out"),
     )
@@ -182,12 +173,12 @@ def test_mistakes_are_said_before_a_model_is_loaded(here, monkeypatch):
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", OwnTasksOnly)
     with pytest.raises(SettingsError, match=r"no task 'toy_choise'; did you mean toy_choice"):
-        call("eval", "--model", "nothing", "--tasks", "toy_choise", "--include-path", "tasks")
+        printed("eval", "--model", "nothing", "--tasks", "toy_choise", "--include-path", "tasks")
     monkeypatch.setattr("dpkd.data.hub.out_of_reach", lambda: True)
     with pytest.raises(
         DpkdError, match=r"the task far_away cannot be loaded: .*nobody/has-this.*A task needs the network until"
     ):
-        call("eval", "--model", "nothing", "--tasks", "far_away", "--include-path", "tasks")
+        printed("eval", "--model", "nothing", "--tasks", "far_away", "--include-path", "tasks")
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
@@ -195,7 +186,7 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
     with pytest.raises(DpkdError, match=r"needs the package lm-eval .*pip install 'dpkd\[tasks\]'"):
         load_tasks(["gsm8k"])
     with pytest.raises(SettingsError, match="--data or --tasks"):
-        call("eval", "--model", "student")
+        printed("eval", "--model", "student")
 
 
 def test_names_and_templates():
