@@ -53,6 +53,9 @@ from dpkd.train.train_step import TrainStep
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Columns on a GPU: masks of other widths are copied in every layer, and compiled code has a second form for them.
+ALIGNED = 8
+
 
 @dataclass(kw_only=True)
 class RunParts:
@@ -279,10 +282,11 @@ class _Models:
             for who, model in models.items():
                 if (reason := why_not(model, Layout(packed=True))) is not None:
                     raise DpkdError(f"batch.packing: the {who} cannot read packed rows: {reason}. Leave it at auto.")
-        shared = Layout(batch.shared_prompts, packed)
-        if shared.shared and any(why_not(model, shared) is not None for model in models.values()):
-            return Layout(packed=packed)
-        return shared
+        on_gpu = next(self.student.parameters()).device.type == "cuda"
+        wanted = Layout(batch.shared_prompts, packed, ALIGNED if on_gpu and not packed else 1)
+        if wanted.shared and any(why_not(model, wanted) is not None for model in models.values()):
+            return wanted._replace(shared=False)
+        return wanted
 
 
 def _compile(
