@@ -314,7 +314,9 @@ def _compile(
         # A setting that follows the step would be compiled into the loss, and again at every step.
         if objective.spec.family is Family.PAIR or HIDDEN & objective.reads or objective.schedules or by_kernel:
             continue
-        reasons[f"the loss {objective.spec.name}"] = compile_loss(loss, partial(_small_inputs, objective.reads, device))
+        reasons[f"the loss {objective.spec.name}"] = compile_loss(
+            loss, partial(_few_rows, objective.reads, device, models.vocabulary)
+        )
     done = [what for what, reason in reasons.items() if reason is None]
     if done:
         display.say(f"compiled: {', '.join(done)} (train.compile)")
@@ -323,8 +325,9 @@ def _compile(
             display.say(f"not compiled: {what}, {reason}")
 
 
-def _small_inputs(reads: frozenset[Signal], device: torch.device) -> Any:
-    return sample_inputs(reads, device, vocabulary=64)[1].only(reads)
+def _few_rows(reads: frozenset[Signal], device: torch.device, vocabulary: int) -> Any:
+    """Of the vocabulary of the run: code for a smaller one would be compiled in vain."""
+    return sample_inputs(reads, device, vocabulary)[1].only(reads)
 
 
 def _pays(code: Sequence[Hashable], steps: int, given: InMemory) -> bool:
