@@ -16,13 +16,15 @@ from dpkd.errors import DpkdError
 from dpkd.models.head import causal_lm
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
 from dpkd.models.quantization import (
+    check_gradient,
     check_quantization,
     explained_packing,
+    keep_layout,
     quantization_of,
     quantization_options,
     quiet_bitsandbytes,
 )
-from dpkd.models.settings import ModelSettings
+from dpkd.models.settings import ModelSettings, StudentSettings
 
 # Of the settings; `auto` is left out.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,7 +77,10 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
             refuse_pickles(str(settings.model))
             loaded = AutoModelForCausalLM.from_pretrained(use_safetensors=True, **options)
             model, report = loaded
-        if packed is not None:
+        if packed is not None and isinstance(settings, StudentSettings):
+            keep_layout(model)
+            check_gradient(model)
+        elif packed is not None:
             _try_out(model)
     _refuse_random_weights(settings.model, report)
     return (model if packed is not None else model.to(device)).eval()
