@@ -143,18 +143,22 @@ def longest_sequence(model: nn.Module) -> int | None:
     return context_length(causal_lm(model).config)
 
 
-def new_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal LM of a configuration, with random weights.
+def new_model(config: Any, dtype: torch.dtype = torch.float32, *, blank: bool = False) -> Any:
+    """A causal LM of a configuration, with random weights, or `blank`: with whatever memory held, to be overwritten.
 
     Raises DpkdError when the configuration is not one of a causal LM.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     # A configuration whose class is remote code was loaded with trust: its model may be made as well.
     trusted = type(config).__module__.startswith("transformers_modules")
     try:
-        with quiet_transformers():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        with quiet_transformers(), no_init_weights() if blank else nullcontext():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        if blank:
+            model.tie_weights()  # a part of the initialization
+        return model
     except ValueError as error:
         first = str(error).strip().splitlines()[0]
         raise DpkdError(
@@ -190,7 +194,7 @@ def _without_quantisation(model: Any) -> Any:
     config = deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    fresh = new_model(config, model.dtype)
+    fresh = new_model(config, model.dtype, blank=True)
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
     return fresh
