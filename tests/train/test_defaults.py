@@ -138,5 +138,6 @@ def test_the_start_names_device_memory_and_precision(toy, tmp_path):
 def test_adapters_do_not_make_a_student_larger_than_its_teacher(toy, heard):
     display, text = heard
     with_defaults(_settings(toy, **{"student.model": str(toy / "teacher"), "student.lora": {"r": 64}}), display)
-    assert "for adapters" in text()
-    assert "smaller than the student" not in text()
+    said = text()
+    assert "for adapters" in said
+    assert "smaller than the student" not in said
