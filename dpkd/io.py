@@ -8,6 +8,7 @@ the file system refuses (a full disk, no permission) becomes a DpkdError, and th
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -155,9 +156,11 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
 
 
-def remove_leftovers(*folders: Path) -> None:
-    """Delete what killed processes left half-written in folders; only while their lock is held."""
-    for entry in (entry for folder in folders for entry in folder.glob(".*.tmp")):
+def remove_leftovers(folder: Path, of: str | None = None) -> None:
+    """Delete what killed processes left half-written in a folder, or `of` one file there; only while it is locked."""
+    own = ".*.tmp" if of is None else _TEMPORARY.format(name=glob.escape(of[:100]), token="[0-9a-f]" * 12)
+    foreign = [".tmp??????"] if of is None else []  # where safetensors writes, before it renames
+    for entry in [entry for pattern in (own, *foreign) for entry in folder.glob(pattern)]:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:

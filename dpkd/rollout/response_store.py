@@ -20,7 +20,18 @@ from typing import Any
 
 from dpkd.api import SamplingSettings
 from dpkd.errors import DpkdError
-from dpkd.io import append_to, cache_folder, cut_torn_line, digest, dumps, parsed, read_json, storage_errors, write_json
+from dpkd.io import (
+    append_to,
+    cache_folder,
+    cut_torn_line,
+    digest,
+    dumps,
+    parsed,
+    read_json,
+    remove_leftovers,
+    storage_errors,
+    write_json,
+)
 
 try:
     import fcntl
@@ -83,7 +94,9 @@ class ResponseStore:
         store = cls((default_folder() if folder is None else Path(folder)) / digest(key))
         with storage_errors(store.folder, _ADVICE):
             store.folder.mkdir(parents=True, exist_ok=True)
-            _check_manifest(store.folder / "manifest.json", key)
+            with _locked(store._file):
+                remove_leftovers(store.folder)
+                _check_manifest(store.folder / "manifest.json", key)
         store.refresh()
         return store
 
@@ -170,7 +183,7 @@ def _check_manifest(file: Path, key: dict[str, Any]) -> None:
     """Write the manifest of a new store, or check the one that is there."""
     wanted = {"format": "dpkd responses", "version": VERSION, **key}
     if not file.exists():
-        write_json(file, wanted)  # another process may create the same store at the same time, with the same content
+        write_json(file, wanted)
         return
     found = read_json(file, f"Move the folder {file.parent} away to have the responses drawn again.")
     if found == wanted:

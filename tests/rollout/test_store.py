@@ -38,6 +38,14 @@ def test_reuse_after_reopen(tmp_path: Path) -> None:
         assert one.torn_lines == 0
 
 
+def test_a_killed_writer_leaves_nothing_for_good(tmp_path: Path) -> None:
+    folder = opened(tmp_path).folder
+    left = folder / ".manifest.json.0123456789ab.tmp"
+    left.touch()
+    opened(tmp_path)
+    assert not left.exists()
+
+
 def test_a_number_is_written_once(tmp_path: Path) -> None:
     first, second = opened(tmp_path), opened(tmp_path)
     first.add([1], [5], False, "first", index=0)
