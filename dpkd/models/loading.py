@@ -97,12 +97,21 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     named = getattr(settings, "tokenizer", None)
     source = ModelSettings(model=named, trust_remote_code=settings.trust_remote_code) if named else settings
     with quiet_transformers(), explained(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(**location(source))
-    return usable_tokenizer(tokenizer, str(source.model))
+        tokenizer = usable_tokenizer(AutoTokenizer.from_pretrained(**location(source)), str(source.model))
+        tokenizer("x")  # some mistakes in its files show at the first use only
+    return tokenizer
 
 
 def usable_tokenizer(tokenizer: Any, whose: str) -> Any:
-    """The tokenizer, with EOS for a missing pad token. Raises DpkdError when it is empty, or has no EOS."""
+    """The tokenizer, with EOS for a missing pad token.
+
+    Raises DpkdError when it is empty, has no EOS, or a longest length that is no number.
+    """
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        raise DpkdError(
+            f"the tokenizer of {whose}: expected a number of tokens as `model_max_length` in tokenizer_config.json, "
+            f"found {str(longest)[:60]!r}. Correct it, or remove it: dpkd does not need it."
+        )
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # From a GPT-2 or OPT folder without tokenizer files, transformers builds an empty one and says nothing.
         raise DpkdError(

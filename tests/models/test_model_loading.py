@@ -195,6 +195,28 @@ def test_a_tokenizer_named_beside_the_model_is_taken(tiny_folder: Path, tmp_path
     assert "<other>" in load_tokenizer(settings).get_vocab()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "model_max_length",
+            "many",
+            r"expected a number of tokens as `model_max_length` in tokenizer_config\.json, found 'm",
+        ),
+        ("model_max_length", {"a": 1}, r"`model_max_length` in tokenizer_config\.json, found \"{'a': 1}\""),
+        ("truncation_side", 3, "the tokenizer of .* cannot be loaded: "),
+    ],
+)
+def test_a_damaged_setting_of_a_tokenizer_is_named(
+    key: str, value: Any, message: str, tmp_path: Path, tokenizer_of: Any
+) -> None:
+    tokenizer_of().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(DpkdError, match=message):
+        load_tokenizer(ModelSettings(model=str(tmp_path)))
+
+
 def test_no_eos_is_an_error(tmp_path: Path, tokenizer_of: Any) -> None:
     tokenizer_of(eos_token=None).save_pretrained(tmp_path)
     with pytest.raises(DpkdError, match="has no EOS token"):
