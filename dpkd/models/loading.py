@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.errors import DpkdError
+from dpkd.errors import DpkdError, described
 from dpkd.models.head import causal_lm
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
 from dpkd.models.quantization import (
@@ -98,7 +98,7 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     source = ModelSettings(model=named, trust_remote_code=settings.trust_remote_code) if named else settings
     with quiet_transformers(), explained(source, "tokenizer"):
         tokenizer = usable_tokenizer(AutoTokenizer.from_pretrained(**location(source)), str(source.model))
-        tokenizer("x")  # some mistakes in its files show at the first use only
+        tokenizer("x"), tokenizer.unk_token_id  # some mistakes in its files show at the first use only
     return tokenizer
 
 
@@ -133,7 +133,12 @@ def config_of(settings: ModelSettings) -> Any:
     from transformers import AutoConfig
 
     with quiet_transformers(), explained(settings, "configuration"):
-        return AutoConfig.from_pretrained(**location(settings))
+        config = AutoConfig.from_pretrained(**location(settings))
+    if not isinstance(dtype := getattr(config, "dtype", None), torch.dtype | None):
+        raise DpkdError(
+            f"{settings.model}: expected a type such as bfloat16 as `dtype` in config.json, found {dtype!r}"
+        )
+    return config
 
 
 def context_length(config: Any) -> int | None:
@@ -159,10 +164,10 @@ def new_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     try:
         with quiet_transformers():
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
-    except ValueError as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # sizes that nobody checks before: readers of configurations take any
+        what = f"{config.name_or_path}: " if config.name_or_path else ""
         raise DpkdError(
-            f"a configuration of type {config.model_type} makes no causal language model: {first}"
+            f"{what}a configuration of type {config.model_type} makes no causal language model: {described(error, 200)}"
         ) from error
 
 
