@@ -280,14 +280,14 @@ def _damaged(generator: random.Random, content: bytes) -> bytes:
         return content + content
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # damaged before, perhaps into something too deep
         lines = text.splitlines()
         if not lines:
             return b"\n"
         line = generator.randrange(len(lines))
         try:
             lines[line] = json.dumps(_altered(generator, json.loads(lines[line])))
-        except ValueError:
+        except (ValueError, RecursionError):
             lines[line] = generator.choice((*VALUES, *JSON, *TEXTS))
         return "\n".join(lines).encode("utf-8", "surrogatepass")
     return json.dumps(_altered(generator, value)).encode()
