@@ -24,7 +24,7 @@ from typing import IO, Any
 from dpkd.errors import DpkdError
 
 _TEMPORARY = ".{name}.{token}.tmp"
-_APPEND = os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a log is never a link that somebody planted
+APPEND = os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a log is never a link that somebody planted
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -339,7 +339,7 @@ class JsonLog:
         content = "".join(f"{dumps(row)}\n" for row in rows).encode("utf-8", errors="backslashreplace")
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | _APPEND, 0o666)
+            descriptor = os.open(self.path, os.O_RDWR | APPEND, 0o666)
             try:
                 self._repair(descriptor)
                 append_to(descriptor, content)
@@ -367,7 +367,7 @@ class JsonLog:
 def open_log(path: Path) -> IO[str]:
     """A text file to append to. Raises StorageError for a symbolic link, and when the file system refuses."""
     with storage_errors(path):
-        return os.fdopen(os.open(path, os.O_WRONLY | _APPEND, 0o666), "a", encoding="utf-8")
+        return os.fdopen(os.open(path, os.O_WRONLY | APPEND, 0o666), "a", encoding="utf-8")
 
 
 def append_to(descriptor: int, content: bytes) -> None:

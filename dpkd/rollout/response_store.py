@@ -21,6 +21,7 @@ from typing import Any
 from dpkd.api import SamplingSettings
 from dpkd.errors import DpkdError
 from dpkd.io import (
+    APPEND,
     append_to,
     cache_folder,
     cut_torn_line,
@@ -199,7 +200,7 @@ def _check_manifest(file: Path, key: dict[str, Any]) -> None:
 @contextmanager
 def _locked(file: Path) -> Iterator[int]:
     """A file opened for appending and reading, for this process alone."""
-    descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(file, os.O_RDWR | APPEND, 0o666)
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
