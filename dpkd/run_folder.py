@@ -80,19 +80,25 @@ class RunFolder:
 
     def records(self) -> dict[str, str]:
         """The SHA-256 of what the run wrote down on its way, by file: nothing changes it once the run is finished."""
-        files = (self.facts, self.metrics, self.samples, self.path / "dev.jsonl")
+        files = (self.config, self.facts, self.metrics, self.samples, self.path / "dev.jsonl")
         return {file.name: sha256(file) for file in files if file.is_file()}
 
-    def check_records(self) -> None:
-        """Raises DpkdError when a record of a finished run is not what the run wrote; older runs have no checksums."""
-        advice = f"delete {self.marker.name}: `dpkd train --resume {self.path}` then completes the run again."
-        facts = read_json(self.marker, f"To go on, {advice}") if self.marker.is_file() else {}
+    def check_records(self, *only: Path) -> None:
+        """Compare what a finished run wrote down (`only`: these files) with its checksums; older runs have none.
+
+        Raises DpkdError for the first file that is lost or another one.
+        """
+        again = f"delete {self.marker.name}: `dpkd train --resume {self.path}` then completes the run again."
+        facts = read_json(self.marker, f"To go on, {again}") if self.marker.is_file() else {}
         expected, found = facts.get("records"), self.records()
         for name, value in expected.items() if isinstance(expected, Mapping) else ():
-            if found.get(name) != value:
+            if found.get(name) != value and (not only or self.path / name in only):
                 what = "not the file that the run wrote" if name in found else "lost"
+                known = (
+                    f"; {self.facts.name} has the command of the run." if name == self.config.name else f", or {again}"
+                )
                 raise DpkdError(
-                    f"{self.path / name} is {what} ({self.marker.name} has its checksum). Restore it, or {advice}"
+                    f"{self.path / name} is {what} ({self.marker.name} has its checksum). Restore it{known}"
                 )
 
     def lock(self) -> AbstractContextManager[None]:

@@ -95,7 +95,8 @@ class _Inputs:
 
     def __init__(self, signals: Mapping[Signal, Any], cache: dict[tuple[Signal, float], Tensor] | None = None) -> None:
         """Made by the engine from the `signals` that a loss declares; `cache` shares log-probs between losses."""
-        self._signals = dict(signals)
+        # Always in one order: compiled code looks at it.
+        self._signals = {signal: signals[signal] for signal in Signal if signal in signals}
         self._cache: dict[tuple[Signal, float], Tensor] = {} if cache is None else cache
         self.parts: dict[str, Tensor] = {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from dpkd.evaluation.results import Evaluation, Metric
+    from dpkd.evaluation.results import Bucket, Evaluation, Metric
 
 WIDE = 110  # columns from which there is room for what a metric is
 OVERVIEW = ("rouge_l", "exact_match", "nll", "forward_kl", "reverse_kl")
@@ -38,8 +40,7 @@ def print_scores(name: str, result: Evaluation, folder: Path, console: Console) 
     heading = printable(f"{name} on {result.facts['set']}: {seeds}")
     console.print(heading, highlight=False, markup=False, style="bold", soft_wrap=True)
     console.print(table)
-    if result.buckets:
-        console.print(_by_length(result))
+    _print_by_length(result, console)
     console.print(counted(result), highlight=False, markup=False, soft_wrap=True)
     console.print(f"answers and scores: {folder}\n", highlight=False, markup=False, soft_wrap=True)
 
@@ -50,8 +51,19 @@ def _aside(result: Evaluation, key: str) -> str:
     return result.metrics[key].unit if stderr is None else f"± {stderr:.3f} standard error"
 
 
-def _by_length(result: Evaluation) -> Table:
-    """The metrics of rows again, by length of the first reference."""
+def _print_by_length(result: Evaluation, console: Console) -> None:
+    """The metrics of rows again, by length of the first reference: as many buckets beside each other as fit."""
+    left = [bucket for bucket in result.buckets if bucket.rows]
+    while left:
+        tables = (_by_length(result, left[:count]) for count in range(len(left), 0, -1))
+        table = next((one for one in tables if _fits(one, console)), _by_length(result, left[:1]))
+        console.print(table)
+        left = left[len(table.columns) - 1 :]
+    if empty := [bucket.label for bucket in result.buckets if not bucket.rows]:
+        console.print(f"no rows in {', '.join(empty)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _by_length(result: Evaluation, buckets: Sequence[Bucket]) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -59,14 +71,23 @@ def _by_length(result: Evaluation) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(f"by reference length ({result.length_unit})", overflow="fold")
-    for bucket in result.buckets:
+    for bucket in buckets:
         table.add_column(bucket.label, justify="right", no_wrap=True)
     for key in ordered(result.metrics):
-        if all(key in bucket.metrics for bucket in result.buckets if bucket.rows):
-            cells = [_cell(bucket.metrics.get(key)) for bucket in result.buckets]
-            table.add_row(printable(result.metrics[key].title or key), *cells)
-    table.add_row("rows", *(str(bucket.rows) for bucket in result.buckets))
+        if all(key in bucket.metrics for bucket in buckets):
+            table.add_row(
+                printable(result.metrics[key].title or key), *(_cell(bucket.metrics[key]) for bucket in buckets)
+            )
+    table.add_row("rows", *(str(bucket.rows) for bucket in buckets))
     return table
+
+
+def _fits(table: Table, console: Console) -> bool:
+    """Whether nothing of a table has to be folded or cut in the terminal."""
+    from rich.measure import Measurement
+
+    unbounded = console.options.update(width=sys.maxsize)
+    return Measurement.get(console, unbounded, table).maximum <= console.width
 
 
 def counted(result: Evaluation) -> str:
@@ -78,7 +99,12 @@ def counted(result: Evaluation) -> str:
 
 
 def print_overview(results: list[tuple[str, Evaluation]], console: Console) -> None:
-    """One line for each model and set."""
+    """One line for each model and set; in a narrow terminal without the spread over seeds."""
+    table = _overview(results, spread=True)
+    console.print(table if _fits(table, console) else _overview(results, spread=False))
+
+
+def _overview(results: list[tuple[str, Evaluation]], *, spread: bool) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -90,13 +116,13 @@ def print_overview(results: list[tuple[str, Evaluation]], console: Console) -> N
     for heading in ("rows", *(titles[key] for key in shown)):
         table.add_column(printable(heading), justify="right")
     for name, result in results:
-        cells = [_cell(result.metrics.get(key)) for key in shown]
+        cells = [_cell(result.metrics.get(key), spread=spread) for key in shown]
         table.add_row(printable(name), printable(result.facts["set"]), str(result.rows), *cells)
-    console.print(table)
+    return table
 
 
-def _cell(metric: Metric | None) -> str:
+def _cell(metric: Metric | None, *, spread: bool = True) -> str:
     if metric is None:
         return "–"
     digits = 2 if abs(metric.mean) >= 10 else 3
-    return f"{metric.mean:.{digits}f}" + ("" if metric.sd is None else f" ± {metric.sd:.{digits}f}")
+    return f"{metric.mean:.{digits}f}" + (f" ± {metric.sd:.{digits}f}" if spread and metric.sd is not None else "")

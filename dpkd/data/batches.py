@@ -70,10 +70,12 @@ class Layout(NamedTuple):
 
     shared   the sequences that follow one prompt stand in one row, behind one copy of it
     packed   all sequences stand in one row, without padding
+    columns  rows are padded to a multiple of so many tokens
     """
 
     shared: bool = False
     packed: bool = False
+    columns: int = 1
 
 
 PLAIN = Layout()
@@ -140,7 +142,7 @@ def collate(
     (`labeled_rows`). A response token with nothing before it (an empty prompt) has no row.
     """
     places, widths = _places(sequences, layout)
-    longest = max(widths, default=0) + extra
+    longest = -(-(max(widths, default=0) + extra) // layout.columns) * layout.columns
     shape = (len(widths), longest)
     starts = [0 if side == "right" else longest - width for width in widths]
     # Prompts, then responses: where each begins, and of each token where it stands.

@@ -26,6 +26,7 @@ from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, score_tokens, write_scores
 from dpkd.io import digest
 from dpkd.locks import folder_lock
+from dpkd.models.device import attend_without_plans
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import DTYPES, longest_sequence
@@ -120,6 +121,7 @@ class Evaluator:
             self.note = _left_out(self.tokenizer, self.given.tokenizer(teacher), teacher.model)
             teacher = None if self.note else teacher
         self.names = (model.model, teacher.model if teacher is not None else None)
+        attend_without_plans()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = self.given.load(model, device=device, dtype=DTYPES.get(dtype))
         self.dtype = str(self.model.dtype).removeprefix("torch.")

@@ -79,10 +79,13 @@ def _refuse_parts_of_runs(path: Path) -> None:
 def find_target(name: str, teacher: str | None, *, trust_remote_code: bool = False) -> EvalTarget:
     """A model with its teacher; a run's own teacher and template are used where nothing else is said.
 
-    A teacher that the run had in memory is not to be had from its folder. Raises DpkdError when the folder of the run
-    wants code to be run that comes with its teacher, and `trust_remote_code` does not allow it.
+    A teacher that the run had in memory is not to be had from its folder. Raises DpkdError when the settings of a run
+    are not those that it wrote down, or its folder wants code to be run that comes with its teacher, and
+    `trust_remote_code` does not allow it.
     """
     run = _run(name)
+    if run is not None:
+        run.check_records(run.config)
     saved = read_resolved(run.config) if run is not None else {}
     own = {key: value for key, value in (saved.get("data") or {}).items() if key in ("template", "columns")}
     settings = TeacherSettings(model=teacher, trust_remote_code=trust_remote_code) if teacher else None

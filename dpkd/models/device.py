@@ -45,6 +45,15 @@ def allow_tf32() -> None:
         torch.set_float32_matmul_precision("high")
 
 
+def attend_without_plans() -> None:
+    """Take no attention kernel of cuDNN, which PyTorch prefers on Hopper and later; nothing changes off a GPU.
+
+    It plans each shape of a batch anew on the host, and batches of text hardly ever have the same.
+    """
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def memory_of(device: torch.device) -> int | None:
     """Bytes of memory that a device has, within the limit of the container; None where it does not say."""
     if device.type == "cuda":

@@ -36,14 +36,14 @@ class Shared(InMemory):
     _tokenizers: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def tokenizer(self, settings: ModelSettings) -> Any:
-        """A copy of the tokenizer, which is read once while its files stay as they are."""
+        """The tokenizer itself, read once while its files stay as they are: nobody changes it."""
         name = getattr(settings, "tokenizer", None) or settings.model
         if self._model(settings) is not None:
             return super().tokenizer(settings)
         key = (name, settings.revision, _stamp(name))
         if key not in self._tokenizers:
             self._tokenizers[key] = super().tokenizer(settings)
-        return deepcopy(self._tokenizers[key])
+        return self._tokenizers[key]
 
     def load(self, settings: ModelSettings, *, device: torch.device | str, dtype: torch.dtype | None) -> Any:
         """The model itself, for all who ask: nobody trains it."""

@@ -76,6 +76,8 @@ _RENAMED = (
 
 def difference(student: Any, teacher: Any) -> str | None:
     """The first thing in which two tokenizers differ, and what to do about it, in words; None: they are the same."""
+    if student is teacher:
+        return None
     own, other = student.get_vocab(), teacher.get_vocab()
     if own != other:
         odd = min(set(own.items()) ^ set(other.items()), key=lambda item: (item[1], item[0]))[0]

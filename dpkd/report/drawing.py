@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# One for each of twenty runs; from there on, markers and dashes tell runs of one color apart.
+# One for each of twenty runs. Markers and dashes tell runs apart where colors do not: in print, to some readers.
 PALETTE = (
     *("#2a78d6", "#e0632a", "#14936b", "#8a4fd0", "#c98a00", "#d6457f", "#4d7c0f", "#5a6472", "#0e9bb5", "#a33a2a"),
     *("#3f4fc4", "#b55fd0", "#1f6f5c", "#e58a7a", "#6fa3e3", "#8fae2b", "#8a6a45", "#c226a6", "#53b0a4", "#7a1f4f"),
@@ -77,6 +77,7 @@ _STYLE: Any = {  # matplotlib's type for it lists every key
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
     "legend.fontsize": 7.5,
+    "legend.handlelength": 3.2,
 }
 
 
@@ -170,17 +171,26 @@ def _color(index: int | None) -> str:
 
 
 def _marker(index: int | None) -> str:
-    return "h" if index is None else MARKERS[index // len(PALETTE) % len(MARKERS)]
+    return "h" if index is None else MARKERS[index % len(MARKERS)]
 
 
 def _stroke(index: int) -> dict[str, Any]:
-    return {"color": _color(index), "linestyle": DASHES[index // len(PALETTE) % len(DASHES)], "marker": _marker(index)}
+    return {"color": _color(index), "linestyle": dashes(index), "marker": _marker(index)}
+
+
+def dashes(index: int) -> str:
+    """Those of a run: others than its neighbors', and others than those of the next run with the same marker.
+
+    >>> [dashes(index) for index in (0, 1, 2, 3, 4, 7, 8)]
+    ['-', '--', ':', '-.', '-', '-.', '--']
+    """
+    return DASHES[(index + index // len(MARKERS)) % len(DASHES)]
 
 
 def _lines(panel: LinePanel, axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for curve in panel.curves:
+    for place, curve in enumerate(panel.curves):
         values = [float("nan") if value is None else value for value in curve.values]
         # A single value between gaps is no line: only a dot shows it.
         dots = [
@@ -196,8 +206,9 @@ def _lines(panel: LinePanel, axes: Axes) -> None:
             curve.steps,
             values,
             label=_printable(curve.label),
-            markersize=3.4,
-            markevery=dots or (_some(len(values)) if curve.color >= len(PALETTE) else dots),
+            markersize=4.8,
+            markeredgewidth=0,
+            markevery=sorted({*dots, *_some(len(values), place)}) if len(panel.curves) > 1 else dots,
             **_stroke(curve.color),
         )
     axes.set_xlabel(panel.x_label)
@@ -212,9 +223,10 @@ def _lines(panel: LinePanel, axes: Axes) -> None:
         axes.set_ylim(*value_range([value for curve in panel.curves for value in curve.values if value is not None]))
 
 
-def _some(count: int) -> list[int]:
-    """Some five places along a line, for the markers that tell runs of one color apart."""
-    return list(range(count // 10, count, max(1, count // 5)))
+def _some(count: int, place: int) -> range:
+    """Some five points of a line for its markers; those of lines that run together are beside each other."""
+    apart = max(1, count // 5)
+    return range((count // 10 + place * max(1, apart // 4)) % apart, count, apart)
 
 
 def _forest(panel: ForestPanel, axes: Axes) -> None:

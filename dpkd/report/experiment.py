@@ -11,7 +11,6 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from dpkd.errors import SettingsError
-from dpkd.report.drawing import PALETTE
 from dpkd.report.reading import Run, read_json, read_runs
 from dpkd.report.seeds import PooledRun, by_seed, renamed_baseline
 from dpkd.run_folder import RunFolder, SweepFolder
@@ -49,8 +48,7 @@ class StageChoice(TypedDict, total=False):
 class Experiment:
     """A sweep's folder.
 
-    methods     the runs that are compared, those that differ in their seed alone as one
-    colors      of the methods: one hue for each stage, and one marker for each of its runs
+    methods     the runs that are compared, those that differ in their seed alone as one; each has a color of its own
     references  runs that others take their teacher or their start from
     tried       runs that only decided a setting, by name
     choices     what they decided, by stage
@@ -60,7 +58,6 @@ class Experiment:
 
     path: Path
     methods: Sequence[Run]
-    colors: Sequence[int]
     references: Sequence[Run]
     tried: Mapping[str, Run]
     choices: Mapping[str, StageChoice]
@@ -73,10 +70,8 @@ class Experiment:
 
     @property
     def members(self) -> list[tuple[Run, int]]:
-        """Each run of each method, with its color."""
-        return [
-            (run, color) for method, color in zip(self.methods, self.colors, strict=True) for run in members(method)
-        ]
+        """Each run of each method, with the method's color."""
+        return [(run, color) for color, method in enumerate(self.methods) for run in members(method)]
 
     @property
     def scored(self) -> list[Run]:
@@ -112,33 +107,16 @@ def read_experiment(path: Path, baseline: Path | None = None) -> Experiment:
     competing = [run for run in runs if run.name not in aside]
     references = [run for run in runs if run.name in used]
     methods = by_seed(competing)
-    stages = {row["name"]: row.get("stage", "") for row in listed}
-    families = [stages.get(members(method)[0].name, "") for method in methods]
     shown = _shortened(methods)
     names = {method.name: short.name for method, short in zip(methods, shown, strict=True)}
     base = _baseline(methods, references, baseline)
-    return Experiment(path, shown, colors_of(families), references, tried, choices, missing, names.get(base, base))
+    return Experiment(path, shown, references, tried, choices, missing, names.get(base, base))
 
 
 def _run_of(block: Mapping[str, Any] | None) -> str | None:
     """The name of the run in whose folder a model is; the sweep's folder may have moved since."""
     path = Path(str((block or {}).get("model") or ""))
     return path.parent.name if path.name == "model" else None
-
-
-def colors_of(families: Sequence[str]) -> list[int]:
-    """One hue for each family, and a marker for each member; where families are few, a hue for each member.
-
-    >>> colors_of(["given", "given", "pairs", "mixed"]), colors_of(["a", "a"])
-    ([0, 20, 1, 2], [0, 1])
-    """
-    names = list(dict.fromkeys(families))
-    if len(names) < 3:
-        return list(range(len(families)))
-    return [
-        names.index(name) % len(PALETTE) + len(PALETTE) * families[:place].count(name)
-        for place, name in enumerate(families)
-    ]
 
 
 def _shortened(methods: Sequence[Run]) -> list[Run]:

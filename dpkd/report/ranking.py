@@ -45,8 +45,7 @@ def sets_of(experiment: Experiment, *, ranked: bool) -> list[str]:
 def standings(experiment: Experiment, name: str) -> list[Standing]:
     """References, then the methods, best first, on the set of a name."""
     references = [_standing(run, None, name) for run in experiment.references]
-    colors = zip(experiment.methods, experiment.colors, strict=True)
-    methods = [_standing(run, color, name) for run, color in colors]
+    methods = [_standing(run, color, name) for color, run in enumerate(experiment.methods)]
     order = sorted([one for one in methods if one is not None], key=lambda one: -one.mean)
     differences = _differences(experiment, [one.run for one in order], name)
     ranked = [

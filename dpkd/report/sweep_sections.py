@@ -163,7 +163,7 @@ def by_length(experiment: Experiment, name: str) -> list[Block]:
 
 def colors_by_name(experiment: Experiment) -> dict[str, int]:
     """Of the methods."""
-    return {run.name: color for run, color in zip(experiment.methods, experiment.colors, strict=True)}
+    return {run.name: color for color, run in enumerate(experiment.methods)}
 
 
 def more_metrics(experiment: Experiment, name: str) -> list[Block]:
@@ -223,7 +223,7 @@ def other_sets(experiment: Experiment) -> list[Block]:
 def collapse(experiment: Experiment) -> list[Block]:
     """A row for each method with pairs: means over its runs at the first and last logged step, and which collapsed."""
     rows = []
-    for method, color in zip(experiment.methods, experiment.colors, strict=True):
+    for color, method in enumerate(experiment.methods):
         runs = [run for run in members(method) if has_pairs(run)]
         if not runs:
             continue
@@ -323,7 +323,7 @@ def differing_settings(experiment: Experiment) -> list[Block]:
         return []
     rows = [
         [TableCell(run.name, color=color), *(TableCell(own.get(path, "–")) for path in own_paths)]
-        for run, color, own in zip(experiment.methods, experiment.colors, configs, strict=True)
+        for color, (run, own) in enumerate(zip(experiment.methods, configs, strict=True))
     ]
     return [Table(_heads("run", *own_paths), rows, "Where the methods differ")]
 

@@ -21,6 +21,7 @@ from dpkd.data.templates import chat_lead
 from dpkd.errors import DpkdError
 from dpkd.io import JsonLog, read_json, write_json
 from dpkd.locks import file_lock
+from dpkd.models.device import attend_without_plans
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings, TeacherSettings
@@ -117,6 +118,7 @@ def _loaded(
     model: ModelSettings, tokenizer: Any, prompts: Sequence[Prompt], sampling: SamplingSettings
 ) -> GenerationModel:
     """The model, for these prompts."""
+    attend_without_plans()
     lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
     check_ids(prompts, lm.get_input_embeddings().weight.shape[0], str(model.model))
     longest = max((len(p.prompt_ids) for p in prompts), default=0) + sampling.max_new_tokens

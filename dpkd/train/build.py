@@ -53,6 +53,9 @@ from dpkd.train.train_step import TrainStep
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Columns on a GPU: masks of other widths are copied in every layer, and compiled code has a second form for them.
+ALIGNED = 8
+
 
 @dataclass(kw_only=True)
 class RunParts:
@@ -279,10 +282,11 @@ class _Models:
             for who, model in models.items():
                 if (reason := why_not(model, Layout(packed=True))) is not None:
                     raise DpkdError(f"batch.packing: the {who} cannot read packed rows: {reason}. Leave it at auto.")
-        shared = Layout(batch.shared_prompts, packed)
-        if shared.shared and any(why_not(model, shared) is not None for model in models.values()):
-            return Layout(packed=packed)
-        return shared
+        on_gpu = next(self.student.parameters()).device.type == "cuda"
+        wanted = Layout(batch.shared_prompts, packed, ALIGNED if on_gpu and not packed else 1)
+        if wanted.shared and any(why_not(model, wanted) is not None for model in models.values()):
+            return wanted._replace(shared=False)
+        return wanted
 
 
 def _compile(
@@ -310,7 +314,9 @@ def _compile(
         # A setting that follows the step would be compiled into the loss, and again at every step.
         if objective.spec.family is Family.PAIR or HIDDEN & objective.reads or objective.schedules or by_kernel:
             continue
-        reasons[f"the loss {objective.spec.name}"] = compile_loss(loss, partial(_small_inputs, objective.reads, device))
+        reasons[f"the loss {objective.spec.name}"] = compile_loss(
+            loss, partial(_few_rows, objective.reads, device, models.vocabulary)
+        )
     done = [what for what, reason in reasons.items() if reason is None]
     if done:
         display.say(f"compiled: {', '.join(done)} (train.compile)")
@@ -319,8 +325,9 @@ def _compile(
             display.say(f"not compiled: {what}, {reason}")
 
 
-def _small_inputs(reads: frozenset[Signal], device: torch.device) -> Any:
-    return sample_inputs(reads, device, vocabulary=64)[1].only(reads)
+def _few_rows(reads: frozenset[Signal], device: torch.device, vocabulary: int) -> Any:
+    """Of the vocabulary of the run: code for a smaller one would be compiled in vain."""
+    return sample_inputs(reads, device, vocabulary)[1].only(reads)
 
 
 def _pays(code: Sequence[Hashable], steps: int, given: InMemory) -> bool:

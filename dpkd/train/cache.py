@@ -19,6 +19,7 @@ from dpkd.config.resolve import Resolved
 from dpkd.data.batches import TokenSequence
 from dpkd.data.templates import template_fingerprint
 from dpkd.errors import DpkdError
+from dpkd.models.device import attend_without_plans
 from dpkd.models.tokenizers import tokenizer_fingerprint
 from dpkd.rollout.response_generators import RankShards
 from dpkd.teachers.offers import why_not
@@ -78,6 +79,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
             objective.spec, objective.config, objective.reads, set(objective.writers), manifest.offer
         ):
             raise DpkdError(problem)
+    attend_without_plans()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.load(device)
     teacher.share(run_data.tokenizer, vocabulary)

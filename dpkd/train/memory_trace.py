@@ -142,4 +142,4 @@ def pair_chunk() -> float:
 
 def _logits(vocabulary: int = VOCABULARY) -> Tensor:
     """Small logits with distinct values, from no random state."""
-    return torch.linspace(-3.0, 3.0, ROWS * vocabulary).sin().view(ROWS, vocabulary)
+    return torch.linspace(-3.0, 3.0, ROWS * vocabulary).view(ROWS, vocabulary).sin()

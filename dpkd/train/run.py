@@ -14,7 +14,14 @@ from dpkd.config.resolve import Resolved
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
 from dpkd.evaluation.evaluator import metric_specs
-from dpkd.models.device import allow_tf32, device_of, out_of_memory, precision_of, precision_sentence
+from dpkd.models.device import (
+    allow_tf32,
+    attend_without_plans,
+    device_of,
+    out_of_memory,
+    precision_of,
+    precision_sentence,
+)
 from dpkd.models.in_memory import InMemory
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint
@@ -143,6 +150,7 @@ def _accelerator(resolved: Resolved) -> Accelerator:
     set_seed(resolved.settings.seed)
     precision = precision_of(train.precision, device_of(train.device))
     allow_tf32()
+    attend_without_plans()
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=train.device == "cpu")
 
 

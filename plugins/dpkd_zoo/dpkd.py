@@ -49,7 +49,10 @@ SPEC = LossSpec(
         "a corpus. By default the LM term on data-set responses replaces it, with weight 1: the released script also "
         "weighs cross-entropy and preference equally. Algorithm 1 samples the student's response again at every step; "
         "text.refresh=per_epoch or once is cheaper. Eq. 11 and 30 print the weight of the gradient inverted; the "
-        "gradient of Eq. 8 has σ(r̂(yₛ) - r̂(yₜ)). The released code implements another objective: dpkd-token.",
+        "gradient of Eq. 8 has σ(r̂(yₛ) - r̂(yₜ)). On fresh pairs the mean gradient of Eq. 8 is that of seqkd exactly at "
+        "β = 1, and in proportion to it for a small β or where no pair is won (docs/results.md): it imitates the "
+        "teacher's text as that is sampled, so sample it cooler than at temperature 1. The released code "
+        "implements another objective: dpkd-token.",
         latex=r"-\log\sigma\Big(\frac{\beta}{|y_t|}\log\frac{q(y_t)}{p(y_t)} - \frac{\beta}{|y_s|}"
         r"\log\frac{q(y_s)}{p(y_s)}\Big)",
     ),

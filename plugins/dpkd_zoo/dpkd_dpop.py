@@ -18,16 +18,11 @@ from dpkd_zoo.papers import DPKD, DPKD_CODE, SMAUG, at
 class DPKDDPOPConfig(LossConfig):
     """Strength, weight of the penalty, length normalization."""
 
-    beta: float = setting(
-        0.1,
-        description="β of the implicit reward",
-        source="released arguments.py of DPKD (Smaug's value not confirmed)",
-        gt=0,
-    )
+    beta: float = setting(0.1, description="β of the implicit reward", source="released arguments.py of DPKD", gt=0)
     dpop_weight: float = setting(
         50.0,
         description="λ: what each nat that log q(y_t) falls short subtracts from the margin",
-        source="released arguments.py of DPKD (Smaug's value not confirmed)",
+        source="released arguments.py of DPKD; Smaug's authors, issue 2: 5 to 500 differ little",
         ge=0,
     )
     aggregation: pairs.Aggregation = pairs.aggregation("mean", "DPKD Eq. 9 (Smaug: sum)")
@@ -54,7 +49,10 @@ SPEC = LossSpec(
         formula="-log σ(β·(h - λ·max(0, log(p(yₜ)/q(yₜ))))),  h = log(q(yₜ)/p(yₜ)) - log(q(yₛ)/p(yₛ)), log-ratios "
         "divided by |y|",
         sources=(
-            at(SMAUG, "the DPOP loss (equation number not confirmed)"),
+            at(
+                SMAUG,
+                "the penalty inside σ, as in PaddlePaddle/PaddleNLP, paddlenlp/transformers/dpo_criterion.py, dpop",
+            ),
             at(DPKD, "Eq. 9; DPOP is cited in §4.4"),
             at(DPKD_CODE, "main.py:242-246: --DPOP, another form, see dpkd-token"),
         ),
@@ -66,7 +64,8 @@ SPEC = LossSpec(
         "makes it a floor at the teacher's own likelihood, and the student starts below it. DPKD's released code has "
         "the penalty per token, outside σ and not multiplied by β (dpkd-token with form=dpop); here it is inside, as "
         "in Smaug. λ = 0 is dpkd. Costs the same as dpkd: two responses per prompt through student and teacher, about "
-        "twice kd, plus sampling.",
+        "twice kd, plus sampling. The paper's first version misplaces a bracket, corrected by its authors "
+        "(abacusai/smaug, issue 2).",
         latex=r"-\log\sigma\Big(\beta\Big[\log\frac{q(y_t)}{p(y_t)}-\log\frac{q(y_s)}{p(y_s)}-\lambda\max\Big(0,\log\frac{p(y_t)}{q(y_t)}"
         r"\Big)\Big]\Big)",
     ),

@@ -50,8 +50,8 @@ SPEC = LossSpec(
         formula="max(0, 1 - β·(log(q(yₜ)/p(yₜ)) - log(q(yₛ)/p(yₛ))))",
         sources=(
             at(SLIC, "§2, the calibration loss max(0, δ - log q(y⁺) + log q(y⁻))"),
-            at(RSO, "hinge-norm: log-ratios to a reference (equation number not confirmed)"),
-            at(TRL_PREFERENCE, "DPOTrainer, loss_type hinge"),
+            at(RSO, "hinge-norm: log-ratios to a reference, as quoted in TRL's docs/source/paper_index.md"),
+            at(TRL_PREFERENCE, "DPOTrainer, loss_type hinge (trl/trainer/dpo_trainer.py)"),
         ),
         use_when="Margins run away with dpkd: pairs that are in order leave the gradient to the others.",
         avoid_when="Log-probs per token (aggregation=mean) with a small β: no margin per token reaches 1/β = 10 nats, "

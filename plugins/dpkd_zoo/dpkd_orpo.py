@@ -20,7 +20,10 @@ class DPKDORPOConfig(LossConfig):
     """The weight of the preference beside the likelihood."""
 
     odds_weight: float = setting(
-        0.1, description="λ of the odds-ratio part", source="ORPO Table 7 (Mistral-ORPO-β), by TRL: its beta", gt=0
+        0.1,
+        description="λ of the odds-ratio part",
+        source="released run_mistral_orpo_beta.sh: --alpha (TRL: its beta)",
+        gt=0,
     )
 
 
@@ -48,18 +51,18 @@ SPEC = LossSpec(
         summary="Likelihood of the teacher's response, plus a preference by the odds of both; no reference.",
         formula="-log P(yₜ) - λ·log σ(log(P(yₜ)/(1-P(yₜ))) - log(P(yₛ)/(1-P(yₛ)))),  P(y) = q(y)^(1/|y|)",
         sources=(
-            at(ORPO, "the objective and the odds-ratio loss (equation numbers not confirmed)"),
-            at(TRL_PREFERENCE, "ORPOTrainer"),
+            at(ORPO, "Eq. 4 and 7, as numbered in TRL's code; released code xfactlab/orpo, src/orpo_trainer.py"),
+            at(TRL_PREFERENCE, "ORPOTrainer (trl/experimental/orpo/orpo_trainer.py)"),
         ),
         use_when="Only the teacher's text is available, and one run should do both fine-tuning and preference: it "
         "needs no SFT student, no reference and no LM term.",
         avoid_when="The teacher can score: dpkd uses what it knows. With λ = 0.1 the preference is a nudge beside the "
         "likelihood.",
-        notes="The idea of ORPO-Distill (2509.25100; its text mix is not confirmed, see the zoo's page). TRL takes "
+        notes="The objective of ORPO-Distill (2509.25100), whose mixed-policy student text is not built in. TRL takes "
         "the likelihood over prompt and response, as a mean over all tokens of the batch; here it is over the "
         "response, and all pairs weigh the same, as in the paper. Where P rounds to 1 the odds are infinite and TRL "
-        "returns a NaN; here log(1-P) stops at -13.8. Costs two responses per prompt through the student, none "
-        "through the teacher, plus sampling both.",
+        "returns a NaN; here log(1-P) stops at -13.8. Costs two responses per prompt through the student, none through "
+        "the teacher, plus sampling both.",
         latex=r"-\log P(y_t)-\lambda\log\sigma\Big(\log\frac{P(y_t)}{1-P(y_t)}-\log\frac{P(y_s)}{1-P(y_s)}\Big), "
         r"\qquad P(y)=q(y)^{1/|y|}",
     ),

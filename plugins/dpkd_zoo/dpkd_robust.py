@@ -49,9 +49,9 @@ SPEC = LossSpec(
         summary="An unbiased preference loss when a known share of the student's responses beats the teacher's.",
         formula="(-(1-ε)·log σ(m) + ε·log σ(-m)) / (1-2ε),  m = β/|yₜ|·log(q(yₜ)/p(yₜ)) - β/|yₛ|·log(q(yₛ)/p(yₛ))",
         sources=(
-            at(RDPO, "the rDPO loss (equation number not confirmed; formula as in TRL's paper index)"),
+            at(RDPO, "the rDPO loss, as quoted in TRL's docs/source/paper_index.md"),
             at(DPKD, "Eq. 9"),
-            at(TRL_PREFERENCE, "DPOTrainer, loss_type robust"),
+            at(TRL_PREFERENCE, "DPOTrainer, loss_type robust (trl/trainer/dpo_trainer.py)"),
         ),
         use_when="Pairs are labeled by who wrote them, not by a judge, and you can say how often the student's "
         "response is the better one.",

@@ -18,9 +18,9 @@ from dpkd_zoo.papers import FITNETS, TINYBERT, at
 class HiddenMSEConfig(LossConfig):
     """Which layers, and whether a projection maps one width to the other."""
 
-    layers: Literal["even", "last"] = hidden.layers("even", "TinyBERT: the uniform mapping")
+    layers: Literal["even", "last"] = hidden.layers("even", "TinyBERT's released code: every (M/N)-th layer")
     pairs: tuple[tuple[int, int], ...] = hidden.pairs()
-    projection: Literal["learned", "none"] = hidden.projection("TinyBERT: W_h")
+    projection: Literal["learned", "none"] = hidden.projection("TinyBERT's released code: fit_dense")
 
 
 class HiddenMSELoss(TokenLoss[HiddenMSEConfig]):
@@ -44,9 +44,10 @@ SPEC = LossSpec(
         sources=(
             at(
                 TINYBERT,
-                "the hidden-state loss MSE(H^S W_h, H^T) and its layer mapping (equation number not confirmed)",
+                "released code huawei-noah/Pretrained-Language-Model, TinyBERT/general_distill.py: rep_loss and the "
+                "mapping of layers; transformer/modeling.py: fit_dense is W",
             ),
-            at(FITNETS, "hint training (equation number not confirmed)"),
+            at(FITNETS, "hint training; as in megvii-research/mdistiller, mdistiller/distillers/FitNet.py"),
         ),
         use_when="The student consists of some of the teacher's layers, and logits alone converge slowly: beside kd "
         "(terms.extra), often only in the first part of training.",

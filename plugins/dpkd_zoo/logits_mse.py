@@ -41,7 +41,10 @@ SPEC = LossSpec(
         summary="Half the mean squared difference of the models' centered logits: every token counts the same.",
         formula="1/(2V)·Σᵥ (z̃_q(v) - z̃_p(v))²,  z̃ = z - mean of z over the vocabulary",
         sources=(
-            at(BA_CARUANA, "the L2 loss on logits, not centered (section not confirmed)"),
+            at(
+                BA_CARUANA,
+                "regression on logits, not centered; as in AberHu/Knowledge-Distillation-Zoo, kd_losses/logits.py",
+            ),
             at(HINTON, "§2.1, Eq. 4: the limit of high temperature"),
             at(KIM_MSE, "MSE against KL"),
         ),

@@ -19,9 +19,15 @@ from dpkd_zoo.papers import SAMPLED_KD, at
 class SampledKLConfig(LossConfig):
     """How many tokens are sampled, from what, and with which seed."""
 
-    samples: int = setting(50, description="S: draws per position", source="2503.16870: 50, about 12 tokens", ge=1)
+    samples: int = setting(
+        50, description="S: draws per position", source="the authors' poster: 50, about 12 tokens", ge=1
+    )
     power: float = setting(
-        1.0, description="τ: tokens are sampled in proportion to p^τ", source="2503.16870: τ = 1", gt=0, le=2
+        1.0,
+        description="τ: tokens are sampled in proportion to p^τ",
+        source="the authors' poster: sampled from p",
+        gt=0,
+        le=2,
     )
     seed: int = setting(0, description="a different seed samples different tokens", source="our choice", ge=0)
 
@@ -82,7 +88,11 @@ SPEC = LossSpec(
         title="Random sampling KD",
         summary="Forward KL from tokens sampled from the teacher: unbiased, where its top k would not be.",
         formula="1/S·Σₛ w(vₛ)·log(p(vₛ)/q(vₛ)),  vₛ ~ r ∝ p^τ,  w = p/r",
-        sources=(at(SAMPLED_KD, "random sampling KD (section not confirmed)"),),
+        sources=(
+            at(
+                SAMPLED_KD, "random sampling KD; the authors' akhilkedia/RandomSamplingKD, ACL_poster/Poster.pdf, box 4"
+            ),
+        ),
         use_when="You want to see what a store of sampled teacher tokens would give before building one: no bias, "
         "little noise.",
         avoid_when="The teacher is available: fkl is exact. Sampling saves storage, not time, as long as logits are "

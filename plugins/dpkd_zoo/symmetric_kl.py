@@ -52,7 +52,11 @@ SPEC = LossSpec(
         summary="A fixed mix of mode covering and mode seeking.",
         formula="(1-λ)·KL(p‖q) + λ·KL(q‖p)",
         sources=(
-            at(JEFFREYS, "the sum of both directions (section not confirmed)"),
+            at(
+                JEFFREYS,
+                "the divergence named after it; λ = ½ as in tensorflow/probability, "
+                "tensorflow_probability/python/vi/csiszar_divergence.py, jeffreys",
+            ),
             at(AKL, "Table 1, FKL+RKL"),
             at(ABKD, "released code, WSD"),
         ),

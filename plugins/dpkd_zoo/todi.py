@@ -20,7 +20,7 @@ class ToDiConfig(LossConfig):
     beta: float = setting(
         1.0,
         description="β: slope of the weight; 0 is (forward + reverse)/2, large is a hard choice",
-        source="ToDi: β = 1",
+        source="ToDi's released code: σ(log p/q), so 1",
         ge=0,
     )
 
@@ -49,7 +49,7 @@ SPEC = LossSpec(
         title="Token-wise distillation",
         summary="Forward or reverse KL, weighted for each token of the vocabulary by its log-ratio.",
         formula="Σᵥ [s·p·log(p/q) + (1-s)·q·log(q/p)],  s(v) = σ(β·log(p(v)/q(v))), no gradient through s",
-        sources=(at(TODI, "the ToDi objective (equation numbers not confirmed)"),),
+        sources=(at(TODI, "released code jungseongryong/ToDi, code/criterions/various_divergence.py, compute_ToDi"),),
         use_when="Off-policy distillation where neither direction alone fits: underestimated tokens are lifted, "
         "overestimated ones suppressed.",
         avoid_when="Either model excludes tokens (infinite), or you want a plain baseline: symmetric-kl is β = 0.",

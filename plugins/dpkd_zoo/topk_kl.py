@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
 from dpkd.functional import kl, log_total, with_rest
-from dpkd_zoo.papers import SAMPLED_KD, at
+from dpkd_zoo.papers import SAMPLED_KD, TRL, at
 
 
 class TopKKLConfig(LossConfig):
     """How many tokens, and how the others are treated."""
 
-    k: int = setting(64, description="tokens kept per position; more than V: all", source="usual: 5 to 64", ge=1)
+    k: int = setting(64, description="tokens kept per position; more than V: all", source="our choice", ge=1)
     tail: Literal["bucket", "renormalise"] = setting(
         "bucket",
         description="the rest as one more token, or both models renormalized over the k tokens",
@@ -58,7 +58,13 @@ SPEC = LossSpec(
         title="Forward KL on the teacher's top k",
         summary="KL(p‖q) over the teacher's k likeliest tokens and one bucket for the rest.",
         formula="Σ_{v∈K} p(v)·log(p(v)/q(v)) + p(K̄)·log(p(K̄)/q(K̄)),  K = the k likeliest under p",
-        sources=(at(SAMPLED_KD, "its top-k baselines; the bucket is folklore"),),
+        sources=(
+            at(
+                SAMPLED_KD,
+                "the ghost token; the authors' akhilkedia/RandomSamplingKD, ACL_poster/Presentation.pptx, p. 12",
+            ),
+            at(TRL, "trl/experimental/iw_opd/iw_opd_trainer.py: _add_tail_bucket"),
+        ),
         use_when="The teacher is a store of its top-k log-probs, or its tail is noise to be ignored.",
         avoid_when="Speed is the goal: with a live teacher all logits are there, and choosing costs more than it "
         "saves.",

@@ -30,7 +30,14 @@ SPEC = LossSpec(
         title="Total variation distance",
         summary="Half the summed gap |p - q|: symmetric, and never above 1.",
         formula="½·Σᵥ |p(v) - q(v)|",
-        sources=(at(FDISTILL, "TVD distillation (section not confirmed)"), at(DISTILLM, "losses.py, tv_distance")),
+        sources=(
+            at(
+                FDISTILL,
+                "Eq. 9: whole sequences; Eq. 10: the bound by steps; released code MANGA-UOFA/fdistill, dart/kd.py, "
+                "calc_tvd_loss",
+            ),
+            at(DISTILLM, "losses.py, tv_distance"),
+        ),
         use_when="The data or the teacher is noisy: no token can cost more than its own mass. It bounds how often two "
         "samplers differ, which decides the speed of speculative decoding.",
         avoid_when="Student and teacher are far apart: the gradient is almost 0 where q has no mass. Start from SFT.",

@@ -19,17 +19,20 @@ class ULDConfig(LossConfig):
     uld_weight: float = setting(
         1.5,
         description="λ: weight of the distance between sorted probabilities",
-        source="released results (d1.5) of the authors' code (TRL: 1.0)",
+        source="released configs/distillation.py: distil_factor (TRL: 1.0)",
         gt=0,
     )
     ce_weight: float = setting(
         1.0,
         description="weight of the cross-entropy on the text; 0: the distance alone",
-        source="the paper (TRL: 0)",
+        source="released configs/distillation.py: cross_entropy_factor (TRL: 0)",
         ge=0,
     )
     temperature: float = setting(
-        1.0, description="divides both models' logits in the distance", source="the paper and TRL: 1", gt=0
+        1.0,
+        description="divides both models' logits in the distance",
+        source="released DistillationLoss and TRL: 1",
+        gt=0,
     )
 
 
@@ -59,7 +62,7 @@ SPEC = LossSpec(
         summary="Cross-entropy, and an L1 distance between sorted probabilities: for teachers with another tokenizer.",
         formula="-log q(text of the row) + λ·Σᵢ |p₍ᵢ₎ - q₍ᵢ₎|,  p₍ᵢ₎ the i-th largest probability",
         sources=(
-            at(ULD, "the ULD loss (equation number not confirmed)"),
+            at(ULD, "released code Nicolas-BZRD/llm-recipes, models/distillation_model.py, DistillationLoss"),
             at(TRL_GOLD, "ULDLoss with use_extended_uld"),
         ),
         use_when="The only good teacher has another tokenizer, and the text is given (or written by the teacher).",
@@ -68,11 +71,10 @@ SPEC = LossSpec(
         notes="Where tokenizers differ, a row is a span of text that both delimit, and the distance is taken where "
         "both models have read the same text and predict how the span begins; the cross-entropy is that of the whole "
         "span. The paper pairs the t-th tokens of both responses instead and cuts the longer: after the first "
-        "difference these are at different places of the text. The mean is over spans (paper and TRL: over tokens, "
-        "per response). The end of a response is a span of its own (TRL leaves it out). The distance is that of TRL's "
-        "code; the paper's L_CE + λ·L_ULD is confirmed by published summaries, its λ = 1.5 by the names of its "
-        "released results. A distance of sorted probabilities is at most 2. Cost: the k largest probabilities of each "
-        "model per row, k the size of the smaller vocabulary, and the teacher's forward pass in its own tokens.",
+        "difference these are at different places of the text. The mean is over spans (paper and TRL: over tokens, per "
+        "response). The end of a response is a span of its own (TRL and the released training script leave it out). A "
+        "distance of sorted probabilities is at most 2. Cost: the k largest probabilities of each model per row, k the "
+        "size of the smaller vocabulary, and the teacher's forward pass in its own tokens.",
         latex=r"-\log q(\text{text of the row})+\lambda\sum_i\big|p_{(i)}-q_{(i)}\big|, \qquad p_{(i)}\text{ the "
         r"}i\text{-th largest}",
     ),

@@ -210,3 +210,32 @@ def test_a_set_of_the_papers_from_a_folder(here):
         DpkdError, match=r"no row of 3 is left to score: 1 first references of at most 10 words; 2 prompts"
     ):
         call("--model", "student", "--data", "sinst", "--sets-folder", "sets", *long)
+
+
+@pytest.mark.parametrize(("columns", "beside"), [(80, (3, 1)), (200, (4,))])
+def test_scores_by_length_fit_the_terminal(here, columns, beside):
+    """Buckets that do not fit beside each other are printed below each other, and buckets without rows only named."""
+    output = call(*("--model", "student", "--data", "one.jsonl", *QUICK), "--cuts", "1,2,3,30,70", columns=columns)
+    assert max(map(len, output.splitlines())) <= columns
+    assert "…" not in output
+    buckets = scores("runs/eval/student/one")["lengths"]["buckets"]
+    filled = [bucket for bucket in buckets if bucket["rows"]]
+    assert [bucket["label"] for bucket in buckets if not bucket["rows"]] == ["(30,70]", "(70,∞)"]
+    assert "no rows in (30,70], (70,∞)\n" in output
+    blocks = output.split("by reference length (words)")[1:]
+    assert [len(re.findall(r"\(\d+,\d+\]", block.splitlines()[0])) for block in blocks] == list(beside)
+    for name, printed_as in (("exact_match", "exact match"), ("words", "words per answer")):
+        lines = [re.search(rf"^ {printed_as} +(.+)$", block, flags=re.MULTILINE)[1] for block in blocks]
+        means = [float(mean) for line in lines for mean in re.findall(r"(\S+) ± ", line)]
+        assert means == pytest.approx([bucket["metrics"][name]["mean"] for bucket in filled], abs=5e-3)
+
+
+@pytest.mark.parametrize(("columns", "spread"), [(80, False), (200, True)])
+def test_the_overview_has_one_line_for_each_model(here, columns, spread):
+    models = ("--model", "student", "--model", "teacher", "--teacher", "teacher")
+    output = call(*models, "--data", "one.jsonl", *QUICK, columns=columns)
+    assert max(map(len, output.splitlines())) <= columns
+    overview = output[output.rindex("answers and scores:") :]
+    lines = [line for line in overview.splitlines() if re.match(r" (student|teacher) +one +4 ", line)]
+    assert [len(re.findall(r"\d\.\d+", line)) for line in lines] == [7 if spread else 5] * 2
+    assert ("±" in overview) is spread

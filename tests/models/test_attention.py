@@ -22,7 +22,13 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES, intermediate_size=64),
     "qwen2": Qwen2Config(**SIZES, intermediate_size=64, num_key_value_heads=2),
 }
-LAYOUTS = [Layout(shared=True), Layout(packed=True), Layout(shared=True, packed=True)]
+LAYOUTS = [
+    Layout(shared=True),
+    Layout(packed=True),
+    Layout(shared=True, packed=True),
+    Layout(columns=8),
+    Layout(shared=True, columns=8),
+]
 PAIRS = [
     TokenSequence((5, 6, 7), (8, 9, 3)),
     TokenSequence((10, 4, 11, 12), (13,)),
@@ -56,7 +62,8 @@ def test_hidden_states_and_gradients_equal_those_of_separate_rows(family, attent
     largest = max(values.abs().max().item() for values in (expected, *expected_gradients))
     for layout in LAYOUTS:
         batch = collate(PAIRS, pad_id=3, layout=layout)
-        assert batch.input_ids.shape[0] == (1 if layout.packed else 3)
+        assert batch.input_ids.shape[0] == (1 if layout.packed else 3 if layout.shared else 6)
+        assert batch.input_ids.shape[1] % layout.columns == 0
         ours, our_gradients = gradients(model, batch)
         for own, want in zip([ours, *our_gradients], [expected, *expected_gradients], strict=True):
             torch.testing.assert_close(own, want, rtol=0.0, atol=1e-10 if exact else 512 * 2.0**-24 * largest)

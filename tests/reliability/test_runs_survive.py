@@ -249,6 +249,20 @@ def test_damaged_records_of_a_finished_run_are_named(name, damage, finished, qui
     assert finished.is_finished
 
 
+def test_settings_that_lost_their_second_half_are_named_by_all_who_read_them(finished, quiet):
+    """Half a file of YAML is a file of YAML: without its checksum, a report would leave out the rest."""
+    from dpkd.evaluation.target import find_target
+    from dpkd.report.reading import read_run
+
+    lines = finished.config.read_text().splitlines(keepends=True)
+    finished.config.write_text("".join(lines[: len(lines) // 2]))
+    said = r"config\.resolved\.yaml is not the file .*Restore it; run\.json has the command of the run"
+    with pytest.raises(DpkdError, match=said):
+        read_run(finished.path)
+    with pytest.raises(DpkdError, match=said):
+        find_target(str(finished.path), None)
+
+
 # --- the development set ---------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from dpkd.cli.main import app
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.report import drawing
 from dpkd.report.bootstrap import mean_interval
+from dpkd.report.charts import Curve, LinePanel
 from dpkd.report.drawing import GLYPHS, PALETTE, svg
-from dpkd.report.experiment import Experiment, colors_of, read_experiment
+from dpkd.report.experiment import Experiment, read_experiment
 from dpkd.report.page import sweep_page
 from dpkd.report.ranking import Standing, front, sets_of, standings
 from dpkd.report.sweep_charts import (
@@ -136,7 +138,7 @@ def test_what_each_run_is_for(folder: Path) -> None:
         ("mixed-opd", "left"),
     ]
     assert found.baseline == "given-sft"
-    assert found.colors == [0, 20, 1, 21, 2], "a hue for each stage, a marker for each of its runs"
+    assert [color for _, color in found.members] == [0, 1, 2, 3, 4]
 
 
 def test_a_folder_that_moved_and_says_nothing_of_itself(folder: Path, tmp_path: Path) -> None:
@@ -145,7 +147,6 @@ def test_a_folder_that_moved_and_says_nothing_of_itself(folder: Path, tmp_path: 
     moved = folder.rename(tmp_path / "elsewhere")
     found = read_experiment(moved)
     assert [run.name for run in found.references] == ["start", "teacher"]
-    assert found.colors == list(range(len(found.methods)))
     assert "What is missing" not in words_of(found)
 
 
@@ -344,14 +345,43 @@ def test_the_page_is_whole(folder: Path) -> None:
     assert str(folder.parent) not in text, "paths of this machine stay here"
 
 
-def test_twenty_five_runs_look_different(tmp_path: Path) -> None:
-    """A color and a marker for each: in the text of the page, and in the drawings."""
-    stages = [f"s{place % 5}" for place in range(25)]
-    colors = colors_of(stages)
-    looks = {(color % len(PALETTE), color // len(PALETTE) % len(GLYPHS)) for color in colors}
-    assert len(looks) == 25
-    assert len({color % len(PALETTE) for color in colors}) == 5
+def drawn_looks(colors: Sequence[int]) -> list[tuple[str, str, str]]:
+    """Color, dashes and shape of the markers of each curve, as the drawing of a chart has them."""
+    curves = tuple(Curve(f"run {c}", c, tuple(range(50)), tuple(c + s / 50 for s in range(50))) for c in colors)
+    drawn = svg(LinePanel("key", "title", curves, by_run=True))
+    shapes = dict(re.findall(r'<path id="(\w+)" d="([^"]*)"', drawn))
+    line = r'style="fill: none; (?:stroke-dasharray: ([^;]*);[^"]*)?stroke: var\(--(c\d+)\)[^"]*"/>'
+    marker = r'<use xlink:href="#(\w+)"[^>]*fill: var\(--c'
+    return [
+        (color, dashes, shapes[re.search(marker, rest)[1]])
+        for dashes, color, rest in re.findall(rf"{line}(.*?)(?=<path d|$)", drawn, flags=re.DOTALL)
+    ]
+
+
+@pytest.mark.parametrize("colors", [range(6), range(5, 11), [3, 7, 11, 15], range(32), [0, 20, 40, 60]])
+def test_the_curves_of_a_chart_look_different(colors: Sequence[int]) -> None:
+    """Each in color, and each without it: by dashes and markers."""
+    looks = drawn_looks(colors)
+    assert [color for color, _, _ in looks] == [f"c{color % len(PALETTE)}" for color in colors]
+    assert len({(dashes, shape) for _, dashes, shape in looks}) == len(looks)
+    if len(colors) <= len(PALETTE) and max(colors) < len(PALETTE):
+        assert len({color for color, _, _ in looks}) == len(looks)
+
+
+def test_no_two_of_forty_runs_look_the_same_in_a_table() -> None:
+    assert len({(color % len(PALETTE), color % len(GLYPHS)) for color in range(40)}) == 40
     assert len(set(GLYPHS)) == len(drawing.MARKERS) == len(GLYPHS)
+
+
+def test_pairs_of_one_stage_have_colors_of_their_own(folder: Path) -> None:
+    """The charts of the collapse and their legend, which is the table above them."""
+    found = read_experiment(folder)
+    own = {"pairs-dpkd": 2, "pairs-dpo": 3}
+    for panel in collapse_panels(found):
+        assert {curve.label: curve.color for curve in panel.curves} == own
+    text = sweep_page(found)
+    for name, color in own.items():
+        assert f'<span class="run c{color} m{color % len(GLYPHS)}">{name}</span>' in text
 
 
 def test_a_sweep_that_has_hardly_begun(tmp_path: Path) -> None:

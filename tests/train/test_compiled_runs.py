@@ -10,7 +10,7 @@ from rich.console import Console
 from dpkd.models import compile as compiling
 from dpkd.models.compile import WORTH_STEPS
 from dpkd.models.in_memory import InMemory
-from dpkd.train import sweep_runners
+from dpkd.train import build, run, sweep_runners
 from dpkd.train.build import _pays
 from dpkd.train.sweep import read_sweep
 from dpkd.train.sweep_running import run_sweep
@@ -92,3 +92,16 @@ def test_a_sweep_says_how_many_runs_are_left(settings_of, toy, tmp_path, monkeyp
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "runs"), "stages": stages}))
     run_sweep(read_sweep(tmp_path / "sweep.yaml"), console=Console(quiet=True))
     assert left == [4, 4, 4, 4]  # none of these is finished: nothing was trained
+
+
+@pytest.mark.parametrize("loss", ["kd", "akl", "opd"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_is_compiled_for_the_inputs_that_it_gets(
+    loss, precision, graphs, settings_of, quiet, tmp_path, monkeypatch
+):
+    """Signals in one order, views where the engine has views, the vocabulary of the run: no step compiles it again."""
+    monkeypatch.setattr(build, "compile_checked", lambda *_args, **_kwargs: "left as they are")
+    changes = {"train.compile": "on", "train.precision": precision, "train.steps": 3, "output": str(tmp_path / "run")}
+    run.train(settings_of(loss, changes), console=quiet)
+    assert len(graphs) == 4
+    assert graphs == [1, 1, 1, 1]

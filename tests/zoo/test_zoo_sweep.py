@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import math
+import re
 from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -243,6 +244,31 @@ def test_a_loss_imports_what_a_strangers_could(path: Path) -> None:
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert modules - allowed == set()
+
+
+RESERVATION = re.compile(
+    r"(not|n't|un) ?(be )?(confirmed|verified|checked)|from memory|folklore|second hand|summaries", re.IGNORECASE
+)
+
+
+def _reservations(spec: LossSpec) -> list[str]:
+    """What a card and its settings say about their own sources that a reader would have to check."""
+    fields = spec.config.model_json_schema()["properties"] if spec.config.model_fields else {}
+    texts = [spec.card.notes, *(s.where for s in spec.card.sources), *(f["source"] for f in fields.values())]
+    return [text for text in texts if RESERVATION.search(text)]
+
+
+@each_spec
+def test_only_contrib_has_reservations(spec: LossSpec) -> None:
+    """Outside `contrib`, formula and defaults are those of a paper or of code that the card names."""
+    assert spec.card.unconfirmed or not _reservations(spec)
+
+
+def test_reservations_are_found() -> None:
+    """The search above is not blind: it finds what the cards of `contrib` say."""
+    contrib = [spec for spec in SPECS if spec.card.unconfirmed]
+    assert contrib
+    assert all(map(_reservations, contrib))
 
 
 @each_spec
