@@ -13,16 +13,19 @@ import torch
 from torch import nn
 
 from dpkd.errors import DpkdError, described
+from dpkd.models.device import out_of_memory
 from dpkd.models.head import causal_lm
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
 from dpkd.models.quantization import (
+    check_gradient,
     check_quantization,
     explained_packing,
+    keep_layout,
     quantization_of,
     quantization_options,
     quiet_bitsandbytes,
 )
-from dpkd.models.settings import ModelSettings
+from dpkd.models.settings import ModelSettings, StudentSettings
 
 # Of the settings; `auto` is left out.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,7 +78,10 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
             refuse_pickles(str(settings.model))
             loaded = AutoModelForCausalLM.from_pretrained(use_safetensors=True, **options)
             model, report = loaded
-        if packed is not None:
+        if packed is not None and isinstance(settings, StudentSettings):
+            keep_layout(model)
+            check_gradient(model)
+        elif packed is not None:
             _try_out(model)
     _refuse_random_weights(settings.model, report)
     return (model if packed is not None else model.to(device)).eval()
@@ -152,19 +158,25 @@ def longest_sequence(model: nn.Module) -> int | None:
     return context_length(causal_lm(model).config)
 
 
-def new_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal LM of a configuration, with random weights.
+def new_model(config: Any, dtype: torch.dtype = torch.float32, *, blank: bool = False) -> Any:
+    """A causal LM of a configuration, with random weights, or `blank`: with whatever memory held, to be overwritten.
 
     Raises DpkdError when the configuration is not one of a causal LM.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     # A configuration whose class is remote code was loaded with trust: its model may be made as well.
     trusted = type(config).__module__.startswith("transformers_modules")
     try:
-        with quiet_transformers():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        with quiet_transformers(), no_init_weights() if blank else nullcontext():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        if blank:
+            model.tie_weights()  # a part of the initialization
+        return model
     except Exception as error:  # sizes that nobody checks before: readers of configurations take any
+        if isinstance(error, RuntimeError) and out_of_memory(error) is not None:
+            raise
         what = f"{config.name_or_path}: " if config.name_or_path else ""
         raise DpkdError(
             f"{what}a configuration of type {config.model_type} makes no causal language model: {described(error, 200)}"
@@ -199,7 +211,7 @@ def _without_quantisation(model: Any) -> Any:
     config = deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    fresh = new_model(config, model.dtype)
+    fresh = new_model(config, model.dtype, blank=True)
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
     return fresh

@@ -33,13 +33,26 @@ def check_quantization(settings: ModelSettings) -> None:
         )
 
 
-def check_trainable(settings: ModelSettings, device: torch.device) -> None:
-    """Raises DpkdError where gradients cannot pass through packed weights."""
-    if (wanted := quantization_of(settings)) is not None and device.type != "cuda":
-        raise DpkdError(
-            f"{_setting(settings)}={wanted} needs a GPU (CUDA): bitsandbytes has no backward pass through packed "
-            f"weights on the {device.type}. Leave it out: student.lora alone works everywhere"
-        )
+def keep_layout(model: Any) -> None:
+    """Leave 4-bit weights as a backward pass reads them.
+
+    On a CPU with AVX-512 in bf16 the first inference would repack them, and adapters would lose their gradient unsaid.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_gradient(model: Any) -> None:
+    """Raises RuntimeError where no gradient passes through packed weights, after an inference as a run has it."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with torch.no_grad():
+        model.eval()(inputs_embeds=embedded, use_cache=False)
+    logits = model.train()(inputs_embeds=embedded, use_cache=False).logits
+    (grad,) = torch.autograd.grad(logits[0, -1, 0], [embedded])
+    if not bool((grad[0, 0] != 0).any()):  # what reached the first token went through every layer
+        raise RuntimeError("no gradient passes through packed weights")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, adapter: Path | None = 
 
 def _unsharded(model: Any) -> Any:
     """A copy on the CPU of a model that FSDP has sharded, and gathered: it cannot be copied or saved itself."""
-    copy = new_model(causal_lm(model).config)
+    copy = new_model(causal_lm(model).config, blank=True)
     if hasattr(model, "peft_config"):
         from peft import get_peft_model
 

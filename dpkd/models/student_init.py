@@ -49,8 +49,9 @@ def make_student(
         student = given.load_copy(settings, device=device, dtype=torch.float32)
     else:
         config = student_config(settings, teacher.config if teacher is not None else teacher_config, given)
-        student = _fresh(config, seed, DTYPES.get(settings.dtype, torch.float32))
-        if settings.init == "layers":
+        layers = settings.init == "layers"  # all weights are the teacher's
+        student = _fresh(config, seed, DTYPES.get(settings.dtype, torch.float32), blank=layers)
+        if layers:
             if teacher is None:
                 raise DpkdError("student.init `layers` takes the layers of a teacher: name one with --teacher")
             _copy_weights(teacher, student, _kept(settings, teacher.config))
@@ -104,12 +105,12 @@ def _cut_layers(config: Any, kept: list[int]) -> None:
     text.num_hidden_layers = len(kept)
 
 
-def _fresh(config: Any, seed: int, dtype: torch.dtype) -> Any:
-    """A model of a configuration with seeded weights; other random numbers are left alone."""
+def _fresh(config: Any, seed: int, dtype: torch.dtype, *, blank: bool) -> Any:
+    """A model of a configuration with seeded weights, or none that count; other random numbers are left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Made in its type, not cast to it: a cast would also round the rotary frequencies, which stay float32.
-        return new_model(config, dtype)
+        return new_model(config, dtype, blank=blank)
 
 
 def _layer_prefix(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from dpkd.config.teacher import make_teacher
 from dpkd.models.device import device_of, memory_of, teacher_dtype
 from dpkd.models.loading import count_parameters
 from dpkd.models.optimizers import state_bytes
-from dpkd.models.quantization import check_quantization, check_trainable
+from dpkd.models.quantization import check_quantization
 from dpkd.models.sharding import processes_of_shards
 from dpkd.models.student_init import student_config
 from dpkd.train.memory import FLOAT, meta_student, student_bytes
@@ -45,7 +45,6 @@ def with_defaults(resolved: Resolved, display: Display) -> Resolved:
     settings = resolved.settings
     device = device_of(settings.train.device)
     check_quantization(settings.student)
-    check_trainable(settings.student, device)
     teacher = make_teacher(settings.teacher, resolved.registry, resolved.given)
     config = student_config(settings.student, None if teacher is None else teacher.config, resolved.given)
     sizes = _sizes(settings, config, teacher, device)

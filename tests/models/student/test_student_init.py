@@ -277,3 +277,17 @@ def test_a_real_model(shared_stories: str) -> None:
     assert torch.equal(logits(student_of(teacher, layers=5), some), logits(teacher, some))
     apart = [float((logits(student_of(teacher, layers=n), some) - logits(teacher, some)).abs().mean()) for n in (4, 2)]
     assert 0 < apart[0] < apart[1]
+
+
+def test_nothing_is_drawn_for_weights_that_the_teacher_gives(teacher: Any, monkeypatch: Any) -> None:
+    """That would take seconds for 135 M parameters, and minutes for 7 B."""
+
+    def drawn(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("a weight was drawn")
+
+    for name in ("normal_", "uniform_", "kaiming_uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, drawn)
+    student = student_of(teacher, layers=1)
+    tied = student.config.tie_word_embeddings
+    assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
+    assert all(torch.isfinite(p).all() for p in student.state_dict().values())
