@@ -11,6 +11,7 @@ from dpkd.data.encoding import encode, encode_continuations, prompt_prefix, requ
 from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
 from dpkd.data.templates import Form, Rendered, chat_lead, render, template_line
+from dpkd.data.token_cache import RowIds, remembered_ids
 from dpkd.errors import DpkdError
 
 if TYPE_CHECKING:
@@ -99,23 +100,30 @@ def tokenize(
     """
     eos_id = require_eos(tokenizer)
     rendered = [render(example, settings.template, tokenizer) for example in examples]
-    prompt_ids = _encode_prompts(rendered, tokenizer)
     if require_response and (bare := next((e for e in examples if not e.references), None)):
         raise DpkdError(f"{bare.id}: this row has no response to train on.")
     responses = [example.references[0] if example.references else None for example in examples]
-    response_ids = _encode_responses(responses, rendered, tokenizer, eos_id)
-    rejected_ids = _encode_responses([example.rejected for example in examples], rendered, tokenizer, eos_id)
+    rejected = [example.rejected for example in examples]
+    prompt_ids, response_ids, rejected_ids = remembered_ids(
+        [(one.text, one.form, *both) for one, *both in zip(rendered, responses, rejected, strict=True)],
+        tokenizer,
+        lambda: RowIds(
+            _encode_prompts(rendered, tokenizer),
+            _encode_responses(responses, rendered, tokenizer, eos_id),
+            _encode_responses(rejected, rendered, tokenizer, eos_id),
+        ),
+    )
     prompts: list[Prompt] = []
     dropped: Counter[str] = Counter()
     cut = 0
     rows = zip(examples, rendered, prompt_ids, response_ids, rejected_ids, strict=True)
-    for example, text, prompt, response, rejected in rows:
+    for example, text, prompt, response, other in rows:
         if reason := _why_dropped(example, prompt, settings):
             dropped[reason] += 1
             continue
         room = settings.max_tokens - len(prompt)
-        cut += max(len(response), len(rejected)) > room
-        ids = (tuple(response[:room]), tuple(rejected[:room]))
+        cut += max(len(response), len(other)) > room
+        ids = (response[:room], other[:room])
         prompts.append(Prompt(example.id, prompt, ids[0], example.references, text.text, ids[1], example.teacher))
     if not prompts:
         raise _nothing_left(len(examples), dropped)
@@ -192,9 +200,9 @@ def _encode_prompts(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizer
 
 def _encode_responses(
     texts: Sequence[str | None], rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, eos_id: int
-) -> list[list[int]]:
-    """Ids up to and with EOS, uncut; an empty list where there is no response."""
-    results: list[list[int]] = [[] for _ in texts]
+) -> list[tuple[int, ...]]:
+    """Ids up to and with EOS, uncut; none where there is no response."""
+    results: list[tuple[int, ...]] = [() for _ in texts]
     for form, indices in _by_form(rendered).items():
         lead = chat_lead(tokenizer) if form == "chat" else ""
         given = [(i, text) for i in indices if (text := texts[i]) is not None]
@@ -202,7 +210,7 @@ def _encode_responses(
         encoded = encode_continuations(tokenizer, whole, special=form == "none")
         for (i, _), ids in zip(given, encoded, strict=True):
             end = ids.index(eos_id) if eos_id in ids else len(ids)  # a ready response may write its own EOS
-            results[i] = [*ids[:end], eos_id]
+            results[i] = (*ids[:end], eos_id)
     return results
 
 

@@ -29,7 +29,7 @@ _RATES = ((200e6, 5e-4, 1e-3), (1e9, 5e-5, 5e-4), (float("inf"), 1e-5, 2e-4))
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Parameters of both models (teacher: 0 where its size is unknown), and the bytes that they need at least."""
+    """Parameters of both models, without adapters (teacher: 0 where its size is unknown), and the bytes that they need at least."""
 
     student: int
     teacher: int
@@ -86,7 +86,7 @@ def _sizes(settings: RunSettings, config: Any, teacher: Teacher | None, device: 
     needed = (student_bytes(settings, config, parameters) + FLOAT * trained + state) / processes_of_shards()
     if teacher is not None and settings.teacher.device is None:
         needed += teacher.weight_bytes(teacher_dtype(settings.train.precision, device))
-    return _Sizes(parameters, _size_of(teacher), needed)
+    return _Sizes(count_parameters(config), _size_of(teacher), needed)
 
 
 def _size_of(teacher: Teacher | None) -> int:

@@ -133,3 +133,10 @@ def test_the_start_names_device_memory_and_precision(toy, tmp_path):
     first = out.getvalue().splitlines()[0]
     gib = devices.memory_of(torch.device("cpu")) / 2**30
     assert first == f"device: cpu, {gib:.1f} GiB of memory, fp32 (train.device, train.precision)"
+
+
+def test_adapters_do_not_make_a_student_larger_than_its_teacher(toy, heard):
+    display, text = heard
+    with_defaults(_settings(toy, **{"student.model": str(toy / "teacher"), "student.lora": {"r": 64}}), display)
+    assert "for adapters" in text()
+    assert "smaller than the student" not in text()
