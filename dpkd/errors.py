@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from urllib.parse import quote
 
+PIECE = 6  # characters of a key that are hidden wherever they stand together
 _BIDI = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
@@ -69,6 +72,36 @@ def printable(text: str) -> str:
 
 def _acts(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in _BIDI
+
+
+def redacted(text: str, secrets: Sequence[str]) -> str:
+    """A text in which each piece of a secret of `PIECE` characters or more is `…`.
+
+    Found in any case, with white space between, backwards, percent-encoded, as hexadecimal digits and in base64.
+
+    >>> redacted("wrong key sk-ver…, or 's k - v e r y-secret'", ["sk-very-secret"])
+    "wrong key …, or '…'"
+    """
+    forms = [form.lower() for secret in secrets for form in _forms(secret)]
+    sizes = {min(PIECE, len(form)) for form in forms}
+    pieces = {form[i : i + size] for form in forms for size in sizes for i in range(len(form) - size + 1)}
+    places = [i for i, character in enumerate(text) if not character.isspace()]
+    squeezed = "".join(text[i].lower()[:1] for i in places)
+    hidden: set[int] = set()
+    for size in sizes:
+        for i in range(len(squeezed) - size + 1):
+            if squeezed[i : i + size] in pieces:
+                hidden.update(range(places[i], places[i + size - 1] + 1))
+    shown = ["…" if i in hidden else character for i, character in enumerate(text)]
+    return "".join(c for i, c in enumerate(shown) if c != "…" or i == 0 or shown[i - 1] != "…")
+
+
+def _forms(secret: str) -> list[str]:
+    raw = secret.encode()
+    # Base64 depends on what stands before: three alignments, without the characters that mix in a neighbor.
+    shifted = [base64.b64encode(b"\0" * shift + raw).decode().rstrip("=")[(0, 2, 3)[shift] :] for shift in range(3)]
+    encoded = [part[:-1] if len(part) > PIECE else part for part in shifted]
+    return [secret, secret[::-1], quote(secret, safe=""), raw.hex(), *encoded]
 
 
 class PluginDeprecation(FutureWarning):

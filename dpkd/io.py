@@ -8,6 +8,7 @@ the file system refuses (a full disk, no permission) becomes a DpkdError, and th
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from typing import IO, Any
 from dpkd.errors import DpkdError
 
 _TEMPORARY = ".{name}.{token}.tmp"
-_APPEND = os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a log is never a link that somebody planted
+APPEND = os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a log is never a link that somebody planted
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -155,9 +156,11 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
 
 
-def remove_leftovers(*folders: Path) -> None:
-    """Delete what killed processes left half-written in folders; only while their lock is held."""
-    for entry in (entry for folder in folders for entry in folder.glob(".*.tmp")):
+def remove_leftovers(folder: Path, of: str | None = None) -> None:
+    """Delete what killed processes left half-written in a folder, or `of` one file there; only while it is locked."""
+    own = ".*.tmp" if of is None else _TEMPORARY.format(name=glob.escape(of[:100]), token="[0-9a-f]" * 12)
+    foreign = [".tmp??????"] if of is None else []  # where safetensors writes, before it renames
+    for entry in [entry for pattern in (own, *foreign) for entry in folder.glob(pattern)]:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -336,7 +339,7 @@ class JsonLog:
         content = "".join(f"{dumps(row)}\n" for row in rows).encode("utf-8", errors="backslashreplace")
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | _APPEND, 0o666)
+            descriptor = os.open(self.path, os.O_RDWR | APPEND, 0o666)
             try:
                 self._repair(descriptor)
                 append_to(descriptor, content)
@@ -364,7 +367,7 @@ class JsonLog:
 def open_log(path: Path) -> IO[str]:
     """A text file to append to. Raises StorageError for a symbolic link, and when the file system refuses."""
     with storage_errors(path):
-        return os.fdopen(os.open(path, os.O_WRONLY | _APPEND, 0o666), "a", encoding="utf-8")
+        return os.fdopen(os.open(path, os.O_WRONLY | APPEND, 0o666), "a", encoding="utf-8")
 
 
 def append_to(descriptor: int, content: bytes) -> None:

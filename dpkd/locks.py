@@ -1,4 +1,4 @@
-"""The one lock: a file or folder that one process writes at a time."""
+"""The one lock: a file or folder that one process writes at a time, and clears of what killed ones left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.errors import DpkdError
-from dpkd.io import dumps, parsed, storage_errors
+from dpkd.io import dumps, parsed, remove_leftovers, storage_errors
 
 try:
     import fcntl
@@ -38,6 +38,27 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while it is held: who waits for this file looks again
         os.close(descriptor)
+
+
+@contextmanager
+def folder_lock(folder: Path, *inside: str, what: str | None = None) -> Iterator[None]:
+    """Hold the lock of a folder; what killed processes left half-written there, and in folders `inside`, is deleted.
+
+    Raises DpkdError as `lock` does; `what` is the name of the folder for people.
+    """
+    with lock(folder / ".lock", what or str(folder)):
+        for place in (folder, *(folder / name for name in inside)):
+            remove_leftovers(place)
+        yield
+
+
+@contextmanager
+def file_lock(file: Path, *beside: Path, wait: bool = False) -> Iterator[None]:
+    """The same for a file, and for files `beside` it that are written with it; others in its folder stay."""
+    with lock(file.with_name(f".{file.name[:100]}.lock"), str(file), wait=wait):
+        for one in (file, *beside):
+            remove_leftovers(one.parent, of=one.name)
+        yield
 
 
 def _locked(path: Path, what: str, wait: bool) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpkd.errors import DpkdError
 from dpkd.io import read_json, sha256
-from dpkd.locks import lock
+from dpkd.locks import folder_lock
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class RunFolder:
 
     def lock(self) -> AbstractContextManager[None]:
         """For the time of the block no other process may write here. Raises DpkdError, naming who does."""
-        return lock(self.path / ".lock", str(self.path))
+        return folder_lock(self.path, self.checkpoints.name)
 
     def _contents(self) -> list[str]:
         """Names of what the folder holds, without what a run that was killed at its very start leaves behind."""

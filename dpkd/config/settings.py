@@ -92,6 +92,9 @@ class TermSettings(Block):
         return self
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moving average
+
+
 class TrainSettings(Block):
     """The optimizer and the loop."""
 
@@ -120,7 +123,7 @@ class TrainSettings(Block):
     )
     optimizer_settings: dict[str, Any] = Field({}, description="its own settings, such as momentum of muon")
     weight_decay: float = Field(1e-2, ge=0, description="not on biases and norms")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of the AdamW family")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="of the AdamW family")
     eps: float = Field(1e-8, gt=0, description="of the AdamW family")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; None: no clipping")
     ema: float | None = Field(

@@ -101,11 +101,16 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> frozenset[
     """All ids that end a response: the tokenizer's EOS, and those of a model's generation config.
 
     `model` is the model or its generation config; None: the tokenizer alone. Chat models often end a turn with one
-    token and a text with another, and `generate` stops at both.
+    token and a text with another, and `generate` stops at both. Raises DpkdError when these are no ids.
     """
     ids = getattr(getattr(model, "generation_config", model), "eos_token_id", None)
-    more = [ids] if isinstance(ids, int) else ids or ()
-    return frozenset({require_eos(tokenizer), *map(int, more)})
+    more = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+    if not all(isinstance(one, int) and 0 <= one < 2**31 for one in more):
+        raise DpkdError(
+            f"{getattr(model, 'name_or_path', '')}: expected token ids as `eos_token_id` in generation_config.json, "
+            f"found {str(ids)[:60]!r}. Correct it, or remove it: the tokenizer's EOS then ends a response."
+        )
+    return frozenset({require_eos(tokenizer), *more})
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:

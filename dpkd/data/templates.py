@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, cast
 from dpkd.data.conversations import Message, as_dicts
 from dpkd.data.formats import Example
 from dpkd.data.settings import Template
-from dpkd.errors import DpkdError
+from dpkd.errors import DpkdError, described
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,10 +113,11 @@ def _apply(
         text = tokenizer.apply_chat_template(
             values, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=FIXED_DATE
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is code that came with the model
+        reason = str(error) if isinstance(error, TemplateError) else described(error)
         roles = ", ".join(message.role for message in messages)
         raise DpkdError(
-            f"{where}: the tokenizer's chat template rejects the messages ({roles}): {error}. "
+            f"{where}: the tokenizer's chat template rejects the messages ({roles}): {reason}. "
             "Fix the row, or use another --set data.template"
         ) from error
     return str(text)

@@ -6,22 +6,19 @@ Nothing that a server says is shown or kept before the key is removed from it, w
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import tenacity
 
-from dpkd.errors import DpkdError, printable
+from dpkd.errors import DpkdError, printable, redacted
 
 LONGEST_PAUSE = 60.0
 LARGEST_ANSWER = 2**20  # bytes
 TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-PIECE = 6  # characters of a key that are hidden wherever they stand together
 Accept = Callable[[str], bool]
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -81,36 +78,6 @@ class Endpoint:
         except (httpx.InvalidURL, ValueError):
             secrets = [self.key or ""]
         return printable(redacted(text, [secret for secret in secrets if secret]))
-
-
-def redacted(text: str, secrets: Sequence[str]) -> str:
-    """A text in which each piece of a secret of `PIECE` characters or more is `…`.
-
-    Found in any case, with white space between, backwards, percent-encoded, as hexadecimal digits and in base64.
-
-    >>> redacted("wrong key sk-ver…, or 's k - v e r y-secret'", ["sk-very-secret"])
-    "wrong key …, or '…'"
-    """
-    forms = [form.lower() for secret in secrets for form in _forms(secret)]
-    sizes = {min(PIECE, len(form)) for form in forms}
-    pieces = {form[i : i + size] for form in forms for size in sizes for i in range(len(form) - size + 1)}
-    places = [i for i, character in enumerate(text) if not character.isspace()]
-    squeezed = "".join(text[i].lower()[:1] for i in places)
-    hidden: set[int] = set()
-    for size in sizes:
-        for i in range(len(squeezed) - size + 1):
-            if squeezed[i : i + size] in pieces:
-                hidden.update(range(places[i], places[i + size - 1] + 1))
-    shown = ["…" if i in hidden else character for i, character in enumerate(text)]
-    return "".join(c for i, c in enumerate(shown) if c != "…" or i == 0 or shown[i - 1] != "…")
-
-
-def _forms(secret: str) -> list[str]:
-    raw = secret.encode()
-    # Base64 depends on what stands before: three alignments, without the characters that mix in a neighbor.
-    shifted = [base64.b64encode(b"\0" * shift + raw).decode().rstrip("=")[(0, 2, 3)[shift] :] for shift in range(3)]
-    encoded = [part[:-1] if len(part) > PIECE else part for part in shifted]
-    return [secret, secret[::-1], quote(secret, safe=""), raw.hex(), *encoded]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_b
 from dpkd.evaluation.predictions import Prediction
 from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, score_tokens, write_scores
 from dpkd.io import digest
-from dpkd.locks import lock
+from dpkd.locks import folder_lock
 from dpkd.models.device import attend_without_plans
 from dpkd.models.head import check_head
 from dpkd.models.in_memory import InMemory
@@ -37,6 +37,7 @@ from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
 Progress = Callable[[str, int, int], None]  # what, done, of
+_TEACHER = "teacher"  # the folder of its answers, in that of the evaluation
 REWARDS = ("reward_sum", "reward_mean")  # measured on answers too, with `rewards`
 
 
@@ -169,7 +170,7 @@ class Evaluator:
 
         Raises DpkdError unless every row was answered and scored, or while another process writes to `output`.
         """
-        with nullcontext() if output is None else lock(output / ".lock", str(output)):
+        with nullcontext() if output is None else folder_lock(output, _TEACHER):
             return self._evaluate(name, data, settings, output, progress, say)
 
     def _evaluate(
@@ -227,7 +228,7 @@ class Evaluator:
             return _Caches(own)
         by_teacher = {**drawn, "weights": self.teacher_fingerprint}
         key = ("the teacher's answers", digest(by_teacher))  # one file for all runs of a process
-        return _Caches(own, self.given.remembered(key, lambda: AnswerCache(output / "teacher", by_teacher)))
+        return _Caches(own, self.given.remembered(key, lambda: AnswerCache(output / _TEACHER, by_teacher)))
 
     def _facts(
         self, name: str, data: DataSettings, inputs: Inputs, settings: EvaluationSettings, generation: Mapping[str, Any]

@@ -20,6 +20,7 @@ from dpkd.errors import DpkdError
 from dpkd.evaluation.chat import Endpoint, Reply, Sleep, chat, client
 from dpkd.evaluation.predictions import Prediction
 from dpkd.io import JsonLog, write_json
+from dpkd.locks import file_lock
 
 SYSTEM = "You grade answers of language models. You are strict, and fair to answers of any length."
 PROMPT = """\
@@ -170,40 +171,42 @@ def judge(
     """Have every row rated against its first reference; what `verdicts` holds already is not asked again.
 
     A row for which the judge never names a score counts as not judged, and is asked again by the next call. Raises
-    DpkdError when the endpoint refuses or does not answer; what was judged until then is kept.
+    DpkdError when the endpoint refuses or does not answer, where what was judged until then is kept, and while another
+    process writes to `verdicts`.
     """
     questions = [messages_of(row, wanted[0]) for row, wanted in zip(rows, references, strict=True)]
     keys = [fingerprint([endpoint.address, endpoint.body(question)]) for question in questions]
-    book = _Verdicts(verdicts)
-    todo = {key: i for i, key in enumerate(keys) if key not in book.known}
-    tell = progress or (lambda done, of: None)
-    slots = asyncio.Semaphore(parallel)
-    replies: list[Reply] = []
+    with file_lock(verdicts, *([summary] if summary is not None else [])):
+        book = _Verdicts(verdicts)
+        todo = {key: i for i, key in enumerate(keys) if key not in book.known}
+        tell = progress or (lambda done, of: None)
+        slots = asyncio.Semaphore(parallel)
+        replies: list[Reply] = []
 
-    async def ask_all() -> None:
-        async with client() as http, asyncio.TaskGroup() as group:
-            for key, place in todo.items():
-                group.create_task(ask(http, key, place))
+        async def ask_all() -> None:
+            async with client() as http, asyncio.TaskGroup() as group:
+                for key, place in todo.items():
+                    group.create_task(ask(http, key, place))
 
-    async def ask(http: Any, key: str, place: int) -> None:
-        async with slots:
-            reply = await chat(
-                http, endpoint, questions[place], lambda text: parse_score(text) is not None, sleep=sleep
-            )
-        if reply.accepted:
-            book.add(_verdict(key, rows[place], reply))
-        replies.append(reply)
-        tell(len(keys) - len(todo) + len(replies), len(keys))
+        async def ask(http: Any, key: str, place: int) -> None:
+            async with slots:
+                reply = await chat(
+                    http, endpoint, questions[place], lambda text: parse_score(text) is not None, sleep=sleep
+                )
+            if reply.accepted:
+                book.add(_verdict(key, rows[place], reply))
+            replies.append(reply)
+            tell(len(keys) - len(todo) + len(replies), len(keys))
 
-    try:
-        asyncio.run(ask_all())
-    except ExceptionGroup as failures:  # the first failure ends the others
-        raise failures.exceptions[0] from None
-    new = sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies)
-    report = _report(endpoint.model, [book.known.get(key) for key in keys], len(todo), new, prices)
-    if summary is not None:
-        write_json(summary, report.as_dict())
-    return report
+        try:
+            asyncio.run(ask_all())
+        except ExceptionGroup as failures:  # the first failure ends the others
+            raise failures.exceptions[0] from None
+        new = sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies)
+        report = _report(endpoint.model, [book.known.get(key) for key in keys], len(todo), new, prices)
+        if summary is not None:
+            write_json(summary, report.as_dict())
+        return report
 
 
 def _verdict(key: str, row: Prediction, reply: Reply) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from dpkd.evaluation.evaluator import Evaluator
 from dpkd.evaluation.predictions import Prediction, write_predictions
 from dpkd.evaluation.results import Evaluation, Metric, check_finite, write_scores
 from dpkd.io import digest
+from dpkd.locks import folder_lock
 
 SEED = 1234  # lm-eval's own, of few-shot examples and of sampling, where a task samples
 FOLDER = "lm-eval-"  # what the name of a task is filed under begins with: no set of rows is called so
@@ -126,8 +127,9 @@ def score_task(
         check_finite(metrics)
         evaluation = Evaluation(len(rows), (SEED,), metrics, facts=facts)
         folder = output / filed_as(task)
-        write_predictions(folder / f"predictions-{SEED}.jsonl", rows)
-        write_scores(evaluation, folder)
+        with folder_lock(folder):
+            write_predictions(folder / f"predictions-{SEED}.jsonl", rows)
+            write_scores(evaluation, folder)
         results.append((evaluation, folder))
     return results
 

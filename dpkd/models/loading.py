@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.errors import DpkdError
+from dpkd.errors import DpkdError, described
+from dpkd.models.device import out_of_memory
 from dpkd.models.head import causal_lm
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
 from dpkd.models.quantization import (
@@ -102,12 +103,21 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     named = getattr(settings, "tokenizer", None)
     source = ModelSettings(model=named, trust_remote_code=settings.trust_remote_code) if named else settings
     with quiet_transformers(), explained(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(**location(source))
-    return usable_tokenizer(tokenizer, str(source.model))
+        tokenizer = usable_tokenizer(AutoTokenizer.from_pretrained(**location(source)), str(source.model))
+        tokenizer("x"), tokenizer.unk_token_id  # some mistakes in its files show at the first use only
+    return tokenizer
 
 
 def usable_tokenizer(tokenizer: Any, whose: str) -> Any:
-    """The tokenizer, with EOS for a missing pad token. Raises DpkdError when it is empty, or has no EOS."""
+    """The tokenizer, with EOS for a missing pad token.
+
+    Raises DpkdError when it is empty, has no EOS, or a longest length that is no number.
+    """
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        raise DpkdError(
+            f"the tokenizer of {whose}: expected a number of tokens as `model_max_length` in tokenizer_config.json, "
+            f"found {str(longest)[:60]!r}. Correct it, or remove it: dpkd does not need it."
+        )
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # From a GPT-2 or OPT folder without tokenizer files, transformers builds an empty one and says nothing.
         raise DpkdError(
@@ -129,7 +139,12 @@ def config_of(settings: ModelSettings) -> Any:
     from transformers import AutoConfig
 
     with quiet_transformers(), explained(settings, "configuration"):
-        return AutoConfig.from_pretrained(**location(settings))
+        config = AutoConfig.from_pretrained(**location(settings))
+    if not isinstance(dtype := getattr(config, "dtype", None), torch.dtype | None):
+        raise DpkdError(
+            f"{settings.model}: expected a type such as bfloat16 as `dtype` in config.json, found {dtype!r}"
+        )
+    return config
 
 
 def context_length(config: Any) -> int | None:
@@ -159,10 +174,12 @@ def new_model(config: Any, dtype: torch.dtype = torch.float32, *, blank: bool = 
         if blank:
             model.tie_weights()  # a part of the initialization
         return model
-    except ValueError as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # sizes that nobody checks before: readers of configurations take any
+        if isinstance(error, RuntimeError) and out_of_memory(error) is not None:
+            raise
+        what = f"{config.name_or_path}: " if config.name_or_path else ""
         raise DpkdError(
-            f"a configuration of type {config.model_type} makes no causal language model: {first}"
+            f"{what}a configuration of type {config.model_type} makes no causal language model: {described(error, 200)}"
         ) from error
 
 

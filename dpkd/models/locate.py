@@ -12,8 +12,11 @@ from typing import Any
 from dpkd.data.hub import out_of_reach
 from dpkd.data.memory import refuse_memory
 from dpkd.errors import DpkdError
+from dpkd.io import parsed
 from dpkd.models.settings import ModelSettings
 
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_BOUNDS = {**dict.fromkeys(_LAYERS, (1, 10_000)), "sliding_window": (-1, 2**31)}  # of numbers in config.json
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -26,7 +29,7 @@ def location(settings: ModelSettings) -> dict[str, Any]:
     """Arguments of every `from_pretrained` that say where a model is.
 
     Remote code is refused in words: left unsaid, transformers asks on the terminal. Raises DpkdError when a name is
-    a path to nothing.
+    a path to nothing, or to a configuration with impossible numbers.
     """
     assert settings.model is not None  # settings without a model are refused before
     name, path = settings.model, Path(settings.model)
@@ -46,7 +49,20 @@ def location(settings: ModelSettings) -> dict[str, Any]:
             raise DpkdError(f"the folder {name} does not exist.{_nearest(path)} {_EXPECTED}")
         if out_of_reach():
             options["local_files_only"] = True  # the hub's client would retry for half a minute
+    _check_numbers(path / "config.json")
     return options
+
+
+def _check_numbers(file: Path) -> None:
+    """What transformers takes as it is: it makes as many layers as a configuration says, for as long as that takes."""
+    config = (parsed(file.read_bytes()) if file.is_file() else None) or {}
+    for key, (least, most) in _BOUNDS.items():
+        number = config.get(key)
+        if number is not None and not (isinstance(number, int) and least <= number <= most):
+            raise DpkdError(
+                f"{file}: {key}: expected an integer from {least:,} to {most:,}, found {str(number)[:60]!r}. "
+                "Restore the file from where the model came from."
+            )
 
 
 def refuse_pickles(name: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from dpkd.errors import DpkdError
 from dpkd.io import whole_folder
-from dpkd.locks import lock
+from dpkd.locks import file_lock
 from dpkd.models.loading import load_model, load_tokenizer, quiet_transformers
 from dpkd.models.settings import ModelSettings
 
@@ -30,7 +30,7 @@ def bundled_teacher(cache: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     settings = ModelSettings(model=str(_gguf_file()))
-    with lock(folder.with_name(f".{folder.name}.lock"), str(folder), wait=True):
+    with file_lock(folder, wait=True):
         if not (folder / "config.json").is_file():  # another process may have been faster
             with whole_folder(folder) as unfinished, quiet_transformers():
                 load_model(settings, device="cpu", dtype=torch.bfloat16).save_pretrained(unfinished)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from dpkd.io import whole_file
 from dpkd.report.charts import (
     BarPanel,
     ForestPanel,
@@ -125,7 +126,8 @@ def _write_png(panel: Panel, path: Path) -> Path:
             axes.set_ylabel(panel.note)
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(ncols=1 + len(axes.get_legend_handles_labels()[1]) // 8)
-        figure.savefig(path, dpi=DPI)
+        with whole_file(path) as unfinished:
+            figure.savefig(unfinished, dpi=DPI, format="png")
     return path
 
 

@@ -1,6 +1,7 @@
 """What a report knows of a run: everything in its folder, read and checked once. No model is loaded.
 
-A folder of evaluations alone (`runs/eval/MODEL`, written for a model that is no run) is a run without training.
+A folder of evaluations alone (`runs/eval/MODEL`, written for a model that is no run), or of one (`dpkd eval --output`),
+is a run without training.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ def run_folders(paths: Sequence[Path]) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return RunFolder(path).config.is_file() or any(path.glob("*/scores.json"))
+    return RunFolder(path).config.is_file() or bool(_score_files(path))
 
 
 def _entries(path: Path) -> list[Path]:
@@ -270,7 +271,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
-    """A run folder, or a folder of evaluations. Raises DpkdError when it is neither, or a file in it is damaged."""
+    """A run folder, or a folder of one evaluation or more. Raises DpkdError for another, or a damaged file in it."""
     folder = RunFolder(path)
     name = name or path.resolve().name
     if not folder.config.is_file():
@@ -278,7 +279,8 @@ def read_run(path: Path, name: str | None = None) -> Run:
         if not alone:
             raise DpkdError(
                 f"{path} is neither a run folder (it has no config.resolved.yaml) nor a folder of evaluations "
-                "(SET/scores.json). Name what `dpkd train --output` or `dpkd eval` wrote, such as runs/kd-1."
+                "(scores.json or SET/scores.json). Name what `dpkd train --output` or `dpkd eval` wrote, such as "
+                "runs/kd-1."
             )
         return Run(name, path, evaluations=alone)
     folder.check_records()
@@ -300,8 +302,13 @@ def read_run(path: Path, name: str | None = None) -> Run:
 
 def read_evaluations(folder: Path) -> dict[str, Scored]:
     """The evaluations in a folder, by name of the set, in the order of their names."""
-    found = [Scored(path.parent, read_json(path, Scores) or {}) for path in sorted(folder.glob("*/scores.json"))]
+    found = [Scored(path.parent, read_json(path, Scores) or {}) for path in _score_files(folder)]
     return {one.name: one for one in found}
+
+
+def _score_files(folder: Path) -> list[Path]:
+    """Of the folder itself, where it is that of one set, and of its sets."""
+    return [*folder.glob("scores.json"), *sorted(folder.glob("*/scores.json"))]
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,19 @@ from typing import Any
 
 from dpkd.api import SamplingSettings
 from dpkd.errors import DpkdError
-from dpkd.io import append_to, cache_folder, cut_torn_line, digest, dumps, parsed, read_json, storage_errors, write_json
+from dpkd.io import (
+    APPEND,
+    append_to,
+    cache_folder,
+    cut_torn_line,
+    digest,
+    dumps,
+    parsed,
+    read_json,
+    remove_leftovers,
+    storage_errors,
+    write_json,
+)
 
 try:
     import fcntl
@@ -83,7 +95,9 @@ class ResponseStore:
         store = cls((default_folder() if folder is None else Path(folder)) / digest(key))
         with storage_errors(store.folder, _ADVICE):
             store.folder.mkdir(parents=True, exist_ok=True)
-            _check_manifest(store.folder / "manifest.json", key)
+            with _locked(store._file):
+                remove_leftovers(store.folder)
+                _check_manifest(store.folder / "manifest.json", key)
         store.refresh()
         return store
 
@@ -170,7 +184,7 @@ def _check_manifest(file: Path, key: dict[str, Any]) -> None:
     """Write the manifest of a new store, or check the one that is there."""
     wanted = {"format": "dpkd responses", "version": VERSION, **key}
     if not file.exists():
-        write_json(file, wanted)  # another process may create the same store at the same time, with the same content
+        write_json(file, wanted)
         return
     found = read_json(file, f"Move the folder {file.parent} away to have the responses drawn again.")
     if found == wanted:
@@ -186,7 +200,7 @@ def _check_manifest(file: Path, key: dict[str, Any]) -> None:
 @contextmanager
 def _locked(file: Path) -> Iterator[int]:
     """A file opened for appending and reading, for this process alone."""
-    descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(file, os.O_RDWR | APPEND, 0o666)
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

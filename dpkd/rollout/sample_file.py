@@ -20,7 +20,7 @@ from dpkd.data.settings import DataSettings
 from dpkd.data.templates import chat_lead
 from dpkd.errors import DpkdError
 from dpkd.io import JsonLog, read_json, write_json
-from dpkd.locks import lock
+from dpkd.locks import file_lock
 from dpkd.models.device import attend_without_plans
 from dpkd.models.fingerprint import model_fingerprint
 from dpkd.models.loading import load_model, load_tokenizer
@@ -59,7 +59,7 @@ def sample_to_file(
     Raises DpkdError when the file was written with other settings, by another model or for other prompts, when it
     is damaged, or while another process writes it.
     """
-    with lock(output.with_name(f".{output.name[:100]}.lock"), str(output)), ExitStack() as stack:
+    with file_lock(output, _settings_file(output)), ExitStack() as stack:
         examples, tokenizer = read_examples(data, require_response=False), load_tokenizer(model)
         served = ServerTeacher(model) if isinstance(model, TeacherSettings) and model.server is not None else None
         if served is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpkd.api.teachers import Teacher, Wants
 from dpkd.data.batches import Batch, TokenSequence, collate, micro_batches
 from dpkd.functional import gather_logps, log_softmax
-from dpkd.locks import lock
+from dpkd.locks import folder_lock
 from dpkd.models.chunked import chunk_rows, chunks
 from dpkd.teachers.store_manifest import Manifest, write_manifest
 from dpkd.teachers.store_shards import Shards, sequence_key
@@ -36,7 +36,7 @@ def write_store(
 
     Raises DpkdError when the folder holds numbers of another kind, or while another process writes to it.
     """
-    with lock(folder / ".lock", str(folder)):
+    with folder_lock(folder):
         write_manifest(folder, manifest)
         return _write_missing(Shards(folder), teacher, sequences, manifest, pad_id, batch_size, progress)
 

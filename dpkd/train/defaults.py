@@ -29,7 +29,7 @@ _RATES = ((200e6, 5e-4, 1e-3), (1e9, 5e-5, 5e-4), (float("inf"), 1e-5, 2e-4))
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Parameters of both models without adapters (teacher: 0 where that is unknown), and bytes that they need at least."""
+    """Parameters of both models without adapters (teacher: 0 where unknown), and the bytes that they need at least."""
 
     student: int
     teacher: int

@@ -70,7 +70,7 @@ class LossModule(nn.Module):
         with torch.no_grad(), gathered(self.student), uncompiled(self.student):
             return work(self.student)
 
-    def _values(self, name: str, x: Any, rows: int) -> Tensor:
+    def _values(self, name: str, x: Any, rows: int, device: torch.device) -> Tensor:
         """The values of a loss, one a row. Raises DpkdError when it fails, or returns what training cannot use."""
         loss = self.losses[name]
         try:
@@ -86,6 +86,11 @@ class LossModule(nn.Module):
             raise DpkdError(
                 f"{_of_plugin(loss)} returned {found}; expected one number a row: float32 [{rows}]. A loss takes no "
                 "mean and no sum: the engine divides. `dpkd check-loss` finds this before a run"
+            )
+        if values.device != device:
+            raise DpkdError(
+                f"{_of_plugin(loss)} returned values on the device {values.device}; expected {device}, where its "
+                "inputs are. A loss moves no tensor: look for .to(...), .cpu() or a `device=` in its forward"
             )
         if rows and torch.is_grad_enabled() and not values.requires_grad:
             raise DpkdError(
@@ -139,7 +144,7 @@ class LossModule(nn.Module):
             for term in terms:
                 whole = with_teacher if Signal.TEACHER_LOGITS in term.reads else x
                 own = whole.only(term.reads)
-                values_n = self._values(term.name, own, whole.rows)
+                values_n = self._values(term.name, own, whole.rows, logits_nV.device)
                 total = total + term.share(values_n, micro_batch.processes)
                 _add_term(metrics, term.name, values_n, own.parts)
             if micro_batch.measured:
@@ -222,7 +227,7 @@ class LossModule(nn.Module):
             signals[Signal.TEACHER_HIDDEN] = torch.stack([micro_batch.teacher.layers[i] for i in layers.teacher], 1)
         x = TokenInputs(signals).only(term.reads)
         with torch.autocast(micro_batch.batch.targets.device.type, enabled=False):
-            values_N = self._values(term.name, x, len(micro_batch.batch.targets))
+            values_N = self._values(term.name, x, len(signals[Signal.TARGETS]), signals[Signal.TARGETS].device)
         _add_term(metrics, term.name, values_N, x.parts)
         return term.share(values_N, micro_batch.processes)
 
@@ -244,7 +249,7 @@ class LossModule(nn.Module):
         for term in micro_batch.terms:
             reads = {signal: value for signal, value in signals.items() if signal in term.reads}
             x = PairInputs(reads)
-            values_B = _some(self._values(term.name, x, len(student.chosen)), real)
+            values_B = _some(self._values(term.name, x, len(student.chosen), logps_N.device), real)
             total = total + term.share(values_B, micro_batch.processes)
             _add_term(metrics, term.name, values_B, {name: _some(values, real) for name, values in x.parts.items()})
         if micro_batch.measure and micro_batch.responses:

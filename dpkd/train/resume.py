@@ -17,7 +17,6 @@ from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import read_sources
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.evaluation.target import check_model
-from dpkd.io import remove_leftovers
 from dpkd.models.in_memory import InMemory
 from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder, check_trust
@@ -67,7 +66,6 @@ def resume_folder(
     if folder.is_finished and not changes.keys() & EXTENDING:
         with folder.lock():  # where the run was killed as it cleaned up, or could not remove something
             shutil.rmtree(folder.best, ignore_errors=True)
-            remove_leftovers(folder.path, folder.checkpoints)
         raise DpkdError(
             f"{path} is finished: its model is {folder.model}. To train it further, give it more steps: "
             f"dpkd train --resume {path} --set train.steps=N"

@@ -14,7 +14,6 @@ from dpkd.config.resolve import Resolved
 from dpkd.config.write import write_config
 from dpkd.errors import DpkdError, Stopped
 from dpkd.evaluation.evaluator import metric_specs
-from dpkd.io import remove_leftovers
 from dpkd.models.device import (
     allow_tf32,
     attend_without_plans,
@@ -101,8 +100,6 @@ def resume(
     display = Display(console or Console(), is_main=accelerator.is_main_process)
     display.say(precision_sentence(accelerator.device, accelerator.mixed_precision))
     with _locked(folder, accelerator):
-        if accelerator.is_main_process:
-            remove_leftovers(folder.path, folder.checkpoints)
         run_parts = assemble(resolved, accelerator, display, timings)
         _check_processes_agree(accelerator, run_parts)
         if folder.facts.is_file():

@@ -24,7 +24,7 @@ from dpkd.config.resolve import resolve
 from dpkd.errors import DpkdError, SettingsError, Stopped
 from dpkd.evaluation.evaluator import metric_specs
 from dpkd.io import read_json, write_json
-from dpkd.locks import lock
+from dpkd.locks import folder_lock
 from dpkd.plugins import Registry, load_registry
 from dpkd.run_folder import RunFolder, SweepFolder
 from dpkd.run_metrics import read_metrics
@@ -85,7 +85,7 @@ def run_sweep(
     handler: Children | StopSignal = Children() if isolate or devices else StopSignal()
     best: dict[str, SweepRun] = {}
     with (
-        lock(output / ".lock", f"the sweep {output}"),
+        folder_lock(output, what=f"the sweep {output}"),
         on_stop(handler) as heard,
         _Sweep(
             plan,

@@ -107,6 +107,7 @@ def test_the_settings_of_the_loss_are_its_own() -> None:
 
 WRONG = {
     "bound": (["loss.beta=1.5"], "loss.beta: should be less than 1 (got 1.5, from --set)"),
+    "bound of a part": (["train.betas=[0.9, 1]"], "train.betas.1: should be less than 1 (got 1, from --set)"),
     "block of a loss": (["loss.inner.mu=2"], "loss.inner.mu: should be less than or equal to 1 (got 2, from --set)"),
     "type": (["train.steps=many"], "train.steps: should be a whole number (got 'many', from --set)"),
     "no such setting": (["train.epoch=1"], "train.epoch: no such setting (from --set); did you mean train.epochs?"),

@@ -160,6 +160,13 @@ def test_a_conversation_that_a_template_cannot_write(chat):
     )
 
 
+@pytest.mark.parametrize("template", [3, {"a": "b"}, "{{ 1 / 0 }}"])
+def test_a_template_that_fails_is_named(template, chat):
+    chat.chat_template = template
+    with pytest.raises(DpkdError, match=r"f:4: the tokenizer's chat template rejects the messages \(.*\): \w+Error: "):
+        render(TURNS, "chat", chat)
+
+
 def test_the_white_space_before_a_chat_response(chat):
     assert chat_lead(chat) == ""
     chat.chat_template = INST

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from dpkd.api import MetricSpec, SamplingSettings
 from dpkd.data.encode import Prompt
 from dpkd.data.encoding import end_ids
+from dpkd.errors import DpkdError
 from dpkd.evaluation.answer_cache import answer
 from dpkd.plugins import load_registry
 
@@ -23,6 +24,14 @@ from dpkd.plugins import load_registry
 )
 def test_the_tokenizers_and_the_generation_configs(byte_level, config, found):
     assert end_ids(byte_level, config) == found
+
+
+@pytest.mark.parametrize("ids", ["x", 1.5, -1, 10**30, [7, "x"], {"a": 1}])
+def test_ids_that_are_none_are_refused(byte_level, ids):
+    config = GenerationConfig()
+    config.eos_token_id = ids
+    with pytest.raises(DpkdError, match=r"expected token ids as `eos_token_id` in generation_config\.json, found"):
+        end_ids(byte_level, config)
 
 
 def test_a_greedy_answer_ends_where_generate_ends(shared_model):

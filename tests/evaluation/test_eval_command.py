@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,18 @@ def here(folder, tmp_path, monkeypatch) -> Path:
     (tmp_path / "one.jsonl").write_text("".join(rows[:5]))
     (tmp_path / "two.jsonl").write_text("".join(rows[5:]))
     return tmp_path
+
+
+def test_what_was_written_is_compared_as_the_documentation_says(here):
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+    block = next(part for part in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) if "dpkd compare" in part)
+    (here / "one.jsonl").rename("rows.jsonl")
+    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    quick = {"eval": QUICK, "report": ("--no-figures",)}
+    told = {words[0]: printed(*words, *quick.get(words[0], ())) for words in commands}
+    assert list(told) == ["eval", "compare", "report"]
+    assert re.search(r"^ *teacher \(baseline\) .*\n *student ", told["compare"], flags=re.M), told["compare"]
+    assert "2 runs compared" in Path("report.html").read_text(encoding="utf-8")
 
 
 def scores(path: str) -> dict:

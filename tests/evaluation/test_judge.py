@@ -20,6 +20,7 @@ from dpkd.errors import DpkdError, SettingsError
 from dpkd.evaluation.chat import Endpoint
 from dpkd.evaluation.judge import PROMPT, Prices, judge, messages_of, parse_score, verdict_files
 from dpkd.evaluation.predictions import Prediction
+from dpkd.locks import file_lock
 
 KEY = "sk-very-secret"
 
@@ -228,6 +229,17 @@ def test_verdicts_are_kept_torn_lines_and_all(server, tmp_path):
     changed = [Prediction("another answer", "r:0", "task 0", ("reference 0",))]
     again = judge(changed, [("reference 0",)], Endpoint(server.url, "judge-1"), verdicts=file)
     assert again.asked == 1
+
+
+def test_two_calls_do_not_pay_for_one_verdict(server, tmp_path):
+    server.script = [completion("Score: 5")]
+    with (
+        file_lock(tmp_path / "v.jsonl"),
+        pytest.raises(DpkdError, match=r"v\.jsonl is being written by another process"),
+    ):
+        run(server, tmp_path)
+    assert server.requests == []
+    assert run(server, tmp_path).asked == 3
 
 
 def test_one_failure_ends_the_pauses_of_the_others(server, tmp_path):

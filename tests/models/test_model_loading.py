@@ -195,6 +195,53 @@ def test_a_tokenizer_named_beside_the_model_is_taken(tiny_folder: Path, tmp_path
     assert "<other>" in load_tokenizer(settings).get_vocab()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "model_max_length",
+            "many",
+            r"expected a number of tokens as `model_max_length` in tokenizer_config\.json, found 'm",
+        ),
+        ("model_max_length", {"a": 1}, r"`model_max_length` in tokenizer_config\.json, found \"{'a': 1}\""),
+        ("truncation_side", 3, "the tokenizer of .* cannot be loaded: "),
+        ("unk_token", "", "the tokenizer of .* cannot be loaded: RecursionError"),
+    ],
+)
+def test_a_damaged_setting_of_a_tokenizer_is_named(
+    key: str, value: Any, message: str, tmp_path: Path, tokenizer_of: Any
+) -> None:
+    tokenizer_of().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(DpkdError, match=message):
+        load_tokenizer(ModelSettings(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", -1, r"config\.json: num_hidden_layers: expected an integer from 1 to 10,000, found '-1'"),
+        ("num_hidden_layers", 10**30, r"num_hidden_layers: expected an integer from 1 to 10,000, found '1000"),
+        ("sliding_window", "x", r"sliding_window: expected an integer from -1 to [\d,]+, found 'x'"),
+        ("dtype", 1, r"expected a type such as bfloat16 as `dtype` in config\.json, found 1"),
+        ("head_dim", 0, "makes no causal language model: ZeroDivisionError"),
+        ("intermediate_size", -1, "makes no causal language model: RuntimeError"),
+        ("intermediate_size", 10**30, "makes no causal language model: "),
+        ("hidden_act", "x", "makes no causal language model: KeyError: 'x'"),
+    ],
+)
+def test_a_size_that_no_model_has_is_named(
+    key: str, value: Any, message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A sentence, not an error of whichever line met it first, and no making of layers without end."""
+    values = json.loads((tiny_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {key: value}))
+    with pytest.raises(DpkdError, match=message) as raised:
+        count_parameters(config_of(ModelSettings(model=str(tmp_path))))
+    assert str(tmp_path) in str(raised.value)
+
+
 def test_no_eos_is_an_error(tmp_path: Path, tokenizer_of: Any) -> None:
     tokenizer_of(eos_token=None).save_pretrained(tmp_path)
     with pytest.raises(DpkdError, match="has no EOS token"):

@@ -277,17 +277,18 @@ def main() -> int:
     options.add_argument("--kinds", default="fault,disk,damage", help="of the cases of scenarios, comma-separated")
     options.add_argument("--only", default="", help="comma-separated names of scenarios, or bad-input")
     options.add_argument("--cases", type=int, default=10_000, help="of bad input")
+    options.add_argument("--seed", type=int, default=0, help="of bad input; another one makes other cases")
     options.add_argument("--table", action="store_true", help="print the table of what is done, and run nothing")
     given = options.parse_args()
     output: Path = given.output.resolve()
     log, until = JsonLog(output / "cases.jsonl", case=str), time.monotonic() + 60 * given.minutes
     if not given.table:
         only = given.only.split(",") if given.only else [*(scenario.name for scenario in SCENARIOS), "bad-input"]
-        soak(output, log, until, only, given.kinds.split(","), given.cases)
+        soak(output, log, until, only, given.kinds.split(","), given.cases, given.seed)
     return report(log.rows())
 
 
-def soak(output: Path, log: JsonLog, until: float, only: list[str], kinds: list[str], count: int) -> None:
+def soak(output: Path, log: JsonLog, until: float, only: list[str], kinds: list[str], count: int, seed: int) -> None:
     """Run the cases that are not in the log yet, until the time is over."""
     if not (output / "toy").exists():
         write_toy(output / "toy")
@@ -306,11 +307,12 @@ def soak(output: Path, log: JsonLog, until: float, only: list[str], kinds: list[
         todo += [(1 + at, "bad-input", (world, *case)) for at, case in enumerate(inputs)]  # after the others
     for _, scenario_name, (where, kind, what) in sorted(todo, key=lambda case: case[:2]):
         name = f"{scenario_name} {kind} {what.at if isinstance(what, Fault) else what}"
+        name += f" seed {seed}" * (scenario_name == "bad-input" and seed != 0)
         if name in known:
             continue
         if time.monotonic() > until:
             break
-        row = where.case(what, kind) if isinstance(where, Soak) else bad_input.run(kind, what, where)
+        row = where.case(what, kind) if isinstance(where, Soak) else bad_input.run(kind, what, where, seed)
         log.append({**row, "case": name, "scenario": scenario_name, "fault": kind})
 
 

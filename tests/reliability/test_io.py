@@ -15,7 +15,7 @@ import pytest
 
 from dpkd.errors import DpkdError
 from dpkd.io import JsonLog, StorageError, open_log, read_json, whole_file, whole_folder, write_json, write_text
-from dpkd.locks import lock
+from dpkd.locks import folder_lock, lock
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace", "chmod"])
@@ -178,9 +178,28 @@ def test_a_lock_names_its_owner_and_dies_with_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_who_locks_a_folder_clears_it_of_what_killed_writers_left(tmp_path: Path) -> None:
+    """Our own temporary files and folders, and those of the writer of safetensors; nothing while another writes."""
+    left = [tmp_path / name for name in (".scores.json.0123456789ab.tmp", ".tmp5K9fF8", ".model.0123456789ab.tmp")]
+    kept = [tmp_path / name for name in (".tmp", "a.tmp", "scores.json", ".hidden")]
+
+    def leave() -> None:
+        left[2].mkdir(exist_ok=True)
+        for file in (*left[:2], *kept, left[2] / "weights"):
+            file.touch()
+
+    leave()
+    with folder_lock(tmp_path):
+        assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / ".lock"])
+        leave()
+        with pytest.raises(DpkdError, match="is being written by another process"), folder_lock(tmp_path):
+            pass
+        assert all(path.exists() for path in (*left, *kept))
+
+
 def test_one_of_many_gets_the_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom dpkd.locks import lock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom dpkd.locks import folder_lock, lock\n"
         "for _ in range(50):\n"
         "    with lock(Path(sys.argv[1]) / '.lock', 'x', wait=True):\n"
         "        file = Path(sys.argv[1]) / 'count'\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import dpkd
+from faults import Fault, dpkd
 from safetensors.torch import load_file, save_file
-from toy_commands import COMPARE, EVAL, LIMITS, write_toy
+from toy_commands import CACHE, COMPARE, EVAL, LIMITS, SWEEP, write_toy
 
 from dpkd.errors import DpkdError
 from dpkd.models import fingerprint
@@ -183,6 +183,28 @@ def test_a_store_is_written_by_one_call_at_a_time(toy):
         refused = dpkd(call, toy / "here")
     assert refused.code == 1
     assert "is being written by another process" in refused.text
+
+
+@pytest.mark.parametrize("command", [EVAL, SAMPLE, CACHE, SWEEP], ids=lambda command: command[0])
+def test_the_next_call_removes_what_a_killed_one_left(command, toy):
+    renames = len(dpkd(command, toy / "whole", Fault(calls=("replace",))).calls)
+    for at in sorted({0, renames // 2, renames - 1}):
+        here = toy / f"killed-{at}"
+        assert dpkd(command, here, Fault("kill", at, calls=("replace",))).kind == "killed"
+        assert list(here.rglob(".*.tmp"))
+        again = dpkd(command, here)
+        assert again.kind == "ok", again.text
+        assert list(here.rglob(".*.tmp")) == []
+
+
+def test_what_belongs_to_another_file_of_samples_stays(toy):
+    """Two calls may write two files of one folder at the same time."""
+    (toy / "here").mkdir()
+    own, other = (toy / f"here/.{name}.settings.json.0123456789ab.tmp" for name in ("answers.jsonl", "other.jsonl"))
+    for file in (own, other):
+        file.touch()
+    assert dpkd(SAMPLE, toy / "here").kind == "ok"
+    assert (own.exists(), other.exists()) == (False, True)
 
 
 EVALUATION_DAMAGES = {

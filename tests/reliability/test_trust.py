@@ -13,6 +13,8 @@ import yaml
 from faults import dpkd
 from toy_commands import TRAIN, write_toy
 
+from dpkd.run_folder import RunFolder
+
 EVIL = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,6 +49,9 @@ def foreign(trained, tmp_path):
     settings = yaml.safe_load((run / "config.resolved.yaml").read_text())
     settings["teacher"] |= {"model": str(teacher), "trust_remote_code": True}
     (run / "config.resolved.yaml").write_text(yaml.safe_dump(settings))
+    marker = json.loads((run / "finished.json").read_text())
+    marker["records"] |= RunFolder(run).records()  # whoever writes the settings writes their checksum too
+    (run / "finished.json").write_text(json.dumps(marker))
     return tmp_path
 
 

@@ -39,6 +39,13 @@ def test_a_folder_of_evaluations_is_a_run_without_training(tmp_path: Path) -> No
     assert [row["scores"]["rouge_l"] for row in run.evaluations["dolly"].predictions()[10]] == [1.0, 2.0]
 
 
+def test_one_evaluation_alone_is_a_run_without_training(tmp_path: Path) -> None:
+    add_scores(tmp_path / "gpt2", {10: [1.0, 2.0]})
+    (run,) = read_runs([tmp_path / "gpt2" / "dolly"])
+    assert (run.name, list(run.evaluations)) == ("dolly", ["dolly"])
+    assert [row["scores"]["rouge_l"] for row in run.evaluations["dolly"].predictions()[10]] == [1.0, 2.0]
+
+
 def test_a_torn_last_line_is_left_out_and_another_is_not(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a")
     with (path / "samples.jsonl").open("a") as file:

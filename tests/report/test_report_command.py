@@ -53,6 +53,22 @@ def test_png_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "matplotlib.pyplot" not in sys.modules, "pyplot keeps figures and picks a backend for the whole process"
 
 
+def test_a_link_in_the_place_of_a_figure_is_replaced_and_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures go into the run's own folder, which may be a stranger's."""
+    monkeypatch.setattr(drawing, "DPI", 40)
+    path = make_run(tmp_path / "a")
+    (tmp_path / "victim").write_text("mine")
+    (path / "report-figures").mkdir()
+    for place in (path / "report.html", path / "report-figures/kl.png"):
+        place.symlink_to(tmp_path / "victim")
+    result = CliRunner().invoke(app, ["report", str(path)])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (path / "report-figures/kl.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_rescore_writes_the_scores_and_leaves_the_rest(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a")
     before = (path / "README.md").read_text(encoding="utf-8")

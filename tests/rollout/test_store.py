@@ -38,6 +38,24 @@ def test_reuse_after_reopen(tmp_path: Path) -> None:
         assert one.torn_lines == 0
 
 
+def test_a_killed_writer_leaves_nothing_for_good(tmp_path: Path) -> None:
+    folder = opened(tmp_path).folder
+    left = folder / ".manifest.json.0123456789ab.tmp"
+    left.touch()
+    opened(tmp_path)
+    assert not left.exists()
+
+
+def test_a_link_in_the_place_of_the_responses_is_not_followed(tmp_path: Path) -> None:
+    folder = opened(tmp_path).folder
+    (tmp_path / "victim").write_text("mine")
+    (folder / "responses.jsonl").unlink()
+    (folder / "responses.jsonl").symlink_to(tmp_path / "victim")
+    with pytest.raises(DpkdError, match="it is a symbolic link"):
+        opened(tmp_path)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
 def test_a_number_is_written_once(tmp_path: Path) -> None:
     first, second = opened(tmp_path), opened(tmp_path)
     first.add([1], [5], False, "first", index=0)

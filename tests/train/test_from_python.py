@@ -400,9 +400,10 @@ def test_a_function_is_a_loss(models, tokenizer, rows, tmp_path):
         (lambda values: values.unsqueeze(0), r"returned torch\.float32 \[1, \d+\]; expected one number a row"),
         (lambda values: values.long(), r"returned torch\.int64 \[\d+\]; expected one number a row: float32"),
         (lambda values: None, r"returned NoneType; expected one number a row"),
+        (lambda values: values.to("meta"), r"returned values on the device meta; expected cpu, where its inputs are"),
         (lambda values: values.detach(), r"returned values without a gradient: nothing would be learned"),
     ],
-    ids=["mean", "short", "row", "integers", "nothing", "detached"],
+    ids=["mean", "short", "row", "integers", "nothing", "meta", "detached"],
 )
 def test_what_a_loss_returns_is_checked_at_the_first_step(change, message, models, tokenizer, rows, tmp_path):
     def loss(student_logits):

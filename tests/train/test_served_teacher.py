@@ -5,9 +5,11 @@ The server is the tests' own (`fake_teacher_server`); `test_real_vllm.py` has vL
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 
+import httpx
 import pytest
 import torch
 from fake_teacher_server import FakeServer
@@ -15,7 +17,9 @@ from test_invariants import gradients
 
 from dpkd.api import TeacherLost
 from dpkd.errors import DpkdError, SettingsError
+from dpkd.models.settings import ClientSettings
 from dpkd.run_metrics import read_metrics
+from dpkd.teachers.server.client import Client
 from dpkd.teachers.server.teacher import ServerTeacher
 from dpkd.teachers.store import StoreTeacher
 from dpkd.train import resume, run
@@ -247,6 +251,26 @@ def test_keys_come_from_the_environment_and_go_nowhere_else(served, server, quie
     files = [file for file in folder.path.rglob("*") if file.is_file()]
     assert files
     assert not [file for file in files if b"sk-very-secret" in file.read_bytes()]
+
+
+@pytest.mark.parametrize("status", [200, 401, 503])
+def test_no_echo_of_a_key_is_shown(status, monkeypatch):
+    """In a refusal, in an answer that is no JSON, and after the last retry; nor a piece of it at the cut."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+
+    def answer(request):
+        text = f"{'x' * 60} sk-very-secret, or 's k - v e r y' {'x' * 180} sk-very-secret"
+        return httpx.Response(status, text=text)
+
+    client = Client(["http://teacher"], ClientSettings(retries=0))
+    client.run(asyncio.sleep(0)).result()
+    client._http = httpx.AsyncClient(transport=httpx.MockTransport(answer), headers=client._http.headers)
+    with pytest.raises(DpkdError, match=f"{status}|no JSON") as caught:
+        client.post("/v1/completions", {}).result()
+    client.close()
+    squeezed = "".join(str(caught.value).split())
+    assert "…" in squeezed
+    assert not any("sk-very-secret"[i : i + 6] in squeezed for i in range(9))
 
 
 def test_requests_in_flight_are_bounded_and_shared_by_the_servers(served, server, quiet):

@@ -29,7 +29,7 @@ from tenacity import (
 )
 
 from dpkd.api.teachers import TeacherLost
-from dpkd.errors import DpkdError, printable
+from dpkd.errors import DpkdError, printable, redacted
 from dpkd.models.settings import ClientSettings
 
 RECOVERABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -123,11 +123,15 @@ class Client:
         self._thread.join()
         loop.close()
 
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self._settings.key_variable, "")
+
     def _start(self) -> None:
         loop = asyncio.new_event_loop()
         many = self._settings.in_flight * len(self._endpoints)
         self._slots = asyncio.Semaphore(many)
-        key = os.environ.get(self._settings.key_variable, "")
+        key = self._key
         self._http = httpx.AsyncClient(
             headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
             limits=httpx.Limits(max_connections=many, max_keepalive_connections=many),
@@ -152,28 +156,43 @@ class Client:
             response = await self._http.request(method, endpoint.url + path, content=content)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             endpoint.rests_until = time.monotonic() + REST
-            raise _Recoverable(f"{type(error).__name__} {error}".strip()) from error
+            raise _Recoverable(self._shown(f"{type(error).__name__} {error}".strip())) from error
         finally:
             endpoint.in_flight -= 1
         if response.status_code in RECOVERABLE:
             endpoint.rests_until = time.monotonic() + (REST if response.status_code != 429 else 0.0)
-            raise _Recoverable(f"HTTP {response.status_code} {_message(response)}", _retry_after(response))
+            raise _Recoverable(f"HTTP {response.status_code} {self._message(response)}", _retry_after(response))
         if response.status_code >= 400:
             raise ServerRefusal(self._refusal(endpoint.url, path, response), response.status_code)
         try:
             return response.json()
         except ValueError as error:
-            raise ServerRefusal(f"{endpoint.url}{path} answers with no JSON: {response.text[:80]!r}", 200) from error
+            text = self._shown(response.text[:4000])[:80]
+            raise ServerRefusal(f"{endpoint.url}{path} answers with no JSON: {text!r}", 200) from error
 
     def _least_busy(self) -> _Endpoint:
         now = time.monotonic()
         return min(self._endpoints.values(), key=lambda one: (one.rests_until > now, one.in_flight))
 
     def _refusal(self, url: str, path: str, response: httpx.Response) -> str:
-        text = f"{url}{path} answers {response.status_code}: {_message(response)}"
+        text = f"{url}{path} answers {response.status_code}: {self._message(response)}"
         if response.status_code in (401, 403):
             return f"{text}. Put the server's key into the environment variable {self._settings.key_variable}."
         return text
+
+    def _message(self, response: httpx.Response) -> str:
+        """What the server says of an error: the message that OpenAI's form of errors has, else the body."""
+        try:
+            found = response.json()
+            error = found.get("error", found) if isinstance(found, dict) else found
+            text = error.get("message", error.get("detail", error)) if isinstance(error, dict) else error
+        except ValueError:
+            text = response.text
+        return " ".join(self._shown(str(text)[:4000]).split())[:300]
+
+    def _shown(self, text: str) -> str:
+        """A text of a server without the key, which servers echo, and without what a terminal would act on."""
+        return printable(redacted(text, [self._key] if self._key else []))
 
 
 def _pause(state: RetryCallState) -> float:
@@ -187,14 +206,3 @@ def _retry_after(response: httpx.Response) -> float:
         return min(60.0, max(0.0, float(response.headers.get("Retry-After", "0"))))
     except ValueError:  # a date: the growing pause has to do
         return 0.0
-
-
-def _message(response: httpx.Response) -> str:
-    """What the server says of an error: the message that OpenAI's form of errors has, else the body."""
-    try:
-        found = response.json()
-        error = found.get("error", found) if isinstance(found, dict) else found
-        text = error.get("message", error.get("detail", error)) if isinstance(error, dict) else error
-    except ValueError:
-        text = response.text
-    return printable(" ".join(str(text).split())[:300])
