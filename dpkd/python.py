@@ -66,7 +66,7 @@ def train(
     from dpkd.train.accelerate_state import own_accelerate_state
     from dpkd.train.run import train as run
 
-    names, given = _names({"teacher": teacher, "student": student}, data, tokenizer)
+    names, in_memory = _names({"teacher": teacher, "student": student}, data, tokenizer)
     registry = load_registry()
     named = {
         **_loss(loss, registry),
@@ -80,8 +80,8 @@ def train(
     layers = [file_layer(Path(path)) for path in config]
     layers += [flag_layer("train()", path, value) for path, value in named.items() if value is not None]
     layers += [flag_layer("settings", path, value) for path, value in (settings or {}).items()]
-    resolved = resolve(layers, registry, given)
-    with own_accelerate_state(), given.left_alone():
+    resolved = resolve(layers, registry, in_memory)
+    with own_accelerate_state(), in_memory.left_alone():
         return run(resolved, callbacks=callbacks)
 
 
@@ -114,10 +114,10 @@ def resume(
     if loss is not None:
         _loss(loss, registry)
     _reward(reward, registry)
-    _, given = _names({"teacher": teacher, "student": student}, data, tokenizer)
+    _, in_memory = _names({"teacher": teacher, "student": student}, data, tokenizer)
     path = folder if isinstance(folder, str | Path) else folder.path
-    with own_accelerate_state(), given.left_alone():
-        return resume_folder(Path(path), given=given, registry=registry, callbacks=callbacks)
+    with own_accelerate_state(), in_memory.left_alone():
+        return resume_folder(Path(path), in_memory=in_memory, registry=registry, callbacks=callbacks)
 
 
 def evaluate(
@@ -165,7 +165,7 @@ def evaluate(
     from dpkd.evaluation.sets import find_set
     from dpkd.evaluation.target import find_target
 
-    names, given = _names({"model": getattr(model, "path", model), "teacher": teacher}, data, tokenizer)
+    names, in_memory = _names({"model": getattr(model, "path", model), "teacher": teacher}, data, tokenizer)
     one, target = find_set(str(names["data"])), find_target(str(names["model"]), names["teacher"])
     own = {path.removeprefix("data."): value for path, value in (settings or {}).items()}
     rows = checked(DataSettings, one.given(target.data, {"limit": limit, **own}), "data")
@@ -173,8 +173,8 @@ def evaluate(
         temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     how = EvaluationSettings(sampling, tuple(seeds or PAPER_SEEDS), rewards, long_prompts=long_prompts)
-    with given.left_alone():
-        evaluator = Evaluator(target.model, target.teacher, dtype=dtype, given=given)
+    with in_memory.left_alone():
+        evaluator = Evaluator(target.model, target.teacher, dtype=dtype, in_memory=in_memory)
         return evaluator.evaluate(one.name, rows, how, output=Path(output) if output is not None else None)
 
 

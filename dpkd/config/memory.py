@@ -16,7 +16,7 @@ POINTLESS = {
 }
 
 
-def memory_problems(settings: RunSettings, merged: Merged, given: InMemory) -> list[str]:
+def memory_problems(settings: RunSettings, merged: Merged, in_memory: InMemory) -> list[str]:
     """Names of objects that nobody gave, and settings that say nothing of an object, in sentences."""
     problems: list[str] = []
     for path, pointless in POINTLESS.items():
@@ -25,7 +25,7 @@ def memory_problems(settings: RunSettings, merged: Merged, given: InMemory) -> l
         name = getattr(values, key)
         if not is_memory(name):
             continue
-        if name not in given.models and name not in given.data:
+        if name not in in_memory.models and name not in in_memory.data:
             problems += _nobody_gave(name, path)
         for other in pointless:
             if getattr(values, other) != type(values).model_fields[other].default:

@@ -40,8 +40,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 class Resolved:
     """Checked settings, the losses with their own checked settings, and where each value came from.
 
-    `registry` has the plugins that other settings name, such as samplers. `given` has the models and rows that are in
-    memory; the settings have names for them.
+    `registry` has the plugins that other settings name, such as samplers. `in_memory` has the models and rows that are
+    there; the settings have names for them.
     """
 
     settings: RunSettings
@@ -49,7 +49,7 @@ class Resolved:
     provenance: dict[str, str]
     registry: Registry
     extras: tuple[Objective, ...] = ()
-    given: InMemory = field(default_factory=InMemory)
+    in_memory: InMemory = field(default_factory=InMemory)
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -72,12 +72,12 @@ class Resolved:
         return {"loss": loss, **self.settings.model_dump(mode="json")}
 
 
-def resolve(layers: Sequence[Layer], registry: Registry, given: InMemory | None = None) -> Resolved:
-    """Merge and check the layers; `given` has what they name and a caller has in memory.
+def resolve(layers: Sequence[Layer], registry: Registry, in_memory: InMemory | None = None) -> Resolved:
+    """Merge and check the layers; `in_memory` has what they name and a caller has in memory.
 
     Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
     """
-    given, problems = given or InMemory(), list[str]()
+    in_memory, problems = in_memory or InMemory(), list[str]()
     layers = in_our_names([renamed(layer) for layer in layers])
     registered, layers, merged = _with_suggestions(layers, registry, problems)
     loss = merged.values.pop("loss", {})
@@ -102,12 +102,12 @@ def resolve(layers: Sequence[Layer], registry: Registry, given: InMemory | None 
             problems += [] if config is None else schedule_problems(main.spec, config, sound.schedules, "schedules")
         damaged = _damaged(values) | ({"text"} if text is None else set())
         problems += _cross_checks(sound, merged, damaged, main, extras, registry)
-        problems += memory_problems(sound, merged, given)
+        problems += memory_problems(sound, merged, in_memory)
     if problems:
         raise SettingsError(problems)
     assert settings is not None
     assert main is not None
-    return Resolved(settings, main, dict(merged.provenance), registry, tuple(extras), given)
+    return Resolved(settings, main, dict(merged.provenance), registry, tuple(extras), in_memory)
 
 
 def _with_suggestions(

@@ -100,42 +100,42 @@ class Evaluator:
         teacher: TeacherSettings | None,
         *,
         dtype: str = "float32",
-        given: InMemory | None = None,
+        in_memory: InMemory | None = None,
         registry: Registry | None = None,
     ) -> None:
         """`dtype` is that of the weights where the settings say `auto`; `auto`: as stored.
 
         `registry` has the metrics; None: all that are installed.
 
-        `given` has what is in memory of model, teacher and rows; its models keep their type.
+        `in_memory` has what is in memory of model, teacher and rows; its models keep their type.
         In half precision an answer depends on the rows beside it in its batch; in float32 all but never.
         Raises DpkdError when something cannot be found or does not fit.
         """
         if dtype not in ("auto", *DTYPES):
             raise DpkdError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
-        self.given = given or InMemory()
+        self.in_memory = in_memory or InMemory()
         self.registry = registry or load_registry()
-        self.tokenizer = self.given.tokenizer(model)
+        self.tokenizer = self.in_memory.tokenizer(model)
         self.note: str | None = None
         if teacher is not None and teacher.model is not None:
-            self.note = _left_out(self.tokenizer, self.given.tokenizer(teacher), teacher.model)
+            self.note = _left_out(self.tokenizer, self.in_memory.tokenizer(teacher), teacher.model)
             teacher = None if self.note else teacher
         self.names = (model.model, teacher.model if teacher is not None else None)
         attend_without_plans()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = self.given.load(model, device=device, dtype=DTYPES.get(dtype))
+        self.model = self.in_memory.load(model, device=device, dtype=DTYPES.get(dtype))
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         check_head(self.model)
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.teacher = None
         if teacher is not None and teacher.model is not None:
-            loaded = self.given.load(teacher, device=device, dtype=DTYPES.get(dtype))
+            loaded = self.in_memory.load(teacher, device=device, dtype=DTYPES.get(dtype))
             size = loaded.get_output_embeddings().weight.shape[0]
-            shared = shared_vocabulary(self.tokenizer, self.given.tokenizer(teacher), self.vocabulary, size)
+            shared = shared_vocabulary(self.tokenizer, self.in_memory.tokenizer(teacher), self.vocabulary, size)
             self.vocabulary = shared.size
             self.teacher = LocalTeacher.of(loaded, self.vocabulary, torch.device(device))
-            self.teacher_fingerprint = self.given.fingerprint(teacher)
-        self.fingerprint = self.given.fingerprint(model)
+            self.teacher_fingerprint = self.in_memory.fingerprint(teacher)
+        self.fingerprint = self.in_memory.fingerprint(model)
 
     @property
     def context(self) -> int | None:
@@ -151,7 +151,7 @@ class Evaluator:
             context=self.context,
             max_new_tokens=settings.sampling.max_new_tokens,
             long_prompts=settings.long_prompts,
-            rows=self.given.rows(data.path),
+            rows=self.in_memory.rows(data.path),
         )
         check_ids(inputs.prompts, self.model.get_input_embeddings().weight.shape[0], "the model")
         return inputs
@@ -228,7 +228,7 @@ class Evaluator:
             return _Caches(own)
         by_teacher = {**drawn, "weights": self.teacher_fingerprint}
         key = ("the teacher's answers", digest(by_teacher))  # one file for all runs of a process
-        return _Caches(own, self.given.remembered(key, lambda: AnswerCache(output / _TEACHER, by_teacher)))
+        return _Caches(own, self.in_memory.remembered(key, lambda: AnswerCache(output / _TEACHER, by_teacher)))
 
     def _facts(
         self, name: str, data: DataSettings, inputs: Inputs, settings: EvaluationSettings, generation: Mapping[str, Any]

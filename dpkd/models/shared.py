@@ -1,6 +1,6 @@
 """What the runs of one process share: loaded models, tokenizers and tokenized rows, each found by who it is.
 
-Made once by whoever runs several runs, and passed to each of them as `given`.
+Made once by whoever runs several runs, and passed to each of them as `in_memory`.
 """
 
 from __future__ import annotations

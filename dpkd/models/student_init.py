@@ -36,19 +36,19 @@ def make_student(
     device: torch.device | str,
     seed: int,
     teacher_config: Any = None,
-    given: InMemory | None = None,
+    in_memory: InMemory | None = None,
 ) -> Any:
     """The student, with trainable float32 weights unless the settings name another type.
 
     `teacher_config` stands in for a teacher that is not loaded, which is enough for `random`. A student that is
-    `given` in memory is copied.
+    `in_memory` in memory is copied.
     Raises DpkdError when layers are out of range or the model's layers are not one list.
     """
-    given = given or InMemory()
+    in_memory = in_memory or InMemory()
     if settings.init == "pretrained":
-        student = given.load_copy(settings, device=device, dtype=torch.float32)
+        student = in_memory.load_copy(settings, device=device, dtype=torch.float32)
     else:
-        config = student_config(settings, teacher.config if teacher is not None else teacher_config, given)
+        config = student_config(settings, teacher.config if teacher is not None else teacher_config, in_memory)
         layers = settings.init == "layers"  # all weights are the teacher's
         student = _fresh(config, seed, DTYPES.get(settings.dtype, torch.float32), blank=layers)
         if layers:
@@ -62,13 +62,13 @@ def make_student(
     return student
 
 
-def student_config(settings: StudentSettings, teacher_config: Any, given: InMemory | None = None) -> Any:
+def student_config(settings: StudentSettings, teacher_config: Any, in_memory: InMemory | None = None) -> Any:
     """The student's configuration, without its weights.
 
     Raises DpkdError when it follows a teacher that is not named, or when layers are out of range.
     """
     if settings.init == "pretrained" or (settings.init == "random" and settings.model is not None):
-        config = (given or InMemory()).config(settings)
+        config = (in_memory or InMemory()).config(settings)
     elif teacher_config is not None:
         config = deepcopy(teacher_config)
         if hasattr(config, "quantization_config"):  # of a teacher that was read with packed weights

@@ -195,7 +195,7 @@ def _facts(
     resolved: Resolved, run_data: RunData, models: _Models, corpus: CorpusBatches | None, layout: Layout
 ) -> dict[str, Any]:
     """What run.json says of data and models."""
-    given, teacher = resolved.given, None if models.teacher is None else models.teacher.model
+    in_memory, teacher = resolved.in_memory, None if models.teacher is None else models.teacher.model
     parameters = {"student": _count(models.student), "trained": _count(models.student, trained=True)}
     return {
         "steps": run_data.steps,
@@ -204,7 +204,7 @@ def _facts(
         "models": _fingerprints(resolved, run_data),
         "vocabulary": models.vocabulary,
         "layout": layout._asdict(),
-        **({"in_memory": given.described()} if given.models or given.data else {}),
+        **({"in_memory": in_memory.described()} if in_memory.models or in_memory.data else {}),
         "parameters": parameters | ({} if teacher is None else {"teacher": _count(teacher)}),
     }
 
@@ -212,7 +212,7 @@ def _facts(
 def _fingerprints(resolved: Resolved, run_data: RunData) -> dict[str, str]:
     """Who the models of the run are."""
     student = resolved.settings.student
-    found = {} if student.model is None else {"student": resolved.given.fingerprint(student)}
+    found = {} if student.model is None else {"student": resolved.in_memory.fingerprint(student)}
     return found if run_data.teacher is None else {**found, "teacher": run_data.teacher.fingerprint()}
 
 
@@ -247,7 +247,7 @@ class _Models:
             teacher=None if self.teacher is None else self.teacher.model,
             device=device,
             seed=settings.seed,
-            given=resolved.given,
+            in_memory=resolved.in_memory,
         )
         if (again := settings.student.gradient_checkpointing) is not False:
             recompute_activations(student, selective=again == "selective")
@@ -293,10 +293,10 @@ def _compile(
     resolved: Resolved, models: _Models, losses: dict[str, Any], steps: int, accelerator: Accelerator, display: Display
 ) -> None:
     """Compile the layers of both models, and losses that no kernel computes, where that is asked for or pays."""
-    choice, given, device = resolved.settings.train.compile, resolved.given, accelerator.device
+    choice, in_memory, device = resolved.settings.train.compile, resolved.in_memory, accelerator.device
     teacher = None if models.teacher is None else models.teacher.model
     code = [code_of(model) for model in (models.student, teacher) if model is not None]
-    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and _pays(code, steps, given))):
+    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and _pays(code, steps, in_memory))):
         return
     several = any(
         o.spec.family is Family.PAIR or o.text.student_sampling.num_generations > 1 for o in resolved.objectives
@@ -307,7 +307,7 @@ def _compile(
     if teacher is not None:
         reasons["the teacher's layers"] = compile_checked(teacher, layout=layout)
     if not any(reasons.values()):
-        given.compiled.update(code)
+        in_memory.compiled.update(code)
     for objective in resolved.objectives:
         loss = losses[objective.name]
         by_kernel = kl_sum_of(loss) is not None and why_not_fused(device.type) is None
@@ -330,9 +330,9 @@ def _few_rows(reads: frozenset[Signal], device: torch.device, vocabulary: int) -
     return sample_inputs(reads, device, vocabulary)[1].only(reads)
 
 
-def _pays(code: Sequence[Hashable], steps: int, given: InMemory) -> bool:
+def _pays(code: Sequence[Hashable], steps: int, in_memory: InMemory) -> bool:
     """Whether the steps win back what compiling costs: those of all runs of this process, for they share the code."""
-    return given.compiled.issuperset(code) or steps * given.runs_left >= WORTH_STEPS
+    return in_memory.compiled.issuperset(code) or steps * in_memory.runs_left >= WORTH_STEPS
 
 
 def _losses(resolved: Resolved) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def with_defaults(resolved: Resolved, display: Display) -> Resolved:
     settings = resolved.settings
     device = device_of(settings.train.device)
     check_quantization(settings.student)
-    teacher = make_teacher(settings.teacher, resolved.registry, resolved.given)
-    config = student_config(settings.student, None if teacher is None else teacher.config, resolved.given)
+    teacher = make_teacher(settings.teacher, resolved.registry, resolved.in_memory)
+    config = student_config(settings.student, None if teacher is None else teacher.config, resolved.in_memory)
     sizes = _sizes(settings, config, teacher, device)
     for line in _warnings(sizes, settings, device):
         display.say(f"warning: {line}")

@@ -70,9 +70,9 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     Raises DpkdError for whatever would stop the run later: missing packages, layers that a model does not have,
     different tokenizers, text that is longer than a model reads, a corpus that cannot be read.
     """
-    settings, given = resolved.settings, resolved.given
+    settings, in_memory = resolved.settings, resolved.in_memory
     check_trackers(settings.train.trackers)
-    teacher = make_teacher(settings.teacher, resolved.registry, given)
+    teacher = make_teacher(settings.teacher, resolved.registry, in_memory)
     if teacher is not None:
         teacher.prepare_for(kept_tokens(resolved.objectives), chosen_ids(resolved.objectives))
         if teacher.of_student and settings.student.lora is None:
@@ -81,9 +81,9 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
                 "name its model as the teacher"
             )
     teacher_config = None if teacher is None else teacher.config
-    own_config = student_config(settings.student, teacher_config, given)
+    own_config = student_config(settings.student, teacher_config, in_memory)
     layers = bind(resolved, {o.name: o.spec.loss(o.config) for o in resolved.objectives}, own_config, teacher_config)
-    tokenizer = given.tokenizer(settings.student if settings.student.model is not None else settings.teacher)
+    tokenizer = in_memory.tokenizer(settings.student if settings.student.model is not None else settings.teacher)
     tokenizer = with_chat_template(tokenizer, settings.data.chat_template)
     if teacher is not None:
         teacher.check(tokenizer)
@@ -92,7 +92,7 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     pairs = any(objective.text.preferences for objective in resolved.objectives)
     column = None if teacher is None else teacher.column
     examples = _examples(resolved, responses, pairs, column)
-    data = given.remembered(
+    data = in_memory.remembered(
         (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses, column),
         lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses),
     )
@@ -128,14 +128,16 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
 
 def _examples(resolved: Resolved, responses: bool, pairs: bool, column: str | None) -> ExampleSet:
     """The rows of the run; those of one file are read once for all runs of this process, while it stays as it is."""
-    data, given, seed = resolved.settings.data, resolved.given, resolved.settings.seed
-    rows = given.rows(data.path)
+    data, in_memory, seed = resolved.settings.data, resolved.in_memory, resolved.settings.seed
+    rows = in_memory.rows(data.path)
     read = partial(
         read_examples, data, require_response=responses, pairs=pairs, rows=rows, seed=seed, teacher_column=column
     )
     stamp = None if data.mix or rows is not None else file_stamp(data.path)
     return (
-        read() if stamp is None else given.remembered((stamp, data.model_dump_json(), responses, pairs, column), read)
+        read()
+        if stamp is None
+        else in_memory.remembered((stamp, data.model_dump_json(), responses, pairs, column), read)
     )
 
 

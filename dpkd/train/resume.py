@@ -39,7 +39,7 @@ def resume_folder(
     *,
     assignments: Sequence[str] = (),
     trust_remote_code: bool = False,
-    given: InMemory | None = None,
+    in_memory: InMemory | None = None,
     registry: Registry | None = None,
     callbacks: Sequence[Callback] = (),
     console: Console | None = None,
@@ -47,18 +47,19 @@ def resume_folder(
 ) -> RunFolder:
     """Continue the run in a folder with its own settings, but for some `PATH=VALUE` of CHANGEABLE.
 
-    A finished run goes on when it is given more steps. `given` has what was in memory when the run began,
+    A finished run goes on when it is given more steps. `in_memory` has what was in memory when the run began,
     `registry` the plugins (None: the installed ones), `timings` gets where the time goes.
     Raises DpkdError when the folder holds no run, or one that is finished, when a setting may not change, when the
-    settings want foreign code to run and `trust_remote_code` does not allow it, or when `given` is not what it needs.
+    settings want foreign code to run and `trust_remote_code` does not allow it, or when `in_memory` is not what
+    it needs.
     """
     folder = RunFolder.existing(path)
-    registry, given = registry or load_registry(), given or InMemory()
+    registry, in_memory = registry or load_registry(), in_memory or InMemory()
     own = written_layers(folder.config, registry)
     for layer in own:
         check_trust(layer.values, folder.config, trust_remote_code)
-    resolved = resolve([*own, *set_layer(assignments)], registry, given)
-    changes = _changes(resolve(own, registry, given), resolved) if assignments else {}
+    resolved = resolve([*own, *set_layer(assignments)], registry, in_memory)
+    changes = _changes(resolve(own, registry, in_memory), resolved) if assignments else {}
     # Values still come from where they came from at the beginning; what is said of them in the card depends on it.
     sources = read_sources(folder.config.read_text(encoding="utf-8"))
     new = {path: resolved.provenance[path] for path in changes if path in resolved.provenance}
@@ -74,7 +75,7 @@ def resume_folder(
     check_model(folder)
     settings = resolved.settings
     needed = {settings.teacher.model, settings.student.model, settings.data.path}
-    if unused := sorted({*given.models, *given.data} - needed):
+    if unused := sorted({*in_memory.models, *in_memory.data} - needed):
         raise DpkdError(f"{path} did not begin with {' and '.join(unused)}: its settings name what it reads")
     return resume(resolved, folder, changes=changes, callbacks=callbacks, console=console, timings=timings)
 

@@ -192,7 +192,7 @@ def _run(
     if newest is not None:
         _restore(trainer, newest, accelerator)
         display.say(f"continuing {folder.path} after step {start} of {run_parts.steps}")
-    again = f"continue with: {_resume_call(folder, resolved.given)}"
+    again = f"continue with: {_resume_call(folder, resolved.in_memory)}"
     try:
         with _explained(folder, again):
             if resolved.settings.batch.probe:
@@ -259,8 +259,8 @@ def _explained(folder: RunFolder, again: str) -> Iterator[None]:
         raise NotFinite(f"training stopped: {error}\n{where}; {lower}") from error
 
 
-def _resume_call(folder: RunFolder, given: InMemory) -> str:
-    objects = [f"{name.rpartition(':')[2]}=..." for name in (*given.models, *given.data)]
+def _resume_call(folder: RunFolder, in_memory: InMemory) -> str:
+    objects = [f"{name.rpartition(':')[2]}=..." for name in (*in_memory.models, *in_memory.data)]
     if not objects:
         return f"dpkd train --resume {folder.path}"
     return f"dpkd.resume({', '.join([repr(str(folder.path)), *objects])}), with the same objects"

@@ -54,7 +54,7 @@ class InProcess:
 
     def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
         left = sum(not RunFolder(one.folder).is_finished for one in plan.runs)
-        given = replace(self.shared, runs_left=left)
+        in_memory = replace(self.shared, runs_left=left)
 
         def train_it(console: Console) -> None:
             timings = Timings(on=True)
@@ -62,14 +62,14 @@ class InProcess:
                 resume_folder(
                     run.folder,
                     trust_remote_code=_is_trusted(plan, run, self.registry),
-                    given=given,
+                    in_memory=in_memory,
                     registry=self.registry,
                     console=console,
                     timings=timings,
                 )
             else:
                 with timings("config"):
-                    resolved = resolve(plan.layers(run), self.registry, given)
+                    resolved = resolve(plan.layers(run), self.registry, in_memory)
                 kept = plan.settings.keep_checkpoints
                 train(resolved, console=console, timings=timings, last_checkpoint=kept)
 
@@ -133,7 +133,7 @@ def _score(
     found = [find_set(name) for name in sets]
     if all((target.folder / one.name / "scores.json").is_file() for one in found):
         return
-    evaluator = Evaluator(target.model, target.teacher, dtype=options.dtype, given=shared, registry=registry)
+    evaluator = Evaluator(target.model, target.teacher, dtype=options.dtype, in_memory=shared, registry=registry)
     for one in found:
         rows = checked(DataSettings, one.given(target.data, given), "data")
         evaluator.evaluate(one.name, rows, how, output=target.folder / one.name, say=console.print)

@@ -85,7 +85,7 @@ def _llama(width=8):
 
 def test_a_sweep_says_how_many_runs_are_left(settings_of, toy, tmp_path, monkeypatch):
     left = []
-    monkeypatch.setattr(sweep_runners, "train", lambda resolved, **_: left.append(resolved.given.runs_left))
+    monkeypatch.setattr(sweep_runners, "train", lambda resolved, **_: left.append(resolved.in_memory.runs_left))
     models = {"teacher.model": str(toy / "teacher"), "student.init": "layers", "student.layers": 2}
     settings = models | {"data.path": str(toy / "data.jsonl")}
     stages = {"all": {"settings": settings, "matrix": {"loss.name": ["kd", "jsd"], "seed": [1, 2]}}}

@@ -110,7 +110,7 @@ def test_the_need_for_memory_is_counted(toy, monkeypatch, processes):
         for name in ("gpt2", "teacher")
     ]
     settings = _settings(toy)
-    teacher = defaults.make_teacher(settings.settings.teacher, settings.registry, settings.given)
+    teacher = defaults.make_teacher(settings.settings.teacher, settings.registry, settings.in_memory)
     config = defaults.student_config(settings.settings.student, None)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

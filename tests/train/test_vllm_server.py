@@ -102,7 +102,7 @@ def _differences(made, teacher, quiet, url=None):
     """Largest difference of a given token's log-prob from the local teacher's, and of the 20 likeliest's."""
     resolved = made("topk-kl", {"loss.k": 20}, url=url)
     served = prepare(resolved, Display(quiet)).teacher
-    local = LocalTeacher(made("kd", local=True).settings.teacher, resolved.given)
+    local = LocalTeacher(made("kd", local=True).settings.teacher, resolved.in_memory)
     local.load(torch.device("cpu"), torch.float32)
     local.cut(257)
     batch = collate([TokenSequence((5 * i, 7, 9), tuple(range(40 + i, 60 + 3 * i, 3))) for i in range(8)], pad_id=0)
