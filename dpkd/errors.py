@@ -77,7 +77,9 @@ def _acts(character: str) -> bool:
 def redacted(text: str, secrets: Sequence[str]) -> str:
     """A text in which each piece of a secret of `PIECE` characters or more is `…`.
 
-    Found in any case, with white space between, backwards, percent-encoded, as hexadecimal digits and in base64.
+    text     what is to be shown
+    secrets  keys and passwords; found in any case, with white space between, backwards, percent-encoded, as hexadecimal
+             digits and in base64
 
     >>> redacted("wrong key sk-ver…, or 's k - v e r y-secret'", ["sk-very-secret"])
     "wrong key …, or '…'"
