@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dpkd.io import sha256
 from dpkd.models.in_memory import InMemory
 from dpkd.models.settings import ModelSettings
 
@@ -36,11 +37,11 @@ class Shared(InMemory):
     _tokenizers: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def tokenizer(self, settings: ModelSettings) -> Any:
-        """The tokenizer itself, read once while its files stay as they are: nobody changes it."""
+        """The tokenizer itself, read once for all folders with the same files: nobody changes it."""
         name = getattr(settings, "tokenizer", None) or settings.model
         if self._model(settings) is not None:
             return super().tokenizer(settings)
-        key = (name, settings.revision, _stamp(name))
+        key = (settings.revision, settings.trust_remote_code, _files_of(name))
         if key not in self._tokenizers:
             self._tokenizers[key] = super().tokenizer(settings)
         return self._tokenizers[key]
@@ -80,8 +81,15 @@ def _kept(cache: OrderedDict[Hashable, Any], key: Hashable, make: Callable[[], T
     return value
 
 
-def _stamp(name: str | None) -> tuple[Any, ...]:
-    """Size and time of change of a folder's JSON and text files, which a tokenizer is read from."""
+def _files_of(name: str | None) -> tuple[Any, ...]:
+    """What decides a tokenizer: the files of a folder that it is read from, or the name of a hub.
+
+    The models that runs save have one tokenizer in many folders.
+    """
     path = Path(name or "")
-    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in (".json", ".txt", ".model"))
-    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    if path.is_file():
+        stat = path.stat()
+        return str(path), stat.st_size, stat.st_mtime_ns
+    kinds = (".json", ".txt", ".model", ".jinja", ".py")
+    files = sorted(p for p in path.glob("*") if p.suffix in kinds and p.is_file()) if name else []
+    return tuple((file.name, sha256(file)) for file in files) or (name,)
