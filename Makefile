@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: demo test bench lint types imports docs links format soak audit clean
+.PHONY: demo test bench lint types imports docs links format soak audit lock clean
 
 demo: $(DEMO)
 	$(BIN)/dpkd demo $(DEMO_FLAGS)
@@ -47,6 +47,12 @@ soak: $(STAMP)
 audit:
 	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet pip-audit==2.10.1)
 	.venv-audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
+# The pins with the hashes of their files, for this platform and package index: pip install --require-hashes -r locked.txt
+lock:
+	test -x .venv-lock/bin/pip-compile || ($(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install --quiet pip-tools==7.6.2)
+	.venv-lock/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url --no-emit-find-links \
+	  --constraint constraints.txt --output-file locked.txt pyproject.toml
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -30,6 +30,7 @@ NAMES = {
     "akl",
     "minillm",
     "dpkd",
+    "dpkd-greedy",
     "dpkd-token",
     "dpkd-ipo",
     "dpkd-cpo",
@@ -290,7 +291,7 @@ def test_card_is_complete(spec: LossSpec) -> None:
 def test_presets_are_their_base_with_other_defaults() -> None:
     by_name = {spec.name: spec for spec in SPECS}
     presets = [spec for spec in SPECS if spec.preset_of]
-    assert {spec.name for spec in presets} == {"gkd", "seqkd", "speculative-kd"}
+    assert {spec.name for spec in presets} == {"dpkd-greedy", "gkd", "seqkd", "speculative-kd"}
     for spec in presets:
         base = by_name[spec.preset_of]
         assert (spec.loss, spec.family) == (base.loss, base.family)
