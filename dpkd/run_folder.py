@@ -78,10 +78,13 @@ class RunFolder:
     def is_finished(self) -> bool:
         return self.marker.is_file() and self.model.is_dir()
 
+    @property
+    def _records(self) -> tuple[Path, ...]:
+        return self.config, self.facts, self.metrics, self.samples, self.path / "dev.jsonl"
+
     def records(self) -> dict[str, str]:
         """The SHA-256 of what the run wrote down on its way, by file: nothing changes it once the run is finished."""
-        files = (self.config, self.facts, self.metrics, self.samples, self.path / "dev.jsonl")
-        return {file.name: sha256(file) for file in files if file.is_file()}
+        return {file.name: sha256(file) for file in self._records if file.is_file()}
 
     def check_records(self, *only: Path) -> None:
         """Compare what a finished run wrote down (`only`: these files) with its checksums; older runs have none.
@@ -90,16 +93,14 @@ class RunFolder:
         """
         again = f"delete {self.marker.name}: `dpkd train --resume {self.path}` then completes the run again."
         facts = read_json(self.marker, f"To go on, {again}") if self.marker.is_file() else {}
-        expected, found = facts.get("records"), self.records()
-        for name, value in expected.items() if isinstance(expected, Mapping) else ():
-            if found.get(name) != value and (not only or self.path / name in only):
-                what = "not the file that the run wrote" if name in found else "lost"
-                known = (
-                    f"; {self.facts.name} has the command of the run." if name == self.config.name else f", or {again}"
-                )
-                raise DpkdError(
-                    f"{self.path / name} is {what} ({self.marker.name} has its checksum). Restore it{known}"
-                )
+        records = facts.get("records")
+        known: Mapping[str, Any] = records if isinstance(records, Mapping) else {}
+        for file in only or self._records:
+            if file.name not in known or (file.is_file() and sha256(file) == known[file.name]):
+                continue
+            what = "not the file that the run wrote" if file.is_file() else "lost"
+            advice = f"; {self.facts.name} has the command of the run." if file == self.config else f", or {again}"
+            raise DpkdError(f"{file} is {what} ({self.marker.name} has its checksum). Restore it{advice}")
 
     def lock(self) -> AbstractContextManager[None]:
         """For the time of the block no other process may write here. Raises DpkdError, naming who does."""

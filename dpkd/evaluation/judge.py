@@ -176,30 +176,19 @@ def judge(
     """
     questions = [messages_of(row, wanted[0]) for row, wanted in zip(rows, references, strict=True)]
     keys = [fingerprint([endpoint.address, endpoint.body(question)]) for question in questions]
+    tell = progress or (lambda done, of: None)
     with file_lock(verdicts, *([summary] if summary is not None else [])):
-        book = _Verdicts(verdicts)
+        book, replies = _Verdicts(verdicts), list[Reply]()
         todo = {key: i for i, key in enumerate(keys) if key not in book.known}
-        tell = progress or (lambda done, of: None)
-        slots = asyncio.Semaphore(parallel)
-        replies: list[Reply] = []
 
-        async def ask_all() -> None:
-            async with client() as http, asyncio.TaskGroup() as group:
-                for key, place in todo.items():
-                    group.create_task(ask(http, key, place))
-
-        async def ask(http: Any, key: str, place: int) -> None:
-            async with slots:
-                reply = await chat(
-                    http, endpoint, questions[place], lambda text: parse_score(text) is not None, sleep=sleep
-                )
+        def heard(key: str, reply: Reply) -> None:
             if reply.accepted:
-                book.add(_verdict(key, rows[place], reply))
+                book.add(_verdict(key, rows[todo[key]], reply))
             replies.append(reply)
             tell(len(keys) - len(todo) + len(replies), len(keys))
 
         try:
-            asyncio.run(ask_all())
+            asyncio.run(_ask(endpoint, {key: questions[i] for key, i in todo.items()}, parallel, sleep, heard))
         except ExceptionGroup as failures:  # the first failure ends the others
             raise failures.exceptions[0] from None
         new = sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies)
@@ -207,6 +196,22 @@ def judge(
         if summary is not None:
             write_json(summary, report.as_dict())
         return report
+
+
+async def _ask(
+    endpoint: Endpoint, questions: Mapping[str, Any], parallel: int, sleep: Sleep, heard: Callable[[str, Reply], None]
+) -> None:
+    """Ask all questions, some at a time; `heard` is told each reply as it comes."""
+    slots = asyncio.Semaphore(parallel)
+
+    async def one(http: Any, key: str) -> None:
+        async with slots:
+            reply = await chat(http, endpoint, questions[key], lambda text: parse_score(text) is not None, sleep=sleep)
+        heard(key, reply)
+
+    async with client() as http, asyncio.TaskGroup() as group:
+        for key in questions:
+            group.create_task(one(http, key))
 
 
 def _verdict(key: str, row: Prediction, reply: Reply) -> dict[str, Any]:
