@@ -144,6 +144,11 @@ class TrainSettings(Block):
         description="compile the models' layers and the losses (half a minute at the start); auto: on a GPU, if a run, "
         "or a sweep in one process, has 300 steps to go",
     )
+    cuda_graphs: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: on a GPU, with one process, forward and backward passes are recorded once for each shape "
+        "and replayed, so that the GPU does not wait for the host",
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         "auto", description="steps between checkpoints; auto: about every ten minutes; None: at the end and on a stop"

@@ -10,8 +10,12 @@ from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+_Ints = NDArray[np.int64]
 
 
 class TokenSequence(NamedTuple):
@@ -70,7 +74,7 @@ class Layout(NamedTuple):
 
     shared   the sequences that follow one prompt stand in one row, behind one copy of it
     packed   all sequences stand in one row, without padding
-    columns  rows are padded to a multiple of so many tokens
+    columns  rows are padded to a multiple of so many tokens, wide ones further: lengths come again (`padded`)
     """
 
     shared: bool = False
@@ -79,6 +83,16 @@ class Layout(NamedTuple):
 
 
 PLAIN = Layout()
+
+
+def padded(width: int, columns: int) -> int:
+    """The width of rows that are padded to a multiple of `columns`; with more than 1 there are eight widths an octave.
+
+    >>> [padded(width, 8) for width in (3, 100, 257, 600)], padded(257, 1)
+    ([8, 104, 288, 640], 257)
+    """
+    step = columns if columns == 1 else max(columns, 1 << max(0, (width - 1).bit_length() - 4))
+    return -(-width // step) * step
 
 
 @dataclass(frozen=True)
@@ -142,30 +156,31 @@ def collate(
     (`labeled_rows`). A response token with nothing before it (an empty prompt) has no row.
     """
     places, widths = _places(sequences, layout)
-    longest = -(-(max(widths, default=0) + extra) // layout.columns) * layout.columns
+    longest = padded(max(widths, default=0) + extra, layout.columns)
     shape = (len(widths), longest)
     starts = [0 if side == "right" else longest - width for width in widths]
+    # In NumPy: PyTorch would wake its threads for each of these small arrays.
     # Prompts, then responses: where each begins, and of each token where it stands.
     prompts, responses = ([s[i] for s in sequences] for i in (0, 1))
-    sizes = torch.tensor([len(ids) for ids in (*prompts, *responses)], dtype=torch.long)
+    sizes = np.fromiter((len(ids) for ids in (*prompts, *responses)), dtype=np.int64)
 
-    def of_tokens(of_prompts: Iterable[int], of_responses: Iterable[int]) -> Tensor:
-        return torch.tensor([*of_prompts, *of_responses], dtype=torch.long).repeat_interleave(sizes)
+    def of_tokens(of_prompts: Iterable[int], of_responses: Iterable[int]) -> _Ints:
+        return np.fromiter((*of_prompts, *of_responses), dtype=np.int64).repeat(sizes)
 
     row = of_tokens(*([place.row for place in places],) * 2)
     first = of_tokens(
         (starts[place.row] + place.prompt_at for place in places),
         (starts[place.row] + place.response_at for place in places),
     )
-    offset = torch.arange(len(row)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    offset = np.arange(len(row)) - (sizes.cumsum() - sizes).repeat(sizes)
     column = first + offset
     here = row * longest + column
-    ids = torch.tensor([*chain.from_iterable((*prompts, *responses))], dtype=torch.long)
+    ids = np.fromiter(chain.from_iterable((*prompts, *responses)), dtype=np.int64)
 
-    def table(fill: int, values: Tensor | int, where: Tensor = here) -> Tensor:
-        made = torch.full(shape, fill, dtype=torch.long)
-        made.view(-1)[where] = values
-        return made
+    def table(fill: int, values: _Ints | int, where: _Ints = here) -> Tensor:
+        made = np.full(shape, fill, dtype=np.int64)
+        made.reshape(-1)[where] = values
+        return torch.from_numpy(made)
 
     nothing = [0] * len(sequences)
     input_ids, attention_mask = table(pad_id, ids), table(0, 1)
@@ -178,7 +193,7 @@ def collate(
     before_first = of_tokens(nothing, (end - 1 if prompt else -1 for end, prompt in zip(ends, prompts, strict=True)))
     own = here[is_response]
     labels = table(IGNORED, ids[is_response], own)
-    before = table(-1, torch.where(offset == 0, before_first, column - 1)[is_response], own)
+    before = table(-1, np.where(offset == 0, before_first, column - 1)[is_response], own)
     owner = table(0, of_tokens(nothing, range(len(sequences)))[is_response], own)
     found = labeled_rows(labels, before)
     sequence, order = owner.flatten()[found.places].sort(stable=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate
+from dpkd.models.captured import paused, release
 from dpkd.models.head import causal_lm, evaluating, hidden_rows
 
 BACKEND = "inductor"
@@ -50,15 +51,19 @@ def compile_blocks(model: nn.Module, backend: Any = None) -> int:
 
 def undo(model: nn.Module) -> None:
     """Run the layers of a model as they are again."""
+    release(causal_lm(model))
     for block in repeated_blocks(model):
         block._compiled_call_impl = None
 
 
 @contextmanager
 def uncompiled(*models: nn.Module) -> Iterator[None]:
-    """Models run as they are inside the block: for shapes, caches and modes that compiled layers were not made for."""
+    """Models run as they are inside the block: for shapes, caches and modes that compiled layers were not made for.
+
+    Nothing is recorded either.
+    """
     compiled = any(part._compiled_call_impl is not None for model in models for part in model.modules())
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), paused(*map(causal_lm, models)):
         yield
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpkd.errors import DpkdError
 from dpkd.models.attention import attention_mask, causal_alone
+from dpkd.models.captured import captured
 
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
@@ -109,9 +110,15 @@ def hidden_states(model: nn.Module, input_ids: Tensor, mask: Any, position_ids: 
     """The last hidden states `[R, T, H]`, ready for the head; `mask` as the model's attention takes it."""
     backbone = causal_lm(model).base_model
     # Models with ALiBi take no positions: they count from the attention mask.
-    positions = {"position_ids": position_ids} if "position_ids" in signature(backbone.forward).parameters else {}
-    output = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    counted = "position_ids" in signature(backbone.forward).parameters
+
+    def run(input_ids: Tensor, mask: Any, position_ids: Tensor) -> Tensor:
+        positions = {"position_ids": position_ids} if counted else {}
+        output = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    recorded = captured(backbone)
+    return run(input_ids, mask, position_ids) if recorded is None else recorded(run, input_ids, mask, position_ids)
 
 
 def hidden_rows(model: nn.Module, batch: Batch) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dpkd.api import Stack
+from dpkd.models.captured import paused
 from dpkd.models.head import causal_lm, hidden_rows
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def every_state(model: nn.Module) -> Iterator[list[Tensor]]:
 
     handles = [backbone.register_forward_pre_hook(ask, with_kwargs=True), backbone.register_forward_hook(keep)]
     try:
-        yield states
+        with paused(causal_lm(model)):
+            yield states
     finally:
         for handle in handles:
             handle.remove()

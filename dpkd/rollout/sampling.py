@@ -18,10 +18,10 @@ from torch import nn
 from dpkd.api import Sampled, SamplingSettings
 from dpkd.errors import DpkdError
 from dpkd.models.compile import uncompiled
+from dpkd.models.cuda_graphs import NotStatic
 from dpkd.models.head import evaluating
 from dpkd.models.loading import longest_sequence
 from dpkd.rollout.continuous_batching import ContinuousBatcher, DrawingPolicy, Request
-from dpkd.rollout.cuda_graphs import CannotDecodeStatically
 from dpkd.rollout.kv_cache import KVCacheModel
 from dpkd.rollout.static_decoding import StaticBatcher
 
@@ -130,7 +130,7 @@ class Decoder:
         return self._batcher[1]
 
     def _check(self, finished: dict[int, Sampled], requests: Sequence[Request]) -> None:
-        """Compare the first responses with a forward over them. Raises CannotDecodeStatically when they differ."""
+        """Compare the first responses with a forward over them. Raises NotStatic when they differ."""
         prompts = {request.first_row + i: request.prompt for request in requests for i in range(len(request.seeds))}
         model, difference, tokens = KVCacheModel(self._model, self._vocabulary), 0.0, 0
         for number, response in list(finished.items())[:COMPARED_RESPONSES]:
@@ -140,7 +140,7 @@ class Decoder:
             tokens += len(ids)
         tolerance = TOLERANCES.get(model.dtype, TOLERANCES[torch.bfloat16])
         if not difference <= tolerance * tokens:
-            raise CannotDecodeStatically(
+            raise NotStatic(
                 f"its log-probs differ from a plain forward's by {difference / tokens:.2g} nats a token, and "
                 f"{tolerance:.2g} are expected of {str(model.dtype).removeprefix('torch.')}"
             )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpkd.api import Sampled
+from dpkd.models.cuda_graphs import NotStatic, Recorder, Replay
 from dpkd.rollout.continuous_batching import (
     CHECK_EVERY,
     DrawingPolicy,
@@ -26,7 +27,6 @@ from dpkd.rollout.continuous_batching import (
     responses,
     take_group,
 )
-from dpkd.rollout.cuda_graphs import CannotDecodeStatically, Replay
 from dpkd.rollout.kv_cache import KVCacheModel
 
 # Below so many rows a decoding step is bound by the weights that it reads: a smaller window gains nothing.
@@ -85,9 +85,7 @@ class DecodingState:
         self.seen_R11C = torch.zeros(slots, 1, 1, columns, dtype=torch.bool, device=self.device)
         self.column = torch.zeros(1, dtype=torch.long, device=self.device)
         self._steps: dict[tuple[int, int], Replay] = {}
-        on_cuda = self.device.type == "cuda"
-        self._side = torch.cuda.Stream(self.device) if on_cuda else None
-        self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
+        self._recorder = Recorder(self.device)
 
     @property
     def bytes(self) -> int:
@@ -116,10 +114,7 @@ class DecodingState:
             window = self.rows.map(lambda part: part[:rows])
             seen_B11C = self.seen_R11C[:rows, :, :, :columns]
             self._steps[rows, columns] = Replay(
-                lambda: decode_step(self.models, caches, window, seen_B11C, self.column, self.policy),
-                self.device,
-                self._side,
-                self._pool,
+                lambda: decode_step(self.models, caches, window, seen_B11C, self.column, self.policy), self._recorder
             )
         return self._steps[rows, columns]
 
@@ -191,10 +186,10 @@ class StaticBatcher:
     def run(self, requests: Sequence[Request], policy: DrawingPolicy) -> Iterator[dict[int, Sampled]]:
         """Responses by number, as they finish; longest prompts first.
 
-        Raises CannotDecodeStatically when the models do not allow it, before the first response.
+        Raises NotStatic when the models do not allow it, before the first response.
         """
         if any(model.device != self._device for model in self._models):
-            raise CannotDecodeStatically("the models are on different devices")
+            raise NotStatic("the models are on different devices")
         # A graph reads the weights where they were when it was captured.
         addresses = [part for model in self._models for part in model.addresses()]
         if addresses != self._addresses:
@@ -249,7 +244,7 @@ class StaticBatcher:
         if not any(slots):
             refusals = [model.static_refusal for model in read.cached_models]
             for refusal in filter(None, refusals):
-                raise CannotDecodeStatically(refusal)
+                raise NotStatic(refusal)
             columns = column_bucket(longest + CHECK_EVERY)
             if self.state is None or not self.state.fits(policy, caches, read.rows, rows, columns):
                 self.state = None  # its memory first

@@ -24,6 +24,7 @@ from dpkd.data.corpus import read_corpus
 from dpkd.data.encode import check_ids
 from dpkd.errors import DpkdError
 from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.captured import capture
 from dpkd.models.compile import WORTH_STEPS, code_of, compile_checked, compile_loss, undo
 from dpkd.models.device import teacher_dtype
 from dpkd.models.fused import kl_sum_of
@@ -88,6 +89,7 @@ class RunParts:
     def close(self) -> None:
         """Give back what lies outside the models."""
         self.rollouts.close()
+        undo(self.train_step.inner.student)
         if self.teacher is not None:
             if self.teacher.model is not None:
                 undo(self.teacher.model)  # others use it too
@@ -123,12 +125,15 @@ def assemble(
         loss_module, optimizer = accelerator.prepare(whole, optimizer)
     if models.teacher is not None and models.teacher.of_student and is_sharded(models.student):
         raise DpkdError("teacher.base: a sharded student is not whole when its base is asked; name a teacher.model")
+    if settings.train.cuda_graphs == "auto" and accelerator.device.type == "cuda" and accelerator.num_processes == 1:
+        models.capture(display)
     train_step = TrainStep(
         accelerator=accelerator,
         loss_module=loss_module,
         optimizer=optimizer,
         teacher=models.teacher,
         reference=models.reference,
+        autocast_teacher=models.autocasts,
         micro_batcher=_micro_batcher(settings, run_data, layout, accelerator),
         clip=settings.train.clip,
         timings=timings,
@@ -238,10 +243,14 @@ class _Models:
 
     def __init__(self, resolved: Resolved, accelerator: Accelerator, run_data: RunData, display: Display) -> None:
         settings, device, self.teacher = resolved.settings, accelerator.device, run_data.teacher
+        self.autocasts = False
         if self.teacher is not None:
             # A student that starts from the teacher's layers takes them as they are stored.
             copied = settings.student.init == "layers"
-            self.teacher.load(device, None if copied else teacher_dtype(settings.train.precision, device))
+            narrow = teacher_dtype(settings.train.precision, device)
+            self.teacher.load(device, None if copied else narrow)
+            # It then computes in that type all the same, as the student does.
+            self.autocasts = copied and narrow is not None and settings.teacher.dtype == "auto"
         student = make_student(
             settings.student,
             teacher=None if self.teacher is None else self.teacher.model,
@@ -267,6 +276,14 @@ class _Models:
         if self.teacher is not None:
             self.teacher.join(self.student)
         self.student.train()
+
+    def capture(self, display: Display) -> None:
+        """Record the passes of the student and of the models that it learns from as CUDA graphs."""
+        # A teacher that is the student's base runs the same layers, with the adapters switched off.
+        others = [one for one in (self.teacher, self.reference) if one is not None and not one.of_student]
+        for model in (self.student, *(one.model for one in others)):
+            if model is not None:
+                capture(causal_lm(model), display.say)
 
     def layout(self, batch: BatchSettings) -> Layout:
         """How sequences may become rows: what was asked for, as far as all models allow.

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 class TrainStep:
     """Everything that an optimizer step needs.
 
-    loss_module  the LossModule, perhaps wrapped for several processes
-    reference    the student as it was at the start, where a loss reads it
-    clip         largest norm of the gradient
-    timings      where the time of the run goes
+    loss_module       the LossModule, perhaps wrapped for several processes
+    reference         the student as it was at the start, where a loss reads it
+    clip              largest norm of the gradient
+    autocast_teacher  whether the teacher computes in the precision of the run, though its weights are kept in another
+    timings           where the time of the run goes
     """
 
     accelerator: Accelerator
@@ -41,6 +42,7 @@ class TrainStep:
     reference: Teacher | None
     micro_batcher: MicroBatcher
     clip: float | None
+    autocast_teacher: bool = False
     timings: Timings = field(default_factory=Timings)
 
     @property
@@ -139,7 +141,8 @@ class TrainStep:
                 chosen = self.inner.likeliest(micro_batch)
             wants = wants._replace(chosen=chosen)
             micro_batch = replace(micro_batch, extra={**micro_batch.extra, Signal.CHOSEN_IDS: chosen})
-        with self.accelerator.autocast() if self.teacher.of_student else contextlib.nullcontext():
+        as_student = self.teacher.of_student or self.autocast_teacher
+        with self.accelerator.autocast() if as_student else contextlib.nullcontext():
             output = self.teacher.score(micro_batch.aligned or micro_batch.batch, wants)
         measurable = micro_batch.measured and self.teacher.measurable
         return replace(

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig
 
 from dpkd.api import Sampled, SamplingSettings
+from dpkd.models.cuda_graphs import Replay
 from dpkd.rollout import static_decoding
-from dpkd.rollout.cuda_graphs import Replay
 from dpkd.rollout.sampling import Decoder
 from dpkd.rollout.static_decoding import CHECK_EVERY, DecodingState, column_bucket, decode_step, row_bucket
 

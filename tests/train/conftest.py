@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from toy_runs import _fresh_accelerate, quiet, settings_of, toy  # noqa: F401
 
+from dpkd import functional
+from dpkd.data.batches import collate
+from dpkd.train import microbatch
 from dpkd.train.timings import CudaClock
 
 
@@ -67,3 +71,28 @@ def far_clock(monkeypatch):
     """The clock of a GPU whose work is behind the host's."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
     return CudaClock()
+
+
+@pytest.fixture
+def far_device(monkeypatch):
+    """A device that is not free to read, and no other way to read it."""
+    monkeypatch.setattr(functional, "free_to_read", lambda device: False)
+
+
+@pytest.fixture
+def no_reading(monkeypatch):
+    """`no_reading()`: from there on no tensor is read. Collation, before the upload, may look at its own."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the host reads a tensor")
+
+    def on_the_host(*arguments, **named):
+        with _disable_current_modes():
+            return collate(*arguments, **named)
+
+    def begin():
+        monkeypatch.setattr(microbatch, "collate", on_the_host)
+        for name in ("tolist", "numpy", "cpu", "item"):
+            monkeypatch.setattr(torch.Tensor, name, refuse)
+
+    return begin

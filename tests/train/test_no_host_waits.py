@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpkd import functional
 from dpkd.data.batches import TokenSequence, collate
 from dpkd.models.attention import CAUSAL, implementation
 from dpkd.models.head import hidden_rows
-from dpkd.train import microbatch, run
+from dpkd.train import run
 from dpkd.train.build import assemble
 from dpkd.train.nonfinite import NotFinite
 from dpkd.train.progress import Display
@@ -32,31 +32,6 @@ class NoWaits(TorchDispatchMode):
         assert name not in WAITS, f"the host waits at {name}"
         assert all(i.dtype is not torch.bool for i in masks), f"the host waits at {name} with a mask"
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def far_device(monkeypatch):
-    """A device that is not free to read, and no other way to read it."""
-    monkeypatch.setattr(functional, "free_to_read", lambda device: False)
-
-
-@pytest.fixture
-def no_reading(monkeypatch):
-    """`no_reading()`: from there on no tensor is read. Collation, before the upload, may look at its own."""
-
-    def refuse(*_, **__):
-        raise AssertionError("the host reads a tensor")
-
-    def on_the_host(*arguments, **named):
-        with _disable_current_modes():
-            return collate(*arguments, **named)
-
-    def begin():
-        monkeypatch.setattr(microbatch, "collate", on_the_host)
-        for name in ("tolist", "numpy", "cpu", "item"):
-            monkeypatch.setattr(torch.Tensor, name, refuse)
-
-    return begin
 
 
 def ready(resolved, quiet, step=0):
