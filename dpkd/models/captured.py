@@ -175,6 +175,9 @@ class CapturedBackbone:
         self._places: list[int] = []
         self.paused = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the model has weights of its own: nothing is recorded of it."""
+
     def __call__(self, backbone: Backbone, *inputs: Any) -> Tensor:
         """The hidden states `[R, T, H]` that the backbone gives."""
         read = BackboneInputs(*inputs)

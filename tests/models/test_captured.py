@@ -5,6 +5,8 @@ A CPU records no graph: a replay is the function itself, over the same fixed mem
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -217,6 +219,18 @@ def test_a_released_model_runs_as_it_is():
     assert captured(model.base_model) is not None
     release(model)
     assert captured(model.base_model) is None
+
+
+def test_a_copy_of_a_model_records_nothing():
+    """As the copy in bfloat16 that draws text, and the reference."""
+    model = make("qwen2").double()
+    capture(model, pytest.fail)
+    step(model, [batch()])
+    other = deepcopy(model)
+    assert captured(other.base_model) is None
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(2.0)
+    assert not torch.equal(step(other, [batch()])[0][0], step(model, [batch()])[0][0])
 
 
 def test_inner_states_come_from_the_model_itself():
