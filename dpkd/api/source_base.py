@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from dpkd.api.losses import Text
 from dpkd.api.sources import Response, SourceContext, SourcePlan, StepResponses, Written
 
@@ -177,12 +179,12 @@ def useful(written: Written, eos_ids: frozenset[int], *, pairs: bool) -> StepRes
         if own:
             kept.append((index, own))
     gaps = [
-        abs(q - drawn)
+        (r.rollout_logps - r.behaviour_logps).abs()
         for _, responses in written
         for r in responses
-        for q, drawn in zip(r.rollout_logps or (), r.behaviour_logps or (), strict=True)
+        if r.rollout_logps is not None and r.behaviour_logps is not None
     ]
     rewards = [r.reward for _, responses in written for r in responses if r.reward is not None]
     if rewards:
         counts["reward"] = sum(rewards) / len(rewards)
-    return StepResponses(kept, {**counts, "policy_gap": sum(gaps) / len(gaps)} if gaps else counts)
+    return StepResponses(kept, {**counts, "policy_gap": float(torch.cat(gaps).mean())} if gaps else counts)

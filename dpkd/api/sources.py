@@ -7,19 +7,21 @@ sources share) and one `SourceSpec`, registered by the hook `dpkd_response_sourc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from dpkd.api.generators import Decoding
 from dpkd.api.losses import Text
 from dpkd.settings import Block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Response:
-    """A response and, if it was sampled for a policy gradient, what was known then (else None).
+    """A response and, if it was sampled for a policy gradient, what was known then (else None), `[T]` on the host.
 
     ids              its tokens, EOS included
     writer           who wrote it
@@ -34,25 +36,32 @@ class Response:
     ids: tuple[int, ...]
     writer: Text
     truncated: bool = False
-    rollout_logps: tuple[float, ...] | None = None
-    behaviour_logps: tuple[float, ...] | None = None
-    teacher_logps: tuple[float, ...] | None = None
-    advantages: tuple[float, ...] | None = None
+    rollout_logps: Tensor | None = None
+    behaviour_logps: Tensor | None = None
+    teacher_logps: Tensor | None = None
+    advantages: Tensor | None = None
     reward: float | None = None
 
     def is_empty(self, eos_ids: frozenset[int]) -> bool:
         """Whether the response is nothing but tokens of `eos_ids`."""
         return all(token in eos_ids for token in self.ids)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Response) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.ids, self.writer))
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON; fields that are None are left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items() if v is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Response:
         """The response of the `values` that `as_dict` returned."""
-        as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**{**as_tuples, "writer": Text(values["writer"])})
+        known: dict[str, Any] = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**{**known, "ids": tuple(values["ids"]), "writer": Text(values["writer"])})
 
 
 # The responses to each of some examples, by the number of the example. For a pair the chosen one comes first.

@@ -12,12 +12,12 @@ from torch import nn
 from dpkd.api import Response, Rollout, RolloutLoss, Sampled, Sampler, SamplingSettings, SourceConfig, Text
 from dpkd.api.teachers import Teacher, Wants
 from dpkd.cross_tokenizer.retokenize import Retokenizer
-from dpkd.data.batches import TokenSequence, collate, micro_batches
+from dpkd.data.batches import TokenSequence
 from dpkd.data.encode import Prompt
 from dpkd.errors import DpkdError
 from dpkd.models.chunked import chunk_rows
 from dpkd.rollout.generator import prompt_seed, sample_seeds, sampling_task
-from dpkd.rollout.policy_logps import PolicyScorer, truncated
+from dpkd.rollout.policy_logps import PolicyScorer, token_scores, truncated
 from dpkd.rollout.response_store import ResponseStore
 from dpkd.rollout.reward import Reward
 
@@ -47,7 +47,6 @@ class TeacherScorer:
     prompts: Sequence[Prompt]
     pad_id: int
     vocabulary: int
-    batch_size: int
     device: torch.device
     rank_shards: RankShards
 
@@ -60,16 +59,12 @@ class TeacherScorer:
     def scored(self, indices: Sequence[int], responses: Sequence[Response]) -> list[Response]:
         """The same by this process alone."""
         sequences = [TokenSequence(self.prompts[i].prompt_ids, r.ids) for i, r in zip(indices, responses, strict=True)]
-        scored = list(responses)
-        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
         wants = Wants(chunk_rows(self.vocabulary, device=self.device), logps=True)
         self.teacher.expect(sequences, wants)
-        for group in micro_batches(lengths, self.batch_size):
-            batch = collate([sequences[i] for i in group], pad_id=self.pad_id).to(self.device)
-            parts = self.teacher.score(batch, wants).logps().cpu().split(batch.lengths.tolist())
-            for i, part in zip(group, parts, strict=True):
-                scored[i] = replace(responses[i], teacher_logps=tuple(part.tolist()))
-        return scored
+        logps = token_scores(
+            lambda batch: self.teacher.score(batch, wants).logps(), sequences, pad_id=self.pad_id, device=self.device
+        )
+        return [replace(response, teacher_logps=own) for response, own in zip(responses, logps, strict=True)]
 
 
 @dataclass
@@ -108,9 +103,7 @@ class StudentGenerator:
             return [Response(s.response_ids, Text.STUDENT, s.truncated) for s in sampled]
         assert self.score is not None  # the plan refuses a rollout loss without a teacher
         drawn = [
-            Response(
-                s.response_ids, Text.STUDENT, s.truncated, tuple(s.logps.tolist()), tuple(s.behaviour_logps.tolist())
-            )
+            Response(s.response_ids, Text.STUDENT, s.truncated, s.logps.float(), s.behaviour_logps.float())
             for s in sampled
         ]
         asked = [i for i in indices for _ in range(len(drawn) // len(indices))]
@@ -153,7 +146,7 @@ def _with_advantages(drawn: list[Response], loss: RolloutLoss[Any], **known: Any
     """What each token is worth, over the whole collection at once; `known` is what `Rollout` has of the responses."""
 
     def column(name: str) -> torch.Tensor:
-        return torch.tensor([value for r in drawn for value in getattr(r, name)])
+        return torch.cat([getattr(r, name) for r in drawn])
 
     rewards = [r.reward for r in drawn if r.reward is not None]
 
@@ -168,7 +161,7 @@ def _with_advantages(drawn: list[Response], loss: RolloutLoss[Any], **known: Any
     )
     with torch.no_grad():
         advantages = loss.advantages(rollout).split(lengths.tolist())
-    return [replace(r, advantages=tuple(a.tolist())) for r, a in zip(drawn, advantages, strict=True)]
+    return [replace(r, advantages=a) for r, a in zip(drawn, advantages, strict=True)]
 
 
 @dataclass

@@ -118,7 +118,7 @@ def _rollout_signals(groups: Sequence[PromptGroup]) -> dict[Signal, Tensor]:
     for signal, attribute in kept.items():
         columns = [getattr(response, attribute) for group in groups for response in group.responses]
         if columns and all(column is not None for column in columns):
-            signals[signal] = torch.tensor([value for column in columns for value in column])
+            signals[signal] = torch.cat(columns)
     return signals
 
 

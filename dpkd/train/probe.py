@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import torch
+
 from dpkd.api import Response, Signal, StepResponses, Text
 from dpkd.train import checkpoint
 from dpkd.train.microbatch import MicroBatch
@@ -44,7 +46,7 @@ def longest_responses(group: LossGroup, size: int) -> StepResponses:
 
 def _filler(length: int, writer: Text, sampled: bool) -> Response:
     """A response of a length; the ids do not matter."""
-    zeros = (0.0,) * length if sampled else None
+    zeros = torch.zeros(length) if sampled else None
     return Response((0,) * length, writer, False, zeros, zeros, zeros, zeros)
 
 

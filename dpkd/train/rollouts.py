@@ -194,7 +194,6 @@ class Rollouts:
                 self.run_data.data.prompts,
                 self.run_data.tokenizer.pad_token_id,
                 self.vocabulary,
-                text.sampling.batch_size,
                 self.accelerator.device,
                 self._rank_shards,
             )

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpkd.api import Response, SourceContext, SourceSpec, Text
 from dpkd.data.batch_sampler import BatchSampler
@@ -33,7 +34,7 @@ def test_it_keeps_the_response_that_the_teacher_finds_likeliest_per_token(instal
 
     def score(indices, responses):
         assert indices == [0, 0, 0]
-        return [Response(r.ids, r.writer, teacher_logps=logps[r.ids]) for r in responses]
+        return [Response(r.ids, r.writer, teacher_logps=torch.tensor(logps[r.ids])) for r in responses]
 
     prompts, batches = [Prompt("a", (1,), (2, 9), (), "")], BatchSampler([3], batch_size=1, steps=1, seed=0)
     source = spec.open(

@@ -23,6 +23,6 @@ class TargetsAsLogps:
 def test_each_token_has_its_own_value():
     prompts = [SimpleNamespace(prompt_ids=tuple(range(1, 2 + i))) for i in range(3)]
     responses = [Response(ids, Text.STUDENT, False) for ids in ((7, 8, 9), (), (5,), (6, 4), (3, 2, 1, 3))]
-    scorer = TeacherScorer(TargetsAsLogps(), prompts, 0, 16, 2, torch.device("cpu"), RankShards())
+    scorer = TeacherScorer(TargetsAsLogps(), prompts, 0, 16, torch.device("cpu"), RankShards())
     scored = scorer([0, 1, 2, 0, 1], responses)
-    assert [r.teacher_logps for r in scored] == [tuple(map(float, r.ids)) for r in responses]
+    assert [r.teacher_logps.tolist() for r in scored] == [list(map(float, r.ids)) for r in responses]

@@ -45,7 +45,7 @@ def drawn(groups, labels):
         if all(v is not None for v in values):
             columns[name] = torch.zeros(labels.shape, dtype=torch.float64)
             for b, row in enumerate(values):
-                columns[name][b, labels[b] != -100] = torch.tensor(row, dtype=torch.float64)
+                columns[name][b, labels[b] != -100] = row.double()
     return columns
 
 

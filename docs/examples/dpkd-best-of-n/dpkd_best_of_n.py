@@ -33,7 +33,7 @@ class BestOfN(SourceBase):
 
 
 def _mean_logp(response: Response) -> float:
-    return sum(response.teacher_logps) / len(response.teacher_logps)
+    return float(response.teacher_logps.mean())
 
 
 SPEC = SourceSpec("best-of-n", "the student's response that the teacher finds likeliest", BestOfN, BestOfNConfig)
