@@ -16,7 +16,6 @@ class LanguageModelling(TokenLoss[LanguageModellingConfig]):
     """`(1-r) · -log q(target) + r · KL(p‖q)`: the paper's L_pt at r = 0, the released code's at r = 0.5."""
 
     def reads(self) -> frozenset[Signal]:
-        """What it reads at its ratio."""
         own = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS})
         return own | {Signal.TEACHER_LOGITS} if self.config.kd_ratio > 0 else own
 
@@ -30,7 +29,6 @@ class LanguageModelling(TokenLoss[LanguageModellingConfig]):
         return divergence_N if ratio == 1 else (1 - ratio) * x.part("nll", likelihood_N) + ratio * divergence_N
 
     def kl_sum(self) -> KLSum:
-        """The same, for fused kernels."""
         ratio = self.config.kd_ratio
         parts = ("kl", None, "nll" if ratio < 1 else None) if ratio > 0 else (None, None, None)
         return KLSum(forward=ratio, likelihood=1 - ratio, parts=parts)

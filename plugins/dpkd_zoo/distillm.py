@@ -41,7 +41,6 @@ class DistiLLMLoss(TokenLoss[DistiLLMConfig]):
         return kl(from_NV, log_mix(from_NV, to_NV, self.config.skew))
 
     def kl_sum(self) -> KLSum:
-        """The same, for fused kernels."""
         skew = self.config.skew
         if self.config.divergence == "srkl":
             return KLSum(reverse=1.0, reverse_share=1.0 - skew)
@@ -78,5 +77,4 @@ SPEC = LossSpec(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]

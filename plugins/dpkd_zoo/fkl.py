@@ -32,7 +32,6 @@ class FKLLoss(TokenLoss[FKLConfig]):
         return value_N * c.temperature**2 if c.scale_by_t2 else value_N
 
     def kl_sum(self) -> KLSum:
-        """The same, for fused kernels."""
         c = self.config
         return KLSum(forward=c.temperature**2 if c.scale_by_t2 else 1.0, temperature=c.temperature)
 
@@ -61,5 +60,4 @@ SPEC = LossSpec(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]

@@ -35,5 +35,4 @@ SPEC = preset(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]

@@ -35,7 +35,6 @@ class ImitKDLoss(TokenLoss[ImitKDConfig]):
         return nll(log_q_NV, x.teacher_logits.argmax(-1))
 
     def kl_sum(self) -> KLSum | None:
-        """The same, for fused kernels."""
         return KLSum(forward=1.0) if self.config.target == "distribution" else None
 
 
@@ -70,5 +69,4 @@ SPEC = LossSpec(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]

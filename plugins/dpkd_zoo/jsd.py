@@ -45,7 +45,6 @@ class JSDLoss(TokenLoss[JSDConfig]):
         return value_N / (c.beta * (1 - c.beta)) if c.rescale else value_N
 
     def kl_sum(self) -> KLSum:
-        """The same, for fused kernels."""
         c = self.config
         if c.beta in (0.0, 1.0):
             return KLSum(forward=1.0 - c.beta, reverse=c.beta, temperature=c.temperature)
@@ -85,5 +84,4 @@ SPEC = LossSpec(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]

@@ -48,7 +48,6 @@ class KDLoss(TokenLoss[KDConfig]):
         return (1 - c.kd_ratio) * likelihood_N + c.kd_ratio * divergence_N
 
     def kl_sum(self) -> KLSum | None:
-        """The same, for fused kernels."""
         c = self.config
         if c.kd_ratio < 1 and c.temperature != 1:
             return None  # two temperatures
@@ -87,5 +86,4 @@ SPEC = LossSpec(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]

@@ -27,7 +27,6 @@ class RKLLoss(TokenLoss[RKLConfig]):
         return kl(x.student_log_probs(temperature), x.teacher_log_probs(temperature))
 
     def kl_sum(self) -> KLSum:
-        """The same, for fused kernels."""
         return KLSum(reverse=1.0, temperature=self.config.temperature)
 
 
@@ -53,5 +52,4 @@ SPEC = LossSpec(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]

@@ -23,7 +23,6 @@ class SFTLoss(TokenLoss[SFTConfig]):
         return nll(x.student_log_probs(), x.targets)
 
     def kl_sum(self) -> KLSum:
-        """The same, for fused kernels."""
         return KLSum(likelihood=1.0)
 
 
@@ -50,5 +49,4 @@ SPEC = LossSpec(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]

@@ -32,7 +32,6 @@ class SKLLoss(TokenLoss[SKLConfig]):
         return kl(log_p_NV, log_mix(log_p_NV, x.student_log_probs(), self.config.skew))
 
     def kl_sum(self) -> KLSum:
-        """The same, for fused kernels."""
         return KLSum(forward=1.0, forward_share=self.config.skew)
 
 
@@ -59,5 +58,4 @@ SPEC = LossSpec(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]

@@ -32,7 +32,6 @@ class SRKLLoss(TokenLoss[SRKLConfig]):
         return kl(log_q_NV, log_mix(log_q_NV, x.teacher_log_probs(), self.config.skew))
 
     def kl_sum(self) -> KLSum:
-        """The same, for fused kernels."""
         return KLSum(reverse=1.0, reverse_share=1.0 - self.config.skew)
 
 
@@ -58,5 +57,4 @@ SPEC = LossSpec(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]

@@ -37,7 +37,6 @@ class SymmetricKLLoss(TokenLoss[SymmetricKLConfig]):
         return (1 - weight) * x.part("forward", kl(log_p_NV, log_q_NV)) + weight * reverse_N
 
     def kl_sum(self) -> KLSum:
-        """The same, for fused kernels."""
         weight, temperature = self.config.reverse_weight, self.config.temperature
         parts = ("forward", "reverse", None)
         return KLSum(forward=1 - weight, reverse=weight, temperature=temperature, parts=parts)
@@ -73,5 +72,4 @@ SPEC = LossSpec(
 
 @hookimpl
 def dpkd_losses() -> list[LossSpec]:
-    """This module's loss."""
     return [SPEC]
