@@ -32,11 +32,10 @@ from dpkd.train.facts import change_facts, check_same, write_facts
 from dpkd.train.finish import finish, reopen
 from dpkd.train.guard import RunawayGuard
 from dpkd.train.interrupt import StopRequest, on_stop
-from dpkd.train.metrics_log import MetricsLog
+from dpkd.train.logs import MetricsLog, SampleLog
 from dpkd.train.nonfinite import NotFinite
 from dpkd.train.probe import probe
 from dpkd.train.progress import Display
-from dpkd.train.samples import SampleLog
 from dpkd.train.timings import Timings
 from dpkd.train.trackers import Trackers
 from dpkd.train.trainer import Trainer
@@ -190,8 +189,16 @@ def _run(
     )
     timings, start = run_parts.train_step.timings, 0 if newest is None else newest.step
     if newest is not None:
-        _restore(trainer, newest, accelerator)
-        display.say(f"continuing {folder.path} after step {start} of {run_parts.steps}")
+        restored = checkpoint.load(
+            newest,
+            module=run_parts.train_step.inner,
+            optimizer=run_parts.train_step.torch_optimizer,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+            device=accelerator.device,
+        )
+        trainer.restore(restored)
+        display.say(f"continuing {folder.path} after step {start} of {run_parts.run_data.steps}")
     again = f"continue with: {_resume_call(folder, resolved.in_memory)}"
     try:
         with _explained(folder, again):
@@ -203,7 +210,7 @@ def _run(
             with on_stop(StopRequest()) as stop:
                 done = trainer.run(start, stop)
                 timings.begin_end(max(0, done - start - 1))
-                ended = done == run_parts.steps or trainer.ended is not None
+                ended = done == run_parts.run_data.steps or trainer.ended is not None
                 with timings("checkpoint"):
                     if last_checkpoint or not ended:
                         trainer.save(done)
@@ -225,20 +232,6 @@ def _run(
     for line in timings.lines():
         display.say(line)
     return folder
-
-
-def _restore(trainer: Trainer, newest: checkpoint.Checkpoint, accelerator: Accelerator) -> None:
-    """Go on from a checkpoint."""
-    trainer.restore(
-        checkpoint.load(
-            newest,
-            module=trainer.train_step.inner,
-            optimizer=trainer.train_step.torch_optimizer,
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
-            device=accelerator.device,
-        )
-    )
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""samples.jsonl: a few prompts with the responses that the run trained on, so that a reader sees the text."""
+"""What a run appends at each logged step: metrics.jsonl, and samples.jsonl with a few responses that it trained on.
+
+Numbers that are not finite are written as the texts NaN, Infinity and -Infinity, which strict readers of JSON accept.
+A resumed run drops the lines after its last checkpoint: it writes them again.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpkd.api import Callback, StepResponses, Training
+from dpkd.api import Callback, Training
 from dpkd.data.encode import Prompt
 from dpkd.data.encoding import continuation
 from dpkd.io import JsonLog
 
-PER_STEP = 2
+EXAMPLES = 2  # of a logged step in samples.jsonl
+
+
+class MetricsLog(Callback):
+    """Appends the metrics of a logged step; the line is on its way to the disk when `on_log` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = JsonLog(path, step=int)
+
+    def on_start(self, training: Training, step: int) -> None:
+        self._lines.keep(lambda row: row["step"] <= step)
+
+    def on_log(self, training: Training, step: int, line: Mapping[str, Any]) -> None:
+        self._lines.append({"step": step, **line})
 
 
 class SampleLog(Callback):
@@ -21,16 +38,10 @@ class SampleLog(Callback):
         self._lines, self._tokenizer, self._prompts = JsonLog(path, step=int), tokenizer, prompts
 
     def on_start(self, training: Training, step: int) -> None:
-        """Drop what an interrupted run wrote after its last checkpoint."""
-        self.truncate_after(step)
+        self._lines.keep(lambda row: row["step"] <= step)
 
     def on_log(self, training: Training, step: int, line: Mapping[str, Any]) -> None:
-        if training.responses is not None:
-            self.record(step, training.responses)
-
-    def record(self, step: int, responses: StepResponses) -> None:
-        """Write up to two examples of the step that was just done (1-based)."""
-        for index, written in responses.responses[:PER_STEP]:
+        for index, written in [] if training.responses is None else training.responses.responses[:EXAMPLES]:
             prompt = self._prompts[index]
             texts = [
                 {
@@ -41,7 +52,3 @@ class SampleLog(Callback):
                 for r in written
             ]
             self._lines.append({"step": step, "id": prompt.id, "prompt": prompt.text, "responses": texts})
-
-    def truncate_after(self, step: int) -> None:
-        """Drop what an interrupted run wrote after a step."""
-        self._lines.keep(lambda row: row["step"] <= step)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from dpkd.api import Training
 from dpkd.errors import DpkdError
 from dpkd.run_metrics import read_metrics
-from dpkd.train.metrics_log import MetricsLog
+from dpkd.train.logs import MetricsLog
+
+
+def written(log: MetricsLog, step: int, line: dict[str, Any]) -> None:
+    log.on_log(cast("Training", None), step, line)
 
 
 def steps(path: Path) -> list[int]:
@@ -20,15 +26,15 @@ def steps(path: Path) -> list[int]:
 def test_what_is_logged_is_read_at_once(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
     log = MetricsLog(path)
-    log.log(1, {"loss/main": 0.5, "text": {"truncated": 2}, "note": "né"})
+    written(log, 1, {"loss/main": 0.5, "text": {"truncated": 2}, "note": "né"})
     assert read_metrics(path) == [{"step": 1, "loss/main": 0.5, "text": {"truncated": 2}, "note": "né"}]
-    log.log(2, {})
+    written(log, 2, {})
     assert steps(path) == [1, 2]
 
 
 def test_numbers_that_are_not_finite_stay_numbers_and_strict_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    MetricsLog(path).log(1, {"a": math.nan, "b": [math.inf], "c": {"d": -math.inf}})
+    written(MetricsLog(path), 1, {"a": math.nan, "b": [math.inf], "c": {"d": -math.inf}})
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
@@ -42,7 +48,7 @@ def test_numbers_that_are_not_finite_stay_numbers_and_strict_json(tmp_path: Path
 def test_a_file_cut_at_any_byte_is_read_and_continued(tmp_path: Path) -> None:
     whole = tmp_path / "whole.jsonl"
     for step in (1, 2, 3):
-        MetricsLog(whole).log(step, {"note": "né"})
+        written(MetricsLog(whole), step, {"note": "né"})
     content = whole.read_bytes()
     ends = [i for i in range(len(content) + 1) if content[i : i + 1] in (b"\n", b"")]
     assert len(content) > 60
@@ -53,7 +59,7 @@ def test_a_file_cut_at_any_byte_is_read_and_continued(tmp_path: Path) -> None:
         assert steps(path) == complete
         log = MetricsLog(path)
         assert steps(path) == complete
-        log.log(9, {})
+        written(log, 9, {})
         assert steps(path) == [*complete, 9]
 
 
@@ -73,15 +79,13 @@ def test_a_log_that_is_absent_is_named(tmp_path: Path) -> None:
 def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
-    assert log.truncate_after(3) == 0
     for step in (1, 2, 3, 4):
-        log.log(step, {"x": step / 3})
+        written(log, step, {"x": step / 3})
     before = path.read_bytes().split(b"\n")
-    assert log.truncate_after(2) == 2
+    log.on_start(cast("Training", None), 2)
     assert path.read_bytes().split(b"\n") == [*before[:2], b""]
-    log.log(3, {})
+    written(log, 3, {})
     assert steps(path) == [1, 2, 3]
-    assert log.truncate_after(3) == 0
-    assert log.truncate_after(0) == 3
+    log.on_start(cast("Training", None), 0)
     assert read_metrics(path) == []
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
