@@ -37,7 +37,6 @@ def cache(
         raise SettingsError(problems)
     flags = run_flags(loss=loss, teacher=teacher, student=student, data=data, seed=seed)
     settings = resolved(config=config, assignments=set_, flags=flags)
-    from dpkd.train.cache import CacheSettings
     from dpkd.train.cache import cache as run
 
-    run(settings, CacheSettings(output, kind, k, dtype, batch_size))  # type: ignore[arg-type]
+    run(settings, output, kind=kind, k=k, dtype=dtype, batch_size=batch_size)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,20 +30,19 @@ from dpkd.train.progress import Display
 from dpkd.train.rollouts import open_source, teacher_generator
 
 
-@dataclass(frozen=True)
-class CacheSettings:
-    """Where to write what; `kind` and `k` None: what the loss needs."""
+def cache(
+    resolved: Resolved,
+    output: Path,
+    *,
+    kind: Kind | None = None,
+    k: int | None = None,
+    dtype: str = "float16",
+    batch_size: int = 16,
+    console: Console | None = None,
+) -> Manifest:
+    """Write the store of a run into `output`. An interrupted call is continued by the next.
 
-    output: Path
-    kind: Kind | None = None
-    k: int | None = None
-    dtype: str = "float16"
-    batch_size: int = 16
-
-
-def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | None = None) -> Manifest:
-    """Write the store of a run. An interrupted call is continued by the next.
-
+    `kind` and `k` None: what the loss needs; `batch_size` responses are read together.
     Raises DpkdError when no store can serve the run, or the folder holds other numbers.
     """
     run = resolved.settings
@@ -51,7 +50,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     if run.teacher.model is None and run.teacher.server is None:
         raise DpkdError("a store is written by a teacher: name its model with --teacher")
     objectives = _reading(resolved)
-    kind, k = _kind(resolved, settings)
+    kind, k = _kind(resolved, kind, k)
     if kind == "sampled" and run.teacher.server is not None:
         raise DpkdError("a server gives no tokens drawn from its whole distribution: choose --kind topk or tokens")
     run_data = prepare(resolved, display)
@@ -71,7 +70,7 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
         tuple(sorted({writer for objective in objectives for writer in objective.writers})),
         run_data.data_facts["fingerprint"],
         template_fingerprint(run.data.template, run_data.tokenizer),
-        settings.dtype,
+        dtype,
         run.seed,
     )
     for objective in resolved.objectives:
@@ -84,11 +83,9 @@ def cache(resolved: Resolved, settings: CacheSettings, *, console: Console | Non
     teacher.load(device)
     teacher.share(run_data.tokenizer, vocabulary)
     with closing(teacher):
-        sequences = _sequences(resolved, objectives, run_data, settings.output, display)
-        _write(settings, teacher, sequences, manifest, run_data, display)
-    display.say(
-        f"train without the teacher: the same command with `--set teacher.store={settings.output}` for --teacher"
-    )
+        sequences = _sequences(resolved, objectives, run_data, output, display)
+        _write(output, teacher, sequences, manifest, run_data, batch_size, display)
+    display.say(f"train without the teacher: the same command with `--set teacher.store={output}` for --teacher")
     return manifest
 
 
@@ -101,19 +98,16 @@ def _reading(resolved: Resolved) -> list[Objective]:
     return found
 
 
-def _kind(resolved: Resolved, settings: CacheSettings) -> tuple[Kind, int]:
+def _kind(resolved: Resolved, kind: Kind | None, k: int | None) -> tuple[Kind, int]:
     """What is asked for, or the least that serves the main loss."""
     spec, config = resolved.loss, resolved.main.config
-    kind: Kind
-    if settings.kind is not None:
-        kind = settings.kind
-    elif Signal.TEACHER_LOGITS not in resolved.main.reads:
+    if kind is None and Signal.TEACHER_LOGITS not in resolved.main.reads:
         kind = "tokens"
-    else:
+    elif kind is None:
         kind = "sampled" if spec.top_k is None and Trait.LINEAR_IN_TEACHER in spec.traits else "topk"
     enough = spec.top_k(config) if spec.top_k is not None else None
     default = {"tokens": 0, "topk": enough or 64, "sampled": 50}[kind]
-    return kind, default if settings.k is None or kind == "tokens" else settings.k
+    return kind, default if k is None or kind == "tokens" else k
 
 
 def _sequences(
@@ -144,28 +138,29 @@ def _sequences(
 
 
 def _write(
-    settings: CacheSettings,
+    output: Path,
     teacher: Teacher,
     sequences: list[TokenSequence],
     manifest: Manifest,
     run_data: RunData,
+    batch_size: int,
     display: Display,
 ) -> None:
     tokens = sum(len(s.response_ids) for s in {(*s.prompt_ids, -1, *s.response_ids): s for s in sequences}.values())
     size = tokens * manifest.bytes_per_token / 2**20
     display.say(
         f"{manifest.sentence()}\n{tokens:,} tokens of {manifest.bytes_per_token:,} bytes: about {size:,.1f} MiB in "
-        f"{settings.output}"
+        f"{output}"
     )
     began = time.monotonic()
     with display.bar("caching", len(sequences)):
         written = write_store(
-            settings.output,
+            output,
             teacher,
             sequences,
             manifest,
             pad_id=run_data.tokenizer.pad_token_id,
-            batch_size=settings.batch_size,
+            batch_size=batch_size,
             progress=lambda done, of: display.at(done),
         )
     found = f", {len(sequences) - written:,} were there" if written < len(sequences) else ""

@@ -18,7 +18,7 @@ from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
-from dpkd.train.cache import CacheSettings, cache
+from dpkd.train.cache import cache
 from dpkd.train.plan import dry_run
 from dpkd.train.resume import resume_folder
 from dpkd.train.trainer import Trainer
@@ -65,9 +65,8 @@ def test_a_development_set_needs_no_common_tokens(across, toy, quiet):
 
 
 def test_a_store_is_refused(across, quiet, tmp_path):
-    settings = CacheSettings(tmp_path / "cache", kind="topk", k=300)
     with pytest.raises(DpkdError, match="their tokenizers differ"):
-        cache(across("uld"), settings, console=quiet)
+        cache(across("uld"), tmp_path / "cache", kind="topk", k=300, console=quiet)
 
 
 def test_with_equal_tokenizers_a_row_is_a_token(settings_of, quiet):

@@ -13,7 +13,7 @@ from dpkd.errors import DpkdError, SettingsError, Stopped
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.local import TeacherRows
 from dpkd.train import checkpoint, run
-from dpkd.train.cache import CacheSettings, cache
+from dpkd.train.cache import cache
 from dpkd.train.hidden_states import check_stack, stack_of
 from dpkd.train.plan import make_plan
 from dpkd.train.progress import Display
@@ -40,7 +40,7 @@ def test_value_and_gradient_are_those_of_the_models_own_hidden_states(settings_o
     loss_module, teacher, tokens, total = train_step.inner, train_step.teacher.model, 0, 0.0
     loss_module.zero_grad()
     run_parts = run.assemble(resolved, run._accelerator(resolved), Display(quiet))
-    for i in run_parts.source.context.batches.window(0):
+    for i in run_parts.builder.groups[0].source.context.batches.window(0):
         prompt = run_parts.run_data.data.prompts[i]
         ids, first = [*prompt.prompt_ids, *prompt.response_ids], len(prompt.prompt_ids) - 1
         ours, theirs = _states(loss_module.student, ids), _states(teacher, ids)
@@ -152,7 +152,7 @@ def test_layers_that_do_not_exist_are_refused_in_the_plan(pairs, found, settings
 
 def test_a_store_and_no_teacher_are_refused(settings_of, toy, quiet, tmp_path):
     student = WIDER | {"student.model": str(toy / "gpt2")}
-    cache(settings_of("kd", student), CacheSettings(tmp_path / "store", k=4), console=quiet)
+    cache(settings_of("kd", student), tmp_path / "store", k=4, console=quiet)
     with pytest.raises(SettingsError, match="hidden states, which the store does not have"):
         settings_of("hidden-mse", student | {"teacher.store": str(tmp_path / "store")}, teacher=None)
     with pytest.raises(SettingsError, match="the loss hidden-mse needs its hidden states"):

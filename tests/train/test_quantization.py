@@ -19,7 +19,7 @@ from dpkd.models.settings import ModelSettings, StudentSettings, TeacherSettings
 from dpkd.models.student_init import student_config
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
-from dpkd.train.cache import CacheSettings, cache
+from dpkd.train.cache import cache
 from dpkd.train.plan import make_plan
 from dpkd.train.progress import Display
 
@@ -93,7 +93,7 @@ def test_every_path_reads_a_packed_teacher(kind, loss, more, settings_of, change
 def test_a_store_can_be_written_by_a_packed_teacher(settings_of, changes, quiet, tmp_path):
     fixed = {"text.rejected": "dataset", "teacher.quantization": "4bit"}
     settings = settings_of("dpkd", {**changes, **fixed}, teacher=None)
-    manifest = cache(settings, CacheSettings(tmp_path / "store"), console=quiet)
+    manifest = cache(settings, tmp_path / "store", console=quiet)
     assert manifest.model.endswith("/4bit")
 
 

@@ -23,7 +23,7 @@ from dpkd.teachers.server.client import Client
 from dpkd.teachers.server.teacher import ServerTeacher
 from dpkd.teachers.store import StoreTeacher
 from dpkd.train import resume, run
-from dpkd.train.cache import CacheSettings, cache
+from dpkd.train.cache import cache
 from dpkd.train.plan import make_plan
 from dpkd.train.progress import Display
 
@@ -326,7 +326,7 @@ def test_a_server_that_dies_stops_the_run_at_a_checkpoint_from_which_it_goes_on(
 
 def test_a_store_is_filled_by_a_server_and_a_later_run_needs_none(settings_of, served, server, toy, quiet, tmp_path):
     resolved = served("topk-kl", {"loss.k": 8})
-    manifest = cache(resolved, CacheSettings(tmp_path / "store", dtype="float32"), console=quiet)
+    manifest = cache(resolved, tmp_path / "store", dtype="float32", console=quiet)
     assert (manifest.kind, manifest.k) == ("topk", 8)
     common = {"loss.k": 8, "student.dropout": "off"}
     live, _, _ = gradients(_local(settings_of, toy, "topk-kl", common), quiet)

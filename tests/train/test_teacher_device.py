@@ -51,5 +51,5 @@ def test_a_store_is_written_on_the_device_that_is_named(settings_of, quiet, monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(InMemory, "load", load)
     with pytest.raises(DpkdError, match=re.escape("enough is known")):
-        cache.cache(settings_of("kd", {"teacher.device": "cpu"}), cache.CacheSettings(tmp_path / "s"), console=quiet)
+        cache.cache(settings_of("kd", {"teacher.device": "cpu"}), tmp_path / "s", console=quiet)
     assert seen.device == torch.device("cpu")

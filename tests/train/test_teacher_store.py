@@ -23,7 +23,7 @@ from dpkd.teachers.store_manifest import Manifest, read_manifest
 from dpkd.teachers.store_shards import Shards
 from dpkd.teachers.store_writing import write_store
 from dpkd.train import run
-from dpkd.train.cache import CacheSettings, cache
+from dpkd.train.cache import cache
 
 PAIRS = {"text.chosen": "teacher", "text.rejected": "dataset"}
 
@@ -79,7 +79,7 @@ def test_pairs_from_a_store_are_those_of_the_model(settings_of, toy, quiet, tmp_
     """Log-probs of given tokens serve every pair loss on fixed text: equal gradients, and no teacher in memory."""
     common = _student(toy) | PAIRS
     resolved = settings_of("dpkd", common)
-    manifest = cache(resolved, CacheSettings(tmp_path / "store"), console=quiet)
+    manifest = cache(resolved, tmp_path / "store", console=quiet)
     assert (manifest.kind, manifest.text) == ("tokens", ("dataset", "teacher"))
     live = gradients(resolved, quiet)[0]
     stored, _, train_step = gradients(_without_model(settings_of, "dpkd", tmp_path / "store", common), quiet)
@@ -94,7 +94,7 @@ def test_pairs_from_a_store_are_those_of_the_model(settings_of, toy, quiet, tmp_
 
 def test_top_k_from_a_store_is_that_of_the_model(settings_of, toy, quiet, tmp_path):
     resolved = _with_loss(settings_of("rkl", _student(toy)))
-    manifest = cache(resolved, CacheSettings(tmp_path / "store", dtype="float32"), console=quiet)
+    manifest = cache(resolved, tmp_path / "store", dtype="float32", console=quiet)
     assert (manifest.kind, manifest.k) == ("topk", 8)
     live = gradients(resolved, quiet)[0]
     stored = _with_loss(settings_of("sft", _student(toy) | {"teacher.store": str(tmp_path / "store")}, teacher=None))
@@ -117,7 +117,7 @@ def test_a_mean_over_draws_is_the_teacher(toy, tmp_path):
     manifest = Manifest("sampled", 4000, "m", "teacher", "t", 257, ("dataset",), "d", "none", "float32", 1)
     assert write_store(tmp_path, teacher, sequences, manifest, pad_id=256) == 2
     assert write_store(tmp_path, teacher, sequences, manifest, pad_id=256) == 0, "nothing is written twice"
-    batch = collate(sequences[::-1], pad_id=256, side="left", extra=3)
+    batch = collate(sequences[::-1], pad_id=256, extra=3)
     wants, store = Wants(64, logits=True), StoreTeacher(tmp_path)
     store.load(torch.device("cpu"))
     found = store.score(batch, wants).logits(slice(None)).exp()
@@ -133,7 +133,7 @@ def test_an_interrupted_store_is_continued(settings_of, toy, quiet, tmp_path, mo
     monkeypatch.setattr(caching, "SHARD_TOKENS", 40)
     whole = tmp_path / "whole"
     resolved = settings_of("kd", _student(toy))
-    cache(resolved, CacheSettings(whole, batch_size=2), console=quiet)
+    cache(resolved, whole, batch_size=2, console=quiet)
     add, count = Shards.add, 0
 
     def interrupted(self, sequences):
@@ -147,9 +147,9 @@ def test_an_interrupted_store_is_continued(settings_of, toy, quiet, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(Shards, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            cache(resolved, CacheSettings(cut, batch_size=2), console=quiet)
+            cache(resolved, cut, batch_size=2, console=quiet)
     (cut / "shard-00002.part").write_bytes(b"half")
-    cache(resolved, CacheSettings(cut, batch_size=2), console=quiet)
+    cache(resolved, cut, batch_size=2, console=quiet)
     one, two = Shards(whole), Shards(cut)
     assert len(one) == len(two) == len({*one._places})
     for key in one._places:
@@ -158,7 +158,7 @@ def test_an_interrupted_store_is_continued(settings_of, toy, quiet, tmp_path, mo
 
 
 def test_a_run_from_a_store_of_samples_trains(settings_of, toy, quiet, tmp_path):
-    manifest = cache(settings_of("kd", _student(toy)), CacheSettings(tmp_path / "store", k=20), console=quiet)
+    manifest = cache(settings_of("kd", _student(toy)), tmp_path / "store", k=20, console=quiet)
     assert (manifest.kind, manifest.k) == ("sampled", 20)
     folder = run.train(_without_model(settings_of, "kd", tmp_path / "store", _student(toy)), console=quiet)
     before = load_file(toy / "gpt2" / "model.safetensors")
@@ -181,14 +181,14 @@ def test_a_run_from_a_store_of_samples_trains(settings_of, toy, quiet, tmp_path)
 def test_what_a_store_cannot_serve_is_refused_with_what_would(
     loss, changes, problem, settings_of, toy, quiet, tmp_path
 ):
-    cache(settings_of("kd", _student(toy)), CacheSettings(tmp_path / "store", k=20), console=quiet)
+    cache(settings_of("kd", _student(toy)), tmp_path / "store", k=20, console=quiet)
     with pytest.raises(SettingsError) as caught:
         _without_model(settings_of, loss, tmp_path / "store", _student(toy) | changes)
     assert any(found.startswith(problem) for found in caught.value.problems), caught.value.problems
 
 
 def test_other_data_than_the_stores_is_found_out(settings_of, toy, quiet, tmp_path):
-    cache(settings_of("kd", _student(toy)), CacheSettings(tmp_path / "store", k=20), console=quiet)
+    cache(settings_of("kd", _student(toy)), tmp_path / "store", k=20, console=quiet)
     rows = [{"prompt": "another", "response": "text"}] * 4
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = _student(toy) | {"data.path": str(tmp_path / "other.jsonl")}
@@ -204,9 +204,9 @@ def test_a_folder_that_is_no_store_and_two_teachers(settings_of, toy, tmp_path):
 
 
 def test_a_store_keeps_its_kind(settings_of, toy, quiet, tmp_path):
-    cache(settings_of("kd", _student(toy)), CacheSettings(tmp_path / "store", k=20), console=quiet)
+    cache(settings_of("kd", _student(toy)), tmp_path / "store", k=20, console=quiet)
     with pytest.raises(DpkdError, match="holds other numbers: k differ"):
-        cache(settings_of("kd", _student(toy)), CacheSettings(tmp_path / "store", k=21), console=quiet)
+        cache(settings_of("kd", _student(toy)), tmp_path / "store", k=21, console=quiet)
     assert read_manifest(tmp_path / "store").bytes_per_token == 4 + 20 * 4
 
 
@@ -220,5 +220,5 @@ def test_the_linear_trait_is_the_one_of_kd():
 
 def test_the_path_of_a_store_may_be_relative(settings_of, toy, quiet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cache(settings_of("kd", _student(toy)), CacheSettings(Path("store"), k=5), console=quiet)
+    cache(settings_of("kd", _student(toy)), Path("store"), k=5, console=quiet)
     run.train(_without_model(settings_of, "kd", "store", _student(toy)), console=quiet)
