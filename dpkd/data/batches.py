@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -141,15 +141,8 @@ class _Place(NamedTuple):
     branch: int
 
 
-def collate(
-    sequences: Sequence[TokenSequence],
-    *,
-    pad_id: int,
-    side: Literal["right", "left"] = "right",
-    extra: int = 0,
-    layout: Layout = PLAIN,
-) -> Batch:
-    """One batch, padded to its longest row (plus `extra`); side, extra and layout never change a value.
+def collate(sequences: Sequence[TokenSequence], *, pad_id: int, extra: int = 0, layout: Layout = PLAIN) -> Batch:
+    """One batch, padded on the right to its longest row (plus `extra`); extra and layout never change a value.
 
     A token is trained because of its place, never because of its id: a pad that equals EOS hides no EOS. The hidden
     state that predicts a token is the one before it, for the first token of a response the last one of its prompt
@@ -158,7 +151,6 @@ def collate(
     places, widths = _places(sequences, layout)
     longest = padded(max(widths, default=0) + extra, layout.columns)
     shape = (len(widths), longest)
-    starts = [0 if side == "right" else longest - width for width in widths]
     # In NumPy: PyTorch would wake its threads for each of these small arrays.
     # Prompts, then responses: where each begins, and of each token where it stands.
     prompts, responses = ([s[i] for s in sequences] for i in (0, 1))
@@ -168,10 +160,7 @@ def collate(
         return np.fromiter((*of_prompts, *of_responses), dtype=np.int64).repeat(sizes)
 
     row = of_tokens(*([place.row for place in places],) * 2)
-    first = of_tokens(
-        (starts[place.row] + place.prompt_at for place in places),
-        (starts[place.row] + place.response_at for place in places),
-    )
+    first = of_tokens((place.prompt_at for place in places), (place.response_at for place in places))
     offset = np.arange(len(row)) - (sizes.cumsum() - sizes).repeat(sizes)
     column = first + offset
     here = row * longest + column
@@ -189,7 +178,7 @@ def collate(
     spans = torch.stack([table(-1, of_tokens(trees, trees)), table(-1, of_tokens(nothing, branches))])
     # Of the responses alone: what is predicted, from which column, and whose it is.
     is_response = slice(sum(map(len, prompts)), None)
-    ends = [starts[place.row] + place.prompt_at + len(prompt) for place, prompt in zip(places, prompts, strict=True)]
+    ends = [place.prompt_at + len(prompt) for place, prompt in zip(places, prompts, strict=True)]
     before_first = of_tokens(nothing, (end - 1 if prompt else -1 for end, prompt in zip(ends, prompts, strict=True)))
     own = here[is_response]
     labels = table(IGNORED, ids[is_response], own)

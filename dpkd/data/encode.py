@@ -73,10 +73,6 @@ class DataReport:
             *([self.glued] if self.glued else []),
         ]
 
-    def sentence(self) -> str:
-        """The same in one line."""
-        return "; ".join(self.lines())
-
 
 @dataclass(frozen=True)
 class EncodedData:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.errors import DpkdError
-from dpkd.io import JsonLog, cache_folder, digest, sha256
+from dpkd.io import JsonLog, cache_folder, digest, read_json, sha256
 from dpkd.models.quantization import quantization_of
 from dpkd.models.settings import ModelSettings
 
@@ -21,14 +20,11 @@ SETTLED_NS = 2_000_000_000
 NOT_THE_MODEL = {"_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype", "use_cache"}
 
 
-def model_fingerprint(
-    model: str | Path, revision: str | None = None, config: Any = None, commit: str | None = None
-) -> str:
+def model_fingerprint(model: str | Path, revision: str | None = None) -> str:
     """The identity of a model: it changes with any byte of its weights.
 
     A folder: its configuration, and the name and hash of each weight file. A single file (GGUF): its hash. A hub id:
-    the id and the commit, which is `commit`, or `config._commit_hash` as transformers sets it, or else the revision.
-    `config` is a mapping or a configuration of transformers. A file is hashed once: see `weights_hash`.
+    the id and the revision. A file is hashed once: see `weights_hash`.
 
     Raises DpkdError when a folder has no weights.
     """
@@ -36,12 +32,11 @@ def model_fingerprint(
     if path.is_file():
         return digest({"weights": [weights_hash(path)]})
     if not path.is_dir():
-        commit = commit or getattr(config, "_commit_hash", None) or revision or "main"
-        return digest({"hub": str(model), "commit": commit})
+        return digest({"hub": str(model), "commit": revision or "main"})
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
     if not files:
         raise DpkdError(f"{path} has no weights: expected *.safetensors or *.gguf files beside config.json")
-    return digest({"config": _config(path, config), "weights": [[file.name, weights_hash(file)] for file in files]})
+    return digest({"config": _config(path), "weights": [[file.name, weights_hash(file)] for file in files]})
 
 
 def memory_fingerprint(model: Any) -> str:
@@ -65,19 +60,10 @@ def fingerprint_of(settings: ModelSettings) -> str:
     return found if packed is None else f"{found}/{packed}"
 
 
-def _config(folder: Path, config: Any) -> dict[str, Any]:
+def _config(folder: Path) -> dict[str, Any]:
     """The configuration without what differs between two loads of one model."""
-    values: Mapping[str, Any] = {}
-    if config is not None:
-        values = config if isinstance(config, Mapping) else config.to_dict()
-    elif (folder / "config.json").is_file():
-        try:
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DpkdError(f"{folder / 'config.json'}: damaged: expected JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise DpkdError(f"{folder / 'config.json'}: damaged: expected an object, found {type(values).__name__}")
-    return _kept(values)
+    file = folder / "config.json"
+    return _kept(read_json(file)) if file.is_file() else {}
 
 
 def _kept(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,6 @@ def _kl_sum_rows(
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
-    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -123,24 +122,23 @@ def _kl_sum_rows(
         if REVERSE > 0:
             tl.store(values + row * 3 + 1, tl.sum(reverse_value, 0))
         slope_total = tl.sum(slope, 0)
-    if GRADIENT:
-        for start in range(0, V, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            lq = tl.load(z_row + at, mask=at < V, other=float("-inf")).to(tl.float32) * student_factor - log_q_total
-            q = tl.exp(lq)
-            gradient = -q * slope_total
-            if FORWARD + REVERSE > 0:
-                lp = tl.load(y_row + at, mask=at < V, other=float("-inf")).to(tl.float32) * teacher_factor - log_p_total
-                p = tl.exp(lp)
-                if FORWARD > 0:
-                    _, own = _forward_term(lp, lq, p, q, forward_share, FORWARD)
-                    gradient += forward * own
-                if REVERSE > 0:
-                    _, own = _reverse_term(lp, lq, p, q, reverse_share, REVERSE)
-                    gradient += reverse * own
-            if LIKELIHOOD:
-                gradient += likelihood * (q - tl.where(at == target, 1.0, 0.0))
-            tl.store(z_row + at, (gradient * weight).to(student.dtype.element_ty), mask=at < V)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        lq = tl.load(z_row + at, mask=at < V, other=float("-inf")).to(tl.float32) * student_factor - log_q_total
+        q = tl.exp(lq)
+        gradient = -q * slope_total
+        if FORWARD + REVERSE > 0:
+            lp = tl.load(y_row + at, mask=at < V, other=float("-inf")).to(tl.float32) * teacher_factor - log_p_total
+            p = tl.exp(lp)
+            if FORWARD > 0:
+                _, own = _forward_term(lp, lq, p, q, forward_share, FORWARD)
+                gradient += forward * own
+            if REVERSE > 0:
+                _, own = _reverse_term(lp, lq, p, q, reverse_share, REVERSE)
+                gradient += reverse * own
+        if LIKELIHOOD:
+            gradient += likelihood * (q - tl.where(at == target, 1.0, 0.0))
+        tl.store(z_row + at, (gradient * weight).to(student.dtype.element_ty), mask=at < V)
 
 
 def _mode(factor: float, share: float, plain: float) -> int:
@@ -159,7 +157,6 @@ def kl_sum_(
     *,
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
-    gradient: bool = True,
 ) -> Tensor:
     """The terms `[n, 3]` of a `KLSum` in nats, before their factors (0 where absent); logits become the gradient.
 
@@ -192,7 +189,6 @@ def kl_sum_(
         FORWARD=_mode(terms.forward, terms.forward_share, 0.0),
         REVERSE=_mode(terms.reverse, terms.reverse_share, 1.0),
         LIKELIHOOD=terms.likelihood != 0,
-        GRADIENT=gradient,
         BLOCK=block,
         num_warps=8 if block >= 2048 else 4,
     )

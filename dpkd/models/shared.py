@@ -20,18 +20,15 @@ from dpkd.models.settings import ModelSettings
 
 T = TypeVar("T")
 
+# Models that stay loaded: a teacher to train with and one to evaluate with, a student's start, one that is evaluated.
+MOST_MODELS = 4
+MOST_ROWS = 8  # tokenized data sets that stay
+
 
 @dataclass(frozen=True)
 class Shared(InMemory):
-    """Models and tokenized rows that were used before are used again; the longest unused ones are dropped.
+    """Models and tokenized rows that were used before are used again; the longest unused ones are dropped."""
 
-    most_models  models that stay loaded: a teacher to train with and one to evaluate with, a student's start, a
-                 model that is evaluated
-    most_rows    tokenized data sets that stay
-    """
-
-    most_models: int = 4
-    most_rows: int = 8
     _kept_models: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
     _kept_rows: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
     _tokenizers: dict[Hashable, Any] = field(default_factory=dict, repr=False)
@@ -60,13 +57,13 @@ class Shared(InMemory):
 
     def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
         """What was made for a key before."""
-        return _kept(self._kept_rows, key, make, self.most_rows)
+        return _kept(self._kept_rows, key, make, MOST_ROWS)
 
     def _loaded(self, settings: ModelSettings, device: torch.device | str, dtype: torch.dtype | None) -> Any:
         who = settings.model_dump_json(exclude={"tokenizer", "settings"})  # a student's has its layers as well
         key = (self.fingerprint(settings), who, str(device), dtype)
         return _kept(
-            self._kept_models, key, lambda: InMemory.load(self, settings, device=device, dtype=dtype), self.most_models
+            self._kept_models, key, lambda: InMemory.load(self, settings, device=device, dtype=dtype), MOST_MODELS
         )
 
 

@@ -35,25 +35,21 @@ def make_student(
     teacher: Any | None,
     device: torch.device | str,
     seed: int,
-    teacher_config: Any = None,
     in_memory: InMemory | None = None,
 ) -> Any:
     """The student, with trainable float32 weights unless the settings name another type.
 
-    `teacher_config` stands in for a teacher that is not loaded, which is enough for `random`. A student that is
-    `in_memory` in memory is copied.
+    A student that is in memory is copied.
     Raises DpkdError when layers are out of range or the model's layers are not one list.
     """
     in_memory = in_memory or InMemory()
     if settings.init == "pretrained":
         student = in_memory.load_copy(settings, device=device, dtype=torch.float32)
     else:
-        config = student_config(settings, teacher.config if teacher is not None else teacher_config, in_memory)
+        config = student_config(settings, None if teacher is None else teacher.config, in_memory)
         layers = settings.init == "layers"  # all weights are the teacher's
         student = _fresh(config, seed, DTYPES.get(settings.dtype, torch.float32), blank=layers)
-        if layers:
-            if teacher is None:
-                raise DpkdError("student.init `layers` takes the layers of a teacher: name one with --teacher")
+        if layers and teacher is not None:
             _copy_weights(teacher, student, _kept(settings, teacher.config))
             student.generation_config = deepcopy(teacher.generation_config)
         student = student.to(device)

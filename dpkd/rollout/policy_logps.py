@@ -38,17 +38,12 @@ def truncated(drawn: Sequence[Sampled]) -> list[Sampled]:
 
 
 def token_scores(
-    score: Callable[[Batch], Tensor],
-    sequences: Sequence[TokenSequence],
-    *,
-    pad_id: int,
-    device: torch.device,
-    tokens: int = TOKENS,
+    score: Callable[[Batch], Tensor], sequences: Sequence[TokenSequence], *, pad_id: int, device: torch.device
 ) -> list[Tensor]:
     """What `score` gives each response token of a batch, `[N]`: one tensor on the host for each sequence."""
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for group in micro_batches(lengths, len(lengths), tokens):
+    for group in micro_batches(lengths, len(lengths), TOKENS):
         batch = collate([sequences[i] for i in group], pad_id=pad_id).to(device)
         parts = score(batch).cpu().split([len(s.response_ids) - (not s.prompt_ids) for s in batch.sequences])
         for i, part in zip(group, parts, strict=True):

@@ -80,7 +80,6 @@ class StudentGenerator:
     teacher: nn.Module | None = None  # takes part in the sampling, where the settings say so
     score: TeacherScorer | None = None
     loss: RolloutLoss[Any] | None = None
-    progress: Callable[[int], None] | None = None
     policy: PolicyScorer | None = None  # for a policy gradient; None: what draws computes as what trains
     decode: Callable[[Sequence[int]], str] | None = None  # text of a response, for a policy gradient
     reward: Reward | None = None  # of each response, for a policy gradient that reads it
@@ -129,7 +128,7 @@ class StudentGenerator:
             veto=how.teacher_veto,
         )
         self.sampler.refresh()
-        drawn = self.sampler.draw(task, lambda place, response: self.progress(1) if self.progress else None)
+        drawn = self.sampler.draw(task)
         if self.loss is None or self.policy is None:
             return drawn
         drawn = self.policy(student, [prompt for prompt in task.prompts for _ in range(how.num_generations)], drawn)
@@ -198,9 +197,7 @@ class TeacherGenerator:
         stored = self.store.get(prompt_ids)
         assert stored is not None  # written just now, if not before
         # The store keeps what the teacher wrote; a student that reads less gets less of it.
-        room = None if self.context is None else self.context - len(prompt_ids)
-        ids = stored.response_ids[:room]
-        return Response(ids, Text.TEACHER, stored.truncated or len(ids) < len(stored.response_ids))
+        return _cut(stored.response_ids, stored.truncated, self.context, prompt_ids)
 
     def _write(self, indices: list[int]) -> list[int]:
         """Draw responses and put each into the store as it ends: an interrupted run keeps what was written."""
@@ -209,7 +206,7 @@ class TeacherGenerator:
 
         def finished(place: int, s: Sampled) -> None:
             nonlocal done
-            self.store.add(prompts[place], s.response_ids, s.truncated, self.decode(s.response_ids), index=0)
+            self.store.add(prompts[place], s.response_ids, s.truncated, self.decode(s.response_ids))
             done += 1
             if self.progress is not None:
                 self.progress(done, len(indices))
@@ -237,8 +234,13 @@ class RetokenizedResponses:
     def __call__(self, indices: Sequence[int]) -> list[Response]:
         written = self.generator(indices)
         told = self.retokenizer.retold([response.ids for response in written])
-        return [self._cut(i, response, ids) for i, response, ids in zip(indices, written, told, strict=True)]
+        return [
+            _cut(ids, response.truncated, self.context, self.prompts[i].prompt_ids)
+            for i, response, ids in zip(indices, written, told, strict=True)
+        ]
 
-    def _cut(self, index: int, response: Response, ids: tuple[int, ...]) -> Response:
-        room = None if self.context is None else self.context - len(self.prompts[index].prompt_ids)
-        return Response(ids[:room], Text.TEACHER, response.truncated or len(ids[:room]) < len(ids))
+
+def _cut(ids: tuple[int, ...], truncated: bool, context: int | None, prompt_ids: Sequence[int]) -> Response:
+    """A response by the teacher, as far as there is room for it behind its prompt."""
+    kept = ids if context is None else ids[: context - len(prompt_ids)]
+    return Response(kept, Text.TEACHER, truncated or len(kept) < len(ids))

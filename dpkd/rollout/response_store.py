@@ -6,7 +6,7 @@ One folder per key: model, tokenizer (template and special tokens included), sam
     FOLDER/KEY/responses.jsonl   one response a line, in the order of writing
 
 Lines are only ever appended, each under a lock and with a checksum, so runs may share a store. A torn last line is cut
-off; a line that is damaged is left out and counted, and its response is drawn again.
+off; a line that is damaged is left out, and its response is drawn again.
 """
 
 from __future__ import annotations
@@ -63,9 +63,8 @@ class ResponseStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file = folder / "responses.jsonl"
-        self._known: dict[str, dict[int, Stored]] = {}
+        self._known: dict[str, Stored] = {}
         self._read_to = 0  # bytes of the file that were read: whole lines
-        self._broken_lines = 0
 
     @classmethod
     def open(
@@ -101,40 +100,23 @@ class ResponseStore:
         store.refresh()
         return store
 
-    @property
-    def torn_lines(self) -> int:
-        """Lines that could not be read: damaged, or torn when a writer was interrupted."""
-        return self._broken_lines
-
     def __len__(self) -> int:
         """How many responses are known."""
-        return sum(map(len, self._known.values()))
+        return len(self._known)
 
-    def get(self, prompt_ids: Sequence[int], index: int = 0) -> Stored | None:
-        """The response number `index` to a prompt, or None when it was not written yet."""
-        return self._known.get(_prompt_key(prompt_ids), {}).get(index)
+    def get(self, prompt_ids: Sequence[int]) -> Stored | None:
+        """The response to a prompt, or None when it was not written yet."""
+        return self._known.get(_prompt_key(prompt_ids))
 
-    def add(
-        self,
-        prompt_ids: Sequence[int],
-        response_ids: Sequence[int],
-        truncated: bool,
-        text: str,
-        index: int | None = None,
-    ) -> None:
-        """Append a response to a prompt; it is in the file when this returns.
-
-        `index` None: the next number. A number that is taken, perhaps by another run, keeps what it has.
-        """
+    def add(self, prompt_ids: Sequence[int], response_ids: Sequence[int], truncated: bool, text: str) -> None:
+        """Append the response to a prompt, unless it has one, perhaps by another run; it is then in the file."""
         key = _prompt_key(prompt_ids)
         with storage_errors(self.folder, _ADVICE), _locked(self._file) as descriptor:
             self._read(descriptor)
-            known = self._known.get(key, {})
-            number = max(known, default=-1) + 1 if index is None else index
-            if number in known:
+            if key in self._known:
                 return
-            line = {"prompt": key, "index": number, "ids": [int(token) for token in response_ids]}
-            line |= {"truncated": bool(truncated), "text": text}
+            ids = [int(token) for token in response_ids]
+            line = {"prompt": key, "index": 0, "ids": ids, "truncated": bool(truncated), "text": text}
             content = f"{dumps(line | {'check': _check(line)})}\n"
             append_to(descriptor, content.encode("utf-8", errors="backslashreplace"))
             self._read(descriptor)
@@ -146,7 +128,7 @@ class ResponseStore:
 
     def _read(self, descriptor: int) -> None:
         """Read the lines behind those that were read. Under the lock nobody is writing: a tail is torn."""
-        self._broken_lines += cut_torn_line(descriptor)
+        cut_torn_line(descriptor)
         blocks, place = [], self._read_to
         while block := os.pread(descriptor, 1 << 20, place):
             blocks.append(block)
@@ -156,10 +138,8 @@ class ResponseStore:
         for line in filter(None, lines):
             row = parsed(line)
             stored = _stored(row)
-            if row is None or stored is None:
-                self._broken_lines += 1
-            else:
-                self._known.setdefault(str(row["prompt"]), {}).setdefault(int(row["index"]), stored)
+            if row is not None and stored is not None:
+                self._known.setdefault(str(row["prompt"]), stored)
 
 
 def _check(row: Mapping[str, Any]) -> str:

@@ -68,7 +68,6 @@ class Decoder:
         mix_with: nn.Module | None = None,
         mix: float = 0.0,
         veto: int = 0,
-        progress: Callable[[int], None] | None = None,
         num_generations: int = 1,
         longest: int | None = None,
         on_finished: Callable[[int, Sampled], None] | None = None,
@@ -87,8 +86,6 @@ class Decoder:
         with torch.no_grad(), evaluating(*models), uncompiled(*models):
             for finished in self._run(requests, DrawingPolicy(settings, self._eos, mix, veto), mix_with):
                 results.update(finished)
-                if progress is not None:
-                    progress(len(finished))
                 if on_finished is not None:
                     for place, response in finished.items():
                         on_finished(place, response)
@@ -168,8 +165,7 @@ def sample(
     response fill the model, or have `longest` tokens together. At most `settings.batch_size` responses are
     written at a time. `decoding` as in `Decoder`, whose `draw` takes `more`.
 
-    `progress` gets the number of responses finished since its last call; `on_finished` each response with its
-    place in the result, as soon as it is known.
+    `on_finished` gets each response with its place in the result, as soon as it is known.
 
     Raises DpkdError when a prompt is empty or leaves no room for a response, when two vocabularies differ, or
     when the model's logits are not numbers.

@@ -11,10 +11,9 @@ EOS = 7
 SEQUENCES = [TokenSequence((1, 2), (3, EOS)), TokenSequence((EOS,), (4, 5, 6, EOS)), TokenSequence((1,), ())]
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("extra", [0, 3])
-def test_the_rows_predict_the_response_wherever_the_padding_is(side, extra):
-    batch = collate(SEQUENCES, pad_id=EOS, side=side, extra=extra)
+def test_the_rows_predict_the_response_however_long_the_padding_is(extra):
+    batch = collate(SEQUENCES, pad_id=EOS, extra=extra)
     flat = batch.input_ids.flatten()
     assert batch.targets.tolist() == [3, EOS, 4, 5, 6, EOS]
     # A row stands one place before its target, in the same sequence: the one shift.
@@ -24,11 +23,6 @@ def test_the_rows_predict_the_response_wherever_the_padding_is(side, extra):
     assert batch.attention_mask.sum(1).tolist() == [4, 5, 1]
     # EOS of the prompt is attended and not trained; padding is neither.
     assert batch.attention_mask.flatten()[batch.rows].all()
-
-
-def test_positions_start_at_the_first_real_token():
-    left = collate(SEQUENCES, pad_id=0, side="left")
-    assert left.position_ids[0].tolist()[-4:] == [0, 1, 2, 3]
 
 
 def test_a_response_without_a_prompt_has_no_row_for_its_first_token():

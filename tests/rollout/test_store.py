@@ -27,15 +27,11 @@ def test_reuse_after_reopen(tmp_path: Path) -> None:
     store = opened(tmp_path)
     assert store.get([1, 2]) is None
     store.add([1, 2], [7, 8], False, 'a "line"\nof ß \ud800')
-    store.add([1, 2], [9], True, "second")
     store.add([12], [], True, "")
     for one in (store, opened(tmp_path)):
         assert one.get([1, 2]) == Stored((7, 8), False, 'a "line"\nof ß \ud800')
-        assert one.get([1, 2], 1) == Stored((9,), True, "second")
-        assert one.get([1, 2], 2) is None
         assert one.get([12]) == Stored((), True, "")
-        assert len(one) == 3
-        assert one.torn_lines == 0
+        assert len(one) == 2
 
 
 def test_a_killed_writer_leaves_nothing_for_good(tmp_path: Path) -> None:
@@ -56,17 +52,13 @@ def test_a_link_in_the_place_of_the_responses_is_not_followed(tmp_path: Path) ->
     assert (tmp_path / "victim").read_text() == "mine"
 
 
-def test_a_number_is_written_once(tmp_path: Path) -> None:
+def test_the_first_response_to_a_prompt_stays(tmp_path: Path) -> None:
     first, second = opened(tmp_path), opened(tmp_path)
-    first.add([1], [5], False, "first", index=0)
+    first.add([1], [5], False, "first")
     assert second.get([1]) is None
-    second.add([1], [6], False, "second", index=0)
+    second.add([1], [6], False, "second")
     assert second.get([1]) == Stored((5,), False, "first")
     assert len((first.folder / "responses.jsonl").read_text().splitlines()) == 1
-    second.add([1], [7], False, "third", index=3)
-    first.refresh()
-    assert first.get([1], 3) == Stored((7,), False, "third")
-    assert first.get([1], 1) is None
 
 
 CHANGES = {
@@ -115,18 +107,16 @@ def test_the_manifest_says_what_the_key_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", range(1, 60, 7))
-def test_a_torn_last_line_is_dropped_and_counted(tmp_path: Path, keep: int) -> None:
+def test_a_torn_last_line_is_dropped(tmp_path: Path, keep: int) -> None:
     store = opened(tmp_path)
     store.add([1], [2], False, "whole")
     file = store.folder / "responses.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole + whole[:keep])
     again = opened(tmp_path)
-    assert again.torn_lines == 1
     assert len(again) == 1
     again.add([3], [4], False, "after the crash")
-    for one, torn in ((again, 1), (opened(tmp_path), 0)):  # what was torn is gone from the file
-        assert one.torn_lines == torn
+    for one in (again, opened(tmp_path)):  # what was torn is gone from the file
         assert one.get([1]) == Stored((2,), False, "whole")
         assert one.get([3]) == Stored((4,), False, "after the crash")
 
@@ -138,15 +128,15 @@ def test_a_line_without_its_end_is_kept(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     again = opened(tmp_path)
     again.add([3], [4], False, "")
-    assert (len(again), again.torn_lines) == (2, 0)
+    assert len(again) == 2
 
 
-def test_lines_that_are_no_responses_are_counted(tmp_path: Path) -> None:
+def test_lines_that_are_no_responses_are_left_out(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with (store.folder / "responses.jsonl").open("ab") as file:
         file.write(b'{"prompt": "x"}\n[1]\n\xff\xfe\n\n{"prompt": "x", "ids": null}\n')
     store.add([1], [2], False, "")
-    assert (len(store), store.torn_lines) == (1, 4)
+    assert len(store) == len(opened(tmp_path)) == 1
 
 
 def test_a_bit_that_flipped_costs_one_response(tmp_path: Path) -> None:
@@ -156,7 +146,7 @@ def test_a_bit_that_flipped_costs_one_response(tmp_path: Path) -> None:
     file = store.folder / "responses.jsonl"
     file.write_bytes(file.read_bytes().replace(b"[17]", b"[16]"))
     again = opened(tmp_path)
-    assert (again.get([1]), again.torn_lines) == (None, 1)
+    assert again.get([1]) is None
     assert again.get([2]) == Stored((18,), False, "two")
 
 
@@ -165,7 +155,7 @@ def _append(folder: str, own: int, count: int, start: Any) -> None:
     start.wait(60)
     for i in range(count):
         store.add([own, i], [own] * 400, False, "x" * 5000)
-        store.add([99], [own, i], False, "both")
+        store.add([99, i], [own], False, "of the first to come")
 
 
 def test_two_processes_append(tmp_path: Path) -> None:
@@ -178,10 +168,9 @@ def test_two_processes_append(tmp_path: Path) -> None:
         writer.join(60)
     assert [writer.exitcode for writer in writers] == [0, 0]
     store = opened(tmp_path)
-    assert (len(store), store.torn_lines) == (160, 0)
+    assert len(store) == len((store.folder / "responses.jsonl").read_text().splitlines()) == 120
     assert all(store.get([own, i]).response_ids == (own,) * 400 for own in (1, 2) for i in range(40))
-    shared = [store.get([99], i).response_ids for i in range(80)]
-    assert sorted(shared) == [(own, i) for own in (1, 2) for i in range(40)]
+    assert all(store.get([99, i]).response_ids in ((1,), (2,)) for i in range(40))
 
 
 def test_a_writer_waits_for_the_other(tmp_path: Path) -> None:
@@ -255,20 +244,7 @@ def test_model_fingerprint_of_a_folder(tmp_path: Path) -> None:
         model_fingerprint(tmp_path / "empty")
 
 
-def test_model_fingerprint_of_a_loaded_configuration(tmp_path: Path) -> None:
-    from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)
-    found = []
-    for name in ("a", "b"):
-        torch.manual_seed(0)
-        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
-        found.append(model_fingerprint(tmp_path / name, config=AutoConfig.from_pretrained(tmp_path / name)))
-    assert found[0] == found[1]
-
-
 def test_model_fingerprint_of_a_hub_model() -> None:
-    commits = [model_fingerprint("org/model", config=None, commit=commit) for commit in ("c1", "c2")]
-    assert commits[0] != commits[1]
-    assert model_fingerprint("org/model", "c1") == commits[0]
-    assert model_fingerprint("org/other", "c1") != commits[0]
+    found = {model_fingerprint("org/model", "c1"), model_fingerprint("org/model"), model_fingerprint("org/other", "c1")}
+    assert len(found) == 3
+    assert model_fingerprint("org/model", "main") in found

@@ -21,12 +21,12 @@ KEPT_SHARE = 0.1
 
 
 class LowPrecisionCopy:
-    """A model in a smaller floating-point type, whose weights follow those of the original."""
+    """A model in bfloat16, whose weights follow those of the original."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         # Given to deepcopy as known, parameters are neither copied in full nor with their gradients, and stay tied.
-        known: dict[int, Any] = {id(p): nn.Parameter(_cast(p, dtype), requires_grad=False) for p in model.parameters()}
+        known: dict[int, Any] = {id(p): nn.Parameter(_narrow(p), requires_grad=False) for p in model.parameters()}
         self.model: nn.Module = deepcopy(model, known).eval()
 
     @torch.no_grad()
@@ -38,9 +38,9 @@ class LowPrecisionCopy:
             kept.copy_(given, non_blocking=True)
 
 
-def _cast(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _narrow(parameter: torch.Tensor) -> torch.Tensor:
     copied = parameter.detach().clone()
-    return copied.to(dtype) if copied.is_floating_point() else copied
+    return copied.to(torch.bfloat16) if copied.is_floating_point() else copied
 
 
 def copy_pays(model: nn.Module, device: torch.device) -> bool:
