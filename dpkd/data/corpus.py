@@ -45,6 +45,16 @@ class Corpus(Sequence[tuple[int, ...]]):
         start = range(len(self))[index] * self._size
         return tuple(self._ids[start : start + self._size])
 
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        return {
+            "path": self.source,
+            "fingerprint": self.fingerprint,
+            "documents": self.documents,
+            "blocks": len(self),
+            "left_over_tokens": self.left_over,
+        }
+
     def sentence(self) -> str:
         """For printing."""
         return f"{self.source}: {self.documents:,} documents, {len(self):,} blocks of {self._size:,} tokens"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from dpkd.api import HIDDEN, Family, ResponseSource, Signal
+from dpkd.api import HIDDEN, Family, Signal
 from dpkd.api.inputs import REFERENCE_LOGPS
 from dpkd.api.teachers import Teacher
 from dpkd.config.objective import chosen_ids
@@ -70,16 +70,6 @@ class RunParts:
     schedules: Schedules
     rollouts: Rollouts
     facts: dict[str, Any]
-
-    @property
-    def source(self) -> ResponseSource:
-        """Of the main loss's responses."""
-        return self.builder.groups[0].source
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.source.context.batches.steps
 
     def prepare_sources(self) -> None:
         """Have written what can be before the first step: the teacher's responses."""
@@ -205,7 +195,7 @@ def _facts(
     return {
         "steps": run_data.steps,
         "data": run_data.data_facts,
-        "corpus": None if corpus is None else _corpus_facts(corpus),
+        "corpus": None if corpus is None else corpus.blocks.facts(),
         "models": _fingerprints(resolved, run_data),
         "vocabulary": models.vocabulary,
         "layout": layout._asdict(),
@@ -372,15 +362,3 @@ def _corpus(settings: RunSettings, tokenizer: Any, steps: int, display: Display)
     return CorpusBatches(
         blocks, BatchSampler([len(b) for b in blocks], batch_size=size, steps=steps, seed=settings.seed)
     )
-
-
-def _corpus_facts(corpus: CorpusBatches) -> dict[str, Any]:
-    """What run.json says of the plain text."""
-    blocks = corpus.blocks
-    return {
-        "path": blocks.source,
-        "fingerprint": blocks.fingerprint,
-        "documents": blocks.documents,
-        "blocks": len(blocks),
-        "left_over_tokens": blocks.left_over,
-    }

@@ -130,7 +130,7 @@ def save(
     weights: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         whole = _whole(parameter)
-        _check_finite({name: whole})  # in every process: all stop, or none
+        _check_finite(name, whole)  # in every process: all stop, or none
         if is_main:  # the others take part in gathering, and copy nothing
             weights[name] = whole.cpu().contiguous()
     optimiser_state = _optimiser_tensors(optimizer, parameters, keep=is_main)
@@ -153,13 +153,12 @@ def save(
 def check_finite(module: nn.Module) -> None:
     """Raises NotFinite when a weight is not finite."""
     for name, parameter in _trainable(module).items():
-        _check_finite({name: _whole(parameter)})
+        _check_finite(name, _whole(parameter))
 
 
-def _check_finite(weights: Mapping[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        if not bool(torch.isfinite(weight).all()):
-            raise NotFinite(f"the weight {name} is not finite, so no checkpoint of it is saved. {ADVICE}")
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise NotFinite(f"the weight {name} is not finite, so no checkpoint of it is saved. {ADVICE}")
 
 
 def _all(folder: Path) -> list[Checkpoint]:
@@ -310,11 +309,8 @@ def _restored(parameter: Tensor, value: Tensor) -> Any:
     """A value of an optimizer's state: a count, a tensor laid out like its parameter, or another of its own shape."""
     if value.ndim == 0:
         return value if value.is_floating_point() else int(value)
-    return _like(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
-
-
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor laid out like a parameter."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
     target = torch.empty_like(parameter, dtype=value.dtype)
     _put(target, value)
     return target

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,15 +27,6 @@ GIB = 2**30
 _RATES = ((200e6, 5e-4, 1e-3), (1e9, 5e-5, 5e-4), (float("inf"), 1e-5, 2e-4))
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Parameters of both models without adapters (teacher: 0 where unknown), and the bytes that they need at least."""
-
-    student: int
-    teacher: int
-    bytes: float
-
-
 def with_defaults(resolved: Resolved, display: Display) -> Resolved:
     """The settings with `train.lr` chosen by what is trained, where neither the user nor the loss gives one.
 
@@ -47,15 +38,16 @@ def with_defaults(resolved: Resolved, display: Display) -> Resolved:
     check_quantization(settings.student)
     teacher = make_teacher(settings.teacher, resolved.registry, resolved.in_memory)
     config = student_config(settings.student, None if teacher is None else teacher.config, resolved.in_memory)
-    sizes = _sizes(settings, config, teacher, device)
-    for line in _warnings(sizes, settings, device):
+    size = count_parameters(config)
+    teacher_size = 0 if teacher is None or teacher.config is None else count_parameters(teacher.config)
+    for line in _warnings(size, teacher_size, _least_bytes(settings, config, teacher, device), device):
         display.say(f"warning: {line}")
     if "train.lr" in resolved.provenance:
         return resolved
     lora = settings.student.lora is not None
-    lr = default_rate(sizes.student, lora=lora)
+    lr = default_rate(size, lora=lora)
     what = "adapters on" if lora else "all weights of"
-    reason = f"default for {what} {_millions(sizes.student)} parameters"
+    reason = f"default for {what} {_millions(size)} parameters"
     display.say(f"learning rate: {lr:g}, the {reason} (train.lr)")
     train = checked(TrainSettings, {**settings.train.model_dump(), "lr": lr}, "train")
     return replace(
@@ -78,7 +70,8 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.0f} M" if count >= 10e6 else f"{count / 1e6:.2g} M"
 
 
-def _sizes(settings: RunSettings, config: Any, teacher: Teacher | None, device: torch.device) -> _Sizes:
+def _least_bytes(settings: RunSettings, config: Any, teacher: Teacher | None, device: torch.device) -> float:
+    """What weights, gradients and optimizer state need."""
     student = meta_student(settings, config)
     parameters = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -86,24 +79,21 @@ def _sizes(settings: RunSettings, config: Any, teacher: Teacher | None, device: 
     needed = (student_bytes(settings, config, parameters) + FLOAT * trained + state) / processes_of_shards()
     if teacher is not None and settings.teacher.device is None:
         needed += teacher.weight_bytes(teacher_dtype(settings.train.precision, device))
-    return _Sizes(count_parameters(config), _size_of(teacher), needed)
+    return needed
 
 
-def _size_of(teacher: Teacher | None) -> int:
-    return 0 if teacher is None or teacher.config is None else count_parameters(teacher.config)
-
-
-def _warnings(sizes: _Sizes, settings: RunSettings, device: torch.device) -> list[str]:
+def _warnings(student: int, teacher: int, needed: float, device: torch.device) -> list[str]:
+    """Given parameters of both models (of the teacher 0 where unknown), and the bytes that a run needs at least."""
     found = []
-    if 0 < sizes.teacher < sizes.student:
+    if 0 < teacher < student:
         found.append(
-            f"the teacher ({_millions(sizes.teacher)} parameters) is smaller than the student "
-            f"({_millions(sizes.student)}): are --teacher and --student exchanged?"
+            f"the teacher ({_millions(teacher)} parameters) is smaller than the student "
+            f"({_millions(student)}): are --teacher and --student exchanged?"
         )
     memory = memory_of(device)
-    if memory is not None and sizes.bytes > memory:
+    if memory is not None and needed > memory:
         found.append(
-            f"weights, gradients and optimizer state need at least {sizes.bytes / GIB:.1f} GiB, and the {device.type} "
+            f"weights, gradients and optimizer state need at least {needed / GIB:.1f} GiB, and the {device.type} "
             f"has {memory / GIB:.1f} GiB. Less memory: --set student.lora.r=16, --set train.optimizer=adamw_8bit, "
             "--set teacher.quantization=4bit, or a store of the teacher's log-probs (dpkd cache)"
         )

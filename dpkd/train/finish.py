@@ -44,7 +44,7 @@ def finish(
         display.say(f"model is that of step {best}, {said}; the last is {last}")
     with timings("card"):
         write_model_card(folder.path, _card_facts(resolved, folder, read_json(folder.facts)))
-    steps = run_parts.steps
+    steps = run_parts.run_data.steps
     with timings("hashes"):
         model = {file.name: sha256(file) for file in sorted(folder.model.iterdir()) if file.is_file()}
     marked = {"step": step, "of": steps, "best_step": best, "model": model, "records": folder.records()}

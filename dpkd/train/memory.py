@@ -105,14 +105,10 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
         # An optimizer goes over the parameters one by one, with two temporaries of the size of each.
         MemoryEstimate("update", {**always, "gradients": gradients, "temporaries": 2.0 * FLOAT * student.largest}),
     ]
-    if Text.STUDENT in _writers(resolved):
+    if Text.STUDENT in resolved.main.writers:
         cache = {"gathered weights": whole, "cache and logits": _sampling_bytes(resolved, run_data)}
         moments.append(MemoryEstimate("sampling", {**always, **cache}))
     return max(moments, key=lambda estimate: estimate.total)
-
-
-def _writers(resolved: Resolved) -> set[Text]:
-    return set(resolved.objectives[0].writers)
 
 
 def _largest_batch(resolved: Resolved, run_data: RunData) -> _Batch:

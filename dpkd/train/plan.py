@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text as RichText
 
 from dpkd.api.teachers import Teacher
-from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.data.encode import EncodedData, Prompt
@@ -84,7 +83,7 @@ def _loss_rows(resolved: Resolved) -> list[tuple[str, str]]:
         ("needs of the teacher", loss.needs(resolved.main.config).value),
     ]
     for extra in resolved.extras:
-        text = "the same responses" if extra.shares_text else f"responses by {_by(extra)}"
+        text = "the same responses" if extra.shares_text else f"responses by {', '.join(extra.text.writers)}"
         rows.append((f"beside it: {extra.name}", f"{extra.spec.name}, weight {extra.weight:g}, on {text}"))
     for objective in resolved.objectives:
         for name, schedule in objective.schedules.items():
@@ -114,10 +113,6 @@ def _layer_rows(run_data: RunData) -> list[tuple[str, str]]:
 
 def _listed(numbers: tuple[int, ...]) -> str:
     return ", ".join(map(str, numbers)) or "none"
-
-
-def _by(objective: Objective) -> str:
-    return ", ".join(objective.text.writers)
 
 
 def _model_rows(settings: RunSettings, student: int, teacher: Teacher | None) -> list[tuple[str, str]]:
@@ -177,7 +172,6 @@ def _rendered(prompt: Prompt, tokenizer: Any) -> str:
     return f"{trained}\n(rejected: ⟦{rejected}⟧, {len(prompt.rejected_ids)} tokens)" if rejected else trained
 
 
-def _shortened(text: str, most: int = 1200) -> str:
+def _shortened(text: str) -> str:
     """A text with its middle left out where it would fill the screen."""
-    half = most // 2
-    return text if len(text) <= most else f"{text[:half]} [... {len(text) - most:,} characters ...] {text[-half:]}"
+    return text if len(text) <= 1200 else f"{text[:600]} [... {len(text) - 1200:,} characters ...] {text[-600:]}"

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 PROJECT = "dpkd"
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class Trackers(Callback):
@@ -29,13 +28,10 @@ class Trackers(Callback):
     folder    the run folder; what trackers write locally goes beneath it (trackio has a folder of its own)
     config    the resolved settings, shown beside the curves
 
-    Raises DpkdError for an unknown name, or a tracker whose package is not installed.
+    Raises DpkdError for a tracker whose package is not installed.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, run_name: str, config: Mapping[str, Any]) -> None:
-        unknown = [name for name in names if name not in TRACKERS]
-        if unknown:
-            raise DpkdError(f"train.trackers: expected some of {', '.join(TRACKERS)}, found {', '.join(unknown)}")
         self._open: list[GeneralTracker] = []
         try:
             for name in dict.fromkeys(names):

@@ -24,7 +24,7 @@ def _tokens(resolved, quiet):
     """Response tokens of the first step by writer."""
     run_parts = assemble(resolved, run._accelerator(resolved), Display(quiet))
     run_parts.prepare_sources()
-    responses = [r for _, many in run_parts.source.next(0).responses for r in many]
+    responses = [r for _, many in run_parts.builder.groups[0].source.next(0).responses for r in many]
     return {w: sum(len(r.ids) for r in responses if r.writer is w) for w in (Text.TEACHER, Text.STUDENT)}
 
 

@@ -165,7 +165,7 @@ def stepper_window(resolved, quiet):
     prompts = run_parts.run_data.data.prompts
     return [
         TokenSequence(prompts[i].prompt_ids, prompts[i].response_ids)
-        for i in run_parts.source.context.batches.window(0)
+        for i in run_parts.builder.groups[0].source.context.batches.window(0)
     ]
 
 

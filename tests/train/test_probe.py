@@ -43,7 +43,7 @@ def test_no_step_is_longer_than_the_probe(loss, settings_of, quiet):
     settings = settings_of(loss, {"text.teacher_sampling.max_new_tokens": 9})
     run_parts = assemble(settings, run._accelerator(settings), Display(quiet))
     run_parts.prepare_sources()
-    source, size = run_parts.source, 8
+    source, size = run_parts.builder.groups[0].source, 8
     text = longest_responses(run_parts.builder.groups[0], size)
     expected = {"kd": (Text.DATASET,), "seqkd": (Text.TEACHER,), "dpkd": (Text.TEACHER, Text.STUDENT)}[loss]
     assert all(tuple(r.writer for r in responses) == expected for _, responses in text.responses)
@@ -56,7 +56,7 @@ def test_no_step_is_longer_than_the_probe(loss, settings_of, quiet):
 
     longest = totals(text)
     assert len(longest) == size
-    for step in range(run_parts.steps):
+    for step in range(run_parts.run_data.steps):
         seen = totals(source.next(step))
         assert seen
         assert all(own <= bound for own, bound in zip(seen, longest, strict=False))

@@ -66,7 +66,7 @@ def leave_one_out_by_hand(rewards, gaps, prompts, beta):
 def test_rewards_reach_the_loss_one_for_each_response(example, settings_of, quiet):
     resolved = settings_of("leave-one-out", {**OWN, "loss.beta": 0.3})
     parts = assemble(resolved, run._accelerator(resolved), Display(quiet))
-    text = parts.source.next(0)
+    text = parts.builder.groups[0].source.next(0)
     every = [(index, response) for index, many in text.responses for response in many]
     assert len(every) == 12
     texts = [parts.run_data.tokenizer.decode(response.ids, skip_special_tokens=True) for _, response in every]

@@ -44,7 +44,7 @@ def written(settings_of, quiet, tmp_path):
     def write(loss: str, changes: dict[str, object]):
         resolved = settings_of(loss, {**changes, "output": str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")})
         run_parts = assemble(resolved, run._accelerator(resolved), Display(quiet))
-        return run_parts.source.next(0), run_parts
+        return run_parts.builder.groups[0].source.next(0), run_parts
 
     return write
 

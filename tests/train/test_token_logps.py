@@ -88,7 +88,7 @@ def test_the_engine_gives_each_token_its_log_prob(weighted, settings_of, quiet):
             parameter.mul_(1.1)
     step.optimizer, step.clip = _NoStep(step.loss_module), None
     parts.prepare_sources()
-    (batch,) = parts.builder.step_batches(0, [parts.source.next(0)])
+    (batch,) = parts.builder.step_batches(0, [parts.builder.groups[0].source.next(0)])
     pairs = [group.sequences for group in batch.groups]
     assert len({len(response) for pair in pairs for _, response in pair}) > 2
     found = step([batch], lr=0.0, measure=False).averages()["loss/main"]

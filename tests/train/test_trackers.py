@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dpkd.errors import DpkdError
-from dpkd.train.trackers import TRACKERS, Trackers
+from dpkd.train.trackers import Trackers
 
 CONFIG = {"train": {"lr": 0.1}}
 
@@ -113,12 +113,7 @@ def test_without_names_nothing_happens(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_tracker_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DpkdError, match="expected some of tensorboard, wandb, trackio, found mlflow"):
-        Trackers(["mlflow"], tmp_path, "run", CONFIG)
-
-
-@pytest.mark.parametrize("name", list(TRACKERS))
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_package_says_what_to_install(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DpkdError, match=rf"asks for {name}.*pip install {name}`"):

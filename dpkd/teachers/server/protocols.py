@@ -63,7 +63,7 @@ class ServedText(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol:
-    """A kind of server. Subclasses say how it is asked for numbers."""
+    """Any server with OpenAI's completions. Subclasses say how theirs is asked for numbers."""
 
     model: str
     offers: TeacherAccess = TeacherAccess.TEXT
@@ -95,11 +95,6 @@ class Protocol:
             return ServedText(str(choice["text"]), None, choice.get("finish_reason") == "stop")
         except (KeyError, TypeError, ValueError) as error:
             raise BadAnswer(f"the server's answer has no text: {_shown(answer)}") from error
-
-
-@dataclass(frozen=True)
-class OpenAI(Protocol):
-    """Any server with OpenAI's completions."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +238,7 @@ class SGLang(Protocol):
         return ServedText(str(_at(answer, "text")), ids or None, ended, tuple(_number(one[0]) for one in tokens))
 
 
-PROTOCOLS: Mapping[str, type[Protocol]] = {"vllm": VLLM, "sglang": SGLang, "openai": OpenAI}
+PROTOCOLS: Mapping[str, type[Protocol]] = {"vllm": VLLM, "sglang": SGLang, "openai": Protocol}
 
 
 def _vllm_row(entry: Any, place: int) -> dict[int, float]:
