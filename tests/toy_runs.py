@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from dpkd.config.layers import Layer
 from dpkd.config.resolve import resolve
+from dpkd.errors import Stopped
 from dpkd.plugins import load_registry
 
 WORDS = ["red", "blue", "green", "old", "new", "big", "small", "cat", "dog", "tree", "house", "river", "sings", "runs"]
@@ -118,7 +121,7 @@ def settings_of(toy: Path, tmp_path: Path):
     return make
 
 
-class StopAfter:
+class _StopAfter:
     """In the place of `dpkd.train.run.StopRequest`: asks to stop once so many steps were seen."""
 
     signal_number = 2
@@ -132,6 +135,28 @@ class StopAfter:
     def asked(self) -> bool:
         self._left -= 1
         return self._left <= 0
+
+
+@pytest.fixture
+def stops(monkeypatch):
+    """`with stops(steps, match=None): ...`: the run in the block is asked to stop after so many steps, and does."""
+    from dpkd.train import run
+
+    @contextmanager
+    def after(steps: int = 1, match: str | None = None):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "StopRequest", lambda: _StopAfter(steps))
+            with pytest.raises(Stopped, match=match) as caught:
+                yield caught
+
+    return after
+
+
+def assert_same_model(one, two) -> None:
+    """The models of two run folders are equal bit for bit."""
+    own, other = (load_file(folder.model / "model.safetensors") for folder in (one, two))
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
 
 
 @pytest.fixture

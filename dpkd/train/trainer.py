@@ -111,7 +111,7 @@ class Trainer:
                         callback.on_step(self, self._done)
                 if step == start:
                     self.timings.begin_steps(clock_of(self.accelerator.device))
-                if self._stops(stop):
+                if self._any(stop.asked):
                     break
                 if self.ended is None and self._done < self.steps and self._any(self.clock.due(self._done)):
                     with self.timings("checkpoint"):
@@ -227,9 +227,6 @@ class Trainer:
         from accelerate.utils import broadcast
 
         return float(broadcast(torch.tensor(value, device=self.accelerator.device)))
-
-    def _stops(self, stop: StopRequest) -> bool:
-        return self._any(stop.asked)
 
     def _any(self, here: bool) -> bool:
         """Whether something is so in any process: all stop, and save, at the same step."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from toy_runs import _fresh_accelerate, quiet, settings_of, toy  # noqa: F401
+from toy_runs import _fresh_accelerate, quiet, settings_of, stops, toy  # noqa: F401
 
 from dpkd import functional
 from dpkd.data.batches import collate

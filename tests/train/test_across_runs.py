@@ -8,12 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from toy_runs import assert_same_model
 
 from dpkd.api import SamplingSettings
-from dpkd.errors import DpkdError, Stopped
+from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.run_metrics import read_metrics
@@ -21,10 +20,9 @@ from dpkd.train import run
 from dpkd.train.cache import cache
 from dpkd.train.plan import dry_run
 from dpkd.train.resume import resume_folder
-from dpkd.train.trainer import Trainer
 
 
-def test_a_run_goes_on_bit_for_bit_and_logs_no_kl(across, quiet, monkeypatch):
+def test_a_run_goes_on_bit_for_bit_and_logs_no_kl(across, quiet, stops):
     changes = {
         "text.source": "mixed",
         "text.mix": {"student": 0.5, "teacher": 0.5},
@@ -32,13 +30,10 @@ def test_a_run_goes_on_bit_for_bit_and_logs_no_kl(across, quiet, monkeypatch):
         "student.lora": {"r": 2},
     }
     whole = run.train(across("uld", changes, swap=True), console=quiet)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_stops", lambda self, stop: True)
-        with pytest.raises(Stopped):
-            run.train(across("uld", changes, "again", swap=True), console=quiet)
+    with stops():
+        run.train(across("uld", changes, "again", swap=True), console=quiet)
     again = resume_folder(whole.path.with_name("again"), console=quiet)
-    one, two = (load_file(folder.model / "model.safetensors") for folder in (whole, again))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_model(whole, again)
     lines = read_metrics(whole.metrics)
     assert not {key for line in lines for key in line if key.startswith(("kl/", "reward/", "agreement", "nll/teacher"))}
     assert all("spans/covered" in line for line in lines)

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from toy_runs import assert_same_model
 
-from dpkd.errors import SettingsError, Stopped
+from dpkd.errors import SettingsError
 from dpkd.evaluation.results import Metric
 from dpkd.run_metrics import read_metrics
 from dpkd.train import dev as module
@@ -16,7 +16,6 @@ from dpkd.train import run
 from dpkd.train.plan import make_plan
 from dpkd.train.progress import Display
 from dpkd.train.resume import resume_folder
-from dpkd.train.trainer import Trainer
 
 
 def settings(toy, **more):
@@ -50,19 +49,15 @@ def test_the_students_share_follows_the_held_out_loss(settings_of, toy, quiet, m
     assert written[-1] == {"student"}
 
 
-def test_an_interrupted_run_has_its_share_and_buffer_back(settings_of, toy, quiet, monkeypatch, tmp_path):
+def test_an_interrupted_run_has_its_share_and_buffer_back(settings_of, toy, quiet, stops, tmp_path):
     """A buffer of 4 is full after one step, so that later steps replay what was written before the interruption."""
     changes = settings(toy, **{"text.share": 1.0, "text.capacity": 4})
     whole = run.train(settings_of("distillm", changes), console=quiet)
-    stops = iter([False, False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_stops", lambda self, stop: next(stops))
-        with pytest.raises(Stopped):
-            run.train(settings_of("distillm", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
+    with stops(3):
+        run.train(settings_of("distillm", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
     torch.manual_seed(999)
     continued = resume_folder(tmp_path / "stopped", console=quiet)
-    one, two = (load_file(folder.model / "model.safetensors") for folder in (whole, continued))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_model(whole, continued)
     assert whole.samples.read_text() == continued.samples.read_text()
     lines = [json.loads(line)["step"] for line in (continued.path / "dev.jsonl").read_text().splitlines()]
     assert lines == [0, 2, 4, 6]

@@ -7,12 +7,11 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_invariants import gradients
-from toy_runs import StopAfter
+from toy_runs import assert_same_model
 
 from dpkd.config.settings import ScheduleSettings
-from dpkd.errors import SettingsError, Stopped
+from dpkd.errors import SettingsError
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
 from dpkd.train.resume import resume_folder
@@ -61,7 +60,7 @@ def test_a_loss_with_a_text_of_its_own_adds_its_own_gradient(settings_of, quiet)
     assert {"loss/main", "loss/far", "loss/near"} <= metrics.keys()
 
 
-def test_a_run_with_several_losses_logs_each_and_resumes(settings_of, quiet, monkeypatch, tmp_path):
+def test_a_run_with_several_losses_logs_each_and_resumes(settings_of, quiet, stops, tmp_path):
     changes = {
         "train.steps": 4,
         "terms.extra.own": {
@@ -79,13 +78,10 @@ def test_a_run_with_several_losses_logs_each_and_resumes(settings_of, quiet, mon
     assert (first["schedule/temperature"], last["schedule/temperature"]) == (1.0, 2.0)
 
     resolved = settings_of("kd", changes | {"output": str(tmp_path / "stopped")})
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "StopRequest", lambda: StopAfter(1))
-        with pytest.raises(Stopped):
-            run.train(resolved, console=quiet)
+    with stops():
+        run.train(resolved, console=quiet)
     continued = resume_folder(tmp_path / "stopped", console=quiet)
-    one, two = (load_file(folder.model / "model.safetensors") for folder in (whole, continued))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_model(whole, continued)
     values = [[line["schedule/temperature"] for line in read_metrics(f.metrics)] for f in (whole, continued)]
     assert values[0] == values[1]
 
@@ -96,8 +92,7 @@ def test_the_value_that_the_loss_reads_is_the_scheduled_one(settings_of, quiet, 
     fixed = run.train(settings_of("kd", {**common, "loss.kd_ratio": 1.0}), console=quiet)
     moving = {**common, "schedules.kd_ratio": {"start": 1.0, "end": 0.5}, "output": str(tmp_path / "moving")}
     moved = run.train(settings_of("kd", moving), console=quiet)
-    one, two = (load_file(folder.model / "model.safetensors") for folder in (fixed, moved))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_model(fixed, moved)
 
 
 def test_shapes():

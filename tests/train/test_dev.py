@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpkd.errors import DpkdError, Stopped
+from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.results import Metric
 from dpkd.plugins import load_registry
@@ -18,7 +18,6 @@ from dpkd.train import run
 from dpkd.train.dev import direction_of
 from dpkd.train.plan import dry_run
 from dpkd.train.resume import resume_folder
-from dpkd.train.trainer import Trainer
 
 
 def rows_of(toy, **more):
@@ -68,15 +67,12 @@ def test_the_best_model_is_the_runs_and_patience_ends_it(settings_of, toy, quiet
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
-def test_an_interrupted_run_evaluates_nothing_twice(settings_of, toy, quiet, monkeypatch, tmp_path):
+def test_an_interrupted_run_evaluates_nothing_twice(settings_of, toy, quiet, stops, tmp_path):
     changes = {"train.steps": 6, "dev": rows_of(toy)}
     whole = run.train(settings_of("kd", changes), console=quiet)
     resolved = settings_of("kd", changes | {"output": str(tmp_path / "stopped")})
-    stops = iter([False, False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_stops", lambda self, stop: next(stops))
-        with pytest.raises(Stopped):
-            run.train(resolved, console=quiet)
+    with stops(3):
+        run.train(resolved, console=quiet)
     folder = RunFolder(tmp_path / "stopped")
     with (folder.path / "dev.jsonl").open("a") as file:
         file.write('{"step": 4, "rouge_l": 99.0, "nll": 0.1}\n')  # after the checkpoint: it did not happen

@@ -14,15 +14,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from toy_runs import StopAfter, torchrun
+from toy_runs import torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpkd
 from dpkd import losses
-from dpkd.errors import DpkdError, SettingsError, Stopped
+from dpkd.errors import DpkdError, SettingsError
 from dpkd.models.fingerprint import memory_fingerprint
 from dpkd.run_metrics import read_metrics
-from dpkd.train import run as engine_run
 from dpkd.train.progress import Display
 from dpkd.train.resume import resume_folder
 
@@ -211,14 +210,12 @@ def test_the_fingerprint_sees_one_weight_and_the_configuration(models):
     assert len(found) == 3
 
 
-def test_resume_needs_the_same_objects(models, tokenizer, rows, tmp_path, monkeypatch):
+def test_resume_needs_the_same_objects(models, tokenizer, rows, tmp_path, stops):
     teacher, student = models
     objects = {"teacher": teacher, "student": student, "data": rows, "tokenizer": tokenizer}
     whole = dpkd.train(loss="kd", **objects, output=tmp_path / "whole", settings=SHORT)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine_run, "StopRequest", lambda: StopAfter(1))
-        with pytest.raises(Stopped, match=r"dpkd\.resume\('.*stopped', teacher=\.\.\., student=\.\.\., data=\.\.\.\)"):
-            dpkd.train(loss="kd", **objects, output=tmp_path / "stopped", settings=SHORT)
+    with stops(1, r"dpkd\.resume\('.*stopped', teacher=\.\.\., student=\.\.\., data=\.\.\.\)"):
+        dpkd.train(loss="kd", **objects, output=tmp_path / "stopped", settings=SHORT)
     stopped = tmp_path / "stopped"
     with pytest.raises(SettingsError, match=r"teacher.model: in-memory:teacher refers to an object") as caught:
         resume_folder(stopped)
@@ -233,9 +230,8 @@ def test_resume_needs_the_same_objects(models, tokenizer, rows, tmp_path, monkey
     assert same(weights(dpkd.resume(stopped, **objects)), weights(whole))
 
 
-def test_resume_refuses_an_object_that_the_run_did_not_begin_with(toy, rows, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_run, "StopRequest", lambda: StopAfter(1))
-    with pytest.raises(Stopped, match="continue with: dpkd train --resume"):
+def test_resume_refuses_an_object_that_the_run_did_not_begin_with(toy, rows, models, tmp_path, stops):
+    with stops(1, "continue with: dpkd train --resume"):
         dpkd.train(loss="sft", student=toy / "gpt2", data=toy / "data.jsonl", output=tmp_path / "run", settings=SHORT)
     with pytest.raises(DpkdError, match="did not begin with in-memory:data: its settings name what it reads"):
         dpkd.resume(tmp_path / "run", data=rows)

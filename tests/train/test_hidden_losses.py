@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_invariants import gradients
-from toy_runs import StopAfter
+from toy_runs import assert_same_model
 
 from dpkd.api import HIDDEN, Layers, Stack
-from dpkd.errors import DpkdError, SettingsError, Stopped
+from dpkd.errors import DpkdError, SettingsError
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.local import TeacherRows
 from dpkd.train import checkpoint, run
@@ -95,23 +95,20 @@ def test_no_states_are_asked_for_where_no_loss_reads_them(settings_of, quiet, mo
 
 
 @pytest.mark.parametrize("changes", [{}, {"student.lora": {"r": 4}, "student.gradient_checkpointing": True}])
-def test_weights_of_the_loss_are_trained_kept_and_restored(changes, settings_of, quiet, monkeypatch, tmp_path, toy):
+def test_weights_of_the_loss_are_trained_kept_and_restored(changes, settings_of, quiet, stops, tmp_path, toy):
     changes = {"train.steps": 4, **EXTRA, **changes}
     whole = run.train(settings_of("kd", changes), console=quiet)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "StopRequest", lambda: StopAfter(1))
-        with pytest.raises(Stopped):
-            run.train(settings_of("kd", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
+    with stops():
+        run.train(settings_of("kd", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
     torch.manual_seed(999)
     continued = resume_folder(tmp_path / "stopped", console=quiet)
     weights = [load_file(checkpoint.latest(f.checkpoints).path / "weights.safetensors") for f in (whole, continued)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not torch.equal(weights[0]["losses.far.weight"], torch.eye(32).expand(2, -1, -1)), "not trained"
-    one, two = (load_file(folder.model / "model.safetensors") for folder in (whole, continued))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not any("far" in name for name in one)
+    assert_same_model(whole, continued)
+    assert not any("far" in name for name in load_file(continued.model / "model.safetensors"))
 
 
 def test_another_width_and_architecture(settings_of, toy, quiet, tmp_path):

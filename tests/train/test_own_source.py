@@ -7,38 +7,33 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from toy_runs import assert_same_model
 
 from dpkd.api import SourceSpec
-from dpkd.errors import SettingsError, Stopped
+from dpkd.errors import SettingsError
 from dpkd.plugins import load_registry
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
 from dpkd.train.plan import make_plan
 from dpkd.train.progress import Display
 from dpkd.train.resume import resume_folder
-from dpkd.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = (ROOT / "docs/examples/dpkd-best-of-n/dpkd_best_of_n.py").read_text(encoding="utf-8")
 OWN = {"text.source": "best-of-n", "text.num_generations": 3, "text.refresh": "every_n_steps", "text.every": 2}
 
 
-def test_a_strangers_source_is_planned_trained_and_resumed(install_plugin, settings_of, quiet, monkeypatch, tmp_path):
+def test_a_strangers_source_is_planned_trained_and_resumed(install_plugin, settings_of, quiet, stops, tmp_path):
     install_plugin("stranger", {"source.best-of-n": EXAMPLE})
     changes = {**OWN, "train.steps": 4}
     rows = dict(make_plan(settings_of("rkl", changes), Display(quiet)).sections["text"])
     assert rows["student writes"].startswith("every_n_steps: 48 responses in 2 collections")
     whole = run.train(settings_of("rkl", changes), console=quiet)
     assert [line["text/responses"] for line in read_metrics(whole.metrics)] == [4.0] * 4
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_stops", lambda self, stop: True)
-        with pytest.raises(Stopped):
-            run.train(settings_of("rkl", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
+    with stops():
+        run.train(settings_of("rkl", changes | {"output": str(tmp_path / "stopped")}), console=quiet)
     continued = resume_folder(tmp_path / "stopped", console=quiet)
-    one, two = (load_file(folder.model / "model.safetensors") for folder in (whole, continued))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_model(whole, continued)
 
 
 def test_its_settings_are_its_own(install_plugin, settings_of):

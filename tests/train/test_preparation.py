@@ -12,12 +12,10 @@ import pytest
 from rich.console import Console
 
 from dpkd.errors import DpkdError, Stopped
-from dpkd.run_folder import RunFolder
 from dpkd.train import run
 from dpkd.train.build import _check_sharding
 from dpkd.train.plan import dry_run
 from dpkd.train.resume import resume_folder
-from dpkd.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -134,33 +132,26 @@ def test_text_is_cut_to_the_student_that_reads_less(settings_of, toy, quiet):
     run.train(settings_of("rkl", changes), console=quiet)
 
 
-def _stopped(resolved, quiet, monkeypatch):
-    """A run that was stopped after its first step."""
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_stops", lambda self, stop: True)
-        with pytest.raises(Stopped):
-            run.train(resolved, console=quiet)
-    return RunFolder(Path(resolved.settings.output))
-
-
-def test_changed_data_or_teacher_is_not_continued(settings_of, toy, quiet, monkeypatch, tmp_path):
+def test_changed_data_or_teacher_is_not_continued(settings_of, toy, quiet, stops, tmp_path):
     data = _write(tmp_path / "d.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}])
     teacher = tmp_path / "teacher"
     shutil.copytree(toy / "teacher", teacher)
     resolved = settings_of("kd", {"data.path": data, "teacher.model": str(teacher)}, teacher=None)
-    folder = _stopped(resolved, quiet, monkeypatch)
+    with stops():
+        run.train(resolved, console=quiet)
+    folder = Path(resolved.settings.output)
     _write(tmp_path / "d.jsonl", [{"prompt": "c", "response": "d"}, {"prompt": "a", "response": "b"}])
     with pytest.raises(DpkdError, match=r"since it began, the data \(data.path\) changed"):
-        resume_folder(folder.path, console=quiet)
+        resume_folder(folder, console=quiet)
     _write(tmp_path / "d.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}])
     weights = teacher / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-40:] = bytes(40)
     weights.write_bytes(content)
     with pytest.raises(DpkdError, match=r"the teacher \(teacher.model\) changed"):
-        resume_folder(folder.path, console=quiet)
+        resume_folder(folder, console=quiet)
     shutil.copy(toy / "teacher" / "model.safetensors", weights)
-    resume_folder(folder.path, console=quiet)
+    resume_folder(folder, console=quiet)
 
 
 def test_the_corpus_is_in_the_facts(settings_of, toy, shown):

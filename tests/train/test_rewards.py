@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from toy_runs import assert_same_model
 
 import dpkd
 from dpkd import losses
 from dpkd.api import Answers, MetricSpec
-from dpkd.errors import DpkdError, SettingsError, Stopped
+from dpkd.errors import DpkdError, SettingsError
 from dpkd.rollout.reward import Reward
 from dpkd.run_metrics import read_metrics
 from dpkd.testing import check_loss
@@ -22,7 +22,6 @@ from dpkd.train import run
 from dpkd.train.build import assemble
 from dpkd.train.progress import Display
 from dpkd.train.resume import resume_folder
-from dpkd.train.trainer import Trainer
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLE = (DOCS / "examples/dpkd-leave-one-out/dpkd_leave_one_out.py").read_text(encoding="utf-8")
@@ -102,19 +101,16 @@ def test_the_example_keeps_the_contract(example):
     assert check_loss(example["LOSS"]).ok
 
 
-def test_it_is_logged_and_continues_bit_for_bit(example, settings_of, quiet, monkeypatch, tmp_path):
+def test_it_is_logged_and_continues_bit_for_bit(example, settings_of, quiet, stops, tmp_path):
     changes = {**OWN, "text.refresh": "every_n_steps", "text.every": 2, "text.num_iterations": 2, "train.steps": 4}
     straight = run.train(settings_of("leave-one-out", {**changes, "output": str(tmp_path / "one")}), console=quiet)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_stops", lambda self, stop: True)
-        with pytest.raises(Stopped):
-            run.train(settings_of("leave-one-out", {**changes, "output": str(tmp_path / "two")}), console=quiet)
+    with stops():
+        run.train(settings_of("leave-one-out", {**changes, "output": str(tmp_path / "two")}), console=quiet)
     (kept,) = (tmp_path / "two/checkpoints").glob("step-*/sources.json")
     rows = json.loads(kept.read_text(encoding="utf-8"))["main"]["responses"]
     assert all(isinstance(response["reward"], float) for _, many in rows for response in many)
     resumed = resume_folder(tmp_path / "two", console=quiet)
-    one, two = (load_file(folder.model / "model.safetensors") for folder in (straight, resumed))
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert_same_model(straight, resumed)
     lines = read_metrics(straight.metrics)
     assert all(1 < line["text/reward"] <= 8 for line in lines)
     assert [line["text/reward"] for line in lines] == [line["text/reward"] for line in read_metrics(resumed.metrics)]
@@ -147,7 +143,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(loss, changes, mess
         settings_of(loss, {**OWN, **changes})
 
 
-def test_a_function_is_a_reward_from_python(example, toy, tmp_path, monkeypatch):
+def test_a_function_is_a_reward_from_python(example, toy, tmp_path, stops):
     names: dict[str, object] = {}
     exec(FROM_PYTHON.split("\n\n\n")[0], names)
     short = names["short"]
@@ -163,15 +159,12 @@ def test_a_function_is_a_reward_from_python(example, toy, tmp_path, monkeypatch)
         "train.device": "cpu",
     }
     straight = dpkd.train(loss="leave-one-out", **given, reward=short, settings=settings, output=tmp_path / "one")
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_stops", lambda self, stop: True)
-        with pytest.raises(Stopped):
-            dpkd.train(loss="leave-one-out", **given, reward=short, settings=settings, output=tmp_path / "two")
+    with stops():
+        dpkd.train(loss="leave-one-out", **given, reward=short, settings=settings, output=tmp_path / "two")
     with pytest.raises(DpkdError, match="no metric is called 'short'"):
         dpkd.resume(tmp_path / "two")
     resumed = dpkd.resume(tmp_path / "two", reward=short)
-    one, two = (load_file(folder.model / "model.safetensors") for folder in (straight, resumed))
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert_same_model(straight, resumed)
     assert all(1 / 6 <= line["text/reward"] <= 1 for line in read_metrics(straight.metrics))
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from toy_runs import StopAfter
+from toy_runs import assert_same_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpkd.api import Family
-from dpkd.errors import DpkdError, Stopped
+from dpkd.errors import DpkdError
 from dpkd.plugins import load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.run_metrics import read_metrics
@@ -139,7 +138,7 @@ def test_bf16_runs_with_float32_log_probs(settings_of, quiet, tmp_path):
         ("distillm2", {"text.teacher_veto": 5}),
     ],
 )
-def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, toy, quiet, monkeypatch, tmp_path):
+def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, toy, quiet, stops, tmp_path):
     # GPT-2 with its dropout: the random numbers of training matter too.
     common = {
         "train.steps": 6,
@@ -150,19 +149,15 @@ def test_an_interrupted_run_continues_bit_for_bit(loss, changes, settings_of, to
     } | changes
     whole = run.train(settings_of(loss, common, teacher="gpt2"), console=quiet)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "StopRequest", lambda: StopAfter(3))
-        with pytest.raises(Stopped, match="stopped after step 3; continue with: dpkd train --resume") as caught:
-            run.train(settings_of(loss, common | {"output": str(tmp_path / "stopped")}, teacher="gpt2"), console=quiet)
+    with stops(3, "stopped after step 3; continue with: dpkd train --resume") as caught:
+        run.train(settings_of(loss, common | {"output": str(tmp_path / "stopped")}, teacher="gpt2"), console=quiet)
     assert caught.value.exit_code == 130
     stopped = RunFolder(tmp_path / "stopped")
     assert not stopped.model.exists()
     assert checkpoint.latest(stopped.checkpoints).step == 3
     torch.manual_seed(999)  # whatever happened between
     continued = resume_folder(stopped.path, console=quiet)
-    one, two = (load_file(f.model / "model.safetensors") for f in (whole, continued))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_model(whole, continued)
     # The line of step 4 covers step 3, which was done before the interruption.
     logged, uninterrupted = (read_metrics(folder.metrics) for folder in (continued, whole))
     assert [line["step"] for line in logged] == [1, 2, 4, 6]
@@ -215,7 +210,7 @@ def test_the_parts_of_a_loss_add_up_to_it(loss, parts, total, settings_of, quiet
     assert first["loss/main"] == pytest.approx(total(*(first[f"part/{part}"] for part in parts)), rel=1e-5)
 
 
-def test_the_reference_is_the_student_as_it_started(settings_of, toy, quiet, monkeypatch, tmp_path):
+def test_the_reference_is_the_student_as_it_started(settings_of, toy, quiet, stops, tmp_path):
     """The first loss of dpo is log 2 at every pair; a resumed run compares with the same start."""
     changes = {"train.steps": 4, "train.lr": 1e-2, "loss.beta": 1.0, "terms.lm.weight": 0.0}
     whole = run.train(settings_of("dpo", changes), console=quiet)
@@ -224,9 +219,7 @@ def test_the_reference_is_the_student_as_it_started(settings_of, toy, quiet, mon
     assert losses[1] != losses[0]
 
     resolved = settings_of("dpo", changes | {"output": str(tmp_path / "stopped")})
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "StopRequest", lambda: StopAfter(2))
-        with pytest.raises(Stopped):
-            run.train(resolved, console=quiet)
+    with stops(2):
+        run.train(resolved, console=quiet)
     continued = resume_folder(tmp_path / "stopped", console=quiet)
     assert [line["loss/main"] for line in read_metrics(continued.metrics)] == losses

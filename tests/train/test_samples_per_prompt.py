@@ -14,7 +14,7 @@ import torch
 from test_invariants import _NoStep, assert_same, gradients
 
 from dpkd.api import StepResponses, Text
-from dpkd.errors import SettingsError, Stopped
+from dpkd.errors import SettingsError
 from dpkd.rollout.backends.hf import HfSampler
 from dpkd.rollout.generator import response_seed, sample_seeds
 from dpkd.rollout.policy_logps import PolicyScorer
@@ -24,7 +24,6 @@ from dpkd.train.build import assemble
 from dpkd.train.probe import longest_responses
 from dpkd.train.progress import Display
 from dpkd.train.resume import resume_folder
-from dpkd.train.trainer import Trainer
 
 STUDENT = {"text.source": "student", "train.batch_size": 4}
 ROLLOUT = {**STUDENT, "text.refresh": "every_n_steps", "text.every": 2, "text.num_iterations": 2}
@@ -119,14 +118,12 @@ def test_a_mixed_text_has_several_responses_where_the_student_writes(settings_of
 
 
 @pytest.mark.parametrize("loss", ["rkl", "minillm"])
-def test_an_interrupted_run_continues_bit_for_bit(loss, settings_of, quiet, monkeypatch, tmp_path):
+def test_an_interrupted_run_continues_bit_for_bit(loss, settings_of, quiet, stops, tmp_path):
     changes = {**ROLLOUT, "text.num_generations": 2, "train.steps": 4}
     straight = run.train(settings_of(loss, {**changes, "output": str(tmp_path / "straight")}), console=quiet)
     resolved = settings_of(loss, {**changes, "output": str(tmp_path / "stopped")})
-    monkeypatch.setattr(Trainer, "_stops", lambda self, stop: True)
-    with pytest.raises(Stopped):
+    with stops():
         run.train(resolved, console=quiet)
-    monkeypatch.undo()
     (kept,) = (tmp_path / "stopped/checkpoints").glob("step-*/sources.json")
     rows = json.loads(kept.read_text(encoding="utf-8"))["main"]["responses"]
     assert [len(responses) for _, responses in rows] == [2] * 8
