@@ -160,23 +160,27 @@ def responses(
 
 
 @dataclass
-class Prefilled:
-    """A group of prompts that was read, once for all responses to a prompt.
-
-    The caches have a row per prompt, all else a row per response; `prompt_B` says whose response a row is.
-    """
+class DecodingBatch:
+    """Rows, the caches of the models over them, and which columns of the caches they fill."""
 
     cached_models: list[KVCacheModel]
     rows: Rows
-    prompt_B: Tensor
     mask_BS: Tensor
     padded: bool
+    ended: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.mask_BS.shape[0]
 
 
 def prefill(
     models: Sequence[KVCacheModel], group: Sequence[Request], policy: DrawingPolicy, pad_id: int, static: bool = False
-) -> Prefilled:
-    """Read prompts and draw the first token of each response."""
+) -> tuple[DecodingBatch, Tensor]:
+    """Read prompts, and draw the first token of each response.
+
+    The caches have a row per prompt, all else a row per response; the tensor `[B]` says whose response a row is.
+    """
     device = models[0].device
     width = max(len(request.prompt) for request in group)
     ids = [[pad_id] * (width - len(request.prompt)) + list(request.prompt) for request in group]
@@ -194,22 +198,7 @@ def prefill(
     dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
     rows = new_rows(group, lengths[prompt_B], prompt_B, policy.settings.max_new_tokens, dtype)
     record(rows, logits, policy, static)
-    return Prefilled(cached_models, rows, prompt_B, mask_BS[prompt_B], padded)
-
-
-@dataclass
-class DecodingBatch:
-    """Rows, the caches of the models over them, and which columns of the caches they fill."""
-
-    cached_models: list[KVCacheModel]
-    rows: Rows
-    mask_BS: Tensor
-    padded: bool
-    ended: int = 0
-
-    @property
-    def size(self) -> int:
-        return self.mask_BS.shape[0]
+    return DecodingBatch(cached_models, rows, mask_BS[prompt_B], padded), prompt_B
 
 
 class ContinuousBatcher:
@@ -251,16 +240,14 @@ class ContinuousBatcher:
         return take_group(waiting, room)
 
     def _start(self, group: list[Request]) -> DecodingBatch:
-        """Read the prompts and draw the first tokens."""
-        read = prefill(self._models, group, self._policy, self._pad_id)
-        if len(read.prompt_B) > len(group):
-            for cached_model in read.cached_models:
-                cached_model.select(read.prompt_B)
-        ended = int(read.rows.done_B.sum())
-        return DecodingBatch(read.cached_models, read.rows, read.mask_BS, read.padded, ended)
+        batch, prompt_B = prefill(self._models, group, self._policy, self._pad_id)
+        if len(prompt_B) > len(group):
+            for cached_model in batch.cached_models:
+                cached_model.select(prompt_B)
+        batch.ended = int(batch.rows.done_B.sum())
+        return batch
 
     def _step(self, batch: DecodingBatch) -> None:
-        """Read the last drawn tokens and draw the next."""
         rows = batch.rows
         batch.mask_BS = F.pad(batch.mask_BS, (0, 1), value=1)
         mask_BS = batch.mask_BS if batch.padded else None
@@ -283,7 +270,6 @@ def take_group(waiting: deque[Request], room: int) -> list[Request]:
 
 
 def _joined(batch: DecodingBatch, entering: DecodingBatch) -> DecodingBatch:
-    """Both groups of rows as one batch."""
     for own, new in zip(batch.cached_models, entering.cached_models, strict=True):
         own.join(new)
     columns = max(batch.mask_BS.shape[1], entering.mask_BS.shape[1])
@@ -295,7 +281,9 @@ def _joined(batch: DecodingBatch, entering: DecodingBatch) -> DecodingBatch:
 def _settled(batch: DecodingBatch) -> tuple[DecodingBatch | None, dict[int, Sampled]]:
     """What is left of a batch when the rows that have ended leave it, and these rows."""
     done_B = batch.rows.done_B
-    finished = _finished(batch.rows.select(done_B.nonzero().squeeze(1)))
+    gone = batch.rows.select(done_B.nonzero().squeeze(1))
+    counts, truncated = gone.count_B.tolist(), gone.truncated_B.tolist()
+    finished = responses(gone.number_B.tolist(), counts, truncated, gone.packed().cpu())
     index_B = (~done_B).nonzero().squeeze(1)
     if len(index_B) == 0:
         return None, finished
@@ -311,8 +299,3 @@ def _settled(batch: DecodingBatch) -> tuple[DecodingBatch | None, dict[int, Samp
             cached_model.trim(spare)
     padded = shortest < mask_BS.shape[1]
     return DecodingBatch(batch.cached_models, rows, mask_BS, padded), finished
-
-
-def _finished(rows: Rows) -> dict[int, Sampled]:
-    """The responses of rows that have ended, by number."""
-    return responses(rows.number_B.tolist(), rows.count_B.tolist(), rows.truncated_B.tolist(), rows.packed().cpu())

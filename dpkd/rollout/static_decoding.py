@@ -8,8 +8,9 @@ leave, and prompts take their slots. Shapes: B rows of the window, R slots, C co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dpkd.api import Sampled
 from dpkd.models.cuda_graphs import NotStatic, Recorder, Replay
 from dpkd.rollout.continuous_batching import (
     CHECK_EVERY,
+    DecodingBatch,
     DrawingPolicy,
     Request,
     Rows,
@@ -118,10 +120,10 @@ class DecodingState:
             )
         return self._steps[rows, columns]
 
-    def put(self, read: Any, slots_B: Tensor, end: int) -> None:
+    def put(self, read: DecodingBatch, prompt_B: Tensor, slots_B: Tensor, end: int) -> None:
         """Prompts that were read take some slots, their last token before column `end`."""
         for arena, model in zip(self.arenas, read.cached_models, strict=True):
-            arena.put(model.cache, read.prompt_B, slots_B, end)
+            arena.put(model.cache, prompt_B, slots_B, end)
         self.rows.put(read.rows, slots_B)
         columns = torch.arange(self.columns, device=self.device)
         seen_BC = (columns < end) & (columns >= end - read.rows.length_B.unsqueeze(1))
@@ -164,16 +166,6 @@ class Slot:
         return self.prompt + self.count - 1
 
 
-@dataclass
-class Leaving:
-    """Rows that have ended, on their way to the host."""
-
-    numbers: list[int]
-    counts: list[int]
-    truncated: list[bool]
-    packed: Tensor
-
-
 class StaticBatcher:
     """Continuous batching over slots. `state` is kept from one call of `run` to the next where it fits."""
 
@@ -199,7 +191,8 @@ class StaticBatcher:
         rows = row_bucket(min(policy.settings.batch_size, sum(len(request.seeds) for request in requests)))
         longest = max(len(request.prompt) + request.limit for request in requests)
         slots: list[Slot | None] = [None] * rows
-        column, leaving = 0, None
+        column = 0
+        leaving: Callable[[], dict[int, Sampled]] | None = None
         while waiting or any(slots):
             free = [place for place, slot in enumerate(slots) if slot is None]
             # Sorted by length: no prompt is longer than the rows that are still being written.
@@ -216,12 +209,12 @@ class StaticBatcher:
             column += steps
             ended, status = self._look(slots)  # waits for the device: what was leaving has arrived
             if leaving is not None:
-                yield _arrived(leaving)
+                yield leaving()
             leaving = self._leave(slots, ended, status)
         if leaving is not None:
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
-            yield _arrived(leaving)
+            yield leaving()
 
     @property
     def _state(self) -> DecodingState:
@@ -239,7 +232,7 @@ class StaticBatcher:
         longest: int,
     ) -> int:
         """Read prompts into free slots; returns the column that comes next."""
-        read = prefill(self._models, group, policy, self._pad_id, static=True)
+        read, prompt_B = prefill(self._models, group, policy, self._pad_id, static=True)
         caches = [model.cache for model in read.cached_models]
         if not any(slots):
             refusals = [model.static_refusal for model in read.cached_models]
@@ -252,8 +245,8 @@ class StaticBatcher:
             self.state.rows.done_B.fill_(True)
             self.state.policy.eos.copy_(policy.eos)
             column = len(group[0].prompt)
-        places = free[: len(read.prompt_B)]
-        self._state.put(read, _on(self._device, places), column)
+        places = free[: len(prompt_B)]
+        self._state.put(read, prompt_B, _on(self._device, places), column)
         new = [(request.first_row + i, request) for request in group for i in range(len(request.seeds))]
         for place, (number, request) in zip(places, new, strict=True):
             slots[place] = Slot(number, len(request.prompt), request.limit)
@@ -282,19 +275,17 @@ class StaticBatcher:
                 slot.count = count
         return [place for place, slot in enumerate(slots) if slot and status[2][place]], status
 
-    def _leave(self, slots: list[Slot | None], ended: list[int], status: list[list[int]]) -> Leaving | None:
-        """Free the slots of rows that have ended; their records come to the host while the next steps run."""
+    def _leave(
+        self, slots: list[Slot | None], ended: list[int], status: list[list[int]]
+    ) -> Callable[[], dict[int, Sampled]] | None:
+        """Free the slots of rows that have ended; what gives their records, which come while the next steps run."""
         if not ended:
             return None
         packed = self._state.rows.select(_on(self._device, ended)).packed().to("cpu", non_blocking=True)
         numbers = [slot.number for place in ended if (slot := slots[place])]
         for place in ended:
             slots[place] = None
-        return Leaving(numbers, [status[0][i] for i in ended], [bool(status[1][i]) for i in ended], packed)
-
-
-def _arrived(leaving: Leaving) -> dict[int, Sampled]:
-    return responses(leaving.numbers, leaving.counts, leaving.truncated, leaving.packed)
+        return partial(responses, numbers, [status[0][i] for i in ended], [bool(status[1][i]) for i in ended], packed)
 
 
 def _on(device: torch.device, values: list[int]) -> Tensor:

@@ -67,13 +67,7 @@ class HfSampler:
 
     def draw(self, task: SamplingTask, on_finished: Callable[[int, Sampled], None] | None = None) -> list[Sampled]:
         """A response per seed; raises DpkdError as `dpkd.rollout.sampling.sample` does."""
-        settings = SamplingSettings(
-            temperature=task.temperature,
-            top_p=task.top_p,
-            top_k=task.top_k,
-            max_new_tokens=task.max_new_tokens,
-            batch_size=task.batch_size,
-        )
+        settings = SamplingSettings(**{name: getattr(task, name) for name in SamplingSettings.model_fields})
         decoder = self._open()
         drawn = decoder.draw(
             task.prompts,
