@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,17 +48,6 @@ class Checkpoint:
 
     path: Path
     step: int
-
-
-class Restored(NamedTuple):
-    """What the loop needs beside the weights.
-
-    sources  the state of each response source, by group of losses
-    loop     what was measured but not yet logged, and where schedules that follow the loss are
-    """
-
-    sources: dict[str, dict[str, Any]]
-    loop: dict[str, Any]
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -265,9 +254,11 @@ def load(
     rank: int,
     processes: int,
     device: torch.device,
-) -> Restored:
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Put a checkpoint that is whole into module, optimizer and random numbers; returns what else the loop needs.
 
+    That is the state of each response source, by group of losses, and of the loop what was measured but not yet logged,
+    and where schedules that follow the loss are.
     Raises DpkdError when it does not fit: another model.
     """
     state = read_json(checkpoint.path / "state.json")
@@ -287,7 +278,7 @@ def load(
     if state["processes"] == processes:
         random = load_file(checkpoint.path / f"random-{rank}.safetensors")
         set_random_state(random, device)
-    return Restored(_sources(checkpoint.path, state), with_non_finite(state["loop"]))
+    return _sources(checkpoint.path, state), with_non_finite(state["loop"])
 
 
 def _sources(folder: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

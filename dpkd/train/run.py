@@ -197,7 +197,7 @@ def _run(
             processes=accelerator.num_processes,
             device=accelerator.device,
         )
-        trainer.restore(restored)
+        trainer.restore(*restored)
         display.say(f"continuing {folder.path} after step {start} of {run_parts.run_data.steps}")
     again = f"continue with: {_resume_call(folder, resolved.in_memory)}"
     try:

@@ -258,7 +258,6 @@ class Trainer:
         self.window = Window()
 
     def _reduced(self, metrics: MeanMetrics) -> MeanMetrics:
-        """MeanMetrics and counts over all processes."""
         if self.accelerator.num_processes == 1:
             return metrics
         from accelerate.utils import gather_object
@@ -267,11 +266,10 @@ class Trainer:
         packed = self.accelerator.reduce(metrics.packed(names, self.accelerator.device), reduction="sum")
         return MeanMetrics.from_dict(dict(zip(names, packed.tolist(), strict=True)))
 
-    def restore(self, restored: checkpoint.Restored) -> None:
-        """Go on with the sources, and with what was measured since the last logged step."""
+    def restore(self, sources: Mapping[str, Mapping[str, Any]], kept: Mapping[str, Any]) -> None:
+        """Go on with what `checkpoint.load` returned: the sources, and what was measured since the last logged step."""
         for name, source in self.sources.items():
-            source.restore(restored.sources[name])
-        kept = restored.loop
+            source.restore(sources[name])
         self.schedules.restore(kept["schedules"])
         # What all processes measured is counted once, by the main one.
         metrics = MeanMetrics.from_dict(kept["metrics"]) if self.accelerator.is_main_process else MeanMetrics()

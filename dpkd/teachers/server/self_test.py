@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from dpkd.errors import DpkdError
 from dpkd.teachers.server.client import Client, ServerRefusal
@@ -19,15 +19,11 @@ WITHOUT_CHOICE = (
 )
 
 
-class ServedModel(NamedTuple):
-    """The name under which a server has the model, and its context length, where it says it."""
+def served_model(client: Client, protocol: Protocol) -> tuple[str, int | None]:
+    """Name and context length (None: not said) of the model that all servers have.
 
-    name: str
-    context: int | None
-
-
-def served_model(client: Client, protocol: Protocol) -> ServedModel:
-    """The model that all servers have. Raises DpkdError where one does not answer, or has another one."""
+    Raises DpkdError where one does not answer, or has another one.
+    """
     wanted, contexts = protocol.model, []
     for url in client.urls:
         listed = client.get("/v1/models", server=url).result()
@@ -41,7 +37,7 @@ def served_model(client: Client, protocol: Protocol) -> ServedModel:
             raise DpkdError(f"teacher.model: the server {url} has {has}, {asked}: set teacher.model to the right name")
         contexts.append(models[names.index(wanted)].get("max_model_len"))
     known = [context for context in contexts if isinstance(context, int)]
-    return ServedModel(wanted, min(known, default=None))
+    return wanted, min(known, default=None)
 
 
 def self_test(client: Client, protocol: Protocol, tokenizer: Any, *, k: int, chosen: int) -> None:

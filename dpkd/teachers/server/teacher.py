@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpkd.api import TeacherAccess, Text
-from dpkd.api.teachers import SharedVocabulary, Teacher, TeacherBatch, TeacherOffer, TeacherText, Wants
+from dpkd.api.teachers import Teacher, TeacherBatch, TeacherOffer, TeacherText, Wants
 from dpkd.errors import DpkdError
 from dpkd.models.settings import TeacherSettings
 from dpkd.teachers.server.client import Client
@@ -96,25 +96,18 @@ class ServerTeacher(Teacher):
             self.client.close()  # until it is needed again: a plan holds nothing open
 
     def _check(self, tokenizer: Any) -> None:
-        found = served_model(self.client, self.protocol)
-        self.protocol = type(self.protocol)(found.name)
-        self.context = None if found.context is None else found.context - 1  # one token is always drawn
+        name, context = served_model(self.client, self.protocol)
+        self.protocol = type(self.protocol)(name)
+        self.context = None if context is None else context - 1  # one token is always drawn
         self._tokenizer = tokenizer
+        # What a server's head has beyond these ids is unknown, and one id too many can kill it. The mass that it gives
+        # to them counts as that of the rest.
         self.vocabulary = max(tokenizer.get_vocab().values()) + 1
         if self.protocol.offers is not TeacherAccess.TEXT:
             self_test(self.client, self.protocol, tokenizer, k=self.k, chosen=self.chosen)
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self._device = device
-
-    def share(self, tokenizer: Any, student_rows: int) -> SharedVocabulary:
-        """The ids of the tokenizer: what a server's head has beyond them is unknown, and one id too many can kill it.
-
-        The mass that the server gives to ids beyond them counts as that of the rest.
-        """
-        if self.vocabulary > student_rows:
-            return super().share(tokenizer, student_rows)
-        return SharedVocabulary(self.vocabulary)
 
     def expect(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], wants: Wants) -> None:
         if wants.chosen is None and self.protocol.offers is not TeacherAccess.TEXT:
