@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpkd.data.encoding import encode, encode_continuations, prompt_prefix, require_eos
@@ -53,15 +53,15 @@ class DataReport:
     response_tokens: int
     longest: int
     max_tokens: int
-    templates: str = ""
-    lengths: str | None = None
-    glued: str | None = None
+    templates: str
+    lengths: str | None
+    glued: str | None
 
     def lines(self) -> list[str]:
         """For printing: what was kept, dropped and cut, and the sizes."""
         sizes = f"{self.tokens:,} tokens, {self.response_tokens:,} in responses, the longest {self.longest:,}"
         return [
-            *([self.templates] if self.templates else []),
+            self.templates,
             f"{self.kept:,} of {self.examples:,} examples kept: {sizes}",
             *(f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()),
             *(
@@ -122,12 +122,27 @@ def tokenize(
         ids = (response[:room], other[:room])
         prompts.append(Prompt(example.id, prompt, ids[0], example.references, text.text, ids[1], example.teacher))
     if not prompts:
-        raise _nothing_left(len(examples), dropped)
-    report = _report(len(examples), prompts, dropped, cut, settings.max_tokens)
-    templates = template_line((one.form for one in rendered), settings.template)
+        reasons = "; ".join(f"{number:,} {reason}" for reason, number in dropped.items()) or "there were no examples"
+        raise DpkdError(
+            f"none of {len(examples):,} examples is left: {reasons}. Raise data.max_prompt_tokens, or lower "
+            "data.min_response_words."
+        )
+    sizes = [len(p.prompt_ids) + max(len(p.response_ids), len(p.rejected_ids)) for p in prompts]
     whole = [(len(p), max(len(r), len(o))) for p, r, o in zip(prompt_ids, response_ids, rejected_ids, strict=True)]
-    lengths, glued = _length_advice(whole, settings), _glued(rendered, responses)
-    return EncodedData(prompts, replace(report, templates=templates, lengths=lengths, glued=glued))
+    report = DataReport(
+        examples=len(examples),
+        kept=len(prompts),
+        dropped=dict(dropped),
+        cut=cut,
+        tokens=sum(sizes),
+        response_tokens=sum(len(p.response_ids) for p in prompts),
+        longest=max(sizes),
+        max_tokens=settings.max_tokens,
+        templates=template_line((one.form for one in rendered), settings.template),
+        lengths=_length_advice(whole, settings),
+        glued=_glued(rendered, responses),
+    )
+    return EncodedData(prompts, report)
 
 
 def check_ids(prompts: Iterable[Prompt], rows: int, who: str) -> None:
@@ -217,17 +232,3 @@ def _why_dropped(example: Example, prompt_ids: Sequence[int], settings: DataSett
     if fewest and example.references and len(example.references[0].split()) <= fewest:
         return f"responses of at most {fewest:,} words"
     return None if prompt_ids else "prompts without a token"
-
-
-def _nothing_left(count: int, dropped: Counter[str]) -> DpkdError:
-    reasons = "; ".join(f"{number:,} {reason}" for reason, number in dropped.items()) or "there were no examples"
-    return DpkdError(
-        f"none of {count:,} examples is left: {reasons}. Raise data.max_prompt_tokens, or lower "
-        "data.min_response_words."
-    )
-
-
-def _report(count: int, prompts: list[Prompt], dropped: Counter[str], cut: int, max_tokens: int) -> DataReport:
-    response_tokens = sum(len(p.response_ids) for p in prompts)
-    lengths = [len(p.prompt_ids) + max(len(p.response_ids), len(p.rejected_ids)) for p in prompts]
-    return DataReport(count, len(prompts), dict(dropped), cut, sum(lengths), response_tokens, max(lengths), max_tokens)
