@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate
+from dpkd.data.batches import PLAIN, Layout
 from dpkd.models.captured import paused, release
 from dpkd.models.head import causal_lm, evaluating, hidden_rows
+from dpkd.models.layouts import probe_batch
 
 BACKEND = "inductor"
 # Entries of the cache of one class of layers: each size, type and mode takes one, and a sweep has many models.
@@ -146,15 +147,7 @@ def _probe(model: nn.Module, autocast: Context, layout: Layout) -> list[Tensor]:
     """
     weights = [p for block in repeated_blocks(model) for p in block.parameters() if p.requires_grad and p.ndim == 2][:1]
     with torch.set_grad_enabled(bool(weights)), autocast():
-        hidden = hidden_rows(model, _probe_batch(model, layout)).float()
+        hidden = hidden_rows(model, probe_batch(model, layout)).float()
     direction = torch.arange(hidden.numel(), device=hidden.device).sin().view_as(hidden)
     grads = torch.autograd.grad((hidden * direction).sum(), weights) if weights else ()
     return [hidden.detach(), *(g.float() for g in grads)]
-
-
-def _probe_batch(model: nn.Module, layout: Layout) -> Batch:
-    """Two responses to each of two prompts."""
-    embeddings = causal_lm(model).get_input_embeddings().weight
-    ids = [i % embeddings.shape[0] for i in range(64)]
-    sequences = [TokenSequence(ids[i : i + 7 + i], ids[20 + 8 * i + j : 30 + 8 * i]) for i in (0, 1) for j in (0, 2)]
-    return collate(sequences, pad_id=0, layout=layout).to(embeddings.device)

@@ -7,12 +7,17 @@ from inspect import signature
 import torch
 from torch import nn
 
-from dpkd.data.batches import PLAIN, Layout, TokenSequence, collate
+from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate
 from dpkd.models.attention import VARLEN, implementation, windowed
 from dpkd.models.head import causal_lm, evaluating, hidden_rows
 
-# Two prompts of different length, two responses each.
-_PROBE = (((4, 5, 6), (7, 8)), ((9, 4), (5,)), ((4, 5, 6), (10, 11, 7, 8)), ((9, 4), (6, 9, 10)))
+
+def probe_batch(model: nn.Module, layout: Layout) -> Batch:
+    """Two responses to each of two prompts, of different lengths, on the device of a model."""
+    embeddings = causal_lm(model).get_input_embeddings().weight
+    ids = [i % embeddings.shape[0] for i in range(64)]
+    sequences = [TokenSequence(ids[i : i + 7 + i], ids[20 + 8 * i + j : 30 + 8 * i]) for i in (0, 1) for j in (0, 2)]
+    return collate(sequences, pad_id=0, layout=layout).to(embeddings.device)
 
 
 @torch.no_grad()
@@ -28,12 +33,8 @@ def why_not(model: nn.Module, layout: Layout) -> str | None:
         return "some of its layers do not attend to all earlier tokens"
     if kind in VARLEN:  # only half precision on a GPU: the probe would tell nothing
         return None
-    device, ids = next(lm.parameters()).device, lm.get_input_embeddings().num_embeddings
-    sequences = [TokenSequence(*(tuple(token % ids for token in part) for part in sequence)) for sequence in _PROBE]
     with evaluating(model):  # dropout would differ
-        apart, together = (
-            hidden_rows(model, collate(sequences, pad_id=0, layout=one).to(device)).float() for one in (PLAIN, layout)
-        )
+        apart, together = (hidden_rows(model, probe_batch(model, one)).float() for one in (PLAIN, layout))
     tolerance = 1e-3 if next(lm.parameters()).dtype in (torch.float32, torch.float64) else 0.1
     gap = float((apart - together).abs().max() / apart.abs().max().clamp(min=1e-6))
     return None if gap < tolerance else f"its hidden states change (by {gap:.2g})"
