@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpkd.cross_tokenizer.alignment import Span, align
+from dpkd.cross_tokenizer.retokenize import Span, align
 
 
 @st.composite
