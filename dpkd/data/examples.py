@@ -88,7 +88,6 @@ def read_examples(
 
 
 def _part(settings: DataSettings, part: MixPart) -> DataSettings:
-    """The settings of one data set of a mixture."""
     own = {name: getattr(part, name) for name in type(part).model_fields if name != "weight"}
     return settings.model_copy(update={"mix": (), **{name: value for name, value in own.items() if value is not None}})
 

@@ -127,7 +127,8 @@ def to_examples(
         rejected = _rejected(row.value, shape)
         if shape.kind == "prompt":
             return [Example(row.id, references=references, prompt=main, rejected=rejected)]
-        return [Example(row.id, main, _input(row.value, shape.inputs), references, rejected=rejected)]
+        name = _one_of(row.value, shape.inputs)
+        return [Example(row.id, main, _text(row.value, name) if name else "", references, rejected=rejected)]
     except BadValueError as bad:
         return BadRow(row.id, bad.reason, bad.detail)
 
@@ -155,11 +156,6 @@ def _one_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     if len(given) > 1:
         raise BadValueError("ambiguous", f"both `{given[0]}` and `{given[1]}` are given")
     return given[0] if given else None
-
-
-def _input(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    name = _one_of(row, names)
-    return _text(row, name) if name else ""
 
 
 def _references(row: Mapping[str, Any], names: tuple[str, ...], required: bool) -> tuple[str, ...]:

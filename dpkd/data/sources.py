@@ -56,7 +56,7 @@ def open_source(place: Place, extra_readers: dict[str, Reader] | None = None) ->
                 f"{_listed(readers)}, or a folder of such files."
             )
         return DataFile(place.path, readers[path.suffix.lower()](path, path.name))
-    if _looks_local(place.path, readers):
+    if path.suffix.lower() in readers or not HUB_ID.fullmatch(place.path):
         raise DpkdError(f"{place.setting}: there is no file {place.path}.{_nearest(path)}")
     return _hub_source(place)
 
@@ -84,10 +84,6 @@ def _as_row(where: str, value: Any) -> RawRow | BadRow:
 def _listed(names: Any) -> str:
     *most, last = names
     return f"{', '.join(most)} or {last}"
-
-
-def _looks_local(path: str, readers: dict[str, Reader]) -> bool:
-    return Path(path).suffix.lower() in readers or not HUB_ID.fullmatch(path)
 
 
 def _nearest(path: Path) -> str:

@@ -27,7 +27,10 @@ MOST_ROWS = 8  # tokenized data sets that stay
 
 @dataclass(frozen=True)
 class Shared(InMemory):
-    """Models and tokenized rows that were used before are used again; the longest unused ones are dropped."""
+    """Models and tokenized rows that were used before are used again; the longest unused ones are dropped.
+
+    All of them come from disk or hub: its runs have nothing else in memory.
+    """
 
     _kept_models: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
     _kept_rows: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
@@ -36,8 +39,6 @@ class Shared(InMemory):
     def tokenizer(self, settings: ModelSettings) -> Any:
         """The tokenizer itself, read once for all folders with the same files: nobody changes it."""
         name = getattr(settings, "tokenizer", None) or settings.model
-        if self._model(settings) is not None:
-            return super().tokenizer(settings)
         key = (settings.revision, settings.trust_remote_code, _files_of(name))
         if key not in self._tokenizers:
             self._tokenizers[key] = super().tokenizer(settings)
@@ -45,26 +46,19 @@ class Shared(InMemory):
 
     def load(self, settings: ModelSettings, *, device: torch.device | str, dtype: torch.dtype | None) -> Any:
         """The model itself, for all who ask: nobody trains it."""
-        if self._model(settings) is not None:
-            return super().load(settings, device=device, dtype=dtype)
-        return self._loaded(settings, device, dtype)
-
-    def load_copy(self, settings: ModelSettings, *, device: torch.device | str, dtype: torch.dtype | None) -> Any:
-        """A copy of the model, to be trained."""
-        if self._model(settings) is not None:
-            return super().load_copy(settings, device=device, dtype=dtype)
-        return deepcopy(self._loaded(settings, device, dtype))
-
-    def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What was made for a key before."""
-        return _kept(self._kept_rows, key, make, MOST_ROWS)
-
-    def _loaded(self, settings: ModelSettings, device: torch.device | str, dtype: torch.dtype | None) -> Any:
         who = settings.model_dump_json(exclude={"tokenizer", "settings"})  # a student's has its layers as well
         key = (self.fingerprint(settings), who, str(device), dtype)
         return _kept(
             self._kept_models, key, lambda: InMemory.load(self, settings, device=device, dtype=dtype), MOST_MODELS
         )
+
+    def load_copy(self, settings: ModelSettings, *, device: torch.device | str, dtype: torch.dtype | None) -> Any:
+        """A copy of the model, to be trained."""
+        return deepcopy(self.load(settings, device=device, dtype=dtype))
+
+    def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What was made for a key before."""
+        return _kept(self._kept_rows, key, make, MOST_ROWS)
 
 
 def _kept(cache: OrderedDict[Hashable, Any], key: Hashable, make: Callable[[], T], most: int) -> T:

@@ -137,7 +137,6 @@ class StudentGenerator:
 
 
 def _grouped(responses: list[Response], count: int) -> list[tuple[Response, ...]]:
-    """The responses by example, `count` to each."""
     return [tuple(responses[first : first + count]) for first in range(0, len(responses), count)]
 
 

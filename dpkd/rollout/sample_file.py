@@ -87,7 +87,8 @@ def sample_to_file(
         by_id = {example.id: example for example in examples.examples}
         lead = chat_lead(tokenizer) if tokenizer.chat_template else ""
         counts: Counter[str] = Counter()
-        for group in _groups(todo, 4 * sampling.batch_size):
+        size = 4 * sampling.batch_size
+        for group in (todo[start : start + size] for start in range(0, len(todo), size)):
             drawn = list(_drawn(sampler, group, sampling, seed, num_generations, tokenizer))
             counts.update(written=len(drawn), truncated=sum(one.truncated for one in drawn))
             counts.update(empty=sum(not one.text.strip() for one in drawn))
@@ -117,7 +118,6 @@ class _Drawn(NamedTuple):
 def _loaded(
     model: ModelSettings, tokenizer: Any, prompts: Sequence[Prompt], sampling: SamplingSettings
 ) -> GenerationModel:
-    """The model, for these prompts."""
     attend_without_plans()
     lm = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=None)
     check_ids(prompts, lm.get_input_embeddings().weight.shape[0], str(model.model))
@@ -149,11 +149,6 @@ def _row(example: Example, text: str, lead: str) -> dict[str, Any]:
     if example.prompt is not None:
         return {"prompt": example.prompt, "response": text}
     return {"instruction": example.instruction, "input": example.input, "output": text}
-
-
-def _groups(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield list(prompts[start : start + size])
 
 
 def _settings_file(output: Path) -> Path:

@@ -78,7 +78,6 @@ def draw(
 
 
 def _log_share(p_BV: Tensor, ids_B: Tensor, total_B: Tensor) -> Tensor:
-    """Log of the share of one token per row."""
     drawn_B = p_BV.gather(-1, ids_B.unsqueeze(-1)).squeeze(-1).to(total_B.dtype)
     return drawn_B.log() - total_B.log()
 

@@ -34,10 +34,6 @@ class BaseTeacher(Teacher):
         self.vocabulary = student_rows
         return SharedVocabulary(student_rows)
 
-    def cut(self, vocabulary: int) -> None:
-        """Predict the first ids only."""
-        self.vocabulary = vocabulary
-
     def join(self, student: nn.Module) -> None:
         self._student = student
 

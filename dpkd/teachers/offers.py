@@ -27,9 +27,10 @@ def why_not(
         )
     unknown = sorted(set(writers) - offer.writers) if offer.writers is not None else []
     if unknown:
+        way = _more(offer, unknown[0])
         return (
             f"{offer.what} has responses by {' and '.join(sorted(offer.writers or ()))}, not by "
-            f"{' or '.join(unknown)}{_hint(_more(offer, unknown[0]))}"
+            f"{' or '.join(unknown)}{'; ' if way else ''}{way}"
         )
     return _distribution_fails(spec, config, offer) if Signal.TEACHER_LOGITS in reads else None
 
@@ -55,10 +56,6 @@ def _distribution_fails(spec: LossSpec, config: LossConfig, offer: TeacherOffer)
     would = " or ".join(way for way in ways if way)
     would = f"{would} would serve" if would else "only the teacher's model serves it (teacher.model)"
     return f"{spec.name} reads whole distributions, and {offer.what} has {offer.has}; {would}"
-
-
-def _hint(way: str) -> str:
-    return f"; {way}" if way else ""
 
 
 def _more(offer: TeacherOffer, what: TeacherAccess | Text, k: int | None = None) -> str:

@@ -258,7 +258,6 @@ class MixedRows(TeacherOutput):
         return torch.stack([o.logps() + log for o, log in zip(self.outputs, self._logs, strict=True)]).logsumexp(0)
 
     def is_finite(self) -> bool:
-        """Whether all are."""
         return all(output.is_finite() for output in self.outputs)
 
 
@@ -289,7 +288,6 @@ class RoutedRows(TeacherOutput):
         return found
 
     def is_finite(self) -> bool:
-        """Whether all are."""
         return all(output.is_finite() for output in self.outputs)
 
 

@@ -173,7 +173,7 @@ def _loss_module(resolved: Resolved, run_data: RunData, models: _Models, losses:
 
 
 def _micro_batcher(settings: RunSettings, run_data: RunData, layout: Layout, accelerator: Accelerator) -> MicroBatcher:
-    other = run_data.teacher_tokenizer
+    other = None if run_data.teacher is None else run_data.teacher.tokenizer
     return MicroBatcher(
         settings.train.micro_batch_size,
         run_data.tokenizer.pad_token_id,

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpkd.config.layers import get_path
 from dpkd.config.resolve import Resolved
 from dpkd.data.memory import is_memory
 from dpkd.io import link_folder, read_json, remove_folder, sha256, write_json
@@ -69,7 +70,7 @@ def reopen(folder: RunFolder) -> None:
 
 def _card_facts(resolved: Resolved, folder: RunFolder, facts: dict[str, Any]) -> CardFacts:
     settings = resolved.settings
-    chosen = {path: _value(resolved.as_dict(), path) for path in resolved.provenance}
+    chosen = {path: get_path(resolved.as_dict(), path) for path in resolved.provenance}
     student = settings.student.model or f"{settings.student.init} of the teacher ({settings.student.layers})"
     return CardFacts(
         name=folder.path.name,
@@ -85,12 +86,6 @@ def _card_facts(resolved: Resolved, folder: RunFolder, facts: dict[str, Any]) ->
         base_model=None if _is_local(student) or settings.student.model is None else student,
         datasets=() if _is_local(settings.data.path) else (settings.data.path,),
     )
-
-
-def _value(values: Any, path: str) -> Any:
-    for key in path.split("."):
-        values = values[key] if isinstance(values, dict) and key in values else None
-    return values
 
 
 def _is_local(name: str) -> bool:

@@ -157,18 +157,14 @@ class MicroBatcher:
     def _shares(self, step_batch: StepBatch, layout: Layout) -> list[list[int]]:
         """The groups of each micro-batch of all processes."""
         per_unit = max((len(group.sequences) for group in step_batch.groups), default=1)
-        size, tokens, lengths = (
-            max(1, self.size // per_unit),
-            self.tokens,
-            [max(_lengths(u)) for u in step_batch.groups],
-        )
+        tokens, lengths = self.tokens, [max(_lengths(group)) for group in step_batch.groups]
         if layout.shared:
             lengths = [_shared_length(group) for group in step_batch.groups]
         elif layout.packed:
             lengths = [sum(_lengths(group)) for group in step_batch.groups]
         elif tokens is not None:
             tokens = tokens // per_unit
-        return micro_batches(lengths, size, tokens, packed=layout.packed)
+        return micro_batches(lengths, max(1, self.size // per_unit), tokens, packed=layout.packed)
 
     def _micro_batch(
         self, step_batch: StepBatch, groups: Sequence[PromptGroup], layout: Layout, measure: bool

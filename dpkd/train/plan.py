@@ -69,7 +69,6 @@ def make_plan(resolved: Resolved, display: Display) -> RunPlan:
 
 
 def _colored(example: str) -> RichText:
-    """The example with its trained part in another color."""
     text = RichText(example)
     text.highlight_regex(r"(?s)⟦.*⟧(?=\n\(trained)", "bold green")
     return text

@@ -58,11 +58,6 @@ class RunData:
         """Of the teacher, where it is a causal LM."""
         return None if self.teacher is None else self.teacher.config
 
-    @property
-    def teacher_tokenizer(self) -> Any | None:
-        """The teacher's own, where it has one."""
-        return None if self.teacher is None else self.teacher.tokenizer
-
 
 def prepare(resolved: Resolved, display: Display) -> RunData:
     """Read and tokenize the data and look at the configurations; says what was kept, skipped and cut.

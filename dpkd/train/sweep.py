@@ -170,9 +170,7 @@ class Plan:
         return how is not None and (not how.stages or run.stage in how.stages)
 
 
-def read_sweep(
-    path: Path, registry: Registry | None = None, assignments: Sequence[str] = (), *, tiny: bool = False
-) -> Plan:
+def read_sweep(path: Path, assignments: Sequence[str] = (), *, tiny: bool = False) -> Plan:
     """Read a sweep and check the settings of every run; `tiny` makes all of it as short as can be.
 
     `assignments` are `PATH=VALUE` of the sweep's own (`output=`, `budget_minutes=`, `evaluate.options.limit=`), or of
@@ -191,7 +189,7 @@ def read_sweep(
     for stage in _ordered(settings):
         runs += _expanded(settings, stage, {run.stage: run for run in reversed(runs)})
     plan = Plan(settings, files, tuple(runs))
-    _check(plan, registry or load_registry())
+    _check(plan, load_registry())
     return plan
 
 

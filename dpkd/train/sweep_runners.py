@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -38,16 +38,11 @@ from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
 from dpkd.train.timings import Timings
 
 
-class Runner(Protocol):
-    """How a run is trained and scored: None when that went well, the reason when it failed; raises Stopped."""
-
-    def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None: ...
-
-    def evaluate(self, plan: Plan, run: SweepRun, device: str | None) -> str | None: ...
-
-
 class InProcess:
-    """Runs in this process, which share models, tokenizers and tokenized rows."""
+    """Runs in this process, which share models, tokenizers and tokenized rows.
+
+    `train` and `evaluate` return None when that went well, the reason when it failed, and raise Stopped.
+    """
 
     def __init__(self, registry: Registry) -> None:
         self.registry, self.shared = registry, Shared()
@@ -147,7 +142,7 @@ def _is_trusted(plan: Plan, run: SweepRun, registry: Registry) -> bool:
 
 
 class Isolated:
-    """Each run, and each evaluation, in a process of its own."""
+    """Each run, and each evaluation, in a process of its own; else as `InProcess`."""
 
     def __init__(self, started: Children, registry: Registry) -> None:
         self.started, self.registry = started, registry

@@ -34,7 +34,7 @@ from dpkd.train.dev import direction_of
 from dpkd.train.interrupt import on_stop
 from dpkd.train.progress import Display
 from dpkd.train.sweep import Plan, SweepRun
-from dpkd.train.sweep_runners import InProcess, Isolated, Runner
+from dpkd.train.sweep_runners import InProcess, Isolated
 
 
 @dataclass
@@ -66,12 +66,7 @@ class SweepOutcome:
 
 
 def run_sweep(
-    plan: Plan,
-    *,
-    devices: Sequence[str] = (),
-    isolate: bool = False,
-    registry: Registry | None = None,
-    console: Console | None = None,
+    plan: Plan, *, devices: Sequence[str] = (), isolate: bool = False, console: Console | None = None
 ) -> SweepOutcome:
     """Run what is not finished yet, and score the models.
 
@@ -81,7 +76,7 @@ def run_sweep(
     the same sweep.
     """
     output = Path(plan.settings.output)
-    registry = registry or load_registry()
+    registry = load_registry()
     handler: Children | StopSignal = Children() if isolate or devices else StopSignal()
     best: dict[str, SweepRun] = {}
     with (
@@ -120,7 +115,7 @@ class _Sweep:
     """A sweep that goes on."""
 
     plan: Plan
-    runner: Runner
+    runner: InProcess | Isolated
     registry: Registry
     display: Display
     outcome: SweepOutcome = field(default_factory=SweepOutcome)
@@ -247,9 +242,7 @@ class _Sweep:
 
     def _has_model(self, stage: str) -> bool:
         first = next(run for run in self.plan.runs if run.stage == stage)
-        if self.plan.settings.stages[stage].best_by_dev:
-            return True
-        return RunFolder(first.folder).is_finished
+        return self.plan.settings.stages[stage].best_by_dev or RunFolder(first.folder).is_finished
 
     def _was_left(self, stage: str) -> bool:
         return any(run.stage == stage and run.name in self.outcome.left for run in self.plan.runs)

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -14,16 +14,8 @@ if TYPE_CHECKING:
 OUTSIDE = "host"  # what belongs to no phase
 
 
-class Clock(Protocol):
-    """Takes moments, and gives the seconds between two of them: None while the later one has not come."""
-
-    def now(self) -> Any: ...
-
-    def seconds(self, earlier: Any, later: Any, *, wait: bool) -> float | None: ...
-
-
 class HostClock:
-    """The time of this process."""
+    """The time of this process: takes moments, and gives the seconds between two of them."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -36,7 +28,10 @@ class HostClock:
 
 
 class CudaClock:
-    """The time of a GPU: events in its current stream, read after they have passed, so that the host does not wait."""
+    """The time of a GPU: events in its current stream, read after they have passed, so that the host does not wait.
+
+    `seconds` is None while the later one has not come.
+    """
 
     def now(self) -> torch.cuda.Event:
         import torch  # not above: importing it is one of the phases
@@ -49,6 +44,9 @@ class CudaClock:
         if wait:
             later.synchronize()
         return earlier.elapsed_time(later) / 1e3 if later.query() else None
+
+
+Clock: TypeAlias = HostClock | CudaClock
 
 
 def clock_of(device: torch.device) -> Clock:

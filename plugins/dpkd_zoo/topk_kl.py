@@ -46,10 +46,6 @@ class TopKKLLoss(TokenLoss[TopKKLConfig]):
         return kl(_renormalised(top.values), _renormalised(chosen_q_NK))
 
 
-def _tokens(config: TopKKLConfig) -> int:
-    return config.k
-
-
 SPEC = LossSpec(
     name="topk-kl",
     loss=TopKKLLoss,
@@ -77,7 +73,7 @@ SPEC = LossSpec(
         r"}k\text{ likeliest under }p",
     ),
     reads=frozenset({Signal.STUDENT_LOGITS, Signal.TEACHER_LOGITS}),
-    top_k=_tokens,
+    top_k=lambda config: config.k,
     traits=frozenset({Trait.ZERO_AT_MATCH, Trait.NON_NEGATIVE, Trait.SHIFT_INVARIANT}),
 )
 

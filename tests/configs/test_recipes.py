@@ -23,7 +23,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
 def test_a_sweep_is_valid_and_explained(path):
-    plan = read_sweep(path, load_registry())
+    plan = read_sweep(path)
     assert len(plan.runs) > 5
     head = path.read_text(encoding="utf-8").split("\noutput:")[0]
     assert f"# Run: dpkd sweep configs/sweeps/{path.name}" in head
@@ -31,7 +31,7 @@ def test_a_sweep_is_valid_and_explained(path):
 
 
 def test_the_small_sweep_has_the_settings_of_the_small_recipes():
-    plan = read_sweep(FOLDER / "sweeps" / "small.yaml", load_registry())
+    plan = read_sweep(FOLDER / "sweeps" / "small.yaml")
     small = {path.stem: dict(_leaves(file_layer(path).values)) for path in (FOLDER / "small").glob("*.yaml")}
     assert len(plan.runs) == len(small)
     for run in plan.runs:

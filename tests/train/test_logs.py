@@ -45,24 +45,6 @@ def test_numbers_that_are_not_finite_stay_numbers_and_strict_json(tmp_path: Path
     assert (row["b"], row["c"]) == ([math.inf], {"d": -math.inf})
 
 
-def test_a_file_cut_at_any_byte_is_read_and_continued(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.jsonl"
-    for step in (1, 2, 3):
-        written(MetricsLog(whole), step, {"note": "né"})
-    content = whole.read_bytes()
-    ends = [i for i in range(len(content) + 1) if content[i : i + 1] in (b"\n", b"")]
-    assert len(content) > 60
-    for size in range(len(content) + 1):
-        path = tmp_path / "cut.jsonl"
-        path.write_bytes(content[:size])
-        complete = [1, 2, 3][: sum(end <= size for end in ends[:3])]
-        assert steps(path) == complete
-        log = MetricsLog(path)
-        assert steps(path) == complete
-        written(log, 9, {})
-        assert steps(path) == [*complete, 9]
-
-
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for damage in ("{", "[]", '{"loss": 1}', '{"step": "1"}'):

@@ -27,6 +27,7 @@ from dpkd.errors import DpkdError
 from dpkd.models.head import causal_lm, evaluating
 from dpkd.models.loading import longest_sequence
 from dpkd.models.lora import merged
+from dpkd.rollout.kv_cache import KVCacheModel
 from dpkd.rollout.sampling import room
 
 # Batches that go to the engine in one call: what it has drawn is known when the call returns.
@@ -214,10 +215,8 @@ def check_logps(
     dtype  of vLLM's weights, which explains some distance
     cut    ids that are drawn; None: all
     """
-    whole = torch.tensor([[*prompt, *ids]], device=next(model.parameters()).device)
     with torch.no_grad(), evaluating(model):
-        logits = model(whole, use_cache=False).logits[0, -len(ids) - 1 : -1, :cut].float()
-    own = logits.log_softmax(-1).gather(-1, whole[0, -len(ids) :, None])[:, 0].cpu()
+        own = KVCacheModel(model, cut).logps(prompt, ids)
     apart = float((own - torch.tensor(theirs)).abs().mean())
     if not apart <= TOLERANCE[dtype]:
         raise DpkdError(

@@ -86,7 +86,9 @@ class Protocol:
 
     def text_request(self, prompt: str, ids: Sequence[int], sampling: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Path and body that ask for a text; `sampling` in OpenAI's words."""
-        return "/v1/completions", {"model": self.model, "prompt": prompt, **_without_top_k(sampling)}
+        foreign = ("top_k", "stop_token_ids", "ignore_eos")  # OpenAI's interface has no such settings
+        own = {name: value for name, value in sampling.items() if name not in foreign}
+        return "/v1/completions", {"model": self.model, "prompt": prompt, **own}
 
     def text(self, answer: Any) -> ServedText:
         """The text in an answer. Raises BadAnswer where there is none."""
@@ -318,11 +320,6 @@ def _at(answer: Any, *path: str | int) -> Any:
     if found is None:
         raise BadAnswer(f"the answer has no {'.'.join(map(str, path))}: {_shown(answer)}")
     return found
-
-
-def _without_top_k(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's interface has no such setting."""
-    return {name: value for name, value in sampling.items() if name not in ("top_k", "stop_token_ids", "ignore_eos")}
 
 
 def _count(entries: Any) -> str:
