@@ -1,6 +1,6 @@
 """What a GPU makes of dpkd, in bf16: steps, whole runs, decoding, and how busy it is, beside peers and floors.
 
-    python benchmarks/gpu.py --out FOLDER [--part check step runs decode mfu] [--limit SECONDS] [--tiny]
+    python benchmarks/gpu.py --out FOLDER [--part check step runs small decode mfu] [--limit SECONDS] [--tiny]
 
 Models come from configurations with random weights: no hub, no shared folder; TRL and Liger are measured where they are
 installed. Each part stops after --limit seconds (150). What is measured goes to FOLDER/gpu.jsonl line by line; a second
@@ -23,7 +23,7 @@ import peers
 import torch
 from gpu_checks import part_check
 from gpu_decode import part_decode
-from gpu_runs import part_runs
+from gpu_runs import part_runs, part_small
 from gpu_tools import CUDA, DEVICE, Book, Numbers, clean, models, peak_mib, wait
 from harness import machine, markdown
 from ours import engine_step
@@ -256,6 +256,7 @@ PARTS: dict[str, Callable[[Book, bool], None]] = {
     "check": part_check,
     "step": part_step,
     "runs": part_runs,
+    "small": part_small,
     "decode": part_decode,
     "mfu": part_mfu,
 }

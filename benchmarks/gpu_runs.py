@@ -218,3 +218,17 @@ def part_runs(book: Book, tiny: bool) -> None:
     }
     for name, run in runs.items():
         book.take("runs", name, run)
+
+
+def part_small(book: Book, tiny: bool) -> None:
+    """Models that launch kernels faster than a host does: with and without CUDA graphs of their passes."""
+    size: Size = {"batch": 2, "steps": 3, "warm": 1, "sampled": 4, "length": 32} if tiny else {}
+    size = size or {"batch": 32, "steps": 60, "warm": 10, "sampled": 128, "length": 512}
+    rows = rows_of_text(size["batch"] * size["steps"], tiny)
+    pair = models("tiny" if tiny else "small")
+    for what, loss, settings in (("kd", "kd", {}), ("pairs", "dpkd", {"text.source": "preference"})):
+        for how, graphs in ((", without graphs", "off"), ("", "auto")):
+            more = {**settings, "train.cuda_graphs": graphs}
+            book.take(
+                "small", f"dpkd {what}{how}", lambda loss=loss, more=more: run_ours(loss, pair, rows, size, **more)
+            )

@@ -115,7 +115,22 @@ class Clock:
 
 def configs(shapes: str) -> tuple[Any, Any]:
     """Of student and teacher."""
-    from transformers import GPT2Config, Qwen2Config
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+    if shapes == "small":  # those of SmolLM2-135M, the student with half of its layers
+        student, teacher = (
+            LlamaConfig(
+                vocab_size=49152,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=n,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                tie_word_embeddings=True,
+            )
+            for n in (15, 30)
+        )
+        return student, teacher
 
     gpt2 = {
         "gpt2": ((24, 1024, 16), (48, 1600, 25)),

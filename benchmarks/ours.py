@@ -65,10 +65,10 @@ def _rolled_out(
     of_student = token_logps(hidden_rows(student, batch), head_of(student), batch.targets, chunk)
     of_teacher = teacher.score(batch, Wants(chunk, logps=True)).logps()
     advantages = loss.advantages(Rollout(of_student, of_student, of_teacher, batch.sequence))
-    columns = [values.split(batch.lengths.tolist()) for values in (of_student, of_teacher, advantages)]
+    columns = [values.cpu().split(batch.lengths.tolist()) for values in (of_student, of_teacher, advantages)]
     kept = []
     for i, group in enumerate(groups):
-        q, p, a = (tuple(column[i].tolist()) for column in columns)
+        q, p, a = (column[i] for column in columns)
         drawn = replace(
             group.responses[0], writer=Text.STUDENT, rollout_logps=q, behaviour_logps=q, teacher_logps=p, advantages=a
         )

@@ -141,8 +141,8 @@ class TrainSettings(Block):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="compile the models' layers and the losses (half a minute at the start); auto: on a GPU, if a run, "
-        "or a sweep in one process, has 300 steps to go",
+        description="compile the models' layers and the losses (half a minute at the start); auto: on a GPU, if the "
+        "steps of a run, or of a sweep in one process, win it back (300; with CUDA graphs more for small models)",
     )
     cuda_graphs: Literal["auto", "off"] = Field(
         "auto",

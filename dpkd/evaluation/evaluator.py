@@ -22,7 +22,7 @@ from dpkd.evaluation.answer_cache import AnswerCache, answer, as_answers
 from dpkd.evaluation.divergences import measure
 from dpkd.evaluation.inputs import Inputs, LongPrompts, read_inputs
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, tokens_by
-from dpkd.evaluation.predictions import Prediction
+from dpkd.evaluation.predictions import TEACHER, Prediction
 from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, score_tokens, write_scores
 from dpkd.io import digest
 from dpkd.locks import folder_lock
@@ -37,7 +37,6 @@ from dpkd.teachers.local import LocalTeacher
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)  # MiniLLM, appendix: five seeds at T = 1, top-p 1
 Progress = Callable[[str, int, int], None]  # what, done, of
-_TEACHER = "teacher"  # the folder of its answers, in that of the evaluation
 REWARDS = ("reward_sum", "reward_mean")  # measured on answers too, with `rewards`
 
 
@@ -170,7 +169,7 @@ class Evaluator:
 
         Raises DpkdError unless every row was answered and scored, or while another process writes to `output`.
         """
-        with nullcontext() if output is None else folder_lock(output, _TEACHER):
+        with nullcontext() if output is None else folder_lock(output, TEACHER):
             return self._evaluate(name, data, settings, output, progress, say)
 
     def _evaluate(
@@ -228,7 +227,7 @@ class Evaluator:
             return _Caches(own)
         by_teacher = {**drawn, "weights": self.teacher_fingerprint}
         key = ("the teacher's answers", digest(by_teacher))  # one file for all runs of a process
-        return _Caches(own, self.in_memory.remembered(key, lambda: AnswerCache(output / _TEACHER, by_teacher)))
+        return _Caches(own, self.in_memory.remembered(key, lambda: AnswerCache(output / TEACHER, by_teacher)))
 
     def _facts(
         self, name: str, data: DataSettings, inputs: Inputs, settings: EvaluationSettings, generation: Mapping[str, Any]

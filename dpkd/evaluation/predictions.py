@@ -17,6 +17,8 @@ from dpkd.io import dumps, sha256, write_text
 
 _PREDICTION_KEYS = ("output", "response", "completion", "generated_text", "text")
 _REFERENCE_KEYS = ("reference", "output", "response", "answer", "target", "text")
+# In the folder of an evaluation, that of the teacher's answers.
+TEACHER = "teacher"
 _OWN_KEYS = ("id", "prompt", "prediction", "references", "seed")
 
 

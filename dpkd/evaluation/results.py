@@ -13,6 +13,7 @@ from typing import Any
 from dpkd.api import Answers, MetricSpec, TokenScores
 from dpkd.errors import DpkdError
 from dpkd.evaluation.lengths import DEFAULT_CUTS, WORDS, LengthMeasure, bucket_labels, bucket_of
+from dpkd.evaluation.predictions import TEACHER
 from dpkd.io import digest, dumps, sha256, write_json
 
 FORMAT = 2
@@ -181,7 +182,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def write_scores(evaluation: Evaluation, folder: Path) -> Path:
     """Write scores.json, whole or not at all, with its own checksum and those of the answers that were scored."""
-    answers = [folder / f"predictions-{seed}.jsonl" for seed in evaluation.seeds]
-    files = {file.name: sha256(file) for file in answers if file.is_file()}
+    answers = [place / f"predictions-{seed}.jsonl" for place in (folder, folder / TEACHER) for seed in evaluation.seeds]
+    files = {file.relative_to(folder).as_posix(): sha256(file) for file in answers if file.is_file()}
     scores = json.loads(dumps(evaluation.as_dict() | {"files": files}))  # as it will be read
     return write_json(folder / "scores.json", scores | {"check": digest(scores)})

@@ -72,11 +72,10 @@ class RecordedPasses:
 
         Raises NotStatic if they cannot be recorded, or do not compute the same. No random number is used up.
         """
-        kept = {p: buffer.clone() for p, buffer in self.weights.items()}  # of other micro-batches of the step
         random = _random_state(recorder.device)
-        with torch.set_grad_enabled(bool(kept)):
+        with _kept(self.weights), torch.set_grad_enabled(bool(self.weights)):
             recorder.rehearse(self._first)
-            expected, direction = self._computed(), self._grad if kept else None
+            expected, direction = self._computed(), self._grad
             self.record(recorder)
             _zero(self.weights.values())
             _random_state(recorder.device, random)  # dropout again as it was
@@ -84,12 +83,12 @@ class RecordedPasses:
             if direction is not None:
                 self._set_grad(direction)
             self._backward()
+            found = self._computed()
         _random_state(recorder.device, random)
         gap = max(
             float((now - before).abs().max() / before.abs().max().clamp(min=1e-6))
-            for now, before in zip(self._computed(), expected, strict=True)
+            for now, before in zip(found, expected, strict=True)
         )
-        _copy(self.weights.values(), [kept[p] for p in self.weights])
         if not gap <= LARGEST_GAP:
             raise NotStatic(f"its numbers change (by {gap:.2g})")
 
@@ -222,7 +221,8 @@ class CapturedBackbone:
 
     def _fail(self, error: Exception) -> None:
         self.paused = True
-        self._passes.clear()
+        for kept in (self._passes, self._reached, self._buffers):
+            kept.clear()
         self._say(f"no CUDA graphs of {type(self._module).__name__}: {' '.join(str(error).split())[:200]}")
 
 
@@ -273,6 +273,17 @@ def _random_state(device: torch.device, state: Tensor | None = None) -> Tensor:
     if state is not None:
         of.set_rng_state(state, *where)
     return of.get_rng_state(*where)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _kept(weights: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """The buffers that are gradients already, of other micro-batches of the step, are the same after the block."""
+    kept = [(buffer, buffer.clone()) for p, buffer in weights.items() if p.grad is buffer]
+    try:
+        yield
+    finally:
+        for buffer, before in kept:
+            buffer.copy_(before)
 
 
 def _zero(buffers: Any) -> None:

@@ -21,9 +21,11 @@ from dpkd.models.layouts import probe_batch
 BACKEND = "inductor"
 # Entries of the cache of one class of layers: each size, type and mode takes one, and a sweep has many models.
 ENTRIES = 128
-# Optimizer steps from which `auto` compiles: half a minute must be won back, and an H200 saved 30 to 170 ms a step
-# (docs/performance.md).
+# What `auto` compiles for: half a minute must be won back. Where the host launches each kernel, an H200 saved 30 to
+# 170 ms a step; where CUDA graphs do, 76 ms of 184 for 124 M weights under a teacher of 1.6 G (docs/performance.md),
+# and less for smaller models: 400 such steps pass so many weights.
 WORTH_STEPS = 300
+WORTH_WEIGHTS = 1.5e12
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -75,6 +77,12 @@ def code_of(model: nn.Module) -> Hashable:
         return None
     weights = [(name, p.shape, p.dtype, p.requires_grad) for name, p in blocks[0].named_parameters()]
     return type(blocks[0]), tuple(weights)
+
+
+def weights_passed(student: nn.Module, teacher: nn.Module | None) -> int:
+    """Operations on weights for each token of a step: three passes of the student, one of the teacher, two a weight."""
+    counts = [sum(p.numel() for p in model.parameters()) for model in (student, teacher) if model is not None]
+    return 6 * counts[0] + 2 * sum(counts[1:])
 
 
 def compile_checked(model: nn.Module, autocast: Context = nullcontext, layout: Layout = PLAIN) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from dpkd.evaluation.predictions import TEACHER
 from dpkd.report.blocks import Block, Column, Folded, Sample, Shades, Token
 from dpkd.report.names import finite, number
 from dpkd.report.reading import PredictionRow, Run, Scored, TokenRewards
@@ -83,8 +84,10 @@ def _first_seed(scored: Scored) -> dict[str, PredictionRow]:
 
 
 def teacher_of(scored: Scored) -> Scored:
-    """The teacher's answers to the same set."""
-    return Scored(scored.folder / "teacher", scored.scores)
+    """The teacher's answers to the same set, with checksums of their own."""
+    inside = f"{TEACHER}/"
+    files = {k.removeprefix(inside): v for k, v in scored.scores.get("files", {}).items() if k.startswith(inside)}
+    return Scored(scored.folder / TEACHER, {**scored.scores, "files": files})
 
 
 def _told(row: PredictionRow) -> str:

@@ -25,7 +25,7 @@ from dpkd.data.encode import check_ids
 from dpkd.errors import DpkdError
 from dpkd.models.attention import VARLEN, implementation
 from dpkd.models.captured import capture
-from dpkd.models.compile import WORTH_STEPS, code_of, compile_checked, compile_loss, undo
+from dpkd.models.compile import WORTH_STEPS, WORTH_WEIGHTS, code_of, compile_checked, compile_loss, undo, weights_passed
 from dpkd.models.device import teacher_dtype
 from dpkd.models.fused import kl_sum_of
 from dpkd.models.fused import why_not as why_not_fused
@@ -115,7 +115,7 @@ def assemble(
         loss_module, optimizer = accelerator.prepare(whole, optimizer)
     if models.teacher is not None and models.teacher.of_student and is_sharded(models.student):
         raise DpkdError("teacher.base: a sharded student is not whole when its base is asked; name a teacher.model")
-    if settings.train.cuda_graphs == "auto" and accelerator.device.type == "cuda" and accelerator.num_processes == 1:
+    if _graphs(settings, accelerator):
         models.capture(display)
     train_step = TrainStep(
         accelerator=accelerator,
@@ -303,7 +303,8 @@ def _compile(
     choice, in_memory, device = resolved.settings.train.compile, resolved.in_memory, accelerator.device
     teacher = None if models.teacher is None else models.teacher.model
     code = [code_of(model) for model in (models.student, teacher) if model is not None]
-    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and _pays(code, steps, in_memory))):
+    weights = weights_passed(models.student, teacher) if _graphs(resolved.settings, accelerator) else None
+    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and _pays(code, steps, in_memory, weights))):
         return
     several = any(
         o.spec.family is Family.PAIR or o.text.student_sampling.num_generations > 1 for o in resolved.objectives
@@ -332,14 +333,24 @@ def _compile(
             display.say(f"not compiled: {what}, {reason}")
 
 
+def _graphs(settings: RunSettings, accelerator: Accelerator) -> bool:
+    """Whether the passes of the models are recorded."""
+    return settings.train.cuda_graphs == "auto" and accelerator.device.type == "cuda" and accelerator.num_processes == 1
+
+
 def _few_rows(reads: frozenset[Signal], device: torch.device, vocabulary: int) -> Any:
     """Of the vocabulary of the run: code for a smaller one would be compiled in vain."""
     return sample_inputs(reads, device, vocabulary)[1].only(reads)
 
 
-def _pays(code: Sequence[Hashable], steps: int, in_memory: InMemory) -> bool:
-    """Whether the steps win back what compiling costs: those of all runs of this process, for they share the code."""
-    return in_memory.compiled.issuperset(code) or steps * in_memory.runs_left >= WORTH_STEPS
+def _pays(code: Sequence[Hashable], steps: int, in_memory: InMemory, weights: int | None = None) -> bool:
+    """Whether the steps win back what compiling costs: those of all runs of this process, for they share the code.
+
+    `weights` that a step passes, where CUDA graphs launch its kernels.
+    """
+    steps *= in_memory.runs_left
+    worth = steps >= WORTH_STEPS if weights is None else steps * weights >= WORTH_WEIGHTS
+    return worth or in_memory.compiled.issuperset(code)
 
 
 def _losses(resolved: Resolved) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_memory_predicts_a_run(bench, tmp_path):
     assert moment == "losses"
 
 
-@pytest.mark.parametrize("part", ["check", "step", "runs", "decode", "mfu"])
+@pytest.mark.parametrize("part", ["check", "step", "runs", "small", "decode", "mfu"])
 def test_every_part_of_the_gpu_script_runs_on_a_cpu(bench, part, tmp_path):
     """But for what needs a GPU or a package that is not installed."""
     pytest.importorskip("trl", reason="TRL is a development dependency")
@@ -170,3 +170,9 @@ def test_served_widens_heads_and_keeps_the_function(bench):
     with torch.no_grad():
         torch.testing.assert_close(wide(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
     assert wide.config.head_dim == 32
+
+
+def test_ranks_of_runs(bench):
+    """By hand: 1 - 6 Σ d² / (n (n² - 1)), with d = 0, 1, -1 for one metric and the order turned round for the other."""
+    runs = [{"rouge_l": r, "nll": n, "up": u, "same": 1.0} for r, n, u in ((1, 3, 1), (2, 2, 9), (3, 1, 4))]
+    assert bench("rank").ranks([*runs]) == pytest.approx({"nll": -1.0, "up": 1 - 6 * 2 / 24})

@@ -25,6 +25,8 @@ from dpkd.evaluation.results import Evaluation, Metric, check_finite, score, sco
 from dpkd.evaluation.sets import find_set
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.plugins import load_registry
+from dpkd.report.reading import Scored
+from dpkd.report.texts import teacher_of
 from dpkd.teachers.local import LocalTeacher
 
 DRAWN = EvaluationSettings(SamplingSettings(max_new_tokens=6, batch_size=3), (1, 2, 3), cuts=(2,))
@@ -221,6 +223,24 @@ def test_a_teacher_beside_itself_has_no_divergence(folder, tmp_path):
     own_answers, teachers = (tmp_path / "out" / name for name in ("predictions-1.jsonl", "teacher/predictions-1.jsonl"))
     ids = [[json.loads(line)["ids"] for line in path.read_text().splitlines()] for path in (own_answers, teachers)]
     assert ids[0] == ids[1]
+
+
+def test_the_answers_of_the_teacher_have_checksums_of_their_own(folder, tmp_path):
+    """A report reads both: the answers of two models to one set are two files of one name."""
+    Evaluator(ModelSettings(model=str(folder / "student")), TeacherSettings(model=str(folder / "teacher"))).evaluate(
+        "rows",
+        DataSettings(path=str(folder / "rows.jsonl")),
+        replace(DRAWN, seeds=(1,), rewards=True),
+        output=tmp_path / "out",
+    )
+    scored = Scored(tmp_path / "out", json.loads((tmp_path / "out" / "scores.json").read_text()))
+    own, theirs = (found.predictions()[1] for found in (scored, teacher_of(scored)))
+    assert [row["id"] for row in own] == [row["id"] for row in theirs]
+    assert [row["ids"] for row in own] != [row["ids"] for row in theirs]
+    with (tmp_path / "out" / "teacher" / "predictions-1.jsonl").open("a") as file:
+        file.write(" ")
+    with pytest.raises(DpkdError, match=r"teacher/predictions-1\.jsonl is damaged: its checksum"):
+        teacher_of(scored).predictions()
 
 
 def _log_probs(model, sequence: TokenSequence) -> np.ndarray:

@@ -175,6 +175,22 @@ def test_a_model_that_cannot_be_recorded_runs_as_it_is_and_one_line_says_why(pro
         handle.remove()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_another_kind_of_pass_in_the_middle_of_a_step_spoils_no_gradient(fails, monkeypatch):
+    """The check of its first passes uses the buffers, in which gradients of the step are already."""
+    model, said = make("qwen2").double(), []
+    step_batches = [batch(), batch(3, 6, PADDED._replace(shared=True)), batch(2)]
+    expected = step(model, step_batches)
+    capture(model, said.append)
+    step(model, [batch()])
+    if fails:
+        computed = capturing.RecordedPasses._computed
+        calls = iter((0, 1))
+        monkeypatch.setattr(capturing.RecordedPasses, "_computed", lambda self: computed(self)[: 1 - next(calls)])
+    assert_same(step(model, step_batches), expected)
+    assert len(said) == fails
+
+
 def test_few_shapes_are_recorded(monkeypatch):
     monkeypatch.setattr(capturing, "MOST", 2)
     model = make("qwen2").double()

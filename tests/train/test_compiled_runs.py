@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from dpkd.models import compile as compiling
-from dpkd.models.compile import WORTH_STEPS
+from dpkd.models.compile import WORTH_STEPS, weights_passed
 from dpkd.models.in_memory import InMemory
 from dpkd.train import build, run, sweep_runners
 from dpkd.train.build import _pays
@@ -74,6 +74,14 @@ def test_auto_weighs_the_steps_of_all_runs_that_are_left():
     assert _pays(code, WORTH_STEPS // 4, InMemory(runs_left=4))
     assert _pays(code, 1, InMemory(compiled={*code}))
     assert not _pays(code, 1, InMemory(compiled={code[0]}))
+    # With graphs it counts how much is computed: so many weights are a student of 50 M under a teacher of 100 M.
+    assert _pays(code, 4000, InMemory(), weights=500_000_000)
+    assert not _pays(code, 2000, InMemory(), weights=500_000_000)
+    assert _pays(code, 2000, InMemory(runs_left=2), weights=500_000_000)
+    student, teacher = _llama(), _llama(16)
+    expected = 6 * sum(p.numel() for p in student.parameters()) + 2 * sum(p.numel() for p in teacher.parameters())
+    assert weights_passed(student, teacher) == expected
+    assert weights_passed(student, None) == 6 * sum(p.numel() for p in student.parameters())
 
 
 def _llama(width=8):
