@@ -56,34 +56,28 @@ def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
     assert '"run": "run"' in text
 
 
-def test_wandb_gets_each_step_and_a_resumed_run_continues_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch, "wandb")
-    trackers = Trackers(["wandb"], tmp_path, "run", CONFIG)
+@pytest.mark.parametrize(
+    ("name", "first", "again"),
+    [
+        ("wandb", {"name": "run", "id": None}, {"name": "run", "id": "id-1"}),
+        ("trackio", {"name": "run"}, {"name": "run-given"}),
+    ],
+)
+def test_each_step_arrives_and_a_resumed_run_continues(
+    name: str, first: dict[str, Any], again: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = stand_in(monkeypatch, name)
+    trackers = Trackers([name], tmp_path, "run", CONFIG)
     trackers.log(5, {"a": 1.0})
     trackers.close()
     trackers.close()
-    Trackers(["wandb"], tmp_path, "run", CONFIG)
-    common = {"project": "dpkd", "name": "run", "dir": str(tmp_path), "config": CONFIG}
+    Trackers([name], tmp_path, "run", CONFIG)
+    common = {"project": "dpkd", "config": CONFIG, **({"dir": str(tmp_path)} if name == "wandb" else {})}
     assert calls == [
-        ("init", {**common, "id": None, "resume": "never"}),
+        ("init", {**common, **first, "resume": "never"}),
         ("log", (5, {"a": 1.0})),
         ("finish", None),
-        ("init", {**common, "id": "id-1", "resume": "allow"}),
-    ]
-
-
-def test_trackio_gets_each_step_and_a_resumed_run_continues_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch, "trackio")
-    trackers = Trackers(["trackio"], tmp_path, "run", CONFIG)
-    trackers.log(5, {"a": 1.0})
-    trackers.close()
-    Trackers(["trackio"], tmp_path, "run", CONFIG)
-    common = {"project": "dpkd", "config": CONFIG}
-    assert calls == [
-        ("init", {**common, "name": "run", "resume": "never"}),
-        ("log", (5, {"a": 1.0})),
-        ("finish", None),
-        ("init", {**common, "name": "run-given", "resume": "allow"}),
+        ("init", {**common, **again, "resume": "allow"}),
     ]
 
 

@@ -51,12 +51,6 @@ def test_tokens_outside_both_choices_are_not_seen() -> None:
     torch.testing.assert_close(value(_loss(k), lower, TEACHER), value(_loss(k), STUDENT, TEACHER))
 
 
-def test_gradcheck() -> None:
-    loss = _loss(4, 2.0)
-    leaf = STUDENT.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: loss(token_inputs(z, TEACHER)), leaf)
-
-
 def test_excluded_tokens() -> None:
     """Both exclude: left out, down to one token and none. One alone excludes a chosen token: infinite."""
     loss, kept = _loss(8), [0, 1, 3, 4, 6]

@@ -54,13 +54,5 @@ def test_gradient_closed_form(preference: str, likelihood: str) -> None:
         assert q_s.grad[i].item() == pytest.approx(weight / by_s)
 
 
-def test_gradcheck() -> None:
-    (q_t, q_s), lengths, _ = random_pairs(4, seed=3)
-    loss = DPKDCPOLoss(DPKDCPOConfig())
-    assert torch.autograd.gradcheck(
-        lambda a, b: loss(pair_inputs((a, b), lengths)), (q_t.requires_grad_(), q_s.requires_grad_())
-    )
-
-
 def test_needs_no_log_probs_of_the_teacher() -> None:
     assert SPEC.needs() is TeacherAccess.NONE

@@ -53,14 +53,6 @@ def test_gradient_closed_form() -> None:
         assert q_s.grad[i].item() == pytest.approx(weight / (1 - share_s) / n_s[i].item())
 
 
-def test_gradcheck() -> None:
-    (q_t, q_s), lengths, _ = random_pairs(4, seed=3)
-    loss = DPKDORPOLoss(DPKDORPOConfig())
-    assert torch.autograd.gradcheck(
-        lambda a, b: loss(pair_inputs((a, b), lengths)), (q_t.requires_grad_(), q_s.requires_grad_())
-    )
-
-
 @pytest.mark.parametrize("logp", [-1e-5, -1e-3, -0.5, -math.log(2), -0.7, -5.0, -80.0])
 def test_log_of_rest_keeps_its_digits_in_float32(logp: float) -> None:
     """The odds against an even response, P = 1/2: their log is log P - log(1-P)."""

@@ -74,14 +74,6 @@ def test_falls_without_bound_as_the_card_says() -> None:
     assert "without bound" in SPEC.card.avoid_when
 
 
-def test_gradcheck() -> None:
-    (q_t, q_s), lengths, teacher = random_pairs(4, seed=3)
-    loss = DPKDRobustLoss(DPKDRobustConfig())
-    assert torch.autograd.gradcheck(
-        lambda a, b: loss(pair_inputs((a, b), lengths, teacher)), (q_t.requires_grad_(), q_s.requires_grad_())
-    )
-
-
 @pytest.mark.parametrize("wrong", [{"beta": 0}, {"flipped": -0.1}, {"flipped": 0.5}, {"aggregation": "total"}], ids=str)
 def test_bounds(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Input should be"):

@@ -32,9 +32,6 @@ def test_gradient_is_q_minus_one_hot() -> None:
     LOSS(token_inputs(logits, targets=[0, 1, 3])).sum().backward()
     expected = logits.detach().softmax(-1) - torch.eye(4, dtype=torch.float64)[[0, 1, 3]]
     torch.testing.assert_close(logits.grad, expected)
-    assert torch.autograd.gradcheck(
-        lambda z: LOSS(token_inputs(z, targets=[0, 1, 3])), randn(3, 4, seed=3).requires_grad_()
-    )
 
 
 def test_needs_no_teacher_and_no_student_text() -> None:
