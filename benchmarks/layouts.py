@@ -10,7 +10,7 @@ prompt and response of each of the two rows.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import peers
 import torch
@@ -32,9 +32,9 @@ def pairs(count: int, prompt: tuple[int, int], response: tuple[int, int]) -> lis
     return [(rows[i], TokenSequence(rows[i].prompt_ids, rows[i + 1].response_ids)) for i in range(0, 2 * count, 2)]
 
 
-def _cut(rows: Sequence[TokenSequence], extra: Callable[[Sequence[TokenSequence]], int]) -> list[Batch]:
-    parts = [rows[i : i + MICRO] for i in range(0, len(rows), MICRO)]
-    return [collate(part, pad_id=EOS, extra=extra(part)) for part in parts]
+def _cut(given: list[Pair], layout: Layout) -> list[Batch]:
+    rows = [row for pair in given for row in pair]
+    return [collate(rows[i : i + MICRO], pad_id=EOS, layout=layout) for i in range(0, len(rows), MICRO)]
 
 
 def _length(row: TokenSequence) -> int:
@@ -43,12 +43,12 @@ def _length(row: TokenSequence) -> int:
 
 def to_512(given: list[Pair]) -> list[Batch]:
     """Every row padded to 512, as the published script does."""
-    return _cut([row for pair in given for row in pair], lambda part: 512 - max(map(_length, part)))
+    return _cut(given, Layout(columns=512))
 
 
 def to_longest(given: list[Pair]) -> list[Batch]:
     """Rows in the order of the data, padded to the longest of a forward pass."""
-    return _cut([row for pair in given for row in pair], lambda _: 0)
+    return _cut(given, Layout())
 
 
 def sorted_pairs(given: list[Pair]) -> list[Batch]:

@@ -141,15 +141,15 @@ class _Place(NamedTuple):
     branch: int
 
 
-def collate(sequences: Sequence[TokenSequence], *, pad_id: int, extra: int = 0, layout: Layout = PLAIN) -> Batch:
-    """One batch, padded on the right to its longest row (plus `extra`); extra and layout never change a value.
+def collate(sequences: Sequence[TokenSequence], *, pad_id: int, layout: Layout = PLAIN) -> Batch:
+    """One batch, padded on the right to its longest row; the layout never changes a value.
 
     A token is trained because of its place, never because of its id: a pad that equals EOS hides no EOS. The hidden
     state that predicts a token is the one before it, for the first token of a response the last one of its prompt
     (`labeled_rows`). A response token with nothing before it (an empty prompt) has no row.
     """
     places, widths = _places(sequences, layout)
-    longest = padded(max(widths, default=0) + extra, layout.columns)
+    longest = padded(max(widths, default=0), layout.columns)
     shape = (len(widths), longest)
     # In NumPy: PyTorch would wake its threads for each of these small arrays.
     # Prompts, then responses: where each begins, and of each token where it stands.

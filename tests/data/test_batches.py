@@ -11,9 +11,9 @@ EOS = 7
 SEQUENCES = [TokenSequence((1, 2), (3, EOS)), TokenSequence((EOS,), (4, 5, 6, EOS)), TokenSequence((1,), ())]
 
 
-@pytest.mark.parametrize("extra", [0, 3])
-def test_the_rows_predict_the_response_however_long_the_padding_is(extra):
-    batch = collate(SEQUENCES, pad_id=EOS, extra=extra)
+@pytest.mark.parametrize("columns", [1, 8])
+def test_the_rows_predict_the_response_however_long_the_padding_is(columns):
+    batch = collate(SEQUENCES, pad_id=EOS, layout=Layout(columns=columns))
     flat = batch.input_ids.flatten()
     assert batch.targets.tolist() == [3, EOS, 4, 5, 6, EOS]
     # A row stands one place before its target, in the same sequence: the one shift.

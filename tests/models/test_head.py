@@ -15,7 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from dpkd.data.batches import TokenSequence, collate
+from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.errors import DpkdError
 from dpkd.models.head import LogitRule, check_head, head_of, hidden_rows, logit_rule
 
@@ -44,7 +44,7 @@ def test_rows_and_head_give_the_models_own_logits(name):
     model = build(name)
     check_head(model)
     sequences = [TokenSequence((5, 6, 7), (8, 9)), TokenSequence((10,), (11, 12, 13, 14, 3))]
-    batch = collate(sequences, pad_id=3, extra=2)
+    batch = collate(sequences, pad_id=3, layout=Layout(columns=8))
     with torch.no_grad():
         ours = head_of(model).logits(hidden_rows(model, batch))
         own = []

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_invariants import gradients
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, Source, TokenInputs, TokenLoss, Trait, setting
-from dpkd.data.batches import TokenSequence, collate
+from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.functional import kl
 from dpkd.plugins import RegisteredLoss
@@ -117,7 +117,7 @@ def test_a_mean_over_draws_is_the_teacher(toy, tmp_path):
     manifest = Manifest("sampled", 4000, "m", "teacher", "t", 257, ("dataset",), "d", "none", "float32", 1)
     assert write_store(tmp_path, teacher, sequences, manifest, pad_id=256) == 2
     assert write_store(tmp_path, teacher, sequences, manifest, pad_id=256) == 0, "nothing is written twice"
-    batch = collate(sequences[::-1], pad_id=256, extra=3)
+    batch = collate(sequences[::-1], pad_id=256, layout=Layout(columns=8))
     wants, store = Wants(64, logits=True), StoreTeacher(tmp_path)
     store.load(torch.device("cpu"))
     found = store.score(batch, wants).logits(slice(None)).exp()
