@@ -212,15 +212,15 @@ def _fingerprints(resolved: Resolved, run_data: RunData) -> dict[str, str]:
 
 
 def _check_sharding(accelerator: Accelerator) -> None:
-    """Raises DpkdError for ways of sharding whose weights cannot be gathered for sampling and saving."""
+    """Raises DpkdError for ways of sharding that a step of dpkd does not go together with."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise DpkdError("accelerate shards with FSDP 1; dpkd needs FSDP 2: accelerate launch --fsdp_version 2 ...")
-    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
-    if deepspeed is not None and deepspeed.zero_stage == 3:
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         raise DpkdError(
-            "accelerate shards with DeepSpeed's ZeRO stage 3; dpkd takes stages 1 and 2, or FSDP 2: accelerate launch "
-            "--use_fsdp --fsdp_version 2 ..."
+            "accelerate was launched with DeepSpeed, whose engine updates the weights inside every backward pass; a "
+            "step of dpkd has several, and looks at the gradient before it updates. Shard with FSDP 2, which does what "
+            "ZeRO stage 3 does: accelerate launch --use_fsdp --fsdp_version 2 ..."
         )
 
 
