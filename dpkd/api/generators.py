@@ -130,12 +130,13 @@ def _nothing_missing() -> str | None:
 class SamplerSpec:
     """A way to write responses, `text.backend`.
 
-    name     lower-case letters and digits with dashes between
-    summary  one line
-    open     makes the sampler of a model; heavy packages are imported here, and no earlier
-    config   its own settings, `text.backend_settings`
-    lacks    what it cannot do, with the reason: a run that asks for it is refused before anything is loaded
-    missing  why it cannot work on this machine (a package, say) and what to do, or None; it must be quick
+    name          lower-case letters and digits with dashes between
+    summary       one line
+    open          makes the sampler of a model; heavy packages are imported here, and no earlier
+    config        its own settings, `text.backend_settings`
+    lacks         what it cannot do, with the reason: a run that asks for it is refused before anything is loaded
+    missing       why it cannot work on this machine (a package, say) and what to do, or None; it must be quick
+    student_only  whether it draws the student's text only; that of a teacher in memory is drawn by hf
     """
 
     name: str
@@ -144,3 +145,4 @@ class SamplerSpec:
     config: type[SamplerConfig] = SamplerConfig
     lacks: Mapping[Ability, str] = field(default_factory=dict)
     missing: Callable[[], str | None] = _nothing_missing
+    student_only: bool = False

@@ -124,7 +124,10 @@ def teacher_generator(
 
     `tokenizer` is the teacher's, `context` the longest sequence that both models read.
     """
-    model = None
+    model, key = None, text.backend_key
+    backend, backend_settings = text.backend, text.backend_settings
+    if registry.get(SamplerSpec, backend).spec.student_only:
+        backend, backend_settings, key = "hf", {}, None
     if own.model is not None:
         longest = longest_asked(prompts, text.teacher_sampling.max_new_tokens)
         model = generation_model(own.model, own.vocabulary, tokenizer, None, text.decoding, longest)
@@ -135,11 +138,11 @@ def teacher_generator(
         tokenizer_fingerprint=f"{tokenizer_fingerprint(tokenizer)}/{own.vocabulary}",
         sampling=text.teacher_sampling,
         seed=seed,
-        backend=text.backend_key if own.sampler is None else {"name": "server"},
+        backend=key if own.sampler is None else {"name": "server"},
     )
     sampler = own.sampler
     if model is not None:
-        sampler = lambda: open_sampler(registry, text.backend, text.backend_settings, model)  # noqa: E731
+        sampler = lambda: open_sampler(registry, backend, backend_settings, model)  # noqa: E731
     return TeacherGenerator(
         sampler,
         prompts,

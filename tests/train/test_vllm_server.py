@@ -145,13 +145,18 @@ def test_a_server_that_keeps_20_log_probs_is_refused_with_the_command_for_more(m
     small.close()
 
 
-def test_a_server_draws_with_the_students_adapters(teacher, start, monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def lora_server(start):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        return start("--dtype", "float32", "--enable-lora", "--logprobs-mode", "processed_logprobs")
+
+
+def test_a_server_draws_with_the_students_adapters(teacher, lora_server, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    own = start("--dtype", "float32", "--enable-lora", "--logprobs-mode", "processed_logprobs")
     model = add_lora(AutoModelForCausalLM.from_pretrained(teacher), LoraSettings(r=8)).eval()
-    config = VllmServerConfig(server=own.url, folder=str(tmp_path), dtype="float32")
+    config = VllmServerConfig(server=lora_server.url, folder=str(tmp_path), dtype="float32")
     sampler = VllmServerSampler(GenerationModel(model, 257, frozenset({256}), 256, longest=64), config)
     for _ in range(2):
         with torch.no_grad():
@@ -165,7 +170,33 @@ def test_a_server_draws_with_the_students_adapters(teacher, start, monkeypatch, 
             expected = rows.gather(-1, torch.tensor(one.response_ids)[:, None])[:, 0]
             torch.testing.assert_close(one.logps, expected, atol=1e-4, rtol=1e-4)
     sampler.close()
-    own.close()
+
+
+@pytest.mark.parametrize("loss", ["rkl", "dpkd", "opd"])
+def test_whole_runs_draw_from_a_server_that_reloads_the_adapters(
+    loss, settings_of, toy, teacher, lora_server, quiet, tmp_path
+):
+    """On every step new text: the first response after each reload is compared with the student's own log-probs."""
+    changes = {
+        "student.init": "pretrained",
+        "student.layers": None,
+        "student.model": str(teacher),
+        "student.lora": {"r": 8},
+        "train.steps": 4,
+        "train.lr": 1e-2,
+        "text.backend": "vllm-server",
+        "text.backend_settings": {"server": lora_server.url, "folder": str(tmp_path / "adapters"), "dtype": "float32"},
+        "text.sampling.max_new_tokens": 8,
+        "train.log_every": 1,
+        **({"text.source": "student"} if loss == "rkl" else {"text.every": 1}),
+    }
+    (tmp_path / "adapters").mkdir()
+    folder = run.train(settings_of(loss, changes, teacher=toy / "teacher"), console=quiet)
+    lines = read_metrics(folder.metrics)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["length/rejected" if loss == "dpkd" else "length/student"] > 1 for line in lines)
+    assert (folder.path / "adapter" / "adapter_model.safetensors").is_file()
+    assert list((tmp_path / "adapters").iterdir()) == []
 
 
 def test_a_server_that_is_killed_stops_the_run_and_another_one_takes_it_up(made, quiet, start, tmp_path, toy):

@@ -15,6 +15,8 @@ from dpkd.errors import DpkdError
 from dpkd.models.lora import add_lora
 from dpkd.models.settings import LoraSettings
 from dpkd.rollout.backends.vllm_server import VllmServerConfig, VllmServerSampler
+from dpkd.run_metrics import read_metrics
+from dpkd.train import run
 
 PROMPTS = [[5, 6, 7], [8]]
 
@@ -91,3 +93,18 @@ def test_what_is_missing_is_said(server, student, toy, tmp_path):
     sampler.close()
     with pytest.raises(DpkdError, match=r"reloads adapters and no whole models: --set student.lora.r=16"):
         _sampler(server, AutoModelForCausalLM.from_pretrained(toy / "teacher"), tmp_path)
+
+
+def test_a_run_of_pairs_has_the_teachers_text_drawn_in_this_process(server, settings_of, toy, quiet, tmp_path):
+    changes = {
+        "student.init": "pretrained",
+        "student.layers": None,
+        "student.model": str(toy / "teacher"),
+        "student.lora": {"r": 2},
+        "text.backend": "vllm-server",
+        "text.backend_settings": {"server": server.url, "folder": str(tmp_path / "adapters"), "dtype": "float32"},
+    }
+    (tmp_path / "adapters").mkdir()
+    folder = run.train(settings_of("dpkd", changes), console=quiet)
+    assert all(line["length/rejected"] > 1 and line["length/chosen"] > 1 for line in read_metrics(folder.metrics))
+    assert server.adapters == {}

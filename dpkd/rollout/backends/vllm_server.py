@@ -139,6 +139,7 @@ SPEC = SamplerSpec(
     open=VllmServerSampler,
     config=VllmServerConfig,
     lacks=LACKS,
+    student_only=True,
 )
 
 
