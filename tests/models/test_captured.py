@@ -15,10 +15,11 @@ from dpkd import functional
 from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.models import captured as capturing
 from dpkd.models.captured import Recorder, capture, captured, paused, release
+from dpkd.models.compile import compile_blocks
 from dpkd.models.head import causal_lm, head_of, hidden_rows
 from dpkd.models.layers import layer_rows
 from dpkd.models.student_init import recompute_activations
-from tests.models.test_compile import make
+from tests.models.test_compile import Counting, make
 
 pytestmark = [
     pytest.mark.usefixtures("far_device"),
@@ -189,6 +190,23 @@ def test_another_kind_of_pass_in_the_middle_of_a_step_spoils_no_gradient(fails, 
         monkeypatch.setattr(capturing.RecordedPasses, "_computed", lambda self: computed(self)[: 1 - next(calls)])
     assert_same(step(model, step_batches), expected)
     assert len(said) == fails
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_layers_are_recorded_as_they_are_compiled():
+    """Each shape is run once before it is recorded, so that nothing is compiled in a recording."""
+    torch._dynamo.reset()
+    model, counting = make("qwen2").double(), Counting()
+    steps = [[batch(3, 6), batch(2, 5)], [batch(2, 12), batch(3, 6)], [batch(2, 12), batch(3, 20)]]
+    expected = [step(model, batches) for batches in steps]
+    compile_blocks(model, counting)
+    capture(model, pytest.fail)
+    for batches, of_step in zip(steps, expected, strict=True):
+        assert_same(step(model, batches), of_step)
+    passes = captured(model.base_model)._passes
+    assert len(passes) == 4
+    assert counting.graphs >= 1
+    torch._dynamo.reset()
 
 
 def test_few_shapes_are_recorded(monkeypatch):
