@@ -168,7 +168,8 @@ class CapturedBackbone:
 
     def __init__(self, module: nn.Module, say: Callable[[str], None]) -> None:
         self._module, self._say = module, say
-        self._recorder = Recorder(next(module.parameters()).device)
+        self._parameters = [*module.parameters()]  # to walk through the modules takes a millisecond
+        self._recorder = Recorder(self._parameters[0].device)
         self._buffers: dict[nn.Parameter, Tensor] = {}
         self._passes: dict[Hashable, RecordedPasses] = {}
         self._reached: dict[Hashable, dict[nn.Parameter, Tensor]] = {}  # by a gradient, for each kind of pass
@@ -183,7 +184,7 @@ class CapturedBackbone:
         read = BackboneInputs(*inputs)
         if self.paused or not (read.mask is None or isinstance(read.mask, Tensor)):
             return backbone(*inputs)
-        if (places := [p.data_ptr() for p in self._module.parameters()]) != self._places:
+        if (places := [p.data_ptr() for p in self._parameters]) != self._places:
             self._places = places
             self._passes.clear()  # weights have moved: graphs would read where they were
         shape = (self._module.training, read.shape())
@@ -215,7 +216,7 @@ class CapturedBackbone:
         """The weights that get a gradient, and where it is added up."""
         if not torch.is_grad_enabled():
             return {}
-        for p in self._module.parameters():
+        for p in self._parameters:
             if p.requires_grad and p not in self._buffers:
                 self._buffers[p] = torch.zeros_like(p)
         return self._buffers
