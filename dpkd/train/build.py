@@ -218,9 +218,9 @@ def _check_sharding(accelerator: Accelerator) -> None:
         raise DpkdError("accelerate shards with FSDP 1; dpkd needs FSDP 2: accelerate launch --fsdp_version 2 ...")
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         raise DpkdError(
-            "accelerate was launched with DeepSpeed, whose engine updates the weights inside every backward pass; a "
-            "step of dpkd has several, and looks at the gradient before it updates. Shard with FSDP 2, which does what "
-            "ZeRO stage 3 does: accelerate launch --use_fsdp --fsdp_version 2 ..."
+            "accelerate was launched with DeepSpeed, whose engine clips and updates inside the last backward pass of a "
+            "step, before dpkd has looked at the gradient. Shard with FSDP 2, which does what ZeRO stage 3 does: "
+            "accelerate launch --use_fsdp --fsdp_version 2 ..."
         )
 
 

@@ -187,7 +187,7 @@ def test_an_interrupt_while_the_teacher_writes_says_how_to_go_on(settings_of, qu
     ("plugins", "problem"),
     [
         ({"fsdp_plugin": SimpleNamespace(fsdp_version=1), "deepspeed_plugin": None}, "dpkd needs FSDP 2"),
-        ({"fsdp_plugin": None, "deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "ZeRO stage 3; dpkd takes stages"),
+        ({"fsdp_plugin": None, "deepspeed_plugin": SimpleNamespace(zero_stage=1)}, "DeepSpeed, .* Shard with FSDP 2"),
     ],
 )
 def test_sharding_that_cannot_be_gathered_is_refused(plugins, problem):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from toy_runs import torchrun
 
-from dpkd.errors import DpkdError
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
-from dpkd.train.build import _check_sharding
 
 
 @pytest.mark.parametrize(
@@ -66,12 +63,3 @@ def test_a_sharded_student_gives_what_a_whole_one_gives(loss, changes, settings_
     assert ours["text/responses"] == theirs["text/responses"]
     if "dev.path" in changes:
         assert (tmp_path / "two" / "dev.jsonl").read_text().count("\n") == 2
-
-
-@pytest.mark.parametrize(
-    ("state", "words"),
-    [({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "needs FSDP 2"), ({"deepspeed_plugin": object()}, "DeepSpeed")],
-)
-def test_other_ways_of_sharding_are_refused(state, words):
-    with pytest.raises(DpkdError, match=f"{words}.*accelerate launch"):
-        _check_sharding(SimpleNamespace(state=SimpleNamespace(**state)))
