@@ -136,16 +136,16 @@ def test_runs_that_share_one_process_are_those_that_have_one_each(written, toy, 
     values["settings"] |= {"text.sampling.max_new_tokens": 6, "text.teacher_sampling.max_new_tokens": 6}
     how = {"data": [str(toy / "data.jsonl")], "options": {"seeds": 10, "max_new_tokens": 4, "limit": 3}}
     shared = read_sweep(written(**values, evaluate=how))
-    values["stages"]["distil"]["matrix"] = {"loss.name": ["dpkd"]}
-    apart = read_sweep(written(**values | {"output": str(tmp_path / "apart")}, evaluate=how))
     assert run_sweep(shared, console=Console(quiet=True)).done == ["start", "distil-kd", "distil-dpkd"]
-    assert run_sweep(apart, isolate=True, console=Console(quiet=True)).done == ["start", "distil-dpkd"]
-    for run in apart.runs:
-        one, other = tmp_path / "runs" / run.name, run.folder
-        first, second = _weights(one), _weights(other)
-        assert all(torch.equal(first[name], second[name]) for name in second)
-        scores = [json.loads(next(f.rglob("scores.json")).read_text())["metrics"] for f in (one, other)]
-        assert scores[0] == scores[1]
+    alone = {"settings": {"student.model": str(tmp_path / "runs/start/model")}, "matrix": {"loss.name": ["dpkd"]}}
+    values |= {"output": str(tmp_path / "apart"), "stages": {"distil": alone}}
+    apart = read_sweep(written(**values, evaluate=how))
+    assert run_sweep(apart, isolate=True, console=Console(quiet=True)).done == ["distil-dpkd"]
+    one, other = (tmp_path / folder / "distil-dpkd" for folder in ("runs", "apart"))
+    first, second = _weights(one), _weights(other)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    scores = [json.loads(next(f.rglob("scores.json")).read_text())["metrics"] for f in (one, other)]
+    assert scores[0] == scores[1]
 
 
 def test_the_best_by_dev_stands_for_its_stage(written, toy, tmp_path):
