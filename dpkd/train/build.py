@@ -33,7 +33,7 @@ from dpkd.models.head import causal_lm, check_head
 from dpkd.models.in_memory import InMemory
 from dpkd.models.layouts import why_not
 from dpkd.models.lora import add_lora
-from dpkd.models.sharding import is_sharded
+from dpkd.models.sharding import is_sharded, zero_config
 from dpkd.models.student_init import make_student, recompute_activations
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
@@ -50,6 +50,7 @@ from dpkd.train.schedules import Schedules
 from dpkd.train.step_batches import LM_READS, CorpusBatches, StepBatchBuilder
 from dpkd.train.timings import Timings
 from dpkd.train.train_step import TrainStep
+from dpkd.train.zero import Zero, check_zero
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,6 +81,8 @@ class RunParts:
         """Give back what lies outside the models."""
         self.rollouts.close()
         undo(self.train_step.inner.student)
+        if self.train_step.zero is not None:
+            self.train_step.zero.close()
         if self.teacher is not None:
             if self.teacher.model is not None:
                 undo(self.teacher.model)  # others use it too
@@ -95,6 +98,7 @@ def assemble(
     """
     settings = resolved.settings
     _check_sharding(accelerator)
+    check_zero(settings)
     check_processes(resolved, accelerator.num_processes)
     timings = timings or Timings()
     with timings("data"):
@@ -112,7 +116,10 @@ def assemble(
         optimizer = make_optimizer(whole, settings.train)
         if settings.train.ema is not None:
             follow(optimizer, settings.train.ema)
-        loss_module, optimizer = accelerator.prepare(whole, optimizer)
+        zero = None if zero_config() is None else Zero(whole, optimizer, settings)
+        loss_module, optimizer = (
+            accelerator.prepare(whole, optimizer) if zero is None else (zero.engine, zero.optimizer)
+        )
     if models.teacher is not None and models.teacher.of_student and is_sharded(models.student):
         raise DpkdError("teacher.base: a sharded student is not whole when its base is asked; name a teacher.model")
     if _graphs(settings, accelerator):
@@ -126,6 +133,7 @@ def assemble(
         autocast_teacher=models.autocasts,
         micro_batcher=_micro_batcher(settings, run_data, layout, accelerator),
         clip=settings.train.clip,
+        zero=zero,
         timings=timings,
     )
     register_fsdp_forward_method(train_step.inner, "lend")  # nothing happens to it where the student is not sharded
@@ -216,12 +224,6 @@ def _check_sharding(accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise DpkdError("accelerate shards with FSDP 1; dpkd needs FSDP 2: accelerate launch --fsdp_version 2 ...")
-    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
-        raise DpkdError(
-            "accelerate was launched with DeepSpeed, whose engine clips and updates inside the last backward pass of a "
-            "step, before dpkd has looked at the gradient. Shard with FSDP 2, which does what ZeRO stage 3 does: "
-            "accelerate launch --use_fsdp --fsdp_version 2 ..."
-        )
 
 
 def _count(model: nn.Module, *, trained: bool = False) -> int:
@@ -304,7 +306,9 @@ def _compile(
     teacher = None if models.teacher is None else models.teacher.model
     code = [code_of(model) for model in (models.student, teacher) if model is not None]
     weights = weights_passed(models.student, teacher) if _graphs(resolved.settings, accelerator) else None
-    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and _pays(code, steps, in_memory, weights))):
+    if choice == "off" or zero_config() is not None:
+        return
+    if choice == "auto" and not (device.type == "cuda" and _pays(code, steps, in_memory, weights)):
         return
     several = any(
         o.spec.family is Family.PAIR or o.text.student_sampling.num_generations > 1 for o in resolved.objectives
@@ -335,7 +339,8 @@ def _compile(
 
 def _graphs(settings: RunSettings, accelerator: Accelerator) -> bool:
     """Whether the passes of the models are recorded."""
-    return settings.train.cuda_graphs == "auto" and accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    alone = accelerator.num_processes == 1 and zero_config() is None
+    return settings.train.cuda_graphs == "auto" and accelerator.device.type == "cuda" and alone
 
 
 def _few_rows(reads: frozenset[Signal], device: torch.device, vocabulary: int) -> Any:

@@ -34,7 +34,9 @@ from dpkd.io import (
     with_non_finite,
     write_json,
 )
+from dpkd.models.sharding import put, whole
 from dpkd.train.nonfinite import ADVICE, NotFinite
+from dpkd.train.zero import Zero
 
 FORMAT = 4
 UNVERIFIED = (2, 3)  # formats without checksums
@@ -50,38 +52,24 @@ class Checkpoint:
     step: int
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole tensor where it lies; the processes that hold parts of it call this together."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
-
-
-def _put(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a parameter, also into a sharded one."""
-    if hasattr(target, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        sharded: Any = target
-        value = distribute_tensor(value.to(target.device), sharded.device_mesh, sharded.placements)
-    target.detach().copy_(value)
-
-
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _optimiser_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, keep: bool
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], zero: Zero | None, *, keep: bool
 ) -> dict[str, Tensor]:
     """The optimizer's state; where it is not kept, this process only takes part in gathering it."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            whole = _whole(torch.as_tensor(value))
+        own = optimizer.state.get(parameter, {}) if zero is None else zero.optimizer_state(parameter)
+        for key, value in own.items():
+            found = whole(torch.as_tensor(value))
             if not keep:
                 continue
-            whole = whole.cpu().contiguous()
+            found = found.cpu().contiguous()
             # Tables of an 8-bit state belong to all parameters, and a file of safetensors has each tensor once.
-            tensors[f"{name}|{key}"] = whole if whole.shape == parameter.shape else whole.clone()
+            tensors[f"{name}|{key}"] = found if found.shape == parameter.shape else found.clone()
     return tensors
 
 
@@ -106,6 +94,7 @@ def save(
     *,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
+    zero: Zero | None = None,
     sources: Mapping[str, Mapping[str, Any]],
     loop: Mapping[str, Any],
     random_states: list[dict[str, Tensor]],
@@ -118,11 +107,11 @@ def save(
     parameters = _trainable(module)
     weights: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        whole = _whole(parameter)
-        _check_finite(name, whole)  # in every process: all stop, or none
+        found = whole(parameter)
+        _check_finite(name, found)  # in every process: all stop, or none
         if is_main:  # the others take part in gathering, and copy nothing
-            weights[name] = whole.cpu().contiguous()
-    optimiser_state = _optimiser_tensors(optimizer, parameters, keep=is_main)
+            weights[name] = found.cpu().contiguous()
+    optimiser_state = _optimiser_tensors(optimizer, parameters, zero, keep=is_main)
     final = folder / f"step-{step:08d}"
     if not is_main or final.is_dir():
         return Checkpoint(final, step)
@@ -142,7 +131,7 @@ def save(
 def check_finite(module: nn.Module) -> None:
     """Raises NotFinite when a weight is not finite."""
     for name, parameter in _trainable(module).items():
-        _check_finite(name, _whole(parameter))
+        _check_finite(name, whole(parameter))
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
@@ -251,6 +240,7 @@ def load(
     *,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
+    zero: Zero | None = None,
     rank: int,
     processes: int,
     device: torch.device,
@@ -270,10 +260,15 @@ def load(
         odd = sorted(set(parameters) ^ set(weights))[:3]
         raise DpkdError(f"the checkpoint {checkpoint.path} is of another model: it differs in {', '.join(odd)}")
     for name, parameter in parameters.items():
-        _put(parameter, weights[name])
-    for name, parameter in parameters.items():
-        own = {key.rsplit("|", 1)[1]: value for key, value in optimiser_state.items() if key.rsplit("|", 1)[0] == name}
-        if own:
+        put(parameter, weights[name])
+    states: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in optimiser_state.items():
+        name, _, what = key.rpartition("|")
+        states[parameters[name]][what] = value
+    if zero is not None and states:
+        zero.put_optimizer_state(states)
+    elif zero is None:
+        for parameter, own in states.items():
             optimizer.state[parameter] = {key: _restored(parameter, value) for key, value in own.items()}
     if state["processes"] == processes:
         random = load_file(checkpoint.path / f"random-{rank}.safetensors")
@@ -303,5 +298,5 @@ def _restored(parameter: Tensor, value: Tensor) -> Any:
     if value.shape != parameter.shape:
         return value.to(parameter.device)
     target = torch.empty_like(parameter, dtype=value.dtype)
-    _put(target, value)
+    put(target, value)
     return target

@@ -16,7 +16,7 @@ from dpkd.models.device import device_of, memory_of, teacher_dtype
 from dpkd.models.loading import count_parameters
 from dpkd.models.optimizers import state_bytes
 from dpkd.models.quantization import check_quantization
-from dpkd.models.sharding import processes_of_shards
+from dpkd.models.sharding import sharding
 from dpkd.models.student_init import student_config
 from dpkd.train.memory import FLOAT, meta_student, student_bytes
 from dpkd.train.progress import Display
@@ -76,7 +76,9 @@ def _least_bytes(settings: RunSettings, config: Any, teacher: Teacher | None, de
     parameters = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     state = state_bytes(student, settings.train.optimizer, settings.train.own_optimizer_settings)
-    needed = (student_bytes(settings, config, parameters) + FLOAT * trained + state) / processes_of_shards()
+    shards, weights = sharding(), student_bytes(settings, config, parameters)
+    needed = shards.held("weights", weights) + shards.held("gradients", FLOAT * trained)
+    needed += shards.held("optimizer", state + FLOAT * trained * shards.copies)
     if teacher is not None and settings.teacher.device is None:
         needed += teacher.weight_bytes(teacher_dtype(settings.train.precision, device))
     return needed

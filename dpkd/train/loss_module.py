@@ -55,6 +55,8 @@ class LossModule(nn.Module):
         """
         super().__init__()
         self.reward_scale = reward_scale
+        # A loss runs once a chunk, of which processes may have different numbers: what counts calls must not see these.
+        self.hooks_on_losses = True
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.layers = dict(layers or {})
@@ -74,7 +76,7 @@ class LossModule(nn.Module):
         """The values of a loss, one a row. Raises DpkdError when it fails, or returns what training cannot use."""
         loss = self.losses[name]
         try:
-            values: Any = loss(x)
+            values: Any = loss(x) if self.hooks_on_losses else loss.forward(x)
         except (DpkdError, KeyboardInterrupt):
             raise
         except BaseException as error:  # sys.exit too: a plugin does not end a run
@@ -106,7 +108,7 @@ class LossModule(nn.Module):
         return Layers(tuple(sorted(student)), tuple(sorted(teacher)))
 
     @torch.no_grad()
-    def likeliest(self, micro_batch: MicroBatch) -> Tensor:
+    def _likeliest(self, micro_batch: MicroBatch) -> Tensor:
         """The student's likeliest tokens `[N, K]` at each response position, by a forward of their own."""
         with evaluating(self.student):
             hidden, _ = layer_rows(self.student, micro_batch.batch, ())
@@ -117,7 +119,13 @@ class LossModule(nn.Module):
     def _top(self, logits_nV: Tensor) -> Tensor:
         return logits_nV.detach().topk(self.chosen, dim=-1).indices
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, MeanMetrics]:
+    def forward(self, micro_batch: MicroBatch, *, choose: bool = False) -> Any:
+        """What to minimise, and the metrics; to `choose`, the student's likeliest tokens instead.
+
+        All that a step asks of the student goes through here: what wraps this module gathers its weights then.
+        """
+        if choose:
+            return self._likeliest(micro_batch)
         hidden, states = layer_rows(self.student, micro_batch.batch, self.layers_of(micro_batch).student)
         head = head_of(self.student, self.vocabulary)
         if micro_batch.pairs:

@@ -25,7 +25,7 @@ from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
 from dpkd.models.optimizers import state_bytes
 from dpkd.models.quantization import quantization_of, weight_bytes
-from dpkd.models.sharding import processes_of_shards
+from dpkd.models.sharding import sharding
 from dpkd.models.student_init import recompute_activations, switch_dropout_off
 from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
 from dpkd.train.prepare import RunData
@@ -77,16 +77,18 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
     batch = _largest_batch(resolved, run_data)
     student = _count(settings, run_data.student_config, batch)
     references = any(REFERENCE_LOGPS & objective.reads for objective in resolved.objectives)
-    shards = processes_of_shards()
+    shards = sharding()
     weights = student_bytes(settings, run_data.student_config, student.parameters)
-    whole = 0.0 if shards == 1 else weights * (1 - 1 / shards)  # what a process gathers to have all of them
+    held = shards.held("weights", weights)
+    whole = weights - held  # what a process gathers to have all of them
+    copy = float(FLOAT * student.trained) * shards.copies
     always = {
-        "student weights": weights / shards + weights * references,
+        "student weights": held + weights * references,
         "teacher weights": 0.0 if run_data.teacher is None else run_data.teacher.weight_bytes(dtype),
-        "optimizer state": student.optimizer / shards,
+        "optimizer state": shards.held("optimizer", student.optimizer + copy),
     }
     gathered = {"gathered layers": min(whole, float(FLOAT * student.gathered))}
-    gradients = float(FLOAT * student.trained) / shards
+    gradients = shards.held("gradients", float(FLOAT * student.trained))
     text = run_data.student_config.get_text_config()
     head = float(FLOAT * text.vocab_size * text.hidden_size) if student.trained == student.parameters else 0.0
     # A step begins without gradients. The losses make that of the head, while the activations are there; later
@@ -96,14 +98,16 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
     logits = _chunk_bytes(resolved, batch, text.vocab_size)
     # Where gradients are there already, those that come are added to them one by one; the peak is then at the start.
     backward = min(student.passes.backward, 1.1 * student.passes.kept) if again else student.passes.backward
+    # An optimizer goes over the parameters one by one, with two temporaries of the size of each; or over one flat
+    # vector, to which the gradients are copied.
+    temporaries = shards.held("optimizer", copy) if shards.copies else 2.0 * FLOAT * student.largest
     moments = [
         MemoryEstimate(
             "losses",
             {**always, **gathered, "gradients": begun, "activations": student.passes.kept, "logits, a chunk": logits},
         ),
         MemoryEstimate("backward", {**always, **gathered, "gradients": begun, "activations, new gradients": backward}),
-        # An optimizer goes over the parameters one by one, with two temporaries of the size of each.
-        MemoryEstimate("update", {**always, "gradients": gradients, "temporaries": 2.0 * FLOAT * student.largest}),
+        MemoryEstimate("update", {**always, "gradients": gradients, "temporaries": temporaries}),
     ]
     if Text.STUDENT in resolved.main.writers:
         cache = {"gathered weights": whole, "cache and logits": _sampling_bytes(resolved, run_data)}

@@ -39,6 +39,7 @@ from dpkd.train.progress import Display
 from dpkd.train.timings import Timings
 from dpkd.train.trackers import Trackers
 from dpkd.train.trainer import Trainer
+from dpkd.train.zero import unseen_by_accelerate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -150,7 +151,8 @@ def _accelerator(resolved: Resolved) -> Accelerator:
     precision = precision_of(train.precision, device_of(train.device))
     allow_tf32()
     attend_without_plans()
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=train.device == "cpu")
+    with unseen_by_accelerate():
+        return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=train.device == "cpu")
 
 
 def _shared_folder(accelerator: Accelerator, resolved: Resolved) -> RunFolder:
@@ -193,6 +195,7 @@ def _run(
             newest,
             module=run_parts.train_step.inner,
             optimizer=run_parts.train_step.torch_optimizer,
+            zero=run_parts.train_step.zero,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
             device=accelerator.device,

@@ -19,6 +19,7 @@ from dpkd.train.mean_metrics import MeanMetrics
 from dpkd.train.microbatch import MicroBatch, MicroBatcher, StepBatch
 from dpkd.train.nonfinite import FiniteWatch, NotFinite, explain, explain_gradient
 from dpkd.train.timings import Timings
+from dpkd.train.zero import Zero
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +32,7 @@ class TrainStep:
     loss_module       the LossModule, perhaps wrapped for several processes
     reference         the student as it was at the start, where a loss reads it
     clip              largest norm of the gradient
+    zero              the engine that runs the loss_module and updates its weights, where DeepSpeed does
     autocast_teacher  whether the teacher computes in the precision of the run, though its weights are kept in another
     timings           where the time of the run goes
     """
@@ -42,13 +44,15 @@ class TrainStep:
     reference: Teacher | None
     micro_batcher: MicroBatcher
     clip: float | None
+    zero: Zero | None = None
     autocast_teacher: bool = False
     timings: Timings = field(default_factory=Timings)
 
     @property
     def inner(self) -> LossModule:
         """The LossModule itself."""
-        return self.accelerator.unwrap_model(self.loss_module)  # type: ignore[no-any-return]
+        module: Any = self.loss_module
+        return getattr(module, "module", module)  # type: ignore[no-any-return]
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
@@ -72,12 +76,15 @@ class TrainStep:
             with self._synchronized(last=number == len(micro_batches)):
                 metrics.merge(self.micro_step(micro_batch))
         with self.timings("update"):
-            self._clip(metrics)
-            if self.watch.end_of_step(step_batches, self._added_up):
-                self.check()
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            if self.zero is None:
+                self._clip(metrics)
+                if self.watch.end_of_step(step_batches, self._added_up):
+                    self.check()
+                self.optimizer.step()
+            else:
+                self._see_norm(self.zero.step(), metrics)
         if measure:
             self.check()
         return metrics
@@ -90,7 +97,9 @@ class TrainStep:
     @cached_property
     def watch(self) -> FiniteWatch:
         """What keeps a step that is not finite from the weights."""
-        return FiniteWatch(self.torch_optimizer, self.accelerator.device)
+        watch = FiniteWatch(self.torch_optimizer, self.accelerator.device)
+        watch.at_once |= self.zero is not None  # DeepSpeed's engine waits in every step
+        return watch
 
     def check(self) -> None:
         """Wait for the steps so far. Raises NotFinite where one of them was not finite; no weight has changed since."""
@@ -120,7 +129,7 @@ class TrainStep:
                 raise explain(self.inner, micro_batch)
             # A window in which nothing is left to learn still runs, so that processes stay in step.
             if total.requires_grad:
-                self.accelerator.backward(total)
+                (self.accelerator if self.zero is None else self.zero).backward(total)
         return metrics  # type: ignore[no-any-return]
 
     def with_teacher(self, micro_batch: MicroBatch) -> MicroBatch:
@@ -137,8 +146,8 @@ class TrainStep:
         if not wants.anything:
             return micro_batch
         if self._chooses(micro_batch):
-            with self.accelerator.autocast():
-                chosen = self.inner.likeliest(micro_batch)
+            with torch.no_grad(), self.accelerator.autocast():
+                chosen = self.loss_module(micro_batch, choose=True)
             wants = wants._replace(chosen=chosen)
             micro_batch = replace(micro_batch, extra={**micro_batch.extra, Signal.CHOSEN_IDS: chosen})
         as_student = self.teacher.of_student or self.autocast_teacher
@@ -169,7 +178,9 @@ class TrainStep:
 
     def _synchronized(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Processes exchange gradients in the last backward pass of a step only."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.loss_module)
+        if last or self.zero is not None:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(self.loss_module)  # type: ignore[no-any-return]
 
     def _clip(self, metrics: MeanMetrics) -> None:
         """Clip the gradient. Raises NotFinite where its norm is not."""
@@ -177,7 +188,10 @@ class TrainStep:
         norm = self.accelerator.clip_grad_norm_(parameters, float("inf") if self.clip is None else self.clip)
         if norm is None:
             return
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+        self._see_norm(norm.full_tensor() if hasattr(norm, "full_tensor") else norm, metrics)  # of sharded gradients
+
+    def _see_norm(self, norm: torch.Tensor, metrics: MeanMetrics) -> None:
+        """Take note of the norm of the gradient. Raises NotFinite where it is known not to be."""
         if self.watch.see(norm):
             raise explain_gradient(self.inner)
         metrics.add("gradient_norm", norm, 1.0)

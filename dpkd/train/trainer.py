@@ -295,6 +295,7 @@ class Trainer:
             step,
             module=self.train_step.inner,
             optimizer=self.train_step.torch_optimizer,
+            zero=self.train_step.zero,
             sources={name: source.state() for name, source in self.sources.items()},
             loop=loop,
             random_states=states,

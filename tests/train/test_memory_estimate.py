@@ -108,6 +108,24 @@ def test_a_sharded_student_is_spread_over_the_processes_and_gathered_to_sample(s
     assert parts["gathered layers"] == together
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_each_stage_of_zero_spreads_one_more_part(stage, settings_of, monkeypatch):
+    resolved = settings_of("minillm", {"student.init": "layers", "student.layers": 2})
+    whole = estimate(resolved).parts
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+    parts = estimate(resolved).parts
+    weights = whole["student weights"]
+    # DeepSpeed's optimizer updates a copy of the weights, which lies with its state: 4 + 8 bytes a weight of 4.
+    assert parts["optimizer state"] == (weights + whole["optimizer state"]) / 8
+    assert parts["student weights"] == (weights / 8 if stage == 3 else weights)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    assert estimate(resolved).parts["optimizer state"] == 0
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
+    assert estimate(resolved).parts == whole  # plain data parallelism
+
+
 def test_the_total_is_that_of_the_largest_moment(settings_of):
     found = estimate(settings_of("dpkd"))
     assert found.total == sum(found.parts.values())

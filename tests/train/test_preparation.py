@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,13 +184,13 @@ def test_an_interrupt_while_the_teacher_writes_says_how_to_go_on(settings_of, qu
     assert caught.value.exit_code == 130
 
 
-@pytest.mark.parametrize(
-    ("plugins", "problem"),
-    [
-        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1), "deepspeed_plugin": None}, "dpkd needs FSDP 2"),
-        ({"fsdp_plugin": None, "deepspeed_plugin": SimpleNamespace(zero_stage=1)}, "DeepSpeed, .* Shard with FSDP 2"),
-    ],
-)
-def test_sharding_that_cannot_be_gathered_is_refused(plugins, problem):
-    with pytest.raises(DpkdError, match=problem):
-        _check_sharding(SimpleNamespace(state=SimpleNamespace(**plugins)))
+def test_fsdp_1_is_refused():
+    with pytest.raises(DpkdError, match="dpkd needs FSDP 2"):
+        _check_sharding(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))))
+
+
+def test_deepspeed_that_is_not_installed_is_named(settings_of, quiet, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(DpkdError, match=r"launched with DeepSpeed, which cannot be imported.*pip install 'dpkd\[deep"):
+        run.train(settings_of("kd"), console=quiet)

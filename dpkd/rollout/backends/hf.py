@@ -56,7 +56,8 @@ class HfSampler:
     def __init__(self, writer: GenerationModel, config: SamplerConfig) -> None:
         self._generation_model = writer
         self._device: torch.device = causal_lm(writer.model).get_input_embeddings().weight.device
-        self._copies = writer.decoding != "eager" and copy_pays(writer.model, self._device)
+        whole = not is_sharded(writer.model)
+        self._copies = whole and writer.decoding != "eager" and copy_pays(writer.model, self._device)
         self._copy: LowPrecisionCopy | None = None
         self._decoder: Decoder | None = None
 
