@@ -18,7 +18,16 @@ import pluggy
 
 from dpkd.api.callbacks import Callback, Training
 from dpkd.api.cards import Card, Source
-from dpkd.api.generators import Ability, GenerationModel, Sampled, Sampler, SamplerConfig, SamplerSpec, SamplingTask
+from dpkd.api.generators import (
+    Ability,
+    GenerationModel,
+    Sampled,
+    Sampler,
+    SamplerConfig,
+    SamplerMemory,
+    SamplerSpec,
+    SamplingTask,
+)
 from dpkd.api.inputs import (
     HIDDEN,
     Layers,
@@ -100,6 +109,7 @@ __all__ = [
     "Sampled",
     "Sampler",
     "SamplerConfig",
+    "SamplerMemory",
     "SamplerSpec",
     "SamplingSettings",
     "SamplingTask",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -121,6 +121,17 @@ class SamplerConfig(Block):
     """Base of a sampler's own settings: closed, frozen, every field described."""
 
 
+class SamplerMemory(NamedTuple):
+    """Bytes that a sampler takes on the device beside the model.
+
+    drawing   while it draws
+    training  while the student trains
+    """
+
+    drawing: float
+    training: float
+
+
 def _nothing_missing() -> str | None:
     """A sampler that works everywhere."""
     return None
@@ -137,6 +148,8 @@ class SamplerSpec:
     lacks         what it cannot do, with the reason: a run that asks for it is refused before anything is loaded
     missing       why it cannot work on this machine (a package, say) and what to do, or None; it must be quick
     student_only  whether it draws the student's text only; that of a teacher in memory is drawn by hf
+    memory        what it takes, given its settings, the model's parameters and the device's bytes (None: not known);
+                  None: it draws with the model itself
     """
 
     name: str
@@ -146,3 +159,4 @@ class SamplerSpec:
     lacks: Mapping[Ability, str] = field(default_factory=dict)
     missing: Callable[[], str | None] = _nothing_missing
     student_only: bool = False
+    memory: Callable[[Any, int, int | None], SamplerMemory] | None = None

@@ -18,7 +18,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, adapter: Path | None = 
     `adapter` None: as `../adapter`. Each folder appears complete, by a rename; an older one is replaced.
     """
     if is_sharded(model):
-        model = _unsharded(model)
+        model = whole_copy(model)
     with quiet_transformers():
         if hasattr(model, "peft_config"):
             with whole_folder(adapter or folder.with_name("adapter")) as unfinished:
@@ -31,8 +31,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, adapter: Path | None = 
             tokenizer.save_pretrained(unfinished)
 
 
-def _unsharded(model: Any) -> Any:
-    """A copy on the CPU of a model that FSDP has sharded, and gathered: it cannot be copied or saved itself."""
+def whole_copy(model: Any) -> Any:
+    """A copy on the CPU of a model that is sharded, and gathered: it cannot be copied or saved itself."""
     copy = new_model(causal_lm(model).config, blank=True)
     if hasattr(model, "peft_config"):
         from peft import get_peft_model

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.api import Family, Text
+from dpkd.api import Family, SamplerMemory, SamplerSpec, Text
 from dpkd.api.inputs import REFERENCE_LOGPS
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.models.chunked import chunk_rows
 from dpkd.models.compile import repeated_blocks
-from dpkd.models.device import device_of, precision_of, teacher_dtype
+from dpkd.models.device import device_of, memory_of, precision_of, teacher_dtype
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
 from dpkd.models.optimizers import state_bytes
@@ -87,6 +87,9 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
         "teacher weights": 0.0 if run_data.teacher is None else run_data.teacher.weight_bytes(dtype),
         "optimizer state": shards.held("optimizer", student.optimizer + copy),
     }
+    engine = _engine(resolved, student.parameters)
+    if engine is not None and engine.training:
+        always["engine of the sampler"] = engine.training
     gathered = {"gathered layers": min(whole, float(FLOAT * student.gathered))}
     gradients = shards.held("gradients", float(FLOAT * student.trained))
     text = run_data.student_config.get_text_config()
@@ -110,8 +113,12 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
         MemoryEstimate("update", {**always, "gradients": gradients, "temporaries": temporaries}),
     ]
     if Text.STUDENT in resolved.main.writers:
-        cache = {"gathered weights": whole, "cache and logits": _sampling_bytes(resolved, run_data)}
-        moments.append(MemoryEstimate("sampling", {**always, **cache}))
+        drawn = (
+            {"cache and logits": _sampling_bytes(resolved, run_data)}
+            if engine is None
+            else {"engine of the sampler": engine.drawing}
+        )
+        moments.append(MemoryEstimate("sampling", {**always, "gathered weights": whole, **drawn}))
     return max(moments, key=lambda estimate: estimate.total)
 
 
@@ -146,6 +153,19 @@ def _micro_batches(resolved: Resolved) -> int:
     others = sum(not objective.shares_text for objective in resolved.extras)
     others += (settings.terms.lm.weight > 0) + (settings.terms.pretrain.weight > 0)
     return -(-settings.train.batch_size // groups) + others
+
+
+def _engine(resolved: Resolved, parameters: int) -> SamplerMemory | None:
+    """What a sampler of the student takes that does not draw with the model itself."""
+    text = resolved.main.text
+    if Text.STUDENT not in resolved.main.writers:
+        return None
+    spec = resolved.registry.get(SamplerSpec, text.backend).spec
+    if spec.memory is None:
+        return None
+    device = device_of(resolved.settings.train.device)
+    total = memory_of(device) if device.type == "cuda" else None
+    return spec.memory(spec.config(**text.backend_settings), parameters, total)
 
 
 def _sampling_bytes(resolved: Resolved, run_data: RunData) -> float:

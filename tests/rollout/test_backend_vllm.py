@@ -160,9 +160,4 @@ def test_without_the_package_it_says_what_to_install() -> None:
     assert "pip install 'dpkd[vllm]'" in (SPEC.missing() or "")
     with pytest.raises(DpkdError, match="vllm is not installed"):
         VllmSampler(writer(tiny()), VllmConfig())
-    assert set(SPEC.lacks) == {
-        Ability.TEACHER_MIX,
-        Ability.FILTERED_LOGPS,
-        Ability.QUANTIZED,
-        Ability.SEVERAL_PROCESSES,
-    }
+    assert set(SPEC.lacks) == {Ability.TEACHER_MIX, Ability.FILTERED_LOGPS, Ability.QUANTIZED}

@@ -126,6 +126,25 @@ def test_each_stage_of_zero_spreads_one_more_part(stage, settings_of, monkeypatc
     assert estimate(resolved).parts == whole  # plain data parallelism
 
 
+@pytest.mark.parametrize("sleep", [True, False])
+def test_an_engine_beside_the_student_counts_when_it_draws_or_always(sleep, settings_of, monkeypatch):
+    monkeypatch.setattr("dpkd.rollout.backends.vllm.find_spec", lambda name: object())  # as if vLLM were there
+    changes = {"text.source": "student", "text.backend": "vllm", "text.backend_settings": {"sleep": sleep}}
+    found = estimate(settings_of("jsd", changes))
+    assert found.moment != "sampling"  # of the student's activations
+    student = found.parts["student weights"] / 4
+    assert found.parts.get("engine of the sampler", 0.0) == (0.0 if sleep else 2.0 * student)
+
+
+def test_the_engine_takes_its_share_of_the_device_and_at_least_its_weights():
+    from dpkd.rollout.backends.vllm import VllmConfig, engine_memory
+
+    half = VllmConfig(gpu_memory=0.5, sleep=False)
+    assert engine_memory(half, 100, None) == (200.0, 200.0)  # bf16: two bytes a weight
+    assert engine_memory(half, 100, 1000) == (500.0, 500.0)
+    assert engine_memory(VllmConfig(gpu_memory=0.1, dtype="float32"), 100, 1000) == (400.0, 0.0)  # and it sleeps
+
+
 def test_the_total_is_that_of_the_largest_moment(settings_of):
     found = estimate(settings_of("dpkd"))
     assert found.total == sum(found.parts.values())

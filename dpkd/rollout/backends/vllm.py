@@ -21,12 +21,25 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from dpkd.api import Ability, GenerationModel, Sampled, SamplerConfig, SamplerSpec, SamplingTask, hookimpl, setting
+from dpkd.api import (
+    Ability,
+    GenerationModel,
+    Sampled,
+    SamplerConfig,
+    SamplerMemory,
+    SamplerSpec,
+    SamplingTask,
+    hookimpl,
+    setting,
+)
 from dpkd.errors import DpkdError
 from dpkd.models.head import causal_lm, evaluating
 from dpkd.models.loading import longest_sequence
 from dpkd.models.lora import merged
+from dpkd.models.saving import whole_copy
+from dpkd.models.sharding import is_sharded
 from dpkd.rollout.kv_cache import KVCacheModel
 from dpkd.rollout.sampling import room
 
@@ -97,6 +110,7 @@ class VllmSampler:
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",
                 seed=0,
+                **_beside_others(),
             )
         _open.add(id(self))
         self._has_weights = self._checked = False
@@ -144,7 +158,7 @@ class VllmSampler:
             return
         _open.discard(id(self))
         core, self._engine = self._engine.llm_engine.engine_core.engine_core, None
-        if _open:
+        if _open or _beside_others():  # the groups of the processes are the run's too
             core.model_executor.shutdown()
             core.scheduler.shutdown()
         else:
@@ -228,7 +242,8 @@ def check_logps(
 def _engine_config(lm: Any, vocabulary: int | None) -> Any:
     """The model's configuration as the engine needs it: with a class (else it may become an embedder), and cut."""
     config = deepcopy(lm.config)
-    config.architectures = [type(lm).__name__]
+    # FSDP gives modules a class of its own, in front of theirs.
+    config.architectures = [next(c for c in type(lm).__mro__ if not issubclass(c, FSDPModule)).__name__]
     if vocabulary is not None:
         config.get_text_config().vocab_size = vocabulary
     return config
@@ -238,7 +253,9 @@ def _checkpoint_weights(model: nn.Module, vocabulary: int | None) -> dict[str, t
     """The weights under the names of checkpoints, which may be others than in memory; adapters merged, rows cut."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    plain = merged(model) if hasattr(model, "peft_config") else model
+    plain = model
+    if hasattr(model, "peft_config"):
+        plain = merged(whole_copy(model) if is_sharded(model) else model)
     lm = causal_lm(plain)
     ends = [module for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module is not None]
     cut = {id(p) for module in ends for p in module.parameters(recurse=False)} if vocabulary is not None else set()
@@ -251,6 +268,12 @@ def _pack_tied_head(own: Any) -> None:
     for module in own.modules():
         if type(module).__name__ == "ParallelLMHead":
             module.quant_method.process_weights_after_loading(module)
+
+
+def _beside_others() -> dict[str, Any]:
+    """In each of several processes an engine of its own: vLLM is told that they are there, and starts none."""
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 1} if several else {}
 
 
 @contextmanager
@@ -292,8 +315,14 @@ LACKS = {
     Ability.TEACHER_MIX: "its engine holds one model",
     Ability.FILTERED_LOGPS: "it reports log-probs of one policy, which are the model's own under plain sampling only",
     Ability.QUANTIZED: "what bitsandbytes has packed cannot be handed to its engine",
-    Ability.SEVERAL_PROCESSES: "the engines of several processes are not started together",
 }
+
+
+def engine_memory(config: VllmConfig, parameters: int, device_bytes: int | None) -> SamplerMemory:
+    """The engine's share of the device, and never less than its weights; nothing while it sleeps."""
+    weights = float(parameters * getattr(torch, config.dtype).itemsize)
+    taken = weights if device_bytes is None else max(weights, config.gpu_memory * device_bytes)
+    return SamplerMemory(taken, 0.0 if config.sleep else taken)
 
 
 def _missing() -> str | None:
@@ -309,6 +338,7 @@ SPEC = SamplerSpec(
     config=VllmConfig,
     lacks=LACKS,
     missing=_missing,
+    memory=engine_memory,
 )
 
 

@@ -17,7 +17,17 @@ from typing import Any, Literal
 
 import torch
 
-from dpkd.api import GenerationModel, Sampled, SamplerConfig, SamplerSpec, SamplingTask, hookimpl, setting
+from dpkd.api import (
+    Ability,
+    GenerationModel,
+    Sampled,
+    SamplerConfig,
+    SamplerMemory,
+    SamplerSpec,
+    SamplingTask,
+    hookimpl,
+    setting,
+)
 from dpkd.errors import DpkdError
 from dpkd.models.loading import longest_sequence
 from dpkd.models.settings import ClientSettings
@@ -138,8 +148,9 @@ SPEC = SamplerSpec(
     "a vLLM server of the student's base, which reloads the adapters",
     open=VllmServerSampler,
     config=VllmServerConfig,
-    lacks=LACKS,
+    lacks={**LACKS, Ability.SEVERAL_PROCESSES: "each of them would load adapters of its own into the server"},
     student_only=True,
+    memory=lambda config, parameters, device_bytes: SamplerMemory(0.0, 0.0),
 )
 
 
