@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_teacher_server import FakeServer
 from safetensors.torch import load_file
 from toy_runs import torchrun
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
@@ -63,3 +65,23 @@ def test_a_sharded_student_gives_what_a_whole_one_gives(loss, changes, settings_
     assert ours["text/responses"] == theirs["text/responses"]
     if "dev.path" in changes:
         assert (tmp_path / "two" / "dev.jsonl").read_text().count("\n") == 2
+
+
+def test_a_sharded_student_chooses_the_ids_that_a_server_scores(settings_of, toy, quiet, tmp_path):
+    gpt2, tokenizer = (of.from_pretrained(toy / "gpt2") for of in (AutoModelForCausalLM, AutoTokenizer))
+    server = FakeServer(gpt2, tokenizer)
+    student = {"student.init": "pretrained", "student.layers": None, "student.model": str(toy / "teacher")}
+    changes = {"teacher.server": f"{server.url}/v1", "loss.k": 4, "text.source": "dataset", "train.batch_size": 7}
+    changes |= {**student, "train.micro_batch_size": 4}
+    one = run.train(settings_of("topk-jsd", changes, teacher=None), console=quiet)
+    args = ["train", "--loss", "topk-jsd", "--data", str(toy / "data.jsonl"), "--output", str(tmp_path / "two")]
+    fixed = {"train.steps": 2, "train.log_every": 1, "train.device": "cpu", "train.lr": 1e-3, "train.warmup_steps": 0}
+    for path, value in {**fixed, **changes}.items():
+        args += ["--set", f"{path}={value if value is not None else 'none'}"]
+    program, port = str(Path(__file__).with_name("train_sharded.py")), 30100 + os.getpid() % 400
+    done = torchrun(program, *args, port=port, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    server.close()
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, sharded = (load_file(folder / "model" / "model.safetensors") for folder in (one.path, tmp_path / "two"))
+    for key, value in whole.items():
+        torch.testing.assert_close(sharded[key], value, rtol=1e-4, atol=1e-5, msg=key)

@@ -213,8 +213,9 @@ def served_rows(scores: Sequence[ServedScores], targets: Tensor, wants: Wants, v
         return torch.from_numpy(np.concatenate(parts)).to(device, like) if parts else torch.empty(0, device=device)
 
     given = joined([one.given for one in scores], torch.float64)
-    ids = joined([one.ids for one in scores], torch.int64).reshape(len(given), -1).long()
-    logps = joined([one.logps for one in scores], torch.float64).reshape(len(given), -1)
+    width = scores[0].ids.shape[1] if scores else 0  # a process may have no sequence of a step
+    ids = joined([one.ids for one in scores], torch.int64).reshape(len(given), width).long()
+    logps = joined([one.logps for one in scores], torch.float64).reshape(len(given), width)
     targets = targets.long()
     beyond = ids >= vocabulary
     ids = torch.cat([torch.where(beyond, targets.unsqueeze(1), ids), targets.unsqueeze(1)], 1)
