@@ -1,4 +1,4 @@
-"""Losses of a chunk that need no `[n, V]` tensor but the logits themselves: Triton kernels, where they can be had.
+"""Losses of a chunk that need no `[n, V]` tensor but the logits themselves: Triton kernels; on a CPU, blocks of rows.
 
 Shapes: N rows, n of one chunk, V vocabulary.
 """
@@ -22,9 +22,9 @@ from dpkd.models.head import Head, LogitRule
 @cache
 def why_not(kind: str) -> str | None:
     """Why the kernels do not serve on a kind of device, or None: looked for, and tried against the formula."""
-    if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if kind not in ("cuda", "cpu"):
         return "there is no GPU"
-    if find_spec("triton") is None:
+    if _by_triton(kind) and find_spec("triton") is None:
         return "Triton is not installed"
     try:
         gap = _gap(torch.device(kind))
@@ -33,10 +33,25 @@ def why_not(kind: str) -> str | None:
     return None if gap < 1e-4 else f"they differ from the formula by {gap:.2g} here"
 
 
+def _by_triton(kind: str) -> bool:
+    """On a CPU Triton's interpreter is for tests."""
+    return kind == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _kernel(kind: str) -> Callable[..., Tensor]:
+    """The `kl_sum_` of a kind of device."""
+    if _by_triton(kind):
+        from dpkd.models import kernels
+
+        return kernels.kl_sum_
+    from dpkd.models import cpu_kernels
+
+    return cpu_kernels.kl_sum_
+
+
 def _gap(device: torch.device) -> float:
     """The largest difference of a kernel's values from the formula, on a few rows."""
-    from dpkd.models.kernels import kl_sum_
-
+    kl_sum_ = _kernel(device.type)
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(2, 100, generator=generator).to(device) for _ in range(2))
     ids = torch.tensor([3, 4], device=device)
@@ -79,8 +94,7 @@ class FusedKL:
 
     def __call__(self, raw_nV: Tensor, rows: slice) -> Tensor:
         """The weighted sum of some rows; their raw logits become the gradient by them."""
-        from dpkd.models.kernels import kl_sum_
-
+        kl_sum_ = _kernel(raw_nV.device.type)
         terms = self.terms
         teacher_nV, scale = (None, 1.0) if self.teacher is None else self.teacher(rows)
         columns = kl_sum_(

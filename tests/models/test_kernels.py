@@ -8,32 +8,16 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-
-from dpkd.functional import KLSum
+from kl_sums import CASES, ROWS, VOCABULARIES, engine_gives_the_same, logits, oracle, slope
 
 pytest.importorskip("triton", reason="Triton is a development dependency on Linux")
-
-CASES = {
-    "forward": KLSum(forward=1.0),
-    "reverse": KLSum(reverse=0.7),
-    "jsd": KLSum(forward=0.3, reverse=0.7, forward_share=0.3, reverse_share=0.3),
-    "skew": KLSum(forward=1.0, forward_share=0.1),
-    "skew reverse": KLSum(reverse=1.0, reverse_share=0.9),
-    "kd": KLSum(forward=0.5, likelihood=0.5),
-    "both, warm": KLSum(forward=0.4, reverse=0.6, temperature=2.0),
-    "likelihood": KLSum(likelihood=1.0),
-}
-SCALES = (1.0, 0.5)  # of the student's logits and of the teacher's
-VOCABULARIES = (37, 5000)  # one block, which it does not fill, and two
-ROWS, WEIGHT = 3, 0.25
 
 # Triton decides at its import whether it interprets: a process of its own.
 WORKER = """
 import sys, numpy as np, torch
 from dpkd.models.kernels import kl_sum_
 sys.path.insert(0, sys.argv[1])
-from test_kernels import CASES, SCALES, VOCABULARIES, WEIGHT, logits
+from kl_sums import CASES, SCALES, VOCABULARIES, WEIGHT, logits
 found = {}
 for name, terms in CASES.items():
     for vocabulary in VOCABULARIES:
@@ -49,14 +33,6 @@ np.savez(sys.argv[2], **found)
 """
 
 
-def logits(vocabulary):
-    g = torch.Generator().manual_seed(vocabulary)
-    student, teacher = (3 * torch.randn(ROWS, vocabulary, generator=g) for _ in range(2))
-    teacher[0, 1] = -torch.inf  # the teacher excludes a token
-    student[1, 2] = teacher[1, 2] = -torch.inf  # both do
-    return student, teacher, torch.tensor([3, 0, vocabulary - 1])
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     path = tmp_path_factory.mktemp("kernels") / "found.npz"
@@ -66,40 +42,6 @@ def found(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return np.load(path)
-
-
-def log_softmax(z):
-    z = z - z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
-
-
-def oracle(terms, z, y, targets):
-    """The three terms [n], in float64, from raw logits."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_q, log_p = log_softmax(SCALES[0] * z / terms.temperature), log_softmax(SCALES[1] * y / terms.temperature)
-        p, q = np.exp(log_p), np.exp(log_q)
-
-        def kl(mass, log_mass, share):
-            m = share * p + (1 - share) * q
-            return np.where(mass > 0, mass * (log_mass - np.log(m)), 0.0).sum(-1)
-
-        forward = kl(p, log_p, terms.forward_share) if terms.forward else np.zeros(len(z))
-        reverse = kl(q, log_q, terms.reverse_share) if terms.reverse else np.zeros(len(z))
-        likelihood = -log_q[np.arange(len(z)), targets] if terms.likelihood else np.zeros(len(z))
-    return np.stack([forward, reverse, likelihood], 1)
-
-
-def slope(terms, z, y, targets, row, column, step=1e-4):
-    """The derivative of the weighted value of a row by one raw logit, by central differences."""
-    factors = np.array([terms.forward, terms.reverse, terms.likelihood])
-
-    def value(shift):
-        moved = z.copy()
-        moved[row, column] += shift
-        with np.errstate(invalid="ignore"):
-            return WEIGHT * (oracle(terms, moved, y, targets)[row] @ factors)
-
-    return (value(step) - value(-step)) / (2 * step)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -130,60 +72,5 @@ def test_infinite_where_the_formula_is(found):
     assert np.isfinite(found["skew reverse/37/float32/values"]).all()
 
 
-ENGINE = """
-import sys, numpy as np, torch
-from transformers import AutoModelForCausalLM, GPT2Config
-from dpkd.data.batches import TokenSequence, collate
-from dpkd.models import fused
-from dpkd.plugins import load_registry
-from dpkd.api import LossSpec
-from dpkd.api.teachers import Wants
-from dpkd.teachers.local import LocalTeacher
-from dpkd.train.loss_module import LossModule
-from dpkd.train.microbatch import MicroBatch, Term
-
-def model(width, seed):
-    torch.manual_seed(seed)
-    config = GPT2Config(n_layer=1, n_embd=width, n_head=2, vocab_size=61, n_positions=32, initializer_range=0.3,
-                        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-    return AutoModelForCausalLM.from_config(config)
-
-batch = collate([TokenSequence((1, 2), (3, 4, 5)), TokenSequence((6,), (7, 8))], pad_id=0)
-teacher = LocalTeacher.of(model(24, 1), 61, torch.device("cpu"))
-used, original = [], fused.FusedKL.__call__
-fused.FusedKL.__call__ = lambda self, *a: (used.append(1), original(self, *a))[1]
-found = {}
-for name in sys.argv[2:]:
-    spec = load_registry().get(LossSpec, name).spec
-    config = spec.config()
-    output = teacher.score(batch, Wants(2, logits=True))
-    for way in ("fused", "plain"):
-        module = LossModule(model(16, 0), {"main": spec.loss(config)}, vocabulary=61, chunk_mib=1e-6)
-        module.chunk = 2
-        if way == "plain":
-            module._fused = lambda *a: None
-        used.clear()
-        term = Term("main", spec.signals(config), 0.7, 5.0)
-        total, metrics = module(MicroBatch("main", batch, [term], False, 1.0, False, teacher=output))
-        total.backward()
-        assert bool(used) == (way == "fused"), (name, way)
-        found[f"{name}/{way}/total"] = np.array([float(total.detach()), *metrics.averages().values()])
-        for key, p in module.named_parameters():
-            found[f"{name}/{way}/{key}"] = p.grad.numpy()
-np.savez(sys.argv[1], **found)
-"""
-SUMS = ["fkl", "rkl", "jsd", "kd", "skl", "srkl", "symmetric-kl", "gkd", "seqkd", "distillm", "sft"]
-SUMS += ["speculative-kd"]
-
-
 def test_the_engine_uses_them_and_gives_the_same(tmp_path):
-    path = tmp_path / "found.npz"
-    around = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", ENGINE, str(path), *SUMS], capture_output=True, text=True, env=around)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = np.load(path)
-    keys = [key for key in found.files if "/fused/" in key]
-    assert len(keys) > 10 * len(SUMS)
-    for key in keys:
-        expected = found[key.replace("/fused/", "/plain/")]
-        np.testing.assert_allclose(found[key], expected, rtol=2e-4, atol=2e-6, err_msg=key)
+    engine_gives_the_same(tmp_path, {"TRITON_INTERPRET": "1"})
