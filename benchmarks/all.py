@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cpu_kernels
 import growth
 import harness
 import layouts
@@ -30,6 +31,7 @@ PLACE = re.compile(r"(<!-- measured: (\w+) -->)\n.*?\n?(<!-- end -->)", flags=re
 TABLES: dict[str, Callable[[bool], str]] = {
     "startup": lambda tiny: startup.table(1 if tiny else 5),
     "step": lambda tiny: step.table(None, 1 if tiny else 3, "tiny" if tiny else "real", memory=not tiny),
+    "cpu_kernels": lambda tiny: cpu_kernels.table(1 if tiny else 5, tiny),
     "layouts": lambda tiny: layouts.table(1 if tiny else 3, tiny),
     "sampling": lambda tiny: sampling.table(1 if tiny else 3, tiny=tiny),
     "growth": lambda tiny: growth.table(1 if tiny else 3, tiny),

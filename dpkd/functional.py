@@ -69,9 +69,15 @@ def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, dim=-1)
 
 
-def _times_log(p_NV: Tensor, log_NV: Tensor) -> Tensor:
-    """`p · log`, with 0 · (-inf) = 0 in the value and in both gradients."""
-    return p_NV * log_NV.masked_fill(p_NV == 0, 0.0)
+def _expected(p_NV: Tensor, log_NV: Tensor) -> Tensor:
+    """`Σ p · log` `[N]`, with 0 · (-inf) = 0 in the value and in both gradients."""
+    if free_to_read(p_NV.device):  # looking saves three passes
+        value_N: Tensor = torch.linalg.vecdot(p_NV, log_NV)
+        if bool(value_N.detach().isfinite().all()):
+            return value_N
+    # -inf minus -inf is NaN, but a difference has a constant derivative: masking its value is enough.
+    masked_N: Tensor = torch.linalg.vecdot(p_NV, log_NV.masked_fill(p_NV == 0, 0.0))
+    return masked_N
 
 
 def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
@@ -86,10 +92,7 @@ def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     tensor([inf])
     """
     p_NV = log_p_NV.exp()
-    # -inf minus -inf is NaN, but a difference has a constant derivative: masking its value is enough.
-    gap_NV = (log_p_NV - log_q_NV).masked_fill(p_NV == 0, 0.0)
-    value_N: Tensor = torch.linalg.vecdot(p_NV, gap_NV)
-    return value_N
+    return _expected(p_NV, log_p_NV - log_q_NV)
 
 
 def entropy(log_p_NV: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ def entropy(log_p_NV: Tensor) -> Tensor:
     >>> entropy(torch.tensor([[0.5, 0.5, 0.0]]).log())
     tensor([0.6931])
     """
-    return -_times_log(log_p_NV.exp(), log_p_NV).sum(-1)
+    return -_expected(log_p_NV.exp(), log_p_NV)
 
 
 def cross_entropy(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ def cross_entropy(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     >>> cross_entropy(log_p, log_p)
     tensor([0.6931])
     """
-    return -_times_log(log_p_NV.exp(), log_q_NV).sum(-1)
+    return -_expected(log_p_NV.exp(), log_q_NV)
 
 
 def gather_logps(log_q_NV: Tensor, ids_N: Tensor) -> Tensor:

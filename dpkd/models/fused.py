@@ -83,6 +83,7 @@ class FusedKL:
     targets  [N]
     teacher  gives logits [n, V] of some rows up to a factor, and that factor; None where only the likelihood is read
     observe  receives the value of each row of a chunk, and the parts that the loss names
+    look     is shown the raw logits of a chunk before they are overwritten; None: nobody measures
     """
 
     terms: KLSum
@@ -91,10 +92,13 @@ class FusedKL:
     targets: Tensor
     teacher: Callable[[slice], tuple[Tensor, float]] | None
     observe: Callable[[Tensor, dict[str, Tensor]], None]
+    look: Callable[[Tensor, slice], None] | None = None
 
     def __call__(self, raw_nV: Tensor, rows: slice) -> Tensor:
         """The weighted sum of some rows; their raw logits become the gradient by them."""
         kl_sum_ = _kernel(raw_nV.device.type)
+        if self.look is not None:
+            self.look(raw_nV, rows)
         terms = self.terms
         teacher_nV, scale = (None, 1.0) if self.teacher is None else self.teacher(rows)
         columns = kl_sum_(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpkd.api import Layers, Pair, PairInputs, RolloutInputs, Signal, TokenInputs
 from dpkd.api.inputs import TOKEN_LOGPS
 from dpkd.errors import DpkdError, described
-from dpkd.functional import by_segment, log_softmax, segment_sum
+from dpkd.functional import at_least_float32, by_segment, log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, chunks, objective, token_logps
 from dpkd.models.compile import uncompiled
 from dpkd.models.device import out_of_memory
@@ -146,6 +146,10 @@ class LossModule(nn.Module):
             hidden = hidden[:0]  # nobody looks at logits
         token_logps_N = hidden.new_zeros(2, hidden.shape[0], dtype=torch.float32)
 
+        def measure(x: TokenInputs, rows: slice) -> None:
+            log_p_nV = x.teacher_log_probs() if micro_batch.measurable else None
+            observe_rows(x.student_log_probs(), log_p_nV, x.targets, metrics, token_logps_N[:, rows])
+
         def chunk_loss(logits_nV: Tensor, rows: slice) -> Tensor:
             x, with_teacher = self._inputs(micro_batch, logits_nV, rows)
             total = logits_nV.new_zeros(())
@@ -156,12 +160,11 @@ class LossModule(nn.Module):
                 total = total + term.share(values_n, micro_batch.processes)
                 _add_term(metrics, term.name, values_n, own.parts)
             if micro_batch.measured:
-                log_p_nV = x.teacher_log_probs() if micro_batch.measurable else None
-                observe_rows(x.student_log_probs(), log_p_nV, x.targets, metrics, token_logps_N[:, rows])
+                measure(x, rows)
             return total
 
         parameters = [p for p in self.losses.parameters() if p.requires_grad]
-        fused = self._fused(micro_batch, terms, head, metrics)
+        fused = self._fused(micro_batch, terms, head, metrics, measure)
         starts = None if micro_batch.aligned is None else micro_batch.aligned.student.starts(hidden.shape[0])
         total = objective(chunk_loss, hidden, head, self.chunk, parameters, starts, fused)
         if micro_batch.aligned is not None:
@@ -171,10 +174,15 @@ class LossModule(nn.Module):
         return total, metrics
 
     def _fused(
-        self, micro_batch: MicroBatch, terms: Sequence[Term], head: Head, metrics: MeanMetrics
+        self,
+        micro_batch: MicroBatch,
+        terms: Sequence[Term],
+        head: Head,
+        metrics: MeanMetrics,
+        measure: Callable[[TokenInputs, slice], None],
     ) -> FusedKL | None:
-        """The one loss of a micro-batch as a kernel, where it is a sum of KL divergences and nobody reads log-probs."""
-        if len(terms) != 1 or micro_batch.measured or micro_batch.aligned is not None or not usable(head):
+        """The one loss of a micro-batch as a kernel, where it is a sum of KL divergences."""
+        if len(terms) != 1 or micro_batch.aligned is not None or not usable(head):
             return None
         term, teacher = terms[0], micro_batch.teacher
         terms_of = kl_sum_of(self.losses[term.name])
@@ -184,9 +192,13 @@ class LossModule(nn.Module):
         def observe(values_n: Tensor, parts: Mapping[str, Tensor]) -> None:
             _add_term(metrics, term.name, values_n, parts)
 
+        def look(raw_nV: Tensor, rows: slice) -> None:
+            measure(self._inputs(micro_batch, head.rule(at_least_float32(raw_nV)), rows)[0], rows)
+
         weight = term.weight * micro_batch.processes / term.denominator
         of_teacher = None if teacher is None or not terms_of.reads_teacher else teacher.raw
-        return FusedKL(terms_of, weight, head.rule, micro_batch.batch.targets, of_teacher, observe)
+        looked = look if micro_batch.measured else None
+        return FusedKL(terms_of, weight, head.rule, micro_batch.batch.targets, of_teacher, observe, looked)
 
     def _observe_responses(self, micro_batch: MicroBatch, token_logps_N: Tensor, metrics: MeanMetrics) -> None:
         """Lengths and implicit rewards of whole responses, by who wrote them."""

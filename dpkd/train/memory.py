@@ -16,18 +16,21 @@ from torch import nn
 
 from dpkd.api import Family, SamplerMemory, SamplerSpec, Text
 from dpkd.api.inputs import REFERENCE_LOGPS
+from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.models.chunked import chunk_rows
 from dpkd.models.compile import repeated_blocks
 from dpkd.models.device import device_of, memory_of, precision_of, teacher_dtype
+from dpkd.models.fused import kl_sum_of
+from dpkd.models.fused import why_not as why_not_fused
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
 from dpkd.models.optimizers import state_bytes
 from dpkd.models.quantization import quantization_of, weight_bytes
 from dpkd.models.sharding import sharding
 from dpkd.models.student_init import recompute_activations, switch_dropout_off
-from dpkd.train.memory_trace import Passes, backbone_passes, fill, pair_chunk, token_chunk
+from dpkd.train.memory_trace import Passes, backbone_passes, fill, fused_chunk, pair_chunk, token_chunk
 from dpkd.train.prepare import RunData
 from dpkd.train.rollouts import open_source
 
@@ -190,12 +193,22 @@ def _chunk_bytes(resolved: Resolved, batch: _Batch, vocabulary: int) -> float:
     copies = []
     for objective in resolved.objectives:
         try:
-            pair = objective.spec.family is Family.PAIR
-            copies.append(pair_chunk() if pair else token_chunk(objective.spec.loss(objective.config), objective.reads))
+            copies.append(_copies(objective, device_of(resolved.settings.train.device)))
         except Exception:  # a stranger's loss, on made-up logits: a plan must not fail for it
             # Logits, log-probs and probabilities of both models, the terms of the sum, and their gradients.
             copies.append(10.0)
     return max(copies) * FLOAT * rows * vocabulary
+
+
+def _copies(objective: Objective, device: torch.device) -> float:
+    """Tensors `[n, V]` that are there at once while a loss works on a chunk."""
+    if objective.spec.family is Family.PAIR:
+        return pair_chunk()
+    loss = objective.spec.loss(objective.config)
+    terms = kl_sum_of(loss)
+    if terms is not None and why_not_fused(device.type) is None:
+        return fused_chunk(reads_teacher=terms.reads_teacher)
+    return token_chunk(loss, objective.reads)
 
 
 def _count(settings: RunSettings, config: Any, batch: _Batch) -> _Counts:

@@ -131,6 +131,16 @@ def token_chunk(loss: nn.Module, reads: frozenset[Signal]) -> float:
     return float(live.peak / (4 * ROWS * VOCABULARY))
 
 
+def fused_chunk(*, reads_teacher: bool) -> float:
+    """The same of a sum of KL divergences that a kernel computes: what a step that is logged measures before it."""
+    with LiveBytes() as live, torch.no_grad():
+        raw_nV, teacher_nV = _logits(), _logits() if reads_teacher else None
+        log_q_nV = log_softmax(raw_nV)
+        log_p_nV = None if teacher_nV is None else log_softmax(teacher_nV)
+        observe_rows(log_q_nV, log_p_nV, torch.zeros(ROWS, dtype=torch.long), MeanMetrics())
+    return float(live.peak / (4 * ROWS * VOCABULARY))
+
+
 def pair_chunk() -> float:
     """The same where log-probs of responses are taken, on a step that is logged."""
     with LiveBytes() as live, torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
-from dpkd.functional import kl
+from dpkd.functional import free_to_read, kl
 from dpkd_zoo.papers import AKL, at
 
 
@@ -35,6 +35,10 @@ def _likeliest(p_NV: Tensor, mu: float) -> tuple[Tensor, Tensor]:
     """
     vocabulary = p_NV.shape[-1]
     k = 512
+    if free_to_read(p_NV.device) and p_NV.numel():
+        fewest = float(mu / p_NV.amax(-1).min())  # where all are as likely as the likeliest
+        while k < fewest:
+            k *= 8
     while k < vocabulary:
         likeliest_NK, ids_NK = p_NV.topk(k, dim=-1)
         if bool((likeliest_NK.sum(-1) > mu + 1e-4).all()):

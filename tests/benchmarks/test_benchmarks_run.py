@@ -66,6 +66,11 @@ def test_growth_and_layouts(bench):
     assert [row[0] for row in cells(layouts.table(1, tiny=True))] == list(layouts.LAYOUTS)
 
 
+def test_cpu_kernels(bench):
+    kernels = bench("cpu_kernels")
+    assert [row[1] for row in cells(kernels.table(1, tiny=True))] == list(kernels.LOSSES)
+
+
 def test_growth_asks_for_memory_of_points_that_exist(bench):
     points = bench("growth").points()
     assert len({point.what for point in points}) == len(points) > 10

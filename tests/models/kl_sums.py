@@ -98,19 +98,23 @@ for name in sys.argv[2:]:
     spec = load_registry().get(LossSpec, name).spec
     config = spec.config()
     output = teacher.score(batch, Wants(2, logits=True))
-    for way in ("fused", "plain"):
+    for way, measured in [(way, measured) for way in ("fused", "plain") for measured in (False, True)]:
         module = LossModule(model(16, 0), {"main": spec.loss(config)}, vocabulary=61, chunk_mib=1e-6)
         module.chunk = 2
         if way == "plain":
             module._fused = lambda *a: None
         used.clear()
         term = Term("main", spec.signals(config), 0.7, 5.0)
-        total, metrics = module(MicroBatch("main", batch, [term], False, 1.0, False, teacher=output))
+        total, metrics = module(
+            MicroBatch("main", batch, [term], False, 1.0, measured, teacher=output, measurable=measured)
+        )
         total.backward()
         assert bool(used) == (way == "fused"), (name, way)
-        found[f"{name}/{way}/total"] = np.array([float(total.detach()), *metrics.averages().values()])
+        assert ("kl/forward" in metrics.averages()) == measured
+        averages = [value for _, value in sorted(metrics.averages().items())]
+        found[f"{name}/{way}/{measured}/total"] = np.array([float(total.detach()), *averages])
         for key, p in module.named_parameters():
-            found[f"{name}/{way}/{key}"] = p.grad.numpy()
+            found[f"{name}/{way}/{measured}/{key}"] = p.grad.numpy()
 np.savez(sys.argv[1], **found)
 """
 SUMS = ["fkl", "rkl", "jsd", "kd", "skl", "srkl", "symmetric-kl", "gkd", "seqkd", "distillm", "sft"]
@@ -124,7 +128,7 @@ def engine_gives_the_same(tmp_path, environment):
     assert done.returncode == 0, done.stderr[-3000:]
     found = np.load(path)
     keys = [key for key in found.files if "/fused/" in key]
-    assert len(keys) > 10 * len(SUMS)
+    assert len(keys) > 20 * len(SUMS)
     for key in keys:
         expected = found[key.replace("/fused/", "/plain/")]
         np.testing.assert_allclose(found[key], expected, rtol=2e-4, atol=2e-6, err_msg=key)
