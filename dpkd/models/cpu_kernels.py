@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from dpkd.functional import KLSum
-
-# A block and what is computed from it stay in a core's cache. Two to four times as much is as fast, eight times is not.
-BLOCK_BYTES = 2 * 2**20
+from dpkd.models.chunked import in_cache
 
 
 def kl_sum_(
@@ -36,14 +34,8 @@ def kl_sum_(
     """
     values_n3 = torch.zeros(student_nV.shape[0], 3)
     student_factor, teacher_factor = student_scale / terms.temperature, teacher_scale / terms.temperature
-    size = max(1, BLOCK_BYTES // (4 * student_nV.shape[1]))
-    for raw_bV, teacher_bV, targets_b, values_b3 in zip(
-        student_nV.split(size),
-        (student_nV if teacher_nV is None else teacher_nV).split(size),
-        targets_n.split(size),
-        values_n3.split(size),
-        strict=True,
-    ):
+    given_nV = student_nV if teacher_nV is None else teacher_nV
+    for raw_bV, teacher_bV, targets_b, values_b3 in in_cache(student_nV, given_nV, targets_n, values_n3):
         log_q_bV = _log_softmax(raw_bV, student_factor)
         log_p_bV = _log_softmax(teacher_bV, teacher_factor) if terms.reads_teacher else None
         gradient_bV = _block(log_p_bV, log_q_bV, targets_b, terms, values_b3)

@@ -8,7 +8,7 @@ import torch
 from kl_sums import CASES, ROWS, SCALES, VOCABULARIES, WEIGHT, engine_gives_the_same, logits, oracle, slope
 
 from dpkd.functional import KLSum
-from dpkd.models import cpu_kernels
+from dpkd.models import chunked, cpu_kernels
 
 
 def kl_sum_(student, teacher, targets, terms):
@@ -60,7 +60,7 @@ def test_blocks_of_every_size_give_the_same(rows, monkeypatch):
     terms = CASES["jsd"]
     whole, teacher, targets = logits(37)
     expected = kl_sum_(whole, teacher, targets, terms)
-    monkeypatch.setattr(cpu_kernels, "BLOCK_BYTES", rows * 4 * 37)
+    monkeypatch.setattr(chunked, "BLOCK_BYTES", rows * 4 * 37)
     parts, teacher, targets = logits(37)
     assert torch.equal(kl_sum_(parts, teacher, targets, terms), expected)
     assert torch.equal(parts, whole)
