@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpkd import functional
 from dpkd.functional import KLSum, log_softmax
 from dpkd.models.head import Head, LogitRule
 
@@ -64,8 +65,11 @@ def _gap(device: torch.device) -> float:
 
 def usable(head: Head) -> bool:
     """Whether the kernels serve where the head is, and know what the model does to its logits."""
-    wide = head.weight.dtype == torch.float64
-    return not wide and head.rule.softcap is None and why_not(head.weight.device.type) is None
+    device, wide = head.weight.device, head.weight.dtype == torch.float64
+    looks = not _by_triton(device.type)  # at its values
+    if wide or head.rule.softcap is not None or (looks and not functional.free_to_read(device)):
+        return False
+    return why_not(device.type) is None
 
 
 def kl_sum_of(loss: Any) -> KLSum | None:

@@ -104,9 +104,10 @@ def test_a_backend_that_nobody_uses_need_not_work(settings_of):
 
 
 def test_several_processes_are_refused_where_a_sampler_works_in_one(fake_vllm, settings_of):
-    resolved = settings_of("rkl", {**STUDENT, "text.backend": "vllm"})
+    resolved = settings_of("rkl", {**STUDENT, "text.backend": "vllm-server"})
     check_processes(resolved, 1)
-    with pytest.raises(DpkdError, match="vllm works in one process only, and there are 2"):
+    check_processes(settings_of("rkl", {**STUDENT, "text.backend": "vllm"}), 2)
+    with pytest.raises(DpkdError, match="vllm-server works in one process only, and there are 2"):
         check_processes(resolved, 2)
     check_processes(settings_of("rkl", STUDENT), 2)
 
