@@ -55,13 +55,13 @@ def _block(log_p_bV: Tensor | None, log_q_bV: Tensor, targets_b: Tensor, terms: 
     if terms.likelihood:
         values_b3[:, 2] = -log_q_bV.gather(-1, at_b1).squeeze(-1)
     if log_p_bV is None:
-        gradient_bV = torch.zeros_like(q_bV)
+        gradient_bV = q_bV.mul_(terms.likelihood)
     else:
         p_bV = log_p_bV.exp()
         slope_bV = _slope(p_bV, q_bV, log_p_bV, log_q_bV, terms, values_b3)
-        gradient_bV = slope_bV.addcmul_(q_bV, slope_bV.sum(-1, keepdim=True), value=-1)
+        rest_b1 = terms.likelihood - slope_bV.sum(-1, keepdim=True)
+        gradient_bV = slope_bV.addcmul_(q_bV, rest_b1)
     if terms.likelihood:
-        gradient_bV.add_(q_bV, alpha=terms.likelihood)
         gradient_bV.scatter_add_(-1, at_b1, torch.full_like(at_b1, -terms.likelihood, dtype=gradient_bV.dtype))
     return gradient_bV
 
