@@ -52,8 +52,11 @@ def test_a_base_says_what_a_copy_of_it_says(adapted, toy, quiet):
 
 @pytest.mark.parametrize("loss", ["rkl", "dpkd"])
 def test_a_run_with_the_base_is_the_run_with_its_copy(adapted, toy, quiet, tmp_path, loss):
-    changes = {"train.steps": 3, "text.source": "dataset"} if loss == "rkl" else {"train.steps": 3}
-    if loss == "dpkd":
+    changes = {"train.steps": 3}
+    if loss == "rkl":
+        # The student begins as its teacher, where the gradient of a divergence is 0: the likelihood moves it.
+        changes |= {"text.source": "dataset", "terms.lm.weight": 1}
+    else:
         changes |= {"text.chosen": "dataset", "text.rejected": "student"}
     ends = []
     for name, teacher in (("base", {"teacher.base": True}), ("copy", {"teacher.model": str(toy / "gpt2")})):
