@@ -39,6 +39,14 @@ def torchrun(*arguments: str, port: int, timeout: float = 240, **options) -> sub
     return subprocess.CompletedProcess(launcher.args, launcher.returncode, output, errors)
 
 
+def assert_same_weights(one: Path, other: Path) -> None:
+    """The weights of two files of safetensors are the same, within what the order of sums changes."""
+    found, expected = load_file(other), load_file(one)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
 def _tokenizer():
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

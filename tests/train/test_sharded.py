@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from fake_teacher_server import FakeServer
-from safetensors.torch import load_file
-from toy_runs import torchrun
+from toy_runs import assert_same_weights, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpkd.run_metrics import read_metrics
@@ -56,10 +54,7 @@ def test_a_sharded_student_gives_what_a_whole_one_gives(loss, changes, settings_
         if not (one.path / name).exists():
             continue
         file = "model.safetensors" if name == "model" else "adapter_model.safetensors"
-        whole, sharded = (load_file(folder / name / file) for folder in (one.path, tmp_path / "two"))
-        assert whole.keys() == sharded.keys()
-        for key, value in whole.items():
-            torch.testing.assert_close(sharded[key], value, rtol=1e-4, atol=1e-5, msg=key)
+        assert_same_weights(*(folder / name / file for folder in (one.path, tmp_path / "two")))
     ours, theirs = read_metrics(tmp_path / "two" / "metrics.jsonl")[-1], read_metrics(one.metrics)[-1]
     assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
     assert ours["text/responses"] == theirs["text/responses"]
@@ -82,6 +77,4 @@ def test_a_sharded_student_chooses_the_ids_that_a_server_scores(settings_of, toy
     done = torchrun(program, *args, port=port, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     server.close()
     assert done.returncode == 0, done.stdout + done.stderr
-    whole, sharded = (load_file(folder / "model" / "model.safetensors") for folder in (one.path, tmp_path / "two"))
-    for key, value in whole.items():
-        torch.testing.assert_close(sharded[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert_same_weights(*(folder / "model" / "model.safetensors" for folder in (one.path, tmp_path / "two")))

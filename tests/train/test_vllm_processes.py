@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from toy_runs import torchrun
+from toy_runs import assert_same_weights, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dpkd.run_metrics import read_metrics
@@ -65,10 +64,7 @@ def test_engines_beside_a_sharded_student_draw_what_one_process_draws(loss, own,
     program = str(Path(__file__).with_name("train_sharded.py"))
     done = torchrun(program, *arguments, port=31000 + os.getpid() % 400, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    whole, sharded = (load_file(folder / "model" / "model.safetensors") for folder in (one.path, tmp_path / "two"))
-    assert whole.keys() == sharded.keys()
-    for key, value in whole.items():
-        torch.testing.assert_close(sharded[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert_same_weights(*(folder / "model" / "model.safetensors" for folder in (one.path, tmp_path / "two")))
     ours, theirs = read_metrics(tmp_path / "two" / "metrics.jsonl")[-1], read_metrics(one.metrics)[-1]
     assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
     assert ours["text/responses"] == theirs["text/responses"]

@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from toy_runs import torchrun
+from toy_runs import assert_same_weights, torchrun
 
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
@@ -49,13 +48,6 @@ def as_arguments(settings, loss: str, output: Path, changes: dict) -> list[str]:
     for path, value in {**fixed, "student.layers": 2, **changes}.items():
         given += ["--set", f"{path}={value}"]
     return given
-
-
-def assert_same_weights(one: Path, other: Path, atol: float = 1e-5) -> None:
-    whole, sharded = load_file(one), load_file(other)
-    assert whole.keys() == sharded.keys()
-    for key, value in whole.items():
-        torch.testing.assert_close(sharded[key], value, rtol=1e-4, atol=atol, msg=key)
 
 
 @pytest.mark.parametrize(
