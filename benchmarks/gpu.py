@@ -26,13 +26,15 @@ from gpu_decode import part_decode
 from gpu_runs import part_runs, part_small
 from gpu_tools import CUDA, DEVICE, Book, Numbers, clean, models, peak_mib, wait
 from harness import machine, markdown
-from ours import engine_step
+from ours import engine_step, usual_layout
 from shapes import sequences
 
-from dpkd.models.captured import capture
+from dpkd.models.captured import capture, release
+from dpkd.models.fused_layers import fuse_layers, unfuse_layers
 from dpkd.models.head import causal_lm
 
 COMPILER = "inductor" if CUDA else "eager"  # a CPU may have no C++ compiler; eager still traces
+IN_A_ROW = 4 if CUDA else 1  # steps between two waits
 PEAK = 989e12  # bf16 operations a second of an H100 or H200, from its data sheet
 
 
@@ -43,7 +45,10 @@ Pair = tuple[Any, Any]
 
 
 def step_variants(pair: Pair, rows: int, tiny: bool) -> dict[str, Callable[[], peers.Step]]:
-    """Name → what makes the step; all share the models, and each drops the gradients of the one before."""
+    """Name → what makes the step; all share the models, and each drops the gradients of the one before.
+
+    Ours and the backbones alone have the fused layers of a run, others the models of transformers as they are.
+    """
     vocabulary = pair[0].config.vocab_size
     many = sequences(2, (4, 8), (4, 8), vocabulary) if tiny else sequences(rows, (192, 256), (64, 256), vocabulary)
     pairs = [row._replace(prompt_ids=many[i - i % 2].prompt_ids) for i, row in enumerate(many)]
@@ -51,15 +56,19 @@ def step_variants(pair: Pair, rows: int, tiny: bool) -> dict[str, Callable[[], p
     batch = peers.Padded(*(part.to(DEVICE) for part in peers.padded(many, 16 if tiny else 512, pad)))
 
     def ours(name: str, **how: Any) -> Callable[[], peers.Step]:
-        return lambda: engine_step(name, pair, pairs if name == "dpkd" else many, bf16=True, **how)
+        return lambda: engine_step(name, _fused(pair), pairs if name == "dpkd" else many, bf16=True, **how)
+
+    def theirs(make: Callable[[Pair], peers.Step]) -> Callable[[], peers.Step]:
+        return lambda: make(_unfused(pair))
 
     first = {
-        "backbones alone": lambda: peers.backbones(pair, many, pad),
+        "backbones alone, rows padded": lambda: peers.backbones(_fused(pair), many, pad),
+        "backbones alone": lambda: _floor(pair, many, pad),
         "dpkd fkl": ours("fkl"),
         "dpkd jsd": ours("jsd"),
-        "TRL chunked, JSD": lambda: peers.trl_chunked(pair, batch, 0.5),
-        "TRL chunked, forward KL": lambda: peers.trl_chunked(pair, batch, 0.0),
-        "response only, dense, JSD": lambda: peers.dense("jsd", pair, many, pad),
+        "TRL chunked, JSD": theirs(lambda pair: peers.trl_chunked(pair, batch, 0.5)),
+        "TRL chunked, forward KL": theirs(lambda pair: peers.trl_chunked(pair, batch, 0.0)),
+        "response only, dense, JSD": theirs(lambda pair: peers.dense("jsd", pair, many, pad)),
         "dpkd akl": ours("akl"),
         "dpkd pairs": ours("dpkd"),
     }
@@ -71,12 +80,12 @@ def step_variants(pair: Pair, rows: int, tiny: bool) -> dict[str, Callable[[], p
         "dpkd jsd, chunk of 32 MiB": ours("jsd", chunk_mib=32.0, kernels=False),
         "dpkd jsd, chunk of 512 MiB": ours("jsd", chunk_mib=512.0),
         "dpkd jsd, loss compiled": ours("jsd", compiled=COMPILER, kernels=False),
-        "Liger chunked JSD": lambda: peers.liger(pair, many, pad),
-        "released shape, KL": lambda: peers.released("kl", pair, batch),
-        "TRL generalized_jsd_loss": lambda: peers.trl(pair, batch, 0.5),
+        "Liger chunked JSD": theirs(lambda pair: peers.liger(pair, many, pad)),
+        "released shape, KL": theirs(lambda pair: peers.released("kl", pair, batch)),
+        "TRL generalized_jsd_loss": theirs(lambda pair: peers.trl(pair, batch, 0.5)),
         "dpkd dpkd-token": ours("dpkd-token"),
         # Blocks stay compiled from here on.
-        "backbones alone, blocks compiled": lambda: _compiled(pair, peers.backbones(pair, many, pad)),
+        "backbones alone, blocks compiled": lambda: _compiled(pair, _floor(pair, many, pad)),
         "dpkd fkl, blocks compiled": ours("fkl"),
         "dpkd jsd, blocks compiled": ours("jsd"),
         **_with_graphs(pair, many, pad, ours),
@@ -88,10 +97,27 @@ def _with_graphs(
 ) -> dict[str, Callable[[], peers.Step]]:
     """What the passes of both backbones take as CUDA graphs, the default of a run: from the first of these on."""
     return {
-        "backbones alone, CUDA graphs": lambda: _recorded(pair, peers.backbones(pair, many, pad)),
+        "backbones alone, CUDA graphs": lambda: _recorded(pair, _floor(pair, many, pad)),
         "dpkd fkl, CUDA graphs": ours("fkl"),
         "dpkd jsd, CUDA graphs": ours("jsd"),
     }
+
+
+def _floor(pair: Pair, many: list[Any], pad: int) -> peers.Step:
+    """Both backbones, in the layout of dpkd's own step."""
+    return peers.backbones(_fused(pair), many, pad, usual_layout(DEVICE, bf16=True))
+
+
+def _fused(pair: Pair) -> Pair:
+    for model in pair:
+        fuse_layers(model)
+    return pair
+
+
+def _unfused(pair: Pair) -> Pair:
+    for model in pair:
+        unfuse_layers(model)
+    return pair
 
 
 def _compiled(pair: tuple[Any, Any], step: peers.Step) -> peers.Step:
@@ -110,19 +136,19 @@ def _recorded(pair: Pair, step: peers.Step) -> peers.Step:
 
 
 def measure_step(make: Callable[[], peers.Step], repeats: int) -> Numbers:
-    """Median milliseconds, and MiB of the allocator's peak over what was there before."""
+    """Milliseconds a step, some in a row as in a run, and MiB of the allocator's peak over what was there before."""
     step = make()
 
-    def once() -> float:
+    def once(count: int = IN_A_ROW) -> float:
         wait()
         began = time.perf_counter()
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            step()
+        for _ in range(count):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                step()
         wait()
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / count
 
-    for _ in range(3 if CUDA else 1):  # compilers and caches
-        once()
+    once(3 if CUDA else 1)  # compilers and caches
     base = 0
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -136,7 +162,7 @@ def part_step(book: Book, tiny: bool) -> None:
         part = f"step {shapes} {rows}"
         pair = models(shapes)
         for name, make in step_variants(pair, rows, tiny).items():
-            book.take(part, name, lambda make=make: measure_step(make, 1 if tiny else 8))
+            book.take(part, name, lambda make=make: measure_step(make, 1 if tiny else 5))
             pair[0].zero_grad(set_to_none=True)
         del pair
         clean()
@@ -148,8 +174,11 @@ def part_step(book: Book, tiny: bool) -> None:
 def part_mfu(book: Book, tiny: bool) -> None:
     """The share of the data sheet's arithmetic in a whole off-policy step with its update, and a profile of it."""
     for shapes in ["tiny"] if tiny else ["runs", "qwen"]:
-        pair = models(shapes)
-        for name in (shapes, f"{shapes}, CUDA graphs"):
+        pair = _fused(models(shapes))
+        for name in (shapes, f"{shapes}, CUDA graphs", f"{shapes}, compiled, CUDA graphs"):
+            if "compiled" in name:
+                release(causal_lm(pair[0])), release(causal_lm(pair[1]))
+                _compiled(pair, lambda: None)
             if name != shapes:
                 _recorded(pair, lambda: None)
             path = book.profile_path(name.replace(", ", "-").replace(" ", "-"))
@@ -208,7 +237,7 @@ def _profiled(step: Callable[[], None], path: Path, count: int) -> float:
     seconds = time.perf_counter() - began
     key = "self_device_time_total" if CUDA else "self_cpu_time_total"
     averages = seen.key_averages()
-    path.write_text(averages.table(sort_by=key, row_limit=10, max_name_column_width=80), encoding="utf-8")
+    path.write_text(averages.table(sort_by=key, row_limit=25, max_name_column_width=80), encoding="utf-8")
     if not CUDA:
         return math.nan
     kernels = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -275,7 +304,7 @@ def verdict(book: Book) -> str:
     floor = "CUDA graph of one step (floor)"
     lines.append(("decoding 32 rows, time of the graph", ratio("decode 32", "dpkd", floor, "ms"), "≤", 1.5))
     lines.append(("decoding 32 rows, tokens/s of generate", ratio("decode 32", "dpkd", "generate", "tokens"), "≥", 8.0))
-    for name in ("runs", "runs, CUDA graphs"):
+    for name in ("runs", "runs, CUDA graphs", "runs, compiled, CUDA graphs"):
         lines.append((f"MFU of an off-policy step ({name})", book.number("mfu", name, "mfu"), "≥", 0.35))
     for name in book.of("host waits in a step"):
         lines.append((f"host waits in a step of {name}", book.number("host waits in a step", name, "waits"), "≤", 0.0))

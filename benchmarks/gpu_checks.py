@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from gpu_tools import CUDA, DEVICE, Book, Numbers, models, wait
-from ours import engine_step
+from ours import engine_step, usual_layout
 from shapes import sequences
 
 
@@ -25,7 +25,11 @@ def part_check(book: Book, tiny: bool) -> None:
     }
     for name, terms in cases.items():
         book.take("kernels against float64", name, partial(kernel_errors, terms, 512 if tiny else 50257))
+    for name in ("fused", "as written"):
+        book.take("head against float64", name, partial(head_errors, name == "fused", 513 if tiny else 50257))
     pair = models("tiny" if tiny else "runs")
+    book.take("packed rows against padded ones", "student", partial(packed_gap, pair[0], tiny))
+    book.take("packed rows against padded ones", "teacher", partial(packed_gap, pair[1], tiny))
     for name in ("fkl", "jsd", "akl", "dpkd-token", "dpkd", "minillm"):
         book.take("host waits in a step", name, partial(host_waits, name, pair, tiny))
 
@@ -53,6 +57,62 @@ def kernel_errors(terms: Any, vocabulary: int) -> Numbers:
     return found
 
 
+def head_errors(fused: bool, vocabulary: int) -> Numbers:
+    """The gradients by hidden states and head of a sum of forward KL, chunk by chunk in bf16; shares of the largest."""
+    from dpkd.functional import KLSum, at_least_float32, kl
+    from dpkd.models.chunked import objective
+    from dpkd.models.fused import FusedKL
+    from dpkd.models.head import Head, LogitRule
+
+    torch.manual_seed(2)
+    hidden, head, of_teacher = (torch.randn(n, 64, device=DEVICE) / 4 for n in (200, vocabulary, vocabulary))
+    targets, rule = torch.zeros(200, dtype=torch.long, device=DEVICE), LogitRule()
+    teacher = Head(of_teacher.bfloat16(), None, rule)
+
+    @torch.no_grad()
+    def raw(rows: slice) -> tuple[torch.Tensor, float]:
+        return teacher.raw(hidden[rows].bfloat16()), 1.0
+
+    def chunk_loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        return kl(at_least_float32(raw(rows)[0]).log_softmax(-1), logits.log_softmax(-1)).sum()
+
+    kernel = FusedKL(KLSum(forward=1.0), 1.0, rule, targets, raw, lambda *_: None) if fused else None
+    leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        objective(chunk_loss, leaves[0], Head(leaves[1], None, rule), 70, fused=kernel).backward()
+    exact = [one.bfloat16().double().requires_grad_() for one in (hidden, head)]
+    log_p = (hidden.bfloat16().double() @ of_teacher.bfloat16().double().t()).log_softmax(-1)
+    log_q = (exact[0] @ exact[1].t()).log_softmax(-1)
+    (log_p.exp() * (log_p - log_q)).sum().backward()
+    gaps = [float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in zip(leaves, exact, strict=True)]
+    return dict(zip(("gradient of hidden", "gradient of head"), gaps, strict=True))
+
+
+def packed_gap(model: Any, tiny: bool) -> Numbers:
+    """Hidden states, and the gradient of a first weight, of rows without padding; shares of the largest number."""
+    from dpkd.data.batches import PLAIN, collate
+    from dpkd.models.fused_layers import fuse_layers
+    from dpkd.models.head import hidden_rows
+    from dpkd.models.layouts import why_not
+
+    fuse_layers(model)
+    usual, found = usual_layout(DEVICE, bf16=True), []
+    many = sequences(2, (4, 8), (4, 8), 512) if tiny else sequences(32, (192, 256), (64, 256), 50257)
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim == 2][:1]
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        if (reason := why_not(model, usual)) is not None:
+            raise RuntimeError(reason)
+        for layout in (PLAIN, usual):
+            batch = collate(many, pad_id=0, layout=layout).to(DEVICE)
+            with torch.set_grad_enabled(bool(weights)):
+                hidden = hidden_rows(model, batch).float()
+            direction = torch.arange(hidden.numel(), device=DEVICE).sin().view_as(hidden)
+            grads = torch.autograd.grad((hidden * direction).sum(), weights) if weights else ()
+            found.append([hidden.detach(), *grads])
+    gaps = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*found, strict=True)]
+    return dict(zip(("values", "gradient"), gaps, strict=False))
+
+
 def host_waits(name: str, pair: tuple[Any, Any], tiny: bool) -> Numbers:
     """CUDA's own count of synchronizing calls in the third step."""
     vocabulary = pair[0].config.vocab_size
@@ -71,7 +131,8 @@ def host_waits(name: str, pair: tuple[Any, Any], tiny: bool) -> Numbers:
         finally:
             if CUDA:
                 torch.cuda.set_sync_debug_mode("default")
-    waits = [one for one in said if "synchroniz" in str(one.message)]
+    # Of its own accord the mode says once that it is a prototype.
+    waits = [one for one in said if "called a synchronizing" in str(one.message)]
     for one in waits[:5]:
         print(f"  {name} waits at {one.filename}:{one.lineno}", flush=True)
     return {"waits": float(len(waits)) if CUDA else math.nan}

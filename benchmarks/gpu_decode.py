@@ -57,12 +57,16 @@ def _best(once: Callable[[], Any], warm: int = 1, repeats: int = 2) -> float:
 
 def decode_ours(model: Any, prompts: list[list[int]], new: int, decoding: Any) -> float:
     from dpkd.api.sources import SamplingSettings
+    from dpkd.models.fused_layers import fuse_layers, unfuse_layers
     from dpkd.rollout.sampling import Decoder
 
+    fuse_layers(model)  # as a run and `dpkd sample` do
     eos = model.config.vocab_size - 1
     decoder = Decoder(model, eos_ids=frozenset({eos}), pad_id=eos, vocabulary=None, decoding=decoding)
     settings = SamplingSettings(max_new_tokens=new, batch_size=len(prompts))
-    return _best(lambda: decoder.draw(prompts, settings, seeds=list(range(len(prompts)))))
+    seconds = _best(lambda: decoder.draw(prompts, settings, seeds=list(range(len(prompts)))))
+    unfuse_layers(model)
+    return seconds
 
 
 @torch.no_grad()

@@ -192,8 +192,8 @@ def run_trl(kind: str, pair: Any, rows: list[dict[str, str]], size: Size) -> Num
 
 def part_runs(book: Book, tiny: bool) -> None:
     size: Size = {"batch": 2, "steps": 3, "warm": 1, "sampled": 4, "length": 32} if tiny else {}
-    size = size or {"batch": 32, "steps": 14, "warm": 4, "sampled": 128, "length": 512}
-    slow = size if tiny else size | {"steps": 6, "warm": 2}
+    size = size or {"batch": 32, "steps": 24, "warm": 8, "sampled": 128, "length": 512}
+    slow = size if tiny else size | {"steps": 8, "warm": 3}
     rows = rows_of_text(size["batch"] * size["steps"], tiny)
     few = rows[: slow["batch"] * slow["steps"]]
     pair = models("tiny" if tiny else "runs")
@@ -204,6 +204,7 @@ def part_runs(book: Book, tiny: bool) -> None:
     runs: dict[str, Callable[[], Numbers]] = {
         # TRL's trainers wrap the models that they are given: ours come first, and compiled layers after all others.
         "dpkd jsd, off-policy": lambda: run_ours("jsd", pair, rows, size),
+        "dpkd jsd, off-policy, rows padded": lambda: run_ours("jsd", pair, rows, size, **{"batch.packing": "off"}),
         "dpkd jsd, on-policy": lambda: run_ours("jsd", pair, few, slow, **student),
         "dpkd pairs": lambda: run_ours("dpkd", pair, rows, size, **pairs),
         "dpkd minillm": lambda: run_ours("minillm", pair, few, slow, **rollouts),

@@ -10,7 +10,7 @@ import torch
 
 from dpkd.api import Family, LossSpec, Response, Rollout, TeacherAccess, Text
 from dpkd.api.teachers import Teacher, TeacherOutput, Wants
-from dpkd.data.batches import Layout, TokenSequence, collate
+from dpkd.data.batches import PLAIN, Layout, TokenSequence, collate
 from dpkd.models.chunked import token_logps
 from dpkd.models.head import head_of, hidden_rows
 from dpkd.plugins import load_registry
@@ -20,7 +20,7 @@ from dpkd.train.loss_module import LossModule
 from dpkd.train.microbatch import MicroBatcher, PromptGroup, StepBatch, Term
 from dpkd.train.train_step import TrainStep
 
-__all__ = ["engine_step"]
+__all__ = ["engine_step", "usual_layout"]
 
 
 class _NoUpdate:
@@ -87,6 +87,11 @@ def _tokens(groups: Sequence[PromptGroup]) -> int:
     return sum(len(s.response_ids) - (not s.prompt_ids) for group in groups for s in group.sequences)
 
 
+def usual_layout(device: torch.device, *, bf16: bool) -> Layout:
+    """What a run has by default: packed rows where PyTorch's attention takes them."""
+    return Layout(packed=bf16, columns=8) if device.type == "cuda" else PLAIN
+
+
 def engine_step(
     name: str,
     models: tuple[torch.nn.Module, torch.nn.Module],
@@ -135,7 +140,9 @@ def engine_step(
         )
     AcceleratorState._reset_state()  # it keeps the precision of the first
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
-    micro_batcher = MicroBatcher(len(sequences), vocabulary - 1, layout=Layout(shared=shared), device=device)
+    usual = usual_layout(device, bf16=bf16)
+    layouts = (usual, usual._replace(packed=False, shared=True)) if shared else (usual,)
+    micro_batcher = MicroBatcher(len(sequences), vocabulary - 1, layouts=layouts, device=device)
     train_step = TrainStep(
         accelerator=accelerator,
         loss_module=loss_module,

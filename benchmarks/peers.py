@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpkd.data.batches import Batch, TokenSequence, collate
+from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate
 from dpkd.models.head import head_of, hidden_rows
 
 __all__ = ["Padded", "backbones", "dense", "full_pairs", "liger", "padded", "released", "trl", "trl_chunked"]
@@ -43,8 +43,8 @@ def padded(sequences: Sequence[TokenSequence], length: int, pad_id: int) -> Padd
     return Padded(ids, mask, response)
 
 
-def _collated(sequences: Sequence[TokenSequence], pad_id: int, models: Models) -> Batch:
-    return collate(sequences, pad_id=pad_id).to(next(models[0].parameters()).device)
+def _collated(sequences: Sequence[TokenSequence], pad_id: int, models: Models, layout: Layout = PLAIN) -> Batch:
+    return collate(sequences, pad_id=pad_id, layout=layout).to(next(models[0].parameters()).device)
 
 
 def _logits(models: Models, batch: Padded) -> tuple[Tensor, Tensor]:
@@ -187,9 +187,9 @@ def dense(kind: str, models: Models, sequences: Sequence[TokenSequence], pad_id:
     return step
 
 
-def backbones(models: Models, sequences: Sequence[TokenSequence], pad_id: int) -> Step:
+def backbones(models: Models, sequences: Sequence[TokenSequence], pad_id: int, layout: Layout = PLAIN) -> Step:
     """No head and no loss: the floor."""
-    batch = _collated(sequences, pad_id, models)
+    batch = _collated(sequences, pad_id, models, layout)
 
     def step() -> None:
         student, teacher = models

@@ -199,7 +199,9 @@ class BatchSettings(Block):
         True, description="place the responses of a pair after one copy of their prompt, if the models support it"
     )
     packing: Literal["auto", "on", "off"] = Field(
-        "auto", description="the sequences of a forward pass in one row, without padding; auto: with flash attention"
+        "auto",
+        description="the sequences of a forward pass in one row, without padding; auto: on a GPU in half precision, and "
+        "with flash attention",
     )
     probe: bool = Field(
         False, description="run the longest forward and backward pass first, to detect out-of-memory errors immediately"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +102,8 @@ class Batch:
     input_ids, attention_mask, position_ids  [R, T]
     spans      [2, R, T] which prompt a token belongs to, and which of its responses (0: the prompt itself);
                None where each row is one sequence
+    ends       where the sequences of a packed row begin and end: 0, ascending, T as often as places are left; padding
+               makes sequences of its own. None where rows are not packed, or sequences share a prompt
     rows       [N] flat index (r · T + t) of the hidden state that predicts each response token
     targets    [N] that token
     sequence   [N] the sequence that it belongs to, ascending
@@ -113,6 +115,7 @@ class Batch:
     attention_mask: Tensor
     position_ids: Tensor
     spans: Tensor | None
+    ends: Tensor | None
     rows: Tensor
     targets: Tensor
     sequence: Tensor
@@ -123,6 +126,11 @@ class Batch:
     def longest_response(self) -> int:
         """The largest of `lengths`, known without asking the device."""
         return max((len(response) - (not prompt) for prompt, response in self.sequences), default=0)
+
+    @property
+    def longest_sequence(self) -> int:
+        """At least the tokens of the longest sequence: the next power of two, which hardly ever changes."""
+        return _longest(self.sequences)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -191,6 +199,7 @@ def collate(sequences: Sequence[TokenSequence], *, pad_id: int, layout: Layout =
         attention_mask,
         position_ids,
         spans if len(widths) < len(sequences) else None,
+        ends=_ends(sequences, longest) if layout.packed and all(place.branch == 1 for place in places) else None,
         rows=found.rows[order],
         targets=found.targets[order],
         sequence=sequence,
@@ -214,6 +223,20 @@ def _places(sequences: Sequence[TokenSequence], layout: Layout) -> tuple[list[_P
             at += len(sequences[b].response_ids)
         widths[-1] = at
     return [places[b] for b in range(len(sequences))], widths
+
+
+def _longest(sequences: Sequence[TokenSequence]) -> int:
+    most = max((len(prompt) + len(response) for prompt, response in sequences), default=0)
+    return max(16, 1 << (most - 1).bit_length())
+
+
+def _ends(sequences: Sequence[TokenSequence], width: int) -> Tensor:
+    """`Batch.ends` of a row of `width` tokens; as many for every batch of so many sequences."""
+    longest = _longest(sequences)
+    ends = [0, *accumulate(len(prompt) + len(response) for prompt, response in sequences)]
+    ends += range(ends[-1] + longest, width, longest)  # padding is at most an eighth of the row (`padded`)
+    spare = padded(len(sequences) + len(sequences) // 8 + 3, 8) - len(ends)
+    return torch.tensor(ends + [width] * max(1, spare), dtype=torch.int32)
 
 
 def _trees(sequences: Sequence[TokenSequence]) -> list[list[int]]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpkd import functional
@@ -18,8 +20,11 @@ from dpkd import functional
 if TYPE_CHECKING:
     from dpkd.data.batches import Batch
 
-# Attention over sequences of different length without padding.
-VARLEN = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+# Attention over sequences of different length without padding, by packages of their own.
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+# Where PyTorch has a kernel for that itself.
+KERNEL_ON = ("cuda",)
 
 
 def visible(spans: Tensor) -> Tensor:
@@ -41,8 +46,9 @@ def implementation(model: nn.Module) -> str:
     return str(model.config._attn_implementation)  # type: ignore[union-attr]
 
 
-# transformers' name for its sdpa attention where nobody makes a mask for it.
+# The names in transformers of attention of our own, which take the place of its sdpa attention inside `attending`.
 CAUSAL = "dpkd_causal"
+PACKED = "dpkd_packed"
 
 
 def windowed(config: Any) -> bool:
@@ -54,33 +60,108 @@ def windowed(config: Any) -> bool:
 
 
 @contextmanager
-def causal_alone(lm: Any, batch: Batch) -> Iterator[bool]:
-    """Whether attention inside the block is causal and takes no mask; nothing changes where it must take one.
+def attending(lm: Any, batch: Batch) -> Iterator[Any]:
+    """The mask that the model's attention takes inside the block, where it may be one that is faster than its own.
 
-    In rows of one sequence, padded on the right as `collate` does, what is read sees no padding: it comes later.
-    Without a mask attention has its fastest kernel, and nobody looks whether one is needed, for which on a GPU the host
-    would wait.
+    Without padding (`Batch.ends`) it goes from sequence to sequence. In rows of one sequence, padded on the right as
+    `collate` does, what is read sees no padding: it comes later. On a GPU attention is then causal without a mask, has
+    its fastest kernel, and nobody looks whether a mask is needed, for which the host would wait.
     """
-    may = (
-        batch.spans is None
-        and implementation(lm) == "sdpa"
-        and not functional.free_to_read(batch.input_ids.device)
+    name, mask = _faster(lm, batch)
+    if name is None:
+        yield attention_mask(lm, batch)
+        return
+    lm.config._attn_implementation = name
+    try:
+        yield mask
+    finally:
+        lm.config._attn_implementation = "sdpa"
+
+
+def _faster(lm: Any, batch: Batch) -> tuple[str | None, Any]:
+    """The attention that takes the place of a model's own for a batch, with its mask; None: its own."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if batch.ends is not None and implementation(lm) not in FLASH and reads_packed_rows(lm):
+        AttentionInterface.register(PACKED, attend_packed)
+        return PACKED, batch.ends.expand(1, 1, batch.longest_sequence, -1)
+    plain = batch.spans is None and not functional.free_to_read(batch.input_ids.device)
+    if plain and _sees_all_before(lm):
+        AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+        return CAUSAL, None
+    return None, None
+
+
+def _sees_all_before(lm: Any) -> bool:
+    """Whether all layers have sdpa attention, to all earlier tokens, at the positions that they are given."""
+    return (
+        implementation(lm) == "sdpa"
         and "position_ids" in signature(lm.base_model.forward).parameters
         and not getattr(lm.config, "alibi", False)
         and not windowed(lm.config.get_text_config())
     )
-    if not may:
-        yield False
-        return
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-    lm.config._attn_implementation = CAUSAL
-    try:
-        yield True
-    finally:
-        lm.config._attn_implementation = "sdpa"
+
+def computes_in(model: nn.Module) -> torch.dtype:
+    """The type of a model's products here and now: that of autocast, or of its weights."""
+    weight = next(model.parameters())
+    return _product_dtype(weight)
+
+
+def _product_dtype(of: Tensor) -> torch.dtype:
+    kind = of.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else of.dtype
+
+
+def reads_packed_rows(lm: Any) -> bool:
+    """Whether attention goes from sequence to sequence of a row; on a GPU that of PyTorch does in half precision."""
+    if implementation(lm) in FLASH:
+        return True
+    kind = next(lm.parameters()).device.type
+    half = computes_in(lm) in (torch.bfloat16, torch.float16)
+    fits = half if kind in KERNEL_ON else kind == "cpu"
+    return fits and _sees_all_before(lm)
+
+
+def attend_packed(
+    module: nn.Module,
+    query_1HTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    ends_11LS: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of one row, as transformers calls it: `[1, T, H, D]`.
+
+    H heads of queries, K of keys and values, D numbers each; `ends_11LS` has `Batch.ends` in its last dimension, and
+    as many copies of them as the longest sequence may have tokens: a graph or compiled code is made for that number.
+    """
+    ends_S, longest = ends_11LS[0, 0, 0], ends_11LS.shape[2]
+    dtype = _product_dtype(query_1HTD)
+    query, key, value = (one.squeeze(0).transpose(0, 1).to(dtype) for one in (query_1HTD, key_1KTD, value_1KTD))
+    if query.device.type in KERNEL_ON:
+        attention = torch.ops.aten._flash_attention_forward
+        found = attention(query, key, value, ends_S, ends_S, longest, longest, dropout, True, False, scale=scaling)[0]
+    else:
+        found = _one_by_one(query, key, value, ends_S.tolist(), scaling, dropout)
+    return found.unsqueeze(0), None
+
+
+def _one_by_one(
+    query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, ends: list[int], scaling: float | None, dropout: float
+) -> Tensor:
+    """The same, one sequence after another."""
+    parts = []
+    for begin, end in pairwise(ends):
+        query, key, value = (one[begin:end].transpose(0, 1).unsqueeze(0) for one in (query_THD, key_TKD, value_TKD))
+        part = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        parts.append(part.squeeze(0).transpose(0, 1))
+    return torch.cat(parts)
 
 
 def attention_mask(lm: nn.Module, batch: Batch) -> Any:
@@ -93,7 +174,7 @@ def attention_mask(lm: nn.Module, batch: Batch) -> Any:
     if batch.spans is None:
         return batch.attention_mask
     kind = implementation(lm)
-    if kind in VARLEN:
+    if kind in FLASH:
         return None
     if kind == "flex_attention":
         return _block_mask(batch.spans)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dpkd import functional
 from dpkd.functional import gather_logps, log_softmax
-from dpkd.models.head import Head, LogitRule
+from dpkd.models.head import Head, LogitRule, aligned_rows
 
 # Called once per chunk with the student's logits [n, V] and the slice of rows; returns a weighted sum to minimise.
 ChunkLoss = Callable[[Tensor, slice], Tensor]
@@ -34,6 +35,9 @@ CPU_MIB = 32.0
 # On a GPU at most so much, and of the memory that is free: an elementwise kernel on 128 MiB takes some 60 microseconds,
 # many times its launch, and a loss as written holds about ten such tensors at its peak.
 GPU_MIB, GPU_SHARE = 128.0, 1 / 64
+# A fused loss holds the logits of both models and nothing else, in half precision as much as one tensor in float32;
+# each chunk costs a pass over the gradient of the head.
+FUSED_MIB = 512.0
 # On a CPU: a block of logits and what is computed from it stay in a core's cache. Two times as much is as fast, eight
 # times is not.
 BLOCK_BYTES = 2 * 2**20
@@ -41,24 +45,28 @@ LARGE = 100_000  # a vocabulary from which the gradient of the head weighs more 
 FEWEST, FEWEST_OF_LARGE = 32, 128  # rows below which the matrix products suffer
 
 
-def chunk_rows(vocabulary: int, mib: float | Literal["auto"] = "auto", device: torch.device | str = "cpu") -> int:
+def chunk_rows(
+    vocabulary: int, mib: float | Literal["auto"] = "auto", device: torch.device | str = "cpu", *, fused: bool = False
+) -> int:
     """Rows of float32 logits that fit the budget in MiB, or what suits the device; never so few that products suffer.
+
+    For a `fused` loss a device decides differently: see FUSED_MIB.
 
     >>> chunk_rows(49152, 32.0), chunk_rows(49152), chunk_rows(151936)
     (170, 170, 128)
     """
     fewest = FEWEST
     if mib == "auto":
-        mib = _auto_mib(torch.device(device))
+        mib = _auto_mib(torch.device(device), FUSED_MIB if fused else GPU_MIB)
         fewest = FEWEST_OF_LARGE if vocabulary > LARGE else FEWEST
     return max(fewest, int(mib * 2**20 / (4 * vocabulary)))
 
 
-def _auto_mib(device: torch.device) -> float:
+def _auto_mib(device: torch.device, most: float) -> float:
     if device.type != "cuda":
         return CPU_MIB
     free, _ = torch.cuda.mem_get_info(device)
-    return max(CPU_MIB, min(GPU_MIB, GPU_SHARE * free / 2**20))
+    return max(CPU_MIB, min(most, GPU_SHARE * free / 2**20))
 
 
 def chunks(rows: int, size: int, starts: Sequence[int] | None = None) -> Iterator[slice]:
@@ -105,6 +113,19 @@ def _wide(raw_NV: Tensor) -> Tensor:
     return raw_NV if raw_NV.dtype == torch.float64 else raw_NV.float()
 
 
+@cache
+def adds_wide(kind: str, dtype: torch.dtype) -> bool:
+    """Whether a product of a narrow type adds to a float32 matrix in one operation on a kind of device: it is tried."""
+    if kind != "cuda":
+        return False
+    try:
+        ones, found = torch.ones(16, 16, dtype=dtype, device=kind), torch.ones(16, 16, device=kind)
+        torch.addmm(found, ones.t(), ones, out_dtype=torch.float32, out=found)
+    except Exception:  # of a PyTorch that has no such product: it is added in a second operation
+        return False
+    return bool((found == 17.0).all())
+
+
 class _HeadGradient:
     """Gradients of hidden states, head weight and bias, gathered chunk by chunk."""
 
@@ -116,12 +137,17 @@ class _HeadGradient:
         self.bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
 
     def add(self, rows: slice, hidden_nH: Tensor, grad_nV: Tensor) -> None:
-        narrow_nV = grad_nV.to(self.head.weight.dtype)
+        dtype = self.head.weight.dtype
+        narrow_nV = grad_nV
+        if grad_nV.dtype != dtype:
+            narrow_nV = aligned_rows(hidden_nH, grad_nV.shape[1]).copy_(grad_nV)
         if self.hidden is not None:
             self.hidden[rows] = narrow_nV @ self.head.weight
         if self.weight is not None:
             if self.weight.dtype == narrow_nV.dtype:
                 self.weight.addmm_(narrow_nV.t(), hidden_nH)
+            elif adds_wide(narrow_nV.device.type, dtype):
+                torch.addmm(self.weight, narrow_nV.t(), hidden_nH, out_dtype=self.weight.dtype, out=self.weight)
             else:
                 self.weight.add_(narrow_nV.t() @ hidden_nH)
         if self.bias is not None:

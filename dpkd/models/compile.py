@@ -6,7 +6,7 @@ Nothing here ends a run: what does not compile, or gives other numbers, runs as 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -85,20 +85,22 @@ def weights_passed(student: nn.Module, teacher: nn.Module | None) -> int:
     return 6 * counts[0] + 2 * sum(counts[1:])
 
 
-def compile_checked(model: nn.Module, autocast: Context = nullcontext, layout: Layout = PLAIN) -> str | None:
+def compile_checked(
+    model: nn.Module, autocast: Context = nullcontext, layouts: Sequence[Layout] = (PLAIN,)
+) -> str | None:
     """Compile the layers, and compare a forward and backward pass with the model as it was; why not, or None.
 
-    The pass is what a training step does, under its `autocast` and with rows of its `layout`: what is compiled for the
+    The pass is what a training step does, under its `autocast` and with rows of its `layouts`: what is compiled for the
     comparison is the code of the run.
     """
     try:
-        expected, again = (_probe(model, autocast, layout) for _ in range(2))
+        expected, again = (_probe(model, autocast, layouts) for _ in range(2))
         dropout = _largest_gap(again, expected) > 0.01
         with evaluating(model) if dropout else nullcontext(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler, about itself
-            expected = _probe(model, autocast, layout)
+            expected = _probe(model, autocast, layouts)
             reason = None if compile_blocks(model) else "it has no repeated layers"
-            gap = _largest_gap(_probe(model, autocast, layout), expected)
+            gap = _largest_gap(_probe(model, autocast, layouts), expected)
         if reason is None and gap > 0.1:
             reason = f"its numbers change (by {gap:.2g})"
     except Exception as error:
@@ -148,14 +150,17 @@ def _largest_gap(now: list[Tensor], before: list[Tensor]) -> float:
     )
 
 
-def _probe(model: nn.Module, autocast: Context, layout: Layout) -> list[Tensor]:
-    """Hidden states of a few ids, and where weights are trained the gradient of one of them.
+def _probe(model: nn.Module, autocast: Context, layouts: Sequence[Layout]) -> list[Tensor]:
+    """For each layout hidden states of a few ids, and where weights are trained the gradient of one of them.
 
     It is that of a product with fixed numbers: after a norm, the sum of squares is constant and its gradient noise.
     """
     weights = [p for block in repeated_blocks(model) for p in block.parameters() if p.requires_grad and p.ndim == 2][:1]
-    with torch.set_grad_enabled(bool(weights)), autocast():
-        hidden = hidden_rows(model, probe_batch(model, layout)).float()
-    direction = torch.arange(hidden.numel(), device=hidden.device).sin().view_as(hidden)
-    grads = torch.autograd.grad((hidden * direction).sum(), weights) if weights else ()
-    return [hidden.detach(), *(g.float() for g in grads)]
+    found = []
+    for layout in layouts:
+        with torch.set_grad_enabled(bool(weights)), autocast():
+            hidden = hidden_rows(model, probe_batch(model, layout)).float()
+        direction = torch.arange(hidden.numel(), device=hidden.device).sin().view_as(hidden)
+        grads = torch.autograd.grad((hidden * direction).sum(), weights) if weights else ()
+        found += [hidden.detach(), *(g.float() for g in grads)]
+    return found

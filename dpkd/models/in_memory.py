@@ -18,6 +18,7 @@ import torch
 from dpkd.data.memory import refuse_memory
 from dpkd.errors import DpkdError
 from dpkd.models.fingerprint import fingerprint_of, memory_fingerprint
+from dpkd.models.fused_layers import fuse_layers, unfuse_layers
 from dpkd.models.loading import DTYPES, config_of, load_model, load_tokenizer, usable_tokenizer
 from dpkd.models.settings import ModelSettings
 
@@ -79,7 +80,9 @@ class InMemory:
         one = self._model(settings)
         if one is None:
             return load_model(settings, device=device, dtype=dtype)
-        return _placed(one.model, getattr(settings, "device", None), device).eval()
+        placed = _placed(one.model, getattr(settings, "device", None), device).eval()
+        fuse_layers(placed)
+        return placed
 
     def load_copy(self, settings: ModelSettings, *, device: torch.device | str, dtype: torch.dtype | None) -> Any:
         """As `load`, for a model that will be changed: one in memory is copied, and parameters take the type."""
@@ -91,7 +94,8 @@ class InMemory:
         for parameter in own.parameters() if wanted is not None else ():
             # Buffers keep their type: rotary frequencies are float32 in every model.
             parameter.data = parameter.data.to(wanted)
-        return own.to(device).eval()
+        fuse_layers(own.to(device).eval())
+        return own
 
     def fingerprint(self, settings: ModelSettings) -> str:
         """Who the model is: a hash that changes when its weights do."""
@@ -115,7 +119,7 @@ class InMemory:
 
     @contextmanager
     def left_alone(self) -> Iterator[None]:
-        """Modes and gradient flags of the models are, after the block, as they were before it."""
+        """Modes, gradient flags and classes of the models are, after the block, as they were before it."""
         modules = [module for one in self.models.values() for module in one.model.modules()]
         parameters = [parameter for one in self.models.values() for parameter in one.model.parameters()]
         modes, flags = [m.training for m in modules], [p.requires_grad for p in parameters]
@@ -126,6 +130,8 @@ class InMemory:
                 module.training = mode
             for parameter, flag in zip(parameters, flags, strict=True):
                 parameter.requires_grad_(flag)
+            for one in self.models.values():
+                unfuse_layers(one.model)
 
     def _model(self, settings: ModelSettings) -> InMemoryModel | None:
         return self.models.get(settings.model or "")

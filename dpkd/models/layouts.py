@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dpkd.data.batches import PLAIN, Batch, Layout, TokenSequence, collate
-from dpkd.models.attention import VARLEN, implementation, windowed
+from dpkd.models.attention import FLASH, computes_in, implementation, windowed
 from dpkd.models.head import causal_lm, evaluating, hidden_rows
 
 
@@ -25,16 +25,19 @@ def why_not(model: nn.Module, layout: Layout) -> str | None:
     """Why a model cannot run a layout, or None: known limits first, then a probe against separate rows."""
     lm = causal_lm(model)
     kind = implementation(lm)
-    if kind not in ("sdpa", "eager", "flex_attention") and not (kind in VARLEN and not layout.shared):
+    if kind not in ("sdpa", "eager", "flex_attention") and not (kind in FLASH and not layout.shared):
         return f"its attention ({kind}) does not support this mask"
     if "position_ids" not in signature(lm.base_model.forward).parameters:
         return "it computes positions by itself"
     if windowed(lm.config.get_text_config()):
         return "some of its layers do not attend to all earlier tokens"
-    if kind in VARLEN:  # only half precision on a GPU: the probe would tell nothing
+    if kind in FLASH:  # only half precision on a GPU: the probe would tell nothing
         return None
-    with evaluating(model):  # dropout would differ
-        apart, together = (hidden_rows(model, probe_batch(model, one)).float() for one in (PLAIN, layout))
-    tolerance = 1e-3 if next(lm.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+    try:
+        with evaluating(model):  # dropout would differ
+            apart, together = (hidden_rows(model, probe_batch(model, one)).float() for one in (PLAIN, layout))
+    except Exception as error:  # of an attention that lacks a kernel for this model
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    tolerance = 1e-3 if computes_in(lm) in (torch.float32, torch.float64) else 0.1
     gap = float((apart - together).abs().max() / apart.abs().max().clamp(min=1e-6))
     return None if gap < tolerance else f"its hidden states change (by {gap:.2g})"

@@ -14,6 +14,7 @@ from torch import nn
 
 from dpkd.errors import DpkdError, described
 from dpkd.models.device import out_of_memory
+from dpkd.models.fused_layers import fuse_layers
 from dpkd.models.head import causal_lm
 from dpkd.models.locate import explained, is_gguf, location, refuse_pickles
 from dpkd.models.quantization import (
@@ -84,7 +85,9 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
         elif packed is not None:
             _try_out(model)
     _refuse_random_weights(settings.model, report)
-    return (model if packed is not None else model.to(device)).eval()
+    placed = (model if packed is not None else model.to(device)).eval()
+    fuse_layers(placed)
+    return placed
 
 
 @torch.no_grad()

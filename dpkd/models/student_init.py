@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dpkd.errors import DpkdError
+from dpkd.models.fused_layers import fuse_layers
 from dpkd.models.in_memory import InMemory
 from dpkd.models.loading import DTYPES, new_model
 from dpkd.models.settings import StudentSettings
@@ -53,6 +54,7 @@ def make_student(
             _copy_weights(teacher, student, _kept(settings, teacher.config))
             student.generation_config = deepcopy(teacher.generation_config)
         student = student.to(device)
+        fuse_layers(student)
     if settings.dropout == "off":
         switch_dropout_off(student)
     return student
@@ -147,7 +149,7 @@ def _copy_weights(teacher: nn.Module, student: nn.Module, kept: list[int]) -> No
 # What selective recomputation keeps: the results of matrix products and attention, which cost the most to make again.
 _KEPT = (
     *("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
-    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu", "_flash_attention_forward"),
 )
 
 

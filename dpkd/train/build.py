@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +24,18 @@ from dpkd.data.batches import Layout
 from dpkd.data.corpus import read_corpus
 from dpkd.data.encode import check_ids
 from dpkd.errors import DpkdError
-from dpkd.models.attention import VARLEN, implementation
+from dpkd.models.attention import FLASH, implementation, reads_packed_rows
 from dpkd.models.captured import capture
-from dpkd.models.compile import WORTH_STEPS, WORTH_WEIGHTS, code_of, compile_checked, compile_loss, undo, weights_passed
+from dpkd.models.compile import (
+    WORTH_STEPS,
+    WORTH_WEIGHTS,
+    Context,
+    code_of,
+    compile_checked,
+    compile_loss,
+    undo,
+    weights_passed,
+)
 from dpkd.models.device import teacher_dtype
 from dpkd.models.fused import kl_sum_of
 from dpkd.models.fused import why_not as why_not_fused
@@ -107,11 +117,12 @@ def assemble(
     with timings("models"):
         models = _Models(resolved, accelerator, run_data, display)
     check_ids(run_data.data.prompts, causal_lm(models.student).get_input_embeddings().weight.shape[0], "the student")
-    layout = models.layout(settings.batch)  # while the student is whole: it may be sharded below
+    # While the student is whole: it may be sharded below.
+    layouts = models.layouts(settings.batch, accelerator.autocast)
     losses = _losses(resolved)
     whole = _loss_module(resolved, run_data, models, losses).to(accelerator.device)
     with timings("compile"):
-        _compile(resolved, models, losses, run_data.steps, accelerator, display)
+        _compile(resolved, models, losses, run_data.steps, layouts, accelerator, display)
     with timings("optimizer"):
         optimizer = make_optimizer(whole, settings.train)
         if settings.train.ema is not None:
@@ -131,7 +142,7 @@ def assemble(
         teacher=models.teacher,
         reference=models.reference,
         autocast_teacher=models.autocasts,
-        micro_batcher=_micro_batcher(settings, run_data, layout, accelerator),
+        micro_batcher=_micro_batcher(settings, run_data, layouts, accelerator),
         clip=settings.train.clip,
         zero=zero,
         timings=timings,
@@ -157,7 +168,7 @@ def assemble(
         builder=StepBatchBuilder(groups, settings.terms, lm_reads, run_data.data.prompts, corpus),
         schedules=Schedules(losses, {objective.name: objective.schedules for objective in resolved.objectives}),
         rollouts=rollouts,
-        facts=_facts(resolved, run_data, models, corpus, layout),
+        facts=_facts(resolved, run_data, models, corpus, layouts),
     )
 
 
@@ -180,13 +191,15 @@ def _loss_module(resolved: Resolved, run_data: RunData, models: _Models, losses:
     )
 
 
-def _micro_batcher(settings: RunSettings, run_data: RunData, layout: Layout, accelerator: Accelerator) -> MicroBatcher:
+def _micro_batcher(
+    settings: RunSettings, run_data: RunData, layouts: tuple[Layout, ...], accelerator: Accelerator
+) -> MicroBatcher:
     other = None if run_data.teacher is None else run_data.teacher.tokenizer
     return MicroBatcher(
         settings.train.micro_batch_size,
         run_data.tokenizer.pad_token_id,
         settings.batch.tokens,
-        layout,
+        layouts,
         accelerator.process_index,
         accelerator.num_processes,
         accelerator.device,
@@ -195,7 +208,7 @@ def _micro_batcher(settings: RunSettings, run_data: RunData, layout: Layout, acc
 
 
 def _facts(
-    resolved: Resolved, run_data: RunData, models: _Models, corpus: CorpusBatches | None, layout: Layout
+    resolved: Resolved, run_data: RunData, models: _Models, corpus: CorpusBatches | None, layouts: tuple[Layout, ...]
 ) -> dict[str, Any]:
     """What run.json says of data and models."""
     in_memory, teacher = resolved.in_memory, None if models.teacher is None else models.teacher.model
@@ -206,7 +219,7 @@ def _facts(
         "corpus": None if corpus is None else corpus.blocks.facts(),
         "models": _fingerprints(resolved, run_data),
         "vocabulary": models.vocabulary,
-        "layout": layout._asdict(),
+        "layouts": [layout._asdict() for layout in layouts],
         **({"in_memory": in_memory.described()} if in_memory.models or in_memory.data else {}),
         "parameters": parameters | ({} if teacher is None else {"teacher": _count(teacher)}),
     }
@@ -277,29 +290,50 @@ class _Models:
             if model is not None:
                 capture(causal_lm(model), display.say)
 
-    def layout(self, batch: BatchSettings) -> Layout:
-        """How sequences may become rows: what was asked for, as far as all models allow.
+    def layouts(self, batch: BatchSettings, autocast: Context) -> tuple[Layout, ...]:
+        """How sequences may become rows: what was asked for, as far as all models allow; the usual layout first.
 
         Raises DpkdError when packing was asked for by name and a model cannot.
         """
         # A teacher with another tokenizer reads rows of its own.
         teacher = self.teacher.model if self.teacher is not None and self.teacher.measurable else None
-        models = {"student": self.student, **({} if teacher is None else {"teacher": teacher})}
-        flash = all(implementation(causal_lm(model)) in VARLEN for model in models.values())
-        packed = batch.packing == "on" or (batch.packing == "auto" and flash)
-        if packed:
-            for who, model in models.items():
-                if (reason := why_not(model, Layout(packed=True))) is not None:
-                    raise DpkdError(f"batch.packing: the {who} cannot read packed rows: {reason}. Leave it at auto.")
+        models = {"student": (self.student, autocast)}
+        if teacher is not None:
+            models["teacher"] = (teacher, autocast if self.autocasts else nullcontext)
         on_gpu = next(self.student.parameters()).device.type == "cuda"
-        wanted = Layout(batch.shared_prompts, packed, ALIGNED if on_gpu and not packed else 1)
-        if wanted.shared and any(why_not(model, wanted) is not None for model in models.values()):
-            return wanted._replace(shared=False)
-        return wanted
+        by_package = any(implementation(causal_lm(model)) in FLASH for model, _ in models.values())
+        quick = all(_under(context, reads_packed_rows, causal_lm(model)) for model, context in models.values())
+        packed = batch.packing == "on" or (batch.packing == "auto" and quick and (on_gpu or by_package))
+        columns = ALIGNED if on_gpu and not by_package else 1
+        usual = Layout(packed=packed, columns=columns)
+        if packed:
+            for who, (model, context) in models.items():
+                if (reason := _under(context, why_not, model, usual)) is None:
+                    continue
+                if batch.packing == "on":
+                    raise DpkdError(f"batch.packing: the {who} cannot read packed rows: {reason}. Leave it at auto.")
+                usual, packed = usual._replace(packed=False), False
+        # Attention that goes from sequence to sequence has no mask, with which alone they can share a prompt.
+        sharing = usual._replace(shared=True, packed=packed and not quick)
+        if not batch.shared_prompts or any(_under(c, why_not, m, sharing) is not None for m, c in models.values()):
+            return (usual,)
+        return usual, sharing
+
+
+def _under(context: Context, call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call gives inside a context."""
+    with context():
+        return call(*arguments)
 
 
 def _compile(
-    resolved: Resolved, models: _Models, losses: dict[str, Any], steps: int, accelerator: Accelerator, display: Display
+    resolved: Resolved,
+    models: _Models,
+    losses: dict[str, Any],
+    steps: int,
+    layouts: tuple[Layout, ...],
+    accelerator: Accelerator,
+    display: Display,
 ) -> None:
     """Compile the layers of both models, and losses that no kernel computes, where that is asked for or pays."""
     choice, in_memory, device = resolved.settings.train.compile, resolved.in_memory, accelerator.device
@@ -313,11 +347,11 @@ def _compile(
     several = any(
         o.spec.family is Family.PAIR or o.text.student_sampling.num_generations > 1 for o in resolved.objectives
     )
-    layout = models.layout(resolved.settings.batch)
-    layout = layout._replace(shared=layout.shared and several)
-    reasons = {"the student's layers": compile_checked(models.student, accelerator.autocast, layout)}
+    used = [layout for layout in layouts if several or not layout.shared]
+    reasons = {"the student's layers": compile_checked(models.student, accelerator.autocast, used)}
     if teacher is not None:
-        reasons["the teacher's layers"] = compile_checked(teacher, layout=layout)
+        of_teacher = accelerator.autocast if models.autocasts else nullcontext
+        reasons["the teacher's layers"] = compile_checked(teacher, of_teacher, used)
     if not any(reasons.values()):
         in_memory.compiled.update(code)
     for objective in resolved.objectives:

@@ -62,7 +62,9 @@ class LossModule(nn.Module):
         self.layers = dict(layers or {})
         self.vocabulary = vocabulary
         self.chosen = min(chosen, vocabulary)
-        self.chunk = chunk_rows(widest or vocabulary, chunk_mib, next(student.parameters()).device)
+        device = next(student.parameters()).device
+        self.chunk = chunk_rows(widest or vocabulary, chunk_mib, device)
+        self.fused_chunk = chunk_rows(widest or vocabulary, chunk_mib, device, fused=True)
 
     def lend(self, work: Callable[[nn.Module], T]) -> T:
         """Give the student, with whole weights, to work that is not training: sampling, evaluation, saving.
@@ -166,7 +168,8 @@ class LossModule(nn.Module):
         parameters = [p for p in self.losses.parameters() if p.requires_grad]
         fused = self._fused(micro_batch, terms, head, metrics, measure)
         starts = None if micro_batch.aligned is None else micro_batch.aligned.student.starts(hidden.shape[0])
-        total = objective(chunk_loss, hidden, head, self.chunk, parameters, starts, fused)
+        size = self.chunk if fused is None else self.fused_chunk
+        total = objective(chunk_loss, hidden, head, size, parameters, starts, fused)
         if micro_batch.aligned is not None:
             observe_spans(micro_batch.aligned, hidden.shape[0], metrics)
         if micro_batch.measured:
@@ -193,7 +196,9 @@ class LossModule(nn.Module):
             _add_term(metrics, term.name, values_n, parts)
 
         def look(raw_nV: Tensor, rows: slice) -> None:
-            measure(self._inputs(micro_batch, head.rule(at_least_float32(raw_nV)), rows)[0], rows)
+            for part in chunks(len(raw_nV), self.chunk):
+                here = slice(rows.start + part.start, rows.start + part.stop)
+                measure(self._inputs(micro_batch, head.rule(at_least_float32(raw_nV[part])), here)[0], here)
 
         weight = term.weight * micro_batch.processes / term.denominator
         of_teacher = None if teacher is None or not terms_of.reads_teacher else teacher.raw

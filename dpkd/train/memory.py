@@ -186,18 +186,18 @@ def _sampling_bytes(resolved: Resolved, run_data: RunData) -> float:
 
 def _chunk_bytes(resolved: Resolved, batch: _Batch, vocabulary: int) -> float:
     """The most that a loss holds of one chunk of logits, over all losses of the run."""
-    rows = min(
-        chunk_rows(vocabulary, resolved.settings.train.chunk_mib, device_of(resolved.settings.train.device)),
-        batch.sequences * batch.response,
-    )
+    mib, device = resolved.settings.train.chunk_mib, device_of(resolved.settings.train.device)
+    most = batch.sequences * batch.response
+    rows, fused = (min(chunk_rows(vocabulary, mib, device, fused=one), most) for one in (False, True))
     copies = []
     for objective in resolved.objectives:
         try:
-            copies.append(_copies(objective, device_of(resolved.settings.train.device)))
+            copies.append(_copies(objective, device))
         except Exception:  # a stranger's loss, on made-up logits: a plan must not fail for it
             # Logits, log-probs and probabilities of both models, the terms of the sum, and their gradients.
             copies.append(10.0)
-    return max(copies) * FLOAT * rows * vocabulary
+    # Of the rows of a fused loss that are not measured, on a GPU, there are the logits alone, in half precision.
+    return FLOAT * vocabulary * (max(copies) * rows + (fused - rows))
 
 
 def _copies(objective: Objective, device: torch.device) -> float:

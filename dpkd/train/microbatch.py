@@ -126,8 +126,8 @@ def _rollout_signals(groups: Sequence[PromptGroup]) -> dict[Signal, Tensor]:
 _IDLE = PromptGroup((TokenSequence((0,), ()),))
 
 
-# Sharing a prompt costs attention over all responses to it; below this share of tokens saved it does not pay.
-WORTH_SHARING = 0.1
+# Another layout than the usual one costs attention with a mask; below this share of tokens saved it does not pay.
+WORTH_SAVING = 0.1
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class MicroBatcher:
     size: int  # sequences of a micro-batch
     pad_id: int
     tokens: int | None = None  # tokens of a micro-batch, padding included
-    layout: Layout = PLAIN
+    layouts: tuple[Layout, ...] = (PLAIN,)  # that the models read: the usual one, and others for fewer tokens
     rank: int = 0
     processes: int = 1
     device: torch.device | str = "cpu"
@@ -145,14 +145,22 @@ class MicroBatcher:
 
     def __call__(self, step_batch: StepBatch, measure: bool) -> list[MicroBatch]:
         """The step batch's share of this process, longest first."""
-        layout = self.layout._replace(shared=self.layout.shared and _worth_sharing(step_batch.groups))
-        shares = self._shares(step_batch, layout)
+        layout, shares = self._layout(step_batch)
         micro_batches = []
         for number in range(-(-len(shares) // self.processes)):
             mine = number * self.processes + self.rank
             groups = [step_batch.groups[i] for i in shares[mine]] if mine < len(shares) else []
             micro_batches.append(self._micro_batch(step_batch, groups, layout, measure))
         return micro_batches
+
+    def _layout(self, step_batch: StepBatch) -> tuple[Layout, list[list[int]]]:
+        """How the sequences of a step batch become rows, with the groups of each micro-batch of all processes."""
+        (first, shares), *others = [(layout, self._shares(step_batch, layout)) for layout in self.layouts]
+        tokens = (1 - WORTH_SAVING) * _tokens(step_batch.groups, shares, first)
+        for other, its in others:
+            if (fewer := _tokens(step_batch.groups, its, other)) < tokens:
+                first, shares, tokens = other, its, fewer
+        return first, shares
 
     def _shares(self, step_batch: StepBatch, layout: Layout) -> list[list[int]]:
         """The groups of each micro-batch of all processes."""
@@ -216,6 +224,13 @@ def _shared_length(group: PromptGroup) -> int:
     return len(group.sequences[0].prompt_ids) + sum(len(s.response_ids) for s in group.sequences)
 
 
-def _worth_sharing(groups: Sequence[PromptGroup]) -> bool:
-    apart = sum(sum(_lengths(group)) for group in groups)
-    return apart - sum(_shared_length(group) for group in groups) > WORTH_SHARING * apart
+def _tokens(groups: Sequence[PromptGroup], shares: Sequence[Sequence[int]], layout: Layout) -> int:
+    """Tokens of the micro-batches of a layout; padding between rows counts."""
+    total = 0
+    for share in shares:
+        if layout.shared:
+            widths = [_shared_length(groups[i]) for i in share]
+        else:
+            widths = [length for i in share for length in _lengths(groups[i])]
+        total += sum(widths) if layout.packed else len(widths) * max(widths, default=0)
+    return total

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
 
-from dpkd.data.batches import Layout, TokenSequence, collate
+from dpkd.data.batches import Batch, Layout, TokenSequence, collate
+from dpkd.models import attention
 from dpkd.models.attention import visible
 from dpkd.models.head import hidden_rows
 
@@ -26,6 +30,7 @@ LAYOUTS = [
     Layout(shared=True),
     Layout(packed=True),
     Layout(shared=True, packed=True),
+    Layout(packed=True, columns=8),
     Layout(columns=8),
     Layout(shared=True, columns=8),
 ]
@@ -48,14 +53,14 @@ def gradients(model, batch):
     return hidden_NH.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_hidden_states_and_gradients_equal_those_of_separate_rows(family, attention):
+def test_hidden_states_and_gradients_equal_those_of_separate_rows(family, kind):
     torch.manual_seed(0)
     # In float64: nothing hangs on one processor's rounding. Norms and angles of Llama and Qwen, and the softmax of
     # eager attention, are in float32 all the same: steps of 2^-24 of the largest value, some hundred of them in a sum.
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention).double().eval()
-    exact = attention == "sdpa" and family in ("gpt2", "opt")
+    model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=kind).double().eval()
+    exact = kind == "sdpa" and family in ("gpt2", "opt")
     expected, expected_gradients = gradients(model, collate(PAIRS, pad_id=3))
     assert len(expected) == 14
     assert len(expected_gradients) > 10
@@ -67,6 +72,35 @@ def test_hidden_states_and_gradients_equal_those_of_separate_rows(family, attent
         ours, our_gradients = gradients(model, batch)
         for own, want in zip([ours, *our_gradients], [expected, *expected_gradients], strict=True):
             torch.testing.assert_close(own, want, rtol=0.0, atol=1e-10 if exact else 512 * 2.0**-24 * largest)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_on_a_gpu_packed_rows_go_through_the_kernel_of_pytorch_in_half_precision(family, monkeypatch):
+    """On fake tensors, which need no GPU: whether operators, shapes and types fit together, both ways."""
+    monkeypatch.setattr(attention, "KERNEL_ON", ("cpu",))
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((func.overloadpacket.__name__, args))
+            return func(*args, **(kwargs or {}))
+
+    batch = collate(PAIRS, pad_id=3, layout=Layout(packed=True, columns=8))
+    with FakeTensorMode() as fake:
+        model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation="sdpa").train()
+        given = {one.name: getattr(batch, one.name) for one in fields(batch)}
+        made = Batch(**{k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()})
+        assert not attention.reads_packed_rows(model)
+        with torch.autocast("cpu", torch.bfloat16), Seen():
+            assert attention.reads_packed_rows(model)
+            hidden_rows(model, made).float().sum().backward()
+    forward = [args for name, args in seen if name == "_flash_attention_forward"]
+    assert len(forward) == sum(name == "_flash_attention_backward" for name, _ in seen) == 2
+    for query, _, _, begin, end, *longest in (args[:7] for args in forward):
+        assert (query.dtype, tuple(query.shape)) == (torch.bfloat16, (batch.input_ids.shape[1], 4, 8))
+        assert begin is end
+        assert longest == [16, 16]
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on a CPU needs a C++ compiler")
@@ -120,6 +154,6 @@ def test_a_layout_changes_neither_targets_nor_positions_nor_what_stands_before_a
             assert ours[batch.rows].tolist() == theirs[plain.rows].tolist()
         assert batch.attention_mask.flatten()[batch.rows].all()
         assert batch.attention_mask.sum() <= plain.attention_mask.sum()
-        if layout.packed:
+        if layout.packed and layout.columns == 1:
             assert batch.attention_mask.all()
     assert np.all(np.diff(plain.sequence.numpy()) >= 0)

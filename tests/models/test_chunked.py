@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpkd.functional import kl, log_softmax
+from dpkd.functional import gather_logps, kl, log_softmax
+from dpkd.models import head as heads
 from dpkd.models.chunked import chunk_rows, chunks, objective, token_logps
 from dpkd.models.head import Head, LogitRule
 
@@ -182,3 +183,44 @@ def test_a_chunk_on_a_gpu_is_a_small_share_of_its_memory(vocabulary, free_gib, m
     taken = 4 * vocabulary * chunk_rows(vocabulary, device="cuda") / 2**20
     assert 0.98 * min(128, 1024 * free_gib / 64) < taken <= 128 or chunk_rows(vocabulary, device="cuda") == 128
     assert taken * 10 < 1400  # what a loss adds to the backbones at Qwen's vocabulary, for less than TRL's peak in all
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_of_an_odd_vocabulary_begin_where_a_gpu_wants_them(bias, monkeypatch):
+    """The same values and gradients, from logits whose rows are padded to 16 bytes."""
+
+    def passes():
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(11, 8), torch.randn(13, 8)
+        leaves = [one.requires_grad_() for one in (hidden, weight, *([torch.randn(13)] if bias else []))]
+        head = Head(leaves[1], leaves[2] if bias else None, LogitRule())
+        targets, strides = torch.arange(11) % 13, []
+
+        def chunk_loss(logits_nV, rows):
+            return gather_logps(logits_nV.log_softmax(-1), targets[rows]).sum()
+
+        def fused(raw_nV, rows):
+            strides.append(raw_nV.stride(0))
+            z = raw_nV.detach().float().requires_grad_()
+            with torch.enable_grad():
+                total = chunk_loss(z, rows)
+            raw_nV.copy_(torch.autograd.grad(total, z)[0])
+            return total.detach()
+
+        found = []
+        for run in (
+            lambda: objective(chunk_loss, leaves[0], head, 4),
+            lambda: objective(chunk_loss, leaves[0], head, 4, fused=fused),
+            lambda: token_logps(leaves[0], head, targets, 4).sum(),
+        ):
+            value = run()
+            found += [value.detach(), *torch.autograd.grad(value, leaves)]
+        return found, strides
+
+    expected, unaligned = passes()
+    monkeypatch.setattr(heads, "ALIGNED_ON", ("cpu",))
+    found, aligned = passes()
+    assert {*unaligned} == {13}
+    assert {*aligned} == {16}
+    for own, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, want, rtol=1e-6, atol=1e-6)

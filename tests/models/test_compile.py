@@ -131,8 +131,8 @@ def test_a_loss_that_looks_at_values_is_said_to_be_no_graph():
 def test_the_gradient_that_is_compared_survives_half_precision(kind):
     """A comparison whose gradient is all rounding would refuse what compiles well."""
     model = make(kind, layers=8)
-    exact = compiling._probe(model, nullcontext, PLAIN)
-    rounded = compiling._probe(model, lambda: torch.autocast("cpu", torch.bfloat16), PLAIN)
+    exact = compiling._probe(model, nullcontext, [PLAIN])
+    rounded = compiling._probe(model, lambda: torch.autocast("cpu", torch.bfloat16), [PLAIN])
     assert exact[1].abs().max() > 1e-3
     assert compiling._largest_gap(rounded, exact) < 0.1
 

@@ -124,11 +124,11 @@ def test_the_denominator_is_the_tokens_of_the_window(settings_of, quiet):
 def test_the_layout_of_batches_changes_no_gradient(loss, changes, settings_of, quiet, tmp_path):
     plain = {"train.batch_size": 8, "batch.shared_prompts": False, "output": str(tmp_path / "plain")}
     whole, metrics, train_step = gradients(settings_of(loss, plain), quiet)
-    assert train_step.micro_batcher.layout == Layout()
+    assert train_step.micro_batcher.layouts == (Layout(),)
     found, other, train_step = gradients(settings_of(loss, plain | changes | {"output": str(tmp_path / "new")}), quiet)
-    assert train_step.micro_batcher.layout == Layout(
-        changes.get("batch.shared_prompts", False), "batch.packing" in changes
-    )
+    usual = Layout(packed="batch.packing" in changes)
+    sharing = (Layout(shared=True),) if "batch.shared_prompts" in changes else ()
+    assert train_step.micro_batcher.layouts == (usual, *sharing)
     assert_same(found, whole)
     assert other["loss/main"] == pytest.approx(metrics["loss/main"], rel=1e-6)
 
@@ -139,7 +139,7 @@ def test_pairs_share_their_prompt_unless_it_is_too_short_to_matter(settings_of, 
             (TokenSequence((5,) * prompt_tokens, (1, 2, 256)), TokenSequence((5,) * prompt_tokens, (3, 256))),
             (Response((1, 2, 256), Text.TEACHER), Response((3, 256), Text.STUDENT)),
         )
-        (micro_batch,) = MicroBatcher(8, 256, layout=Layout(shared=True))(
+        (micro_batch,) = MicroBatcher(8, 256, layouts=(Layout(), Layout(shared=True)))(
             StepBatch("main", [group], [], True), measure=False
         )
         return micro_batch.batch.input_ids.shape
@@ -151,7 +151,7 @@ def test_pairs_share_their_prompt_unless_it_is_too_short_to_matter(settings_of, 
 def test_no_micro_batch_has_more_tokens_than_asked_for():
     groups = [PromptGroup((TokenSequence((1,) * n, (2,) * n),)) for n in range(1, 12)]
     for packed in (False, True):
-        micro_batches = MicroBatcher(64, 0, tokens=48, layout=Layout(packed=packed))(
+        micro_batches = MicroBatcher(64, 0, tokens=48, layouts=(Layout(packed=packed),))(
             StepBatch("main", groups, []), measure=False
         )
         assert len(micro_batches) > 2
