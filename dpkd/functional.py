@@ -72,12 +72,19 @@ def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
 def _expected(p_NV: Tensor, log_NV: Tensor) -> Tensor:
     """`Σ p · log` `[N]`, with 0 · (-inf) = 0 in the value and in both gradients."""
     if free_to_read(p_NV.device):  # looking saves three passes
-        value_N: Tensor = torch.linalg.vecdot(p_NV, log_NV)
+        value_N = _dot(p_NV, log_NV)
         if bool(value_N.detach().isfinite().all()):
             return value_N
     # -inf minus -inf is NaN, but a difference has a constant derivative: masking its value is enough.
-    masked_N: Tensor = torch.linalg.vecdot(p_NV, log_NV.masked_fill(p_NV == 0, 0.0))
-    return masked_N
+    return _dot(p_NV, log_NV.masked_fill(p_NV == 0, 0.0))
+
+
+def _dot(one_NV: Tensor, other_NV: Tensor) -> Tensor:
+    """`Σ one · other` `[N]` in their own type: for autocast it is a product, which it would take in half precision."""
+    if one_NV.device.type == "meta":  # has no autocast
+        return (one_NV * other_NV).sum(-1)
+    with torch.autocast(one_NV.device.type, enabled=False):
+        return torch.linalg.vecdot(one_NV, other_NV)  # type: ignore[no-any-return]
 
 
 def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:

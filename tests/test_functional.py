@@ -300,3 +300,17 @@ def test_sorted_distance_equals_two_whole_sorts(tokens_p: int, tokens_q: int) ->
 
 def test_no_rewards_have_no_returns() -> None:
     assert returns_to_go(torch.zeros(0), NO_IDS).shape == (0,)
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["looks", "does not look"])
+def test_autocast_changes_no_sum(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who calls a loss inside a trainer's autocast gets float32 sums, not those of half precision."""
+    monkeypatch.setattr(functional, "free_to_read", lambda device: free)
+    torch.manual_seed(0)
+    log_p, log_q = (torch.randn(3, 1000).log_softmax(-1) for _ in range(2))
+    expected = kl(log_p, log_q), entropy(log_p)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kl(log_p, log_q), entropy(log_p)
+    for own, want in zip(found, expected, strict=True):
+        assert own.dtype == torch.float32
+        assert torch.equal(own, want)

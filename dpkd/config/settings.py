@@ -200,8 +200,8 @@ class BatchSettings(Block):
     )
     packing: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="the sequences of a forward pass in one row, without padding; auto: on a GPU in half precision, and "
-        "with flash attention",
+        description="the sequences of a forward pass in one row, without padding; auto: on a GPU in half precision, "
+        "and with flash attention",
     )
     probe: bool = Field(
         False, description="run the longest forward and backward pass first, to detect out-of-memory errors immediately"

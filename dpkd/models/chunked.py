@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpkd import functional
 from dpkd.functional import gather_logps, log_softmax
-from dpkd.models.head import Head, LogitRule, aligned_rows
+from dpkd.models.head import Head, LogitRule
 
 # Called once per chunk with the student's logits [n, V] and the slice of rows; returns a weighted sum to minimise.
 ChunkLoss = Callable[[Tensor, slice], Tensor]
@@ -137,21 +137,26 @@ class _HeadGradient:
         self.bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
 
     def add(self, rows: slice, hidden_nH: Tensor, grad_nV: Tensor) -> None:
-        dtype = self.head.weight.dtype
-        narrow_nV = grad_nV
-        if grad_nV.dtype != dtype:
-            narrow_nV = aligned_rows(hidden_nH, grad_nV.shape[1]).copy_(grad_nV)
+        narrow_nV = self.head.whole(grad_nV)
         if self.hidden is not None:
             self.hidden[rows] = narrow_nV @ self.head.weight
         if self.weight is not None:
             if self.weight.dtype == narrow_nV.dtype:
                 self.weight.addmm_(narrow_nV.t(), hidden_nH)
-            elif adds_wide(narrow_nV.device.type, dtype):
+            elif adds_wide(narrow_nV.device.type, narrow_nV.dtype):
                 torch.addmm(self.weight, narrow_nV.t(), hidden_nH, out_dtype=self.weight.dtype, out=self.weight)
             else:
                 self.weight.add_(narrow_nV.t() @ hidden_nH)
         if self.bias is not None:
-            self.bias += grad_nV.sum(0)
+            self.bias[: grad_nV.shape[1]] += grad_nV.sum(0)
+
+    @property
+    def of_head(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of weight and bias."""
+        tokens = self.head.vocabulary
+        return self.weight if self.weight is None else self.weight[
+            :tokens
+        ], self.bias if self.bias is None else self.bias[:tokens]
 
 
 class _Objective(torch.autograd.Function):
@@ -201,7 +206,7 @@ class _Objective(torch.autograd.Function):
                     gradient.hidden[rows] = 0
                 del raw_nV, loss  # else they are there still when the next chunk is at its peak
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(gradient.hidden, gradient.weight, gradient.bias, *parameter_gradients)
+        ctx.save_for_backward(gradient.hidden, *gradient.of_head, *parameter_gradients)
         return total
 
     @staticmethod
@@ -234,6 +239,7 @@ def objective(
     begin (None: all). `fused(raw [n, V], rows)`, where there is one, takes its place: it returns the sum and leaves the
     gradient by the raw logits where these were. No `[N, V]` tensor outlives its chunk.
     """
+    head = head.plain()
     return _Objective.apply(  # type: ignore[no-any-return, no-untyped-call]
         chunk_loss, fused, head.rule, size, starts, hidden, head.weight, head.bias, *parameters
     )
@@ -285,8 +291,9 @@ class _TokenLogps(torch.autograd.Function):
                 for raw_bV, targets_b, grad_b in in_cache(raw_nV, targets[rows], grad_N[rows]):
                     raw_bV.copy_(_logp_gradient(raw_bV, ctx.rule, targets_b, grad_b))
                 gradient.add(rows, hidden_nH, raw_nV)
-        weight_grad = None if gradient.weight is None else gradient.weight.to(weight.dtype)
-        bias_grad = None if gradient.bias is None or bias is None else gradient.bias.to(bias.dtype)
+        of_weight, of_bias = gradient.of_head
+        weight_grad = None if of_weight is None else of_weight.to(weight.dtype)
+        bias_grad = None if of_bias is None or bias is None else of_bias.to(bias.dtype)
         return None, None, None, gradient.hidden, weight_grad, bias_grad, None
 
 
@@ -306,6 +313,7 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor, size: int, observer
 
     `observer(log_probs [n, V], rows)` sees each chunk of the forward pass, for metrics.
     """
+    head = head.plain()
     return _TokenLogps.apply(  # type: ignore[no-any-return, no-untyped-call]
         head.rule, size, observer, hidden, head.weight, head.bias, targets
     )

@@ -22,13 +22,17 @@ from dpkd.models.head import Head, LogitRule
 
 @cache
 def why_not(kind: str) -> str | None:
-    """Why the kernels do not serve on a kind of device, or None: looked for, and tried against the formula."""
+    """Why the kernels do not serve on a kind of device, or None: looked for, and tried against the formula.
+
+    They are tried as losses are computed, without autocast, though a step asks for the first time inside it.
+    """
     if kind not in ("cuda", "cpu"):
         return "there is no GPU"
     if _by_triton(kind) and find_spec("triton") is None:
         return "Triton is not installed"
     try:
-        gap = _gap(torch.device(kind))
+        with torch.autocast(kind, enabled=False):
+            gap = _gap(torch.device(kind))
     except Exception as error:  # of a compiler, a driver: a run does not end because an optimization does not work
         return f"they fail here ({type(error).__name__}: {str(error).strip().splitlines()[-1][:200]})"
     return None if gap < 1e-4 else f"they differ from the formula by {gap:.2g} here"

@@ -24,15 +24,9 @@ if TYPE_CHECKING:
     from dpkd.data.batches import Batch
 
 
-# Where products want rows that begin at multiples of 16 bytes: else cuBLAS has slow kernels only, and vocabularies of
-# 50,257 tokens are common. (A CPU gains nothing, and oneDNN gets products of such rows wrong in bfloat16.)
-ALIGNED_ON = ("cuda",)
-
-
-def aligned_rows(like_NH: Tensor, columns: int) -> Tensor:
-    """An empty tensor `[N, columns]` of the same type; on a GPU its rows begin at multiples of 16 bytes."""
-    each = max(1, 16 // like_NH.element_size()) if like_NH.device.type in ALIGNED_ON else 1
-    return like_NH.new_empty(like_NH.shape[0], -(-columns // each) * each)[:, :columns]
+# Where products want a number of tokens that is a multiple of this one: for 50,257 of them, GPT-2's vocabulary, cuBLAS
+# has slow kernels only.
+ALIGNED_ON, ALIGNED = ("cuda",), 64
 
 
 @dataclass(frozen=True)
@@ -56,20 +50,35 @@ class LogitRule:
 
 @dataclass(frozen=True)
 class Head:
-    """The output head, cut to the shared vocabulary: weight `[V, H]`, bias `[V]` or None, and the logit rule."""
+    """The output head, cut to the shared vocabulary: weight `[V, H]`, bias `[V]` or None, and the logit rule.
+
+    The weight of an `aligned` head has further rows, which are zero; `vocabulary` is then the number of tokens.
+    """
 
     weight: Tensor
     bias: Tensor | None
     rule: LogitRule
+    vocabulary: int | None = None
 
     def raw(self, hidden_NH: Tensor) -> Tensor:
-        """The matrix product alone, `[N, V]`; on a GPU, without gradient, in rows as `aligned_rows` makes them."""
-        if hidden_NH.device.type not in ALIGNED_ON or torch.is_grad_enabled():
-            return F.linear(hidden_NH, self.weight, self.bias)
-        out_NV = aligned_rows(hidden_NH, self.weight.shape[0])
-        if self.bias is None:
-            return torch.mm(hidden_NH, self.weight.t(), out=out_NV)
-        return torch.addmm(self.bias, hidden_NH, self.weight.t(), out=out_NV)
+        """The matrix product alone, `[N, V]`; of an aligned head a view, of which `whole` gives the rest."""
+        raw_NV = F.linear(hidden_NH, self.weight, self.bias)
+        return raw_NV if self.vocabulary is None else raw_NV[..., : self.vocabulary]
+
+    def whole(self, logits_nV: Tensor) -> Tensor:
+        """One column for each row of the weight, in its type: what `raw` gave or replaced, with zeros behind it."""
+        if self.vocabulary is None:
+            return logits_nV.to(self.weight.dtype)
+        shape = (logits_nV.shape[0], self.weight.shape[0])
+        if logits_nV.stride() == (shape[1], 1) and logits_nV.dtype == self.weight.dtype:
+            return logits_nV.as_strided(shape, (shape[1], 1))
+        whole_nV = self.weight.new_zeros(shape)
+        whole_nV[:, : self.vocabulary] = logits_nV
+        return whole_nV
+
+    def plain(self) -> Head:
+        """The head without further rows."""
+        return self if self.vocabulary is None else self.cut(self.vocabulary)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits `[N, V]` in float32 (float64 stays)."""
@@ -83,8 +92,16 @@ class Head:
         return Head(self.weight[:vocabulary], None if self.bias is None else self.bias[:vocabulary], self.rule)
 
     def cast(self, dtype: torch.dtype) -> Head:
-        """The same head in another type."""
-        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.rule)
+        """The same head in another type, on a GPU aligned."""
+        tokens = self.weight.shape[0]
+        rows = -(-tokens // ALIGNED) * ALIGNED
+        if self.vocabulary is not None or rows == tokens or self.weight.device.type not in ALIGNED_ON:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return Head(self.weight.to(dtype), bias, self.rule, self.vocabulary)
+        weight = self.weight.new_zeros(rows, self.weight.shape[1], dtype=dtype)
+        weight[:tokens] = self.weight
+        bias = None if self.bias is None else F.pad(self.bias.to(dtype), (0, rows - tokens))
+        return Head(weight, bias, self.rule, tokens)
 
 
 def causal_lm(model: Any) -> Any:

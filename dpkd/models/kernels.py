@@ -161,7 +161,7 @@ def kl_sum_(
     """The terms `[n, 3]` of a `KLSum` in nats, before their factors (0 where absent); logits become the gradient.
 
     The gradient is that of `weight` times the sum over rows with respect to the raw logits: `scale` times these are
-    the logits. Rows must be contiguous. `teacher_nV` None: only the likelihood is there.
+    the logits. Each row must be contiguous. `teacher_nV` None: only the likelihood is there.
     """
     rows, vocabulary = student_nV.shape
     values = torch.zeros(rows, 3, device=student_nV.device, dtype=torch.float32)

@@ -122,7 +122,7 @@ class LocalTeacher(Teacher):
         self.model.requires_grad_(False)  # not before: a student that starts from it takes over what is trained
         head = head_of(self.model, vocabulary)
         bias = None if head.bias is None else head.bias.detach().to(self._device)
-        self._head = Head(head.weight.detach().to(self._device), bias, head.rule)
+        self._head = Head(head.weight.detach().to(self._device), bias, head.rule).cast(head.weight.dtype)
 
 
 def check_device(name: str | None) -> None:

@@ -8,7 +8,8 @@ import torch
 from kl_sums import CASES, ROWS, SCALES, VOCABULARIES, WEIGHT, engine_gives_the_same, logits, oracle, slope
 
 from dpkd.functional import KLSum
-from dpkd.models import chunked, cpu_kernels
+from dpkd.models import chunked, cpu_kernels, fused
+from dpkd.models.head import Head, LogitRule
 
 
 def kl_sum_(student, teacher, targets, terms):
@@ -80,3 +81,15 @@ def test_no_row_is_no_value():
 
 def test_the_engine_uses_them_and_gives_the_same(tmp_path):
     engine_gives_the_same(tmp_path, {"TRITON_INTERPRET": "0"})
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_who_asks_first_inside_autocast_is_told_the_same(precision):
+    """A run in half precision asks in its first step: it is no reason to go without kernels."""
+    fused.why_not.cache_clear()
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            assert fused.why_not("cpu") is None
+            assert fused.usable(Head(torch.zeros(3, 2), None, LogitRule()))
+    finally:
+        fused.why_not.cache_clear()
