@@ -1,7 +1,8 @@
 """A word of warning when preference training runs away: both responses of a pair become less and less likely.
 
 The margin of a preference loss grows just as well when log q(y_s) falls without bound and drags log q(y_t) with it. A
-re-run of sequence-level DPKD without a likelihood term ended so, at Rouge-L 6.4 (DistiLLM-2, Table 12).
+re-run of sequence-level DPKD without a likelihood term ended so, at Rouge-L 6.4 (DistiLLM-2, Table 12). Or the student
+leaves its teacher while both stay about as likely: on pairs that are never written anew, at Rouge-L 2.3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dpkd.run_metrics import CollapseDetector, logps_per_token
 
 @dataclass
 class RunawayGuard(Callback):
-    """Watches the log-probs per token of chosen and rejected responses on logged steps; speaks once."""
+    """Watches the log-probs per token of both responses, and the reverse KL, on logged steps; speaks once."""
 
     detector: CollapseDetector = field(default_factory=CollapseDetector)
     _said: bool = False
@@ -27,13 +28,19 @@ class RunawayGuard(Callback):
 
     def look(self, metrics: Mapping[str, float]) -> str | None:
         """What to say, if anything. Numbers are nats per token."""
-        logps = logps_per_token(metrics)
-        if self._said or logps is None or not self.detector.collapsed(*logps):
+        found = None if self._said else self.detector.see(metrics)
+        if found is None:
             return None
-        chosen, rejected = logps
         self._said = True
+        if found.what == "divergence":
+            return (
+                f"the reverse KL to the teacher has risen from {found.best:.2f} to {found.now:.2f} nats per token: the "
+                "preference pushes the student away from what the teacher writes. New pairs hold it "
+                "(text.refresh=every_step), and so does a likelihood term (terms.lm.weight=1)."
+            )
+        rejected = (logps_per_token(metrics) or (0.0, 0.0))[1]
         return (
-            f"log q of the chosen responses has fallen from {self.detector.best:.2f} to {chosen:.2f} nats per token, "
+            f"log q of the chosen responses has fallen from {found.best:.2f} to {found.now:.2f} nats per token, "
             f"and that of the rejected ones to {rejected:.2f}: the preference pushes the student away from both. A "
             "likelihood term holds it (terms.lm.weight=1); so do a smaller loss.beta and a lower train.lr."
         )

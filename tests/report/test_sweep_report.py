@@ -78,7 +78,7 @@ def pair_rows(*, collapses: bool) -> list[dict[str, Any]]:
             "length/rejected": 20.0,
             "reward/margin": 0.5 * i,
             "reward/accuracy": 0.5,
-            "kl/reverse": 1.0 + i,
+            "kl/reverse": 1.0 + 0.05 * i,
             "seconds": 1.0,
             "tokens_per_second": 50.0,
         }

@@ -36,3 +36,29 @@ def test_the_step_of_the_collapse_is_that_of_the_warning():
     assert collapse_step(rows) == 30
     assert collapse_step(rows[:3]) is None
     assert collapse_step([{"step": 1, "loss/main": 1.0}]) is None
+
+
+def of_divergences(*values):
+    return [{"step": 10 * i, **line(-2.0, -1.0), "kl/reverse": value} for i, value in enumerate(values)]
+
+
+# As logged on an H200, every tenth step: pairs written once, without and with a likelihood term, and new pairs.
+STALE = (1.374, 1.367, 1.307, 1.546, 2.205, 2.154, 2.483, 2.387, 3.054, 2.77, 2.457)
+STALE_WITH_LM = (1.374, 1.369, 1.193, 1.284, 1.614, 1.33, 1.4, 1.418, 1.262, 1.448, 1.326)
+FRESH = (1.337, 1.437, 1.17, 1.298, 1.577, 1.281, 1.345, 1.391, 1.24, 1.376, 1.276)
+
+
+def test_it_speaks_when_the_student_leaves_its_teacher():
+    # Means of three: the lowest is (1.374 + 1.367 + 1.307) / 3 = 1.349; at step 60 it is 2.281, above 1.5 times that.
+    assert collapse_step(of_divergences(*STALE)) == 60
+    guard = RunawayGuard()
+    words = [word for row in of_divergences(*STALE) if (word := guard.look(row))]
+    assert len(words) == 1
+    assert "from 1.35 to 2.28 nats" in words[0]
+
+
+def test_it_is_silent_where_the_divergence_is_noise_or_small():
+    assert collapse_step(of_divergences(*STALE_WITH_LM)) is None
+    assert collapse_step(of_divergences(*FRESH)) is None
+    assert collapse_step(of_divergences(0.0, 0.0, 0.0, 0.1, 0.2, 0.3, 0.4)) is None  # it began as its teacher
+    assert collapse_step([{"step": i, "kl/reverse": float(i)} for i in range(9)]) is None  # there are no pairs
