@@ -46,6 +46,7 @@ CASES = [
     ("kd", {}),
     ("jsd", {}),
     ("fkl", {"train.precision": "bf16"}),
+    ("akl", {}),
     ("dpkd-token", {"terms.lm.weight": 0.5, "train.micro_batch_size": 2}),
     ("minillm", {"text.every": 1}),
     ("rkl", {"text.source": "student"}),
@@ -68,7 +69,7 @@ def test_a_whole_step_reads_no_value(loss, changes, settings_of, toy, quiet, far
             train_step(step_batches, lr=1e-3, measure=False)
 
 
-@pytest.mark.parametrize("loss", ["kd", "jsd", "minillm", "dpkd"])
+@pytest.mark.parametrize("loss", ["kd", "jsd", "akl", "minillm", "dpkd"])
 def test_the_step_is_the_same(loss, settings_of, quiet, monkeypatch):
     found = []
     for free in (True, False):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from dpkd_zoo import akl
 from dpkd_zoo.akl import AKLConfig, AKLLoss, head_share
 from oracles import adaptive_kl, divergence, head_of, log_probs
 from zoo_inputs import randn, token_inputs
+
+from dpkd import functional
 
 BOUNDARIES = ["paper", "released"]
 
@@ -64,6 +68,42 @@ def test_flat_and_peaked_teachers_over_a_large_vocabulary(boundary: str, scale: 
     ]
     values = AKLLoss(AKLConfig(boundary=boundary))(token_inputs(student, teacher))
     assert values.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 4.0])
+@pytest.mark.parametrize("mu", [0.1, 0.5, 0.97])
+def test_the_crossing_token_is_found_without_sorting(dtype: torch.dtype, scale: float, mu: float) -> None:
+    """By buckets and bit by bit, against sums in float64 over a sorted vocabulary; uniform, flat, peaked."""
+    p = (scale * randn(7, 2500, seed=13)).softmax(-1).to(dtype)
+    for find in (akl._crossing, akl._crossing_by_halves, akl._crossing_by_buckets):
+        for row, found in zip(p, find(p, mu).squeeze(-1).tolist(), strict=True):
+            falling = np.sort(row.double().numpy())[::-1]
+            place = int((falling.cumsum() < mu).sum())
+            # Sums in float32 may cross a token earlier or later.
+            assert falling[min(place + 1, 2499)] <= found <= falling[max(place - 1, 0)]
+            assert dtype == torch.float32 or found == falling[place]
+            assert found in row.tolist()
+
+
+def test_tokens_as_likely_as_the_crossing_one_share_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """p = .4 .2 .2 .2, gaps .1 .2 0 .1: μ = .5 takes the first token and one of the three, μ = .7 two of them."""
+    p, q = _logs(0.4, 0.2, 0.2, 0.2), _logs(0.3, 0.4, 0.2, 0.1)
+    for free in (True, False):
+        monkeypatch.setattr(functional, "free_to_read", lambda device, free=free: free)
+        assert head_share(p, q, 0.5, "paper").item() == pytest.approx((0.1 + 0.3 / 3) / 0.4)
+        assert head_share(p, q, 0.7, "paper").item() == pytest.approx((0.1 + 0.3 * 2 / 3) / 0.4)
+        assert head_share(p, q, 0.5, "released").item() == pytest.approx(0.1 / 0.4)
+        assert head_share(p, q, 0.7, "released").item() == pytest.approx((0.1 + 0.3 / 3) / 0.4)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_it_is_the_same_where_nobody_may_look(boundary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = randn(5, 700, seed=14), randn(5, 700, seed=15, scale=2.0)
+    loss = AKLLoss(AKLConfig(boundary=boundary))
+    expected = loss(token_inputs(student, teacher))
+    monkeypatch.setattr(functional, "free_to_read", lambda device: False)
+    torch.testing.assert_close(loss(token_inputs(student, teacher)), expected)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
