@@ -10,7 +10,7 @@ computes its chunks again in backward. Both equal the dense computation.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -159,6 +159,43 @@ class _HeadGradient:
         ], self.bias if self.bias is None else self.bias[:tokens]
 
 
+def _as_written(
+    chunk_loss: ChunkLoss,
+    rule: LogitRule,
+    start: int,
+    blocks: Iterable[tuple[Tensor, ...]],
+    sums: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    needs_gradient: bool,
+) -> tuple[Tensor | float, bool]:
+    """The loss of blocks of raw logits `[b, V]`, of which the first is row `start`; and whether it depends on them.
+
+    The gradient by the logits takes their place, that by `parameters` is added to `sums`.
+    """
+    total: Tensor | float = 0.0
+    reached = False
+    for (raw_bV,) in blocks:
+        rows, start = slice(start, start + len(raw_bV)), start + len(raw_bV)
+        with torch.set_grad_enabled(needs_gradient):
+            leaf_bV = raw_bV.detach().requires_grad_(needs_gradient)
+            loss = chunk_loss(rule(leaf_bV), rows)
+        total = total + loss.detach()
+        if not (needs_gradient and loss.requires_grad):
+            raw_bV.zero_()
+            continue
+        by_logits, *by_parameters = torch.autograd.grad(loss, [leaf_bV, *parameters], allow_unused=True)
+        for kept, new in zip(sums, by_parameters, strict=True):
+            if new is not None:
+                kept += new
+        reached |= by_logits is not None
+        if by_logits is None:
+            raw_bV.zero_()
+        else:
+            raw_bV.copy_(by_logits)
+        del loss, by_logits, by_parameters  # else they are there still when the next block is at its peak
+    return total, reached
+
+
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -168,6 +205,7 @@ class _Objective(torch.autograd.Function):
         rule: LogitRule,
         size: int,
         starts: Sequence[int] | None,
+        in_blocks: bool,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -175,10 +213,10 @@ class _Objective(torch.autograd.Function):
     ) -> Tensor:
         dtype = _compute_dtype(weight)
         head = Head(weight.detach(), None if bias is None else bias.detach(), rule).cast(dtype)
-        gradient = _HeadGradient(hidden, head, ctx.needs_input_grad[5:8])
+        gradient = _HeadGradient(hidden, head, ctx.needs_input_grad[6:9])
         parameter_gradients = [torch.zeros_like(p) for p in parameters]
         total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-        needs_gradient = any(ctx.needs_input_grad[5:])
+        needs_gradient = any(ctx.needs_input_grad[6:])
         with _without_autocast(weight):
             for rows in chunks(hidden.shape[0], size, starts):
                 hidden_nH = hidden[rows].detach().to(dtype)
@@ -188,23 +226,16 @@ class _Objective(torch.autograd.Function):
                     gradient.add(rows, hidden_nH, raw_nV)
                     continue
                 raw_nV = _wide(raw_nV)
-                with torch.set_grad_enabled(needs_gradient):
-                    raw_nV.requires_grad_(needs_gradient)
-                    loss = chunk_loss(rule(raw_nV), rows)
-                total += loss.detach()
-                if needs_gradient and loss.requires_grad:
-                    grads = torch.autograd.grad(loss, [raw_nV, *parameters], allow_unused=True)
-                    if grads[0] is not None:
-                        gradient.add(rows, hidden_nH, grads[0])
-                    elif gradient.hidden is not None:
-                        gradient.hidden[rows] = 0
-                    for kept, new in zip(parameter_gradients, grads[1:], strict=True):
-                        if new is not None:
-                            kept += new
-                    del grads
+                blocks = in_cache(raw_nV) if in_blocks and starts is None else [(raw_nV,)]
+                found, reached = _as_written(
+                    chunk_loss, rule, rows.start, blocks, parameter_gradients, parameters, needs_gradient
+                )
+                total += found
+                if reached:
+                    gradient.add(rows, hidden_nH, raw_nV)
                 elif gradient.hidden is not None:
                     gradient.hidden[rows] = 0
-                del raw_nV, loss  # else they are there still when the next chunk is at its peak
+                del raw_nV, blocks  # else they are there still when the next chunk is at its peak
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(gradient.hidden, *gradient.of_head, *parameter_gradients)
         return total
@@ -221,7 +252,7 @@ class _Objective(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         weight = None if weight is None else weight.to(weight_dtype)
         bias = None if bias is None else bias.to(bias_dtype)
-        return None, None, None, None, None, hidden, weight, bias, *parameters
+        return None, None, None, None, None, None, hidden, weight, bias, *parameters
 
 
 def objective(
@@ -232,16 +263,20 @@ def objective(
     parameters: Sequence[Tensor] = (),
     starts: Sequence[int] | None = None,
     fused: FusedLoss | None = None,
+    in_blocks: bool = False,
 ) -> Tensor:
     """Sum of `chunk_loss` over all chunks, with gradients for hidden `[N, H]`, the head, and `parameters`.
 
     `chunk_loss(logits [n, V], rows)` returns the weighted sum of its rows; `starts` are the rows at which a chunk may
     begin (None: all). `fused(raw [n, V], rows)`, where there is one, takes its place: it returns the sum and leaves the
     gradient by the raw logits where these were. No `[N, V]` tensor outlives its chunk.
+
+    With `in_blocks`, `chunk_loss` is called for so few rows of a chunk that a CPU's cache holds what it computes: for
+    callers that have what it reads of a chunk at hand.
     """
     head = head.plain()
     return _Objective.apply(  # type: ignore[no-any-return, no-untyped-call]
-        chunk_loss, fused, head.rule, size, starts, hidden, head.weight, head.bias, *parameters
+        chunk_loss, fused, head.rule, size, starts, in_blocks, hidden, head.weight, head.bias, *parameters
     )
 
 

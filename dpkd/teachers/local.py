@@ -30,11 +30,23 @@ class TeacherRows(TeacherOutput):
     ) -> None:
         super().__init__(targets, chunk, layers)
         self.hidden, self.head = hidden, head
+        self._kept: tuple[int, Tensor] = (0, hidden[:0])  # the logits of a chunk, and its first row
 
     @torch.no_grad()
     def logits(self, rows: slice) -> Tensor:
-        """Logits `[n, V]` of some rows, in float32, without gradient."""
-        return self.head.logits(self.hidden[rows])
+        """Logits `[n, V]` of some rows, in float32, without gradient; do not change them.
+
+        The product is computed for a chunk, though who asks may take a few rows at a time.
+        """
+        start, stop, _ = rows.indices(len(self.hidden))
+        if 2 * (stop - start) > self.chunk:
+            return self.head.logits(self.hidden[rows])
+        first, kept_nV = self._kept
+        if not first <= start <= stop <= first + len(kept_nV):
+            self._kept = (start, kept_nV[:0].clone())  # its memory first
+            del kept_nV
+            first, kept_nV = self._kept = start, self.head.logits(self.hidden[start : start + self.chunk])
+        return kept_nV[start - first : stop - first]
 
     @torch.no_grad()
     def raw(self, rows: slice) -> tuple[Tensor, float]:

@@ -169,7 +169,7 @@ class LossModule(nn.Module):
         fused = self._fused(micro_batch, terms, head, metrics, measure)
         starts = None if micro_batch.aligned is None else micro_batch.aligned.student.starts(hidden.shape[0])
         size = self.chunk if fused is None else self.fused_chunk
-        total = objective(chunk_loss, hidden, head, size, parameters, starts, fused)
+        total = objective(chunk_loss, hidden, head, size, parameters, starts, fused, in_blocks=True)
         if micro_batch.aligned is not None:
             observe_spans(micro_batch.aligned, hidden.shape[0], metrics)
         if micro_batch.measured:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,58 +30,27 @@ class AKLConfig(LossConfig):
     )
 
 
-# Tokens that are looked for first: the head is a few tokens nearly everywhere.
-FEW = 512
-# Buckets of probabilities, by the upper bits of the number: several to each power of two.
-BUCKETS = 1 << 14
-
-
-def _bits(p_NV: Tensor) -> Tensor:
-    """The numbers as whole ones, which are in the same order: floats that are not negative are."""
-    return p_NV.view(torch.int64 if p_NV.dtype == torch.float64 else torch.int32)
-
-
 def _crossing(p_NV: Tensor, mu: float) -> Tensor:
     """The probability `[N, 1]` of the token that crosses μ: the largest one that, with all above, has a mass of μ."""
     if not dpkd.functional.free_to_read(p_NV.device):
         return _crossing_by_halves(p_NV, mu)
-    largest_N1 = p_NV.amax(-1, keepdim=True)
-    if p_NV.numel() and bool((FEW * largest_N1 > mu).all()):
-        likeliest_NK = p_NV.topk(min(FEW, p_NV.shape[-1]), dim=-1).values
-        if bool((likeliest_NK.sum(-1) > mu + 1e-4).all()):
-            return _first_past(likeliest_NK, mu)
-    return _crossing_by_buckets(p_NV, mu)
-
-
-def _first_past(sorted_NK: Tensor, mu: Tensor | float) -> Tensor:
-    """Of probabilities in falling order the first `[N, 1]` at which their sum reaches μ, or the last that is not 0."""
-    past_NK = sorted_NK.cumsum(-1) >= mu
-    past_NK[:, :-1] |= sorted_NK[:, 1:] == 0
-    past_NK[:, -1] = True
-    return sorted_NK.gather(-1, past_NK.int().argmax(-1, keepdim=True))
+    # NumPy sorts with the processor's vector instructions: ten times as fast as PyTorch.
+    falling_NV = torch.from_numpy(np.sort(p_NV.numpy(), axis=-1)).flip(-1)
+    past_NV = falling_NV.cumsum(-1) >= mu
+    past_NV[:, -1] = True
+    return falling_NV.gather(-1, past_NV.int().argmax(-1, keepdim=True))
 
 
 def _crossing_by_halves(p_NV: Tensor, mu: float) -> Tensor:
-    """As above, bit by bit from the highest: thirty sums, and the host looks at none."""
-    bits_NV = _bits(p_NV)
+    """As above, bit by bit from the highest: thirty sums in place of a sort, and the host looks at none."""
+    # Floats that are not negative are in the order of their bits.
+    bits_NV = p_NV.view(torch.int64 if p_NV.dtype == torch.float64 else torch.int32)
     found_N1 = bits_NV.new_zeros(len(p_NV), 1)
     for place in range(61 if p_NV.dtype == torch.float64 else 29, -1, -1):  # 1.0 has no bit above
         tried_N1 = found_N1 | (1 << place)
         mass_N1 = p_NV.masked_fill(bits_NV < tried_N1, 0.0).sum(-1, keepdim=True)
         found_N1 = torch.where(mass_N1 >= mu, tried_N1, found_N1)
     return found_N1.view(p_NV.dtype)
-
-
-def _crossing_by_buckets(p_NV: Tensor, mu: float) -> Tensor:
-    """As above: the bucket that crosses μ, then its tokens in order. A quarter of what sorting all takes."""
-    bucket_NV = (_bits(p_NV).long() >> (48 if p_NV.dtype == torch.float64 else 16)) & (BUCKETS - 1)
-    mass_NB = p_NV.new_zeros(len(p_NV), BUCKETS).scatter_add_(-1, bucket_NV, p_NV)
-    mass_NB = mass_NB.flip(-1).cumsum(-1).flip(-1)  # of a bucket and all above
-    bucket_N1 = ((mass_NB >= mu).sum(-1, keepdim=True) - 1).clamp(min=0)
-    above_N1 = mass_NB.gather(-1, (bucket_N1 + 1).clamp(max=BUCKETS - 1))
-    inside_NV = bucket_NV == bucket_N1
-    most = int(inside_NV.sum(-1).max()) if len(p_NV) else 1
-    return _first_past(p_NV.masked_fill(~inside_NV, 0.0).topk(most, dim=-1).values, mu - above_N1)
 
 
 @torch.no_grad()
@@ -93,13 +63,14 @@ def head_share(log_p_NV: Tensor, log_q_NV: Tensor, mu: float, boundary: str) -> 
     crossing_N1 = _crossing(p_NV, mu)
     gap_NV = (p_NV - log_q_NV.exp()).abs_()
     total_N = gap_NV.sum(-1)
-    below_NV, equal_NV = p_NV <= crossing_N1, p_NV == crossing_N1
-    head_N, mass_N = (one.masked_fill(below_NV, 0.0).sum(-1) for one in (gap_NV, p_NV))
-    equals_N, of_equals_N = equal_NV.sum(-1), gap_NV.masked_fill_(~equal_NV, 0.0).sum(-1)
+    # Products with 0 and 1: to mask takes three times as long on a CPU.
+    above_NV, equal_NV = ((p_NV > crossing_N1).to(p_NV.dtype), (p_NV == crossing_N1).to(p_NV.dtype))
+    mass_N, head_N = (p_NV * above_NV).sum(-1), (gap_NV * above_NV).sum(-1)
+    equals_N, of_equals_N = equal_NV.sum(-1), (gap_NV * equal_NV).sum(-1)
     # The paper asks for the mass before a token: as long as it is below μ, the token is needed to reach μ.
     needed_N = (mu - mass_N) / crossing_N1.squeeze(-1)
     needed_N = needed_N.ceil() if boundary == "paper" else needed_N.floor()
-    needed_N = torch.where((boundary == "paper") | (mass_N == 0), needed_N.clamp(min=1), needed_N.clamp(min=0))
+    needed_N = torch.where((mass_N == 0) | (boundary == "paper"), needed_N.clamp(min=1), needed_N.clamp(min=0))
     head_N = head_N + of_equals_N * (torch.minimum(needed_N, equals_N) / equals_N)
     # Two sums of the same gaps may round differently, hence the upper bound.
     share_N = (head_N / total_N.clamp(min=torch.finfo(total_N.dtype).tiny)).clamp(max=1.0)

@@ -73,10 +73,10 @@ def test_flat_and_peaked_teachers_over_a_large_vocabulary(boundary: str, scale: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 4.0])
 @pytest.mark.parametrize("mu", [0.1, 0.5, 0.97])
-def test_the_crossing_token_is_found_without_sorting(dtype: torch.dtype, scale: float, mu: float) -> None:
-    """By buckets and bit by bit, against sums in float64 over a sorted vocabulary; uniform, flat, peaked."""
+def test_the_token_that_crosses_mu_is_found(dtype: torch.dtype, scale: float, mu: float) -> None:
+    """In order and bit by bit, against sums in float64 over a sorted vocabulary; uniform, flat, peaked."""
     p = (scale * randn(7, 2500, seed=13)).softmax(-1).to(dtype)
-    for find in (akl._crossing, akl._crossing_by_halves, akl._crossing_by_buckets):
+    for find in (akl._crossing, akl._crossing_by_halves):
         for row, found in zip(p, find(p, mu).squeeze(-1).tolist(), strict=True):
             falling = np.sort(row.double().numpy())[::-1]
             place = int((falling.cumsum() < mu).sum())
