@@ -88,6 +88,15 @@ def chunks(rows: int, size: int, starts: Sequence[int] | None = None) -> Iterato
         yield slice(start, stop)
 
 
+def block_rows(vocabulary: int) -> int:
+    """Rows of float32 logits of which a CPU's cache holds what is computed.
+
+    >>> block_rows(50257)
+    10
+    """
+    return max(1, BLOCK_BYTES // (4 * vocabulary))
+
+
 def in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of tensors `[n, ...]`, few enough on a CPU that what is computed of the first stays in the cache.
 
@@ -95,7 +104,7 @@ def in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     [2, 2, 1]
     """
     first = tensors[0]
-    size = first.shape[0] if first.device.type != "cpu" else BLOCK_BYTES // (4 * first.shape[1])
+    size = first.shape[0] if first.device.type != "cpu" else block_rows(max(1, first.shape[1]))
     return zip(*(one.split(max(1, size)) for one in tensors), strict=True)
 
 

@@ -17,7 +17,7 @@ from dpkd.api import Layers, Pair, PairInputs, RolloutInputs, Signal, TokenInput
 from dpkd.api.inputs import TOKEN_LOGPS
 from dpkd.errors import DpkdError, described
 from dpkd.functional import at_least_float32, by_segment, log_softmax, segment_sum
-from dpkd.models.chunked import chunk_rows, chunks, objective, token_logps
+from dpkd.models.chunked import chunk_rows, chunks, in_cache, objective, token_logps
 from dpkd.models.compile import uncompiled
 from dpkd.models.device import out_of_memory
 from dpkd.models.fused import FusedKL, kl_sum_of, usable
@@ -196,9 +196,11 @@ class LossModule(nn.Module):
             _add_term(metrics, term.name, values_n, parts)
 
         def look(raw_nV: Tensor, rows: slice) -> None:
-            for part in chunks(len(raw_nV), self.chunk):
-                here = slice(rows.start + part.start, rows.start + part.stop)
-                measure(self._inputs(micro_batch, head.rule(at_least_float32(raw_nV[part])), here)[0], here)
+            start = rows.start
+            for part in raw_nV.split(self.chunk):
+                for (raw_bV,) in in_cache(part):
+                    here, start = slice(start, start + len(raw_bV)), start + len(raw_bV)
+                    measure(self._inputs(micro_batch, head.rule(at_least_float32(raw_bV)), here)[0], here)
 
         weight = term.weight * micro_batch.processes / term.denominator
         of_teacher = None if teacher is None or not terms_of.reads_teacher else teacher.raw

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.api import Family, SamplerMemory, SamplerSpec, Text
+from dpkd.api import Family, SamplerMemory, SamplerSpec, Signal, Text
 from dpkd.api.inputs import REFERENCE_LOGPS
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
-from dpkd.models.chunked import chunk_rows
+from dpkd.models.chunked import block_rows, chunk_rows
 from dpkd.models.compile import repeated_blocks
 from dpkd.models.device import device_of, memory_of, precision_of, teacher_dtype
 from dpkd.models.fused import kl_sum_of
@@ -189,26 +189,28 @@ def _chunk_bytes(resolved: Resolved, batch: _Batch, vocabulary: int) -> float:
     mib, device = resolved.settings.train.chunk_mib, device_of(resolved.settings.train.device)
     most = batch.sequences * batch.response
     rows, fused = (min(chunk_rows(vocabulary, mib, device, fused=one), most) for one in (False, True))
-    copies = []
-    for objective in resolved.objectives:
-        try:
-            copies.append(_copies(objective, device))
-        except Exception:  # a stranger's loss, on made-up logits: a plan must not fail for it
-            # Logits, log-probs and probabilities of both models, the terms of the sum, and their gradients.
-            copies.append(10.0)
+    # Of a chunk there are the logits of both models; what is computed of them, a block at a time on a CPU.
+    block = min(rows, block_rows(vocabulary)) if device.type == "cpu" else rows
+    most_rows = max(_rows_held(objective, rows, block, device) for objective in resolved.objectives)
     # Of the rows of a fused loss that are not measured, on a GPU, there are the logits alone, in half precision.
-    return FLOAT * vocabulary * (max(copies) * rows + (fused - rows))
+    return FLOAT * vocabulary * (most_rows + (fused - rows))
 
 
-def _copies(objective: Objective, device: torch.device) -> float:
-    """Tensors `[n, V]` that are there at once while a loss works on a chunk."""
+def _rows_held(objective: Objective, rows: int, block: int, device: torch.device) -> float:
+    """Rows of V numbers that are there at once while a loss works on a chunk of `rows`, and in it on a `block`."""
     if objective.spec.family is Family.PAIR:
-        return pair_chunk()
-    loss = objective.spec.loss(objective.config)
-    terms = kl_sum_of(loss)
-    if terms is not None and why_not_fused(device.type) is None:
-        return fused_chunk(reads_teacher=terms.reads_teacher)
-    return token_chunk(loss, objective.reads)
+        return pair_chunk() * rows
+    try:
+        loss = objective.spec.loss(objective.config)
+        terms = kl_sum_of(loss)
+        if terms is not None and why_not_fused(device.type) is None:
+            copies, held = fused_chunk(reads_teacher=terms.reads_teacher), 1 + 2 * terms.reads_teacher
+        else:
+            copies, held = token_chunk(loss, objective.reads), 1 + (Signal.TEACHER_LOGITS in objective.reads)
+    except Exception:  # a stranger's loss, on made-up logits: a plan must not fail for it
+        # Logits, log-probs and probabilities of both models, the terms of the sum, and their gradients.
+        copies, held = 10.0, 2
+    return copies * rows if block == rows else copies * block + held * rows
 
 
 def _count(settings: RunSettings, config: Any, batch: _Batch) -> _Counts:
