@@ -103,6 +103,12 @@ def _sees_all_before(lm: Any) -> bool:
     )
 
 
+def recomputes(lm: nn.Module) -> bool:
+    """Whether a model computes activations again in backward: transformers switches all modules that can at once."""
+    able = (module for module in lm.modules() if hasattr(module, "gradient_checkpointing"))
+    return bool(getattr(next(able, None), "gradient_checkpointing", False))
+
+
 def computes_in(model: nn.Module) -> torch.dtype:
     """The type of a model's products here and now: that of autocast, or of its weights."""
     weight = next(model.parameters())
@@ -118,6 +124,8 @@ def reads_packed_rows(lm: Any) -> bool:
     """Whether attention goes from sequence to sequence of a row; on a GPU that of PyTorch does in half precision."""
     if implementation(lm) in FLASH:
         return True
+    if recomputes(lm):  # in backward, after `attending`, with the model's own attention
+        return False
     kind = next(lm.parameters()).device.type
     half = computes_in(lm) in (torch.bfloat16, torch.float16)
     fits = half if kind in KERNEL_ON else kind == "cpu"

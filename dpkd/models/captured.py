@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dpkd.models.attention import recomputes
 from dpkd.models.cuda_graphs import NotStatic, Recorder
 
 # Ids [R, T], a mask and positions [R, T] to hidden states [R, T, H].
@@ -234,7 +235,7 @@ def capture(lm: Any, say: Callable[[str], None]) -> None:
     `say` is told where that does not work. What calls `dpkd.models.head.hidden_states` gets them.
     """
     backbone = lm.base_model
-    if not any(getattr(module, "gradient_checkpointing", False) for module in lm.modules()):
+    if not recomputes(lm):
         setattr(backbone, ATTRIBUTE, CapturedBackbone(backbone, say))
 
 

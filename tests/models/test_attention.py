@@ -18,6 +18,7 @@ from dpkd.data.batches import Batch, Layout, TokenSequence, collate
 from dpkd.models import attention
 from dpkd.models.attention import visible
 from dpkd.models.head import hidden_rows
+from dpkd.models.student_init import recompute_activations
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS = {
@@ -101,6 +102,19 @@ def test_on_a_gpu_packed_rows_go_through_the_kernel_of_pytorch_in_half_precision
         assert begin is end
         assert longest == [16, 16]
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_computes_activations_again_keeps_its_masks():
+    """Backward runs the layers with the model's own attention, which knows nothing of ours."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="sdpa").double().train()
+    assert attention.reads_packed_rows(model)
+    expected, expected_gradients = gradients(model, collate(PAIRS, pad_id=3))
+    recompute_activations(model, selective=False)
+    assert not attention.reads_packed_rows(model)
+    ours, our_gradients = gradients(model, collate(PAIRS, pad_id=3, layout=Layout(packed=True)))
+    for own, want in zip([ours, *our_gradients], [expected, *expected_gradients], strict=True):
+        torch.testing.assert_close(own, want, rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on a CPU needs a C++ compiler")

@@ -13,7 +13,15 @@ from toy_runs import assert_same_weights
 from dpkd.models import fused_layers, head
 from dpkd.train import run
 
-RUNS = {"kd": {}, "jsd": {"text.source": "student"}, "dpkd": {}, "minillm": {}, "akl": {}, "dpo": {}}
+RUNS = {
+    "kd": {},
+    "jsd": {"text.source": "student"},
+    "dpkd": {},
+    "minillm": {},
+    "akl": {},
+    "dpo": {},
+    "rkl": {"student.gradient_checkpointing": True},
+}
 
 
 @pytest.mark.parametrize("loss", RUNS)
