@@ -14,7 +14,7 @@ from dpkd.data.batches import Layout, TokenSequence, collate
 from dpkd.models.head import hidden_rows
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.local import LocalTeacher
-from dpkd.train import run
+from dpkd.train import build, run
 from dpkd.train.build import assemble
 from dpkd.train.microbatch import MicroBatcher, PromptGroup, StepBatch, Term
 from dpkd.train.progress import Display
@@ -131,6 +131,35 @@ def test_the_layout_of_batches_changes_no_gradient(loss, changes, settings_of, q
     assert train_step.micro_batcher.layouts == (usual, *sharing)
     assert_same(found, whole)
     assert other["loss/main"] == pytest.approx(metrics["loss/main"], rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["dpkd", "kd"])
+def test_on_a_cpu_rows_of_large_models_are_packed_where_that_saves_a_tenth(
+    loss, settings_of, quiet, tmp_path, monkeypatch
+):
+    plain = {"train.batch_size": 8, "batch.packing": "off", "output": str(tmp_path / "plain")}
+    whole, metrics, _ = gradients(settings_of(loss, plain), quiet)
+    monkeypatch.setattr(build, "PACKS_FROM", 1)
+    resolved = settings_of(loss, plain | {"batch.packing": "auto", "output": str(tmp_path / "new")})
+    found, other, train_step = gradients(resolved, quiet)
+    assert train_step.micro_batcher.layouts == (Layout(), Layout(packed=True), Layout(shared=True))
+    assert_same(found, whole)
+    assert other["loss/main"] == pytest.approx(metrics["loss/main"], rel=1e-6)
+    monkeypatch.setattr(build, "PACKS_FROM", 10**9)
+    _, _, train_step = gradients(resolved, quiet)
+    assert train_step.micro_batcher.layouts == (Layout(), Layout(shared=True))
+
+
+def test_a_step_batch_takes_the_layout_with_the_fewest_tokens():
+    def shape(*lengths):
+        groups = [PromptGroup((TokenSequence((5,) * 4, (1,) * n),)) for n in lengths]
+        (micro_batch,) = MicroBatcher(8, 256, layouts=(Layout(), Layout(packed=True)))(
+            StepBatch("main", groups, []), measure=False
+        )
+        return tuple(micro_batch.batch.input_ids.shape)
+
+    assert shape(6, 6, 5) == (3, 10)  # 29 tokens of 30: not worth it
+    assert shape(16, 6, 6) == (1, 40)  # of 60
 
 
 def test_pairs_share_their_prompt_unless_it_is_too_short_to_matter(settings_of, quiet):
