@@ -111,11 +111,11 @@ def recomputes(lm: nn.Module) -> bool:
 
 def computes_in(model: nn.Module) -> torch.dtype:
     """The type of a model's products here and now: that of autocast, or of its weights."""
-    weight = next(model.parameters())
-    return _product_dtype(weight)
+    return product_dtype(next(model.parameters()))
 
 
-def _product_dtype(of: Tensor) -> torch.dtype:
+def product_dtype(of: Tensor) -> torch.dtype:
+    """The type of products with a tensor: autocast's where it is on, else its own."""
     kind = of.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else of.dtype
 
@@ -148,7 +148,7 @@ def attend_packed(
     as many copies of them as the longest sequence may have tokens: a graph or compiled code is made for that number.
     """
     ends_S, longest = ends_11LS[0, 0, 0], ends_11LS.shape[2]
-    dtype = _product_dtype(query_1HTD)
+    dtype = product_dtype(query_1HTD)
     query, key, value = (one.squeeze(0).transpose(0, 1).to(dtype) for one in (query_1HTD, key_1KTD, value_1KTD))
     if query.device.type in KERNEL_ON:
         attention = torch.ops.aten._flash_attention_forward

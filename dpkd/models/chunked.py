@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dpkd import functional
 from dpkd.functional import gather_logps, log_softmax
+from dpkd.models.attention import product_dtype
 from dpkd.models.head import Head, LogitRule
 
 # Called once per chunk with the student's logits [n, V] and the slice of rows; returns a weighted sum to minimise.
@@ -106,12 +107,6 @@ def in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
     size = first.shape[0] if first.device.type != "cpu" else block_rows(max(1, first.shape[1]))
     return zip(*(one.split(max(1, size)) for one in tensors), strict=True)
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type of the matrix products: autocast's where it is on, else the weight's."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _without_autocast(weight: Tensor) -> torch.autocast:
@@ -220,7 +215,7 @@ class _Objective(torch.autograd.Function):
         bias: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
-        dtype = _compute_dtype(weight)
+        dtype = product_dtype(weight)
         head = Head(weight.detach(), None if bias is None else bias.detach(), rule).cast(dtype)
         gradient = _HeadGradient(hidden, head, ctx.needs_input_grad[6:9])
         parameter_gradients = [torch.zeros_like(p) for p in parameters]
@@ -301,7 +296,7 @@ class _TokenLogps(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
     ) -> Tensor:
-        dtype = _compute_dtype(weight)
+        dtype = product_dtype(weight)
         head = Head(weight.detach(), None if bias is None else bias.detach(), rule).cast(dtype)
         logps = hidden.new_empty(
             hidden.shape[0], dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32

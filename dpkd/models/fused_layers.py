@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FUSED_ON = ("cuda",)
 _PLAIN = "_dpkd_plain"  # the class that a module had
 
 
@@ -43,9 +44,6 @@ def unfuse_layers(model: nn.Module) -> None:
     for module in model.modules():
         if (plain := getattr(module, _PLAIN, None)) is not None:
             module.__class__ = plain
-
-
-FUSED_ON = ("cuda",)
 
 
 def _gelu(_: nn.Module, x: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ if TYPE_CHECKING:
 
 # Columns on a GPU: masks of other widths are copied in every layer, and compiled code has a second form for them.
 ALIGNED = 8
-# Weights of a layer from which saved padding is worth it on a CPU that each sequence is attended to by itself: on two
-# cores layers of 790,000 gained what was saved, and layers of 50,000 lost a quarter of a step.
+# Weights of a layer from which saved padding is worth it on a CPU that each sequence is attended to by itself: layers
+# of 790,000 gained nearly what was saved, and layers of 50,000 lost more than that.
 PACKS_FROM = 500_000
 
 

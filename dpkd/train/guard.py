@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpkd.api import Callback, Training
-from dpkd.run_metrics import CollapseDetector, logps_per_token
+from dpkd.run_metrics import CollapseDetector
 
 
 @dataclass
@@ -38,9 +38,8 @@ class RunawayGuard(Callback):
                 "preference pushes the student away from what the teacher writes. New pairs hold it "
                 "(text.refresh=every_step), and so does a likelihood term (terms.lm.weight=1)."
             )
-        rejected = (logps_per_token(metrics) or (0.0, 0.0))[1]
         return (
             f"log q of the chosen responses has fallen from {found.best:.2f} to {found.now:.2f} nats per token, "
-            f"and that of the rejected ones to {rejected:.2f}: the preference pushes the student away from both. A "
+            f"and that of the rejected ones even further: the preference pushes the student away from both. A "
             "likelihood term holds it (terms.lm.weight=1); so do a smaller loss.beta and a lower train.lr."
         )
