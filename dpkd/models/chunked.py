@@ -158,9 +158,8 @@ class _HeadGradient:
     def of_head(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of weight and bias."""
         tokens = self.head.vocabulary
-        return self.weight if self.weight is None else self.weight[
-            :tokens
-        ], self.bias if self.bias is None else self.bias[:tokens]
+        weight, bias = (None if one is None else one[:tokens] for one in (self.weight, self.bias))
+        return weight, bias
 
 
 def _as_written(
