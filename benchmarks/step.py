@@ -2,7 +2,7 @@
 
 GPT-2-shaped student 4 x 256 and teacher 8 x 512, vocabulary 50,257, a batch of 8 rows of up to 256 tokens: prompts of
 64 to 128 tokens, responses of 16 to 128. A step is the student's forward and backward, the teacher's forward, and the
-loss; no update, which is the same for all. Pairs have twice the rows.
+loss; no update, which is the same for all. Pairs have twice the rows, and so has the floor of their memory.
 
     python benchmarks/step.py [--repeats 5] [--only NAME ...] [--tiny]
 """
@@ -28,6 +28,9 @@ __all__ = ["VARIANTS", "table"]
 Step = Callable[[], Any]
 BASE = "released shape, KL"
 FLOOR = "backbones alone (floor)"
+# The floor of memory is that of the rows that a variant has: of a batch after another one, that of the larger.
+FLOOR_OF_PAIRS = "backbones alone, pairs (floor)"
+FLOOR_OF_CORPUS = "backbones alone, corpus (floor)"
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ VARIANTS: dict[str, Callable[[Size], Step]] = {
     "response only, dense, JSD": lambda s: peers.dense("jsd", s.models(), s.sequences(), s.eos),
     "pairs, full logits": lambda s: peers.full_pairs(s.models(), s.padded(s.pairs())),
     FLOOR: lambda s: peers.backbones(s.models(), s.sequences(), s.eos),
+    FLOOR_OF_PAIRS: lambda s: peers.backbones(s.models(), s.pairs(), s.eos),
+    FLOOR_OF_CORPUS: lambda s: peers.backbones(s.models(), s.corpus(), s.eos),
     "dpkd: fkl": lambda s: ours("fkl", s),
     "dpkd: rkl": lambda s: ours("rkl", s),
     "dpkd: jsd": lambda s: ours("jsd", s),
@@ -124,6 +129,17 @@ def growth_mib(name: str, size: str) -> float:
     return peak_mib() - before
 
 
+def floor_of(name: str) -> str:
+    """The variant that has the same rows, and neither head nor loss.
+
+    >>> floor_of("dpkd: dpkd pairs")
+    'backbones alone, pairs (floor)'
+    """
+    if "pairs" in name:
+        return FLOOR_OF_PAIRS
+    return FLOOR_OF_CORPUS if "pre-training" in name or "corpus" in name else FLOOR
+
+
 def available(names: list[str]) -> dict[str, str]:
     """Variant → why it cannot run here, or nothing."""
     found = dict.fromkeys(names, "")
@@ -142,16 +158,16 @@ def table(names: list[str] | None = None, repeats: int = 5, size: str = "real", 
     taken = seconds_of({name: VARIANTS[name](SIZES[size]) for name in runnable}, repeats)
     base = taken.get(BASE, max(taken.values()))
     grown = {name: call_in_process("step", "growth_mib", name, size) for name in runnable if memory}
-    floor = grown.get(FLOOR)
     rows = []
     for name, reason in reasons.items():
         if reason:
             rows.append([name, reason, "–", "–"])
             continue
         peak = f"{grown[name]:,.0f}" if name in grown else "–"
+        floor = grown.get(floor_of(name))
         share = f"{grown[name] / floor:.2f}" if name in grown and floor else "–"
         rows.append([name, f"{taken[name] / base:.2f}", peak, share])
-    return markdown(["variant", "time, released shape = 1", "peak memory growth, MiB", "of the backbones' alone"], rows)
+    return markdown(["variant", "time, released shape = 1", "peak memory growth, MiB", "of its backbones' alone"], rows)
 
 
 def main() -> None:

@@ -123,11 +123,12 @@ def adds_wide(kind: str, dtype: torch.dtype) -> bool:
     if kind != "cuda":
         return False
     try:
-        ones, found = torch.ones(16, 16, dtype=dtype, device=kind), torch.ones(16, 16, device=kind)
-        torch.addmm(found, ones.t(), ones, out_dtype=torch.float32, out=found)
+        ones, found = torch.ones(16, 16, dtype=dtype, device=kind), torch.full((16, 16), torch.nan, device=kind)
+        for beta in (0, 1):  # the first one is written over what memory happens to hold
+            torch.addmm(found, ones.t(), ones, beta=beta, out_dtype=torch.float32, out=found)
     except Exception:  # of a PyTorch that has no such product: it is added in a second operation
         return False
-    return bool((found == 17.0).all())
+    return bool((found == 32.0).all())
 
 
 class _HeadGradient:
@@ -136,8 +137,9 @@ class _HeadGradient:
     def __init__(self, hidden: Tensor, head: Head, needs: Sequence[bool]) -> None:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.head = head
+        self.begun = False  # the first chunk's product is written, those of the others are added
         self.hidden = torch.empty_like(hidden) if needs[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
+        self.weight = torch.empty_like(head.weight, dtype=wide) if needs[1] else None
         self.bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
 
     def add(self, rows: slice, hidden_nH: Tensor, grad_nV: Tensor) -> None:
@@ -145,12 +147,18 @@ class _HeadGradient:
         if self.hidden is not None:
             self.hidden[rows] = narrow_nV @ self.head.weight
         if self.weight is not None:
+            beta = int(self.begun)
             if self.weight.dtype == narrow_nV.dtype:
-                self.weight.addmm_(narrow_nV.t(), hidden_nH)
+                self.weight.addmm_(narrow_nV.t(), hidden_nH, beta=beta)
             elif adds_wide(narrow_nV.device.type, narrow_nV.dtype):
-                torch.addmm(self.weight, narrow_nV.t(), hidden_nH, out_dtype=self.weight.dtype, out=self.weight)
-            else:
+                torch.addmm(
+                    self.weight, narrow_nV.t(), hidden_nH, beta=beta, out_dtype=self.weight.dtype, out=self.weight
+                )
+            elif self.begun:
                 self.weight.add_(narrow_nV.t() @ hidden_nH)
+            else:
+                self.weight.copy_(narrow_nV.t() @ hidden_nH)
+            self.begun = True
         if self.bias is not None:
             self.bias[: grad_nV.shape[1]] += grad_nV.sum(0)
 
@@ -158,6 +166,10 @@ class _HeadGradient:
     def of_head(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of weight and bias."""
         tokens = self.head.vocabulary
+        if self.weight is not None and not self.begun:
+            self.weight.zero_()
+        if tokens is None:
+            return self.weight, self.bias
         weight, bias = (None if one is None else one[:tokens] for one in (self.weight, self.bias))
         return weight, bias
 
@@ -240,13 +252,16 @@ class _Objective(torch.autograd.Function):
                     gradient.hidden[rows] = 0
                 del raw_nV, blocks  # else they are there still when the next chunk is at its peak
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(gradient.hidden, *gradient.of_head, *parameter_gradients)
+        # Not saved as tensors are: backward gives them away, so that nobody has to copy a matrix of the head's size.
+        ctx.gradients = [gradient.hidden, *gradient.of_head, *parameter_gradients]
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (factor,) = grad_outputs
-        hidden, weight, bias, *parameters = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("a loss in chunks goes backward once: its gradients were given away the first time")
+        (hidden, weight, bias, *parameters), ctx.gradients = ctx.gradients, None
         # The engine folds every factor into the row weights: this is a multiplication by 1, but for who looks.
         if not (functional.free_to_read(factor.device) and float(factor) == 1.0):
             for gradient in (hidden, weight, bias, *parameters):

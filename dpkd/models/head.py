@@ -87,8 +87,8 @@ class Head:
 
     def cut(self, vocabulary: int | None) -> Head:
         """The head of the first `vocabulary` ids (None: of all): the only cut of a vocabulary in dpkd."""
-        if vocabulary is None:
-            return self
+        if vocabulary is None or vocabulary == self.weight.shape[0]:
+            return self  # the backward of a slice, even of all rows, fills and copies a matrix of the head's size
         return Head(self.weight[:vocabulary], None if self.bias is None else self.bias[:vocabulary], self.rule)
 
     def cast(self, dtype: torch.dtype) -> Head:

@@ -224,3 +224,35 @@ def test_an_odd_vocabulary_is_computed_as_a_gpu_wants_it(bias, monkeypatch):
     assert {*aligned} == {64}
     for own, want in zip(found, expected, strict=True):
         torch.testing.assert_close(own, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("taken", ["all", "none"])
+def test_the_gradient_of_a_head_is_never_filled_first(taken):
+    """Its products are written and added to; of a head that no chunk reaches it is zero, whatever memory holds."""
+    hidden, weight, _, _, targets, _ = make(12, 4, 11, bias=False, seed=3, dtype=torch.float32)
+    filled = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            name = func.overloadpacket.__name__
+            if name in ("empty", "empty_like"):
+                out.fill_(torch.nan)
+            elif name in ("zeros", "zeros_like", "zero_", "fill_", "slice_backward") and out.shape == weight.shape:
+                filled.append(name)
+            return out
+
+    def chunk_loss(logits, rows):
+        return log_softmax(logits)[:, 0].sum() if taken == "all" else torch.zeros(())
+
+    with Watch():
+        head = Head(weight, None, LogitRule()).cut(len(weight))
+        got = torch.autograd.grad(objective(chunk_loss, hidden, head, 5), weight, allow_unused=True)[0]
+        of_logps = torch.autograd.grad(token_logps(hidden, head, targets, 5).sum(), weight)[0]
+    assert filled == ([] if taken == "all" else ["zero_"])
+    logps = log_softmax(hidden @ weight.T)
+    want = torch.autograd.grad(logps[:, 0].sum(), weight)[0] if taken == "all" else torch.zeros_like(weight)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        of_logps, torch.autograd.grad(gather_logps(log_softmax(hidden @ weight.T), targets).sum(), weight)[0]
+    )
