@@ -146,22 +146,25 @@ def with_rest(log_NV: Tensor, ids_NK: Tensor) -> Tensor:
     return torch.cat([log_NV.gather(-1, ids_NK), rest_N.unsqueeze(-1)], dim=-1)
 
 
-def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float) -> Tensor:
+def log_mix(log_a_NV: Tensor, log_b_NV: Tensor, weight_a: float | Tensor) -> Tensor:
     """Log of the mixture `weight_a · a + (1 - weight_a) · b`, in log space.
 
     log_a_NV  log-probabilities of a, and `log_b_NV` those of b
-    weight_a  the weight of a, in [0, 1]; ValueError otherwise
+    weight_a  the weight of a, in [0, 1]; ValueError otherwise. A tensor `[N, 1]` has that of each row, unchecked
 
     >>> log_mix(torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log(), 0.25).exp()
     tensor([0.2500, 0.7500])
     """
-    if not 0.0 <= weight_a <= 1.0:
+    if isinstance(weight_a, Tensor):
+        a_NV, b_NV = log_a_NV + weight_a.log(), log_b_NV + (-weight_a).log1p()
+    elif not 0.0 <= weight_a <= 1.0:
         raise ValueError(f"a mixture weight lies in [0, 1], got {weight_a}")
-    if weight_a == 0.0:
+    elif weight_a == 0.0:
         return log_b_NV
-    if weight_a == 1.0:
+    elif weight_a == 1.0:
         return log_a_NV
-    a_NV, b_NV = log_a_NV + math.log(weight_a), log_b_NV + math.log1p(-weight_a)
+    else:
+        a_NV, b_NV = log_a_NV + math.log(weight_a), log_b_NV + math.log1p(-weight_a)
     # Where both are -inf, logaddexp has no gradient: the token stays impossible.
     impossible_NV = (a_NV == -math.inf) & (b_NV == -math.inf)
     # Looking saves two passes.

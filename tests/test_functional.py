@@ -188,6 +188,23 @@ def test_mixture_with_excluded_tokens(weight: float) -> None:
             assert gradient.isfinite().all()
 
 
+def test_mixture_with_a_weight_for_each_row() -> None:
+    """As with the same number for the row alone, also where a token is excluded by one or by both."""
+    log_a, log_b = _log_p(4, 5, seed=10), _log_p(4, 5, seed=11)
+    log_a[:, 3:], log_b[:, 4:] = -INF, -INF
+    weights = torch.tensor([[0.0], [0.25], [0.9], [1.0]], dtype=torch.float64)
+
+    def each(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([log_mix(a[i : i + 1], b[i : i + 1], weights[i].item()) for i in range(4)])
+
+    torch.testing.assert_close(log_mix(log_a, log_b, weights), each(log_a, log_b))
+    found, expected = (
+        _grads(lambda a, b, f=f: f(a, b).exp(), log_a, log_b) for f in (lambda a, b: log_mix(a, b, weights), each)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_mixture_keeps_what_exponentials_would_lose() -> None:
     """At -2000 nats both probabilities are 0 in floats: ¼ e^-2000 + ¾ e^-2001."""
     mixed = log_mix(torch.tensor([[-2000.0]]).double(), torch.tensor([[-2001.0]]).double(), 0.25)

@@ -90,6 +90,13 @@ class Layers(NamedTuple):
     teacher: tuple[int, ...] = ()
 
 
+class Part(NamedTuple):
+    """Values of a part of a loss, for the log: of the rows `of` (bool); None: of all."""
+
+    values: Tensor
+    of: Tensor | None = None
+
+
 class _Inputs:
     """Signals by name; reading one that was not declared raises UndeclaredSignal."""
 
@@ -98,16 +105,22 @@ class _Inputs:
         # Always in one order: compiled code looks at it.
         self._signals = {signal: signals[signal] for signal in Signal if signal in signals}
         self._cache: dict[tuple[Signal, float], Tensor] = {} if cache is None else cache
-        self.parts: dict[str, Tensor] = {}
+        self.named_parts: dict[str, Part] = {}
 
-    def part(self, name: str, values: Tensor) -> Tensor:
+    def part(self, name: str, values: Tensor, of: Tensor | None = None) -> Tensor:
         """Name a part of the value, for the log; returns `values` unchanged.
 
         name    the engine logs the mean of the values as `part/NAME`
         values  one number per position or pair
+        of      bool, which of the values are the part; None: all
         """
-        self.parts[name] = values.detach()
+        self.named_parts[name] = Part(values.detach(), of)
         return values
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The values of each part by its name; for those of some rows the host waits for a GPU."""
+        return {name: values if of is None else values[of] for name, (values, of) in self.named_parts.items()}
 
     @property
     def rows(self) -> int:

@@ -26,6 +26,7 @@ from dpkd.models.quantization import (
     quantization_options,
     quiet_bitsandbytes,
 )
+from dpkd.models.quick_gguf import quick_gguf
 from dpkd.models.settings import ModelSettings, StudentSettings
 
 # Of the settings; `auto` is left out.
@@ -72,7 +73,7 @@ def load_model(settings: ModelSettings, *, device: torch.device | str, dtype: to
     with quiet_transformers(), explained(settings, "model"), quiet, explained_packing(settings, device):
         if is_gguf(settings.model):
             # Its progress bar heeds no switch; errors are exceptions and do not pass through stderr.
-            with redirect_stderr(io.StringIO()):
+            with redirect_stderr(io.StringIO()), quick_gguf(settings.model):
                 loaded: Any = AutoModelForCausalLM.from_pretrained(**options)
             model, report = _without_quantisation(loaded[0]), loaded[1]
         else:
@@ -105,7 +106,7 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 
     named = getattr(settings, "tokenizer", None)
     source = ModelSettings(model=named, trust_remote_code=settings.trust_remote_code) if named else settings
-    with quiet_transformers(), explained(source, "tokenizer"):
+    with quiet_transformers(), explained(source, "tokenizer"), quick_gguf(source.model):
         tokenizer = usable_tokenizer(AutoTokenizer.from_pretrained(**location(source)), str(source.model))
         tokenizer("x"), tokenizer.unk_token_id  # some mistakes in its files show at the first use only
     return tokenizer
@@ -141,7 +142,7 @@ def config_of(settings: ModelSettings) -> Any:
     """The configuration alone: no weights are read."""
     from transformers import AutoConfig
 
-    with quiet_transformers(), explained(settings, "configuration"):
+    with quiet_transformers(), explained(settings, "configuration"), quick_gguf(settings.model):
         config = AutoConfig.from_pretrained(**location(settings))
     if not isinstance(dtype := getattr(config, "dtype", None), torch.dtype | None):
         raise DpkdError(

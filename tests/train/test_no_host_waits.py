@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from no_waits import NoWaits
 
 from dpkd import functional
 from dpkd.data.batches import TokenSequence, collate
@@ -19,20 +19,6 @@ from dpkd.train.nonfinite import NotFinite
 from dpkd.train.progress import Display
 from dpkd.train.timings import Timings
 
-WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_dim", "equal", "item"}
-BY_MASK = {"index", "index_put", "index_put_", "_index_put_impl_"}  # with a mask they look how many are true
-
-
-class NoWaits(TorchDispatchMode):
-    """Fails on an operator that would wait for a device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masks = [i for i in args[1] if i is not None] if name in BY_MASK else []
-        assert name not in WAITS, f"the host waits at {name}"
-        assert all(i.dtype is not torch.bool for i in masks), f"the host waits at {name} with a mask"
-        return func(*args, **(kwargs or {}))
-
 
 def ready(resolved, quiet, step=0):
     """The run's parts, and the step batches of a step."""
@@ -42,6 +28,7 @@ def ready(resolved, quiet, step=0):
     return parts.train_step, parts.builder.step_batches(step, texts)
 
 
+# Of each kind of loss one: tests of the zoo look at each by itself.
 CASES = [
     ("kd", {}),
     ("jsd", {}),
@@ -50,6 +37,7 @@ CASES = [
     ("dpkd-token", {"terms.lm.weight": 0.5, "train.micro_batch_size": 2}),
     ("minillm", {"text.every": 1}),
     ("rkl", {"text.source": "student"}),
+    ("distillm2", {}),
     ("dpkd", {}),
     ("dpkd-simpo", {"batch.shared_prompts": False}),
     ("kd", {"student.init": "pretrained", "student.layers": None, "student.model": "gpt2"}),
