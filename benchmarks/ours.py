@@ -13,10 +13,10 @@ from dpkd.api.teachers import Teacher, TeacherOutput, Wants
 from dpkd.data.batches import PLAIN, Layout, TokenSequence, collate
 from dpkd.models.chunked import token_logps
 from dpkd.models.head import head_of, hidden_rows
+from dpkd.models.layouts import worth_packing
 from dpkd.plugins import load_registry
 from dpkd.teachers.local import LocalTeacher
 from dpkd.train.auxiliary_losses import LanguageModelling, LanguageModellingConfig
-from dpkd.train.build import PACKS_FROM, weights_of_a_layer
 from dpkd.train.loss_module import LossModule
 from dpkd.train.microbatch import MicroBatcher, PromptGroup, StepBatch, Term
 from dpkd.train.train_step import TrainStep
@@ -142,7 +142,7 @@ def engine_step(
     AcceleratorState._reset_state()  # it keeps the precision of the first
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
     usual = usual_layout(device, bf16=bf16)
-    looped = device.type == "cpu" and weights_of_a_layer(student) >= PACKS_FROM
+    looped = device.type == "cpu" and worth_packing(student)
     layouts = (usual, *([Layout(packed=True)] if looped else []))
     layouts += (usual._replace(packed=False, shared=True),) if shared else ()
     micro_batcher = MicroBatcher(len(sequences), vocabulary - 1, layouts=layouts, device=device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpkd.data.batches import PLAIN, Layout
 from dpkd.models.captured import paused, release
-from dpkd.models.head import causal_lm, evaluating, hidden_rows
+from dpkd.models.head import causal_lm, evaluating, hidden_rows, repeated_blocks
 from dpkd.models.layouts import probe_batch
 
 BACKEND = "inductor"
@@ -28,16 +28,6 @@ WORTH_STEPS = 300
 WORTH_WEIGHTS = 1.5e12
 
 Context = Callable[[], AbstractContextManager[Any]]
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model: the list of modules of one class that holds the most weights."""
-    lists = [
-        list(module)
-        for module in causal_lm(model).base_model.modules()
-        if isinstance(module, nn.ModuleList) and len({type(one) for one in module}) == 1
-    ]
-    return max(lists, key=lambda blocks: sum(p.numel() for one in blocks for p in one.parameters()), default=[])
 
 
 def compile_blocks(model: nn.Module, backend: Any = None) -> int:

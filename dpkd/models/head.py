@@ -109,6 +109,16 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model: the list of modules of one class that holds the most weights."""
+    lists = [
+        list(module)
+        for module in causal_lm(model).base_model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(one) for one in module}) == 1
+    ]
+    return max(lists, key=lambda blocks: sum(p.numel() for one in blocks for p in one.parameters()), default=[])
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Models in eval mode; afterwards every module has the mode it had, whatever happened."""

@@ -33,7 +33,6 @@ from dpkd.models.compile import (
     code_of,
     compile_checked,
     compile_loss,
-    repeated_blocks,
     undo,
     weights_passed,
 )
@@ -42,7 +41,7 @@ from dpkd.models.fused import kl_sum_of
 from dpkd.models.fused import why_not as why_not_fused
 from dpkd.models.head import causal_lm, check_head
 from dpkd.models.in_memory import InMemory
-from dpkd.models.layouts import why_not
+from dpkd.models.layouts import why_not, worth_packing
 from dpkd.models.lora import add_lora
 from dpkd.models.sharding import is_sharded, zero_config
 from dpkd.models.student_init import make_student, recompute_activations
@@ -68,9 +67,6 @@ if TYPE_CHECKING:
 
 # Columns on a GPU: masks of other widths are copied in every layer, and compiled code has a second form for them.
 ALIGNED = 8
-# Weights of a layer from which saved padding is worth it on a CPU that each sequence is attended to by itself: layers
-# of 790,000 gained nearly what was saved, and layers of 50,000 lost more than that.
-PACKS_FROM = 500_000
 
 
 @dataclass(kw_only=True)
@@ -319,15 +315,10 @@ class _Models:
                     raise DpkdError(f"batch.packing: the {who} cannot read packed rows: {reason}. Leave it at auto.")
                 usual, packed = usual._replace(packed=False), False
         loops = batch.packing == "auto" and may_loop and quick and not (packed or on_gpu)
-        others = [Layout(packed=True)] if loops and weights_of_a_layer(self.student) >= PACKS_FROM else []
+        others = [Layout(packed=True)] if loops and worth_packing(self.student) else []
         # Attention that goes from sequence to sequence has no mask, with which alone they can share a prompt.
         others += [usual._replace(shared=True, packed=packed and not quick)] if batch.shared_prompts else []
         return usual, *(one for one in others if not any(_under(c, why_not, m, one) for m, c in models.values()))
-
-
-def weights_of_a_layer(model: nn.Module) -> int:
-    """Weights of one of the repeated layers of a model; 0 where it has none."""
-    return sum(p.numel() for block in repeated_blocks(model)[:1] for p in block.parameters())
 
 
 def _under(context: Context, call: Callable[..., Any], *arguments: Any) -> Any:

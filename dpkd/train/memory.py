@@ -7,8 +7,11 @@ peaks of real runs.
 
 from __future__ import annotations
 
+import os
+import platform
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -19,11 +22,13 @@ from dpkd.api.inputs import REFERENCE_LOGPS
 from dpkd.config.objective import Objective
 from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
+from dpkd.models.attention import recomputes
 from dpkd.models.chunked import block_rows, chunk_rows
-from dpkd.models.compile import repeated_blocks
 from dpkd.models.device import device_of, memory_of, precision_of, teacher_dtype
 from dpkd.models.fused import kl_sum_of
 from dpkd.models.fused import why_not as why_not_fused
+from dpkd.models.head import repeated_blocks
+from dpkd.models.layouts import worth_packing
 from dpkd.models.loading import new_model
 from dpkd.models.lora import add_lora
 from dpkd.models.optimizers import state_bytes
@@ -31,10 +36,15 @@ from dpkd.models.quantization import quantization_of, weight_bytes
 from dpkd.models.sharding import sharding
 from dpkd.models.student_init import recompute_activations, switch_dropout_off
 from dpkd.train.memory_trace import Passes, backbone_passes, fill, fused_chunk, pair_chunk, token_chunk
+from dpkd.train.microbatch import WORTH_SAVING
 from dpkd.train.prepare import RunData
 from dpkd.train.rollouts import open_source
 
 FLOAT = 4  # bytes: the student's weights, its gradients and the optimizer's state are float32
+# What glibc's malloc holds of memory that was freed: a share of all that comes and goes in a step; and, where
+# activations are computed again, one of what there would be otherwise. Measured by benchmarks/memory.py.
+HELD, HELD_OF_RECOMPUTED = 0.3, 0.6
+HELD_BY_MALLOC = "freed, held by malloc"
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,9 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
     """The peak of a run on one device; of a student that is sharded, that of each process."""
     settings = resolved.settings
     dtype = teacher_dtype(settings.train.precision, device_of(settings.train.device))
-    batch = _largest_batch(resolved, run_data)
-    student = _count(settings, run_data.student_config, batch)
+    meta = meta_student(settings, run_data.student_config)
+    batch = _largest_batch(resolved, run_data, packs=_packs(settings, meta))
+    student = _count(settings, run_data.student_config, meta, batch)
     references = any(REFERENCE_LOGPS & objective.reads for objective in resolved.objectives)
     shards = sharding()
     weights = student_bytes(settings, run_data.student_config, student.parameters)
@@ -122,13 +133,43 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
             else {"engine of the sampler": engine.drawing}
         )
         moments.append(MemoryEstimate("sampling", {**always, "gathered weights": whole, **drawn}))
-    return max(moments, key=lambda estimate: estimate.total)
+    peak = max(moments, key=lambda estimate: estimate.total)
+    if not malloc_holds(settings):
+        return peak
+    held = HELD * (peak.total - sum(always.values()))
+    if recomputes(meta):
+        settings = settings.model_copy(
+            update={"student": settings.student.model_copy(update={"gradient_checkpointing": False})}
+        )
+        plain = meta_student(settings, run_data.student_config)
+        held = HELD_OF_RECOMPUTED * _count(settings, run_data.student_config, plain, batch).passes.kept
+    return MemoryEstimate(peak.moment, {**peak.parts, HELD_BY_MALLOC: held})
 
 
-def _largest_batch(resolved: Resolved, run_data: RunData) -> _Batch:
-    """Windows hold rows of like length, so that all sequences of one may be the longest.
+def malloc_holds(settings: RunSettings) -> bool:
+    """Whether the run is on a CPU, and glibc's malloc, as it is by default, takes care of its memory."""
+    if device_of(settings.train.device).type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return False
+    return not any(name.startswith("MALLOC_") for name in os.environ) and "malloc" not in os.environ.get(
+        "LD_PRELOAD", ""
+    )
 
-    A sequence is one of the data set, or a prompt with all that may be sampled.
+
+def _packs(settings: RunSettings, student: nn.Module) -> bool:
+    """Whether sequences will stand one behind the other, as far as settings tell: a run tries its models too."""
+    device = device_of(settings.train.device)
+    if settings.batch.packing != "auto":
+        return settings.batch.packing == "on"
+    if device.type == "cuda":
+        return precision_of(settings.train.precision, device) == "bf16" and not recomputes(student)
+    return settings.train.compile != "on" and not recomputes(student) and worth_packing(student)
+
+
+def _largest_batch(resolved: Resolved, run_data: RunData, *, packs: bool) -> _Batch:
+    """The longest sequences of the data, as many as a micro-batch has, at their own lengths where a run `packs` them.
+
+    Else all have the length of the longest. A sequence is one of the data set, or a prompt with all that may be
+    sampled.
     """
     settings = resolved.settings
     bounds = open_source(resolved.main, resolved, run_data).describe().longest
@@ -142,10 +183,17 @@ def _largest_batch(resolved: Resolved, run_data: RunData) -> _Batch:
     behind = 1
     if pairs and settings.batch.shared_prompts:  # both responses in one row, behind one copy of the prompt
         sequences, behind = max(1, sequences // 2), 2
-    longest = max(prompt + behind * response for prompt, response in lengths)
+    whole = sorted((prompt + behind * response for prompt, response in lengths), reverse=True)
+    longest, response = whole[0], behind * max(response for _, response in lengths)
     if settings.batch.tokens is not None:
         sequences = max(1, min(sequences, settings.batch.tokens // longest))
-    return _Batch(sequences, longest, behind * max(response for _, response in lengths))
+    if packs and not pairs:
+        drawn = max(1, resolved.main.text.student_sampling.num_generations)
+        several = [length for length in whole for _ in range(drawn)]
+        mean = -(-sum(islice(cycle(several), sequences)) // sequences)
+        if mean <= (1 - WORTH_SAVING) * longest:
+            longest = mean
+    return _Batch(sequences, longest, response)
 
 
 def _micro_batches(resolved: Resolved) -> int:
@@ -213,11 +261,10 @@ def _rows_held(objective: Objective, rows: int, block: int, device: torch.device
     return copies * rows if block == rows else copies * block + held * rows
 
 
-def _count(settings: RunSettings, config: Any, batch: _Batch) -> _Counts:
+def _count(settings: RunSettings, config: Any, student: nn.Module, batch: _Batch) -> _Counts:
     """Count the student without weights; where it does not run on fake tensors, its passes follow a rule of thumb."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    student = meta_student(settings, config)
     trained = [p.numel() for p in student.parameters() if p.requires_grad]
     parameters = sum(p.numel() for p in student.parameters())
     try:

@@ -11,10 +11,11 @@ from toy_runs import torchrun
 
 from dpkd.api import Response, Text
 from dpkd.data.batches import Layout, TokenSequence, collate
+from dpkd.models import layouts
 from dpkd.models.head import hidden_rows
 from dpkd.run_metrics import read_metrics
 from dpkd.teachers.local import LocalTeacher
-from dpkd.train import build, run
+from dpkd.train import run
 from dpkd.train.build import assemble
 from dpkd.train.microbatch import MicroBatcher, PromptGroup, StepBatch, Term
 from dpkd.train.progress import Display
@@ -139,13 +140,13 @@ def test_on_a_cpu_rows_of_large_models_are_packed_where_that_saves_a_tenth(
 ):
     plain = {"train.batch_size": 8, "batch.packing": "off", "output": str(tmp_path / "plain")}
     whole, metrics, _ = gradients(settings_of(loss, plain), quiet)
-    monkeypatch.setattr(build, "PACKS_FROM", 1)
+    monkeypatch.setattr(layouts, "PACKS_FROM", 1)
     resolved = settings_of(loss, plain | {"batch.packing": "auto", "output": str(tmp_path / "new")})
     found, other, train_step = gradients(resolved, quiet)
     assert train_step.micro_batcher.layouts == (Layout(), Layout(packed=True), Layout(shared=True))
     assert_same(found, whole)
     assert other["loss/main"] == pytest.approx(metrics["loss/main"], rel=1e-6)
-    monkeypatch.setattr(build, "PACKS_FROM", 10**9)
+    monkeypatch.setattr(layouts, "PACKS_FROM", 10**9)
     _, _, train_step = gradients(resolved, quiet)
     assert train_step.micro_batcher.layouts == (Layout(), Layout(shared=True))
 

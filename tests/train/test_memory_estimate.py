@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from rich.console import Console
@@ -177,3 +179,45 @@ def test_a_model_that_needs_values_is_estimated_all_the_same(settings_of, monkey
     monkeypatch.setattr(memory, "backbone_passes", needs_values)
     rough = estimate(settings_of("fkl", LONG))
     assert rough.total == pytest.approx(exact.total, rel=0.5)
+
+
+def lengths_of(resolved):
+    data = prepare(resolved, Display(Console(quiet=True))).data
+    return sorted((len(p.prompt_ids) + len(p.response_ids) for p in data.prompts), reverse=True)
+
+
+def test_packed_rows_count_the_longest_sequences_at_their_own_lengths(settings_of, monkeypatch):
+    batches = []
+    passes = memory.backbone_passes
+    monkeypatch.setattr(
+        memory, "backbone_passes", lambda m, *size, bf16: batches.append(size) or passes(m, *size, bf16=bf16)
+    )
+    eight = {"train.batch_size": 8, "train.micro_batch_size": 8}
+    longest = lengths_of(settings_of("fkl", eight))[:8]
+    assert sum(longest) < 0.9 * 8 * longest[0], "else nothing is saved"
+    estimate(settings_of("fkl", eight))
+    monkeypatch.setattr("dpkd.models.layouts.PACKS_FROM", 1)
+    for change in ({}, {"batch.packing": "off"}, {"train.compile": "on"}):
+        estimate(settings_of("fkl", eight | change))
+    padded, packed = (8, longest[0]), (8, -(-sum(longest) // 8))
+    assert batches == [padded, packed, padded, padded]
+
+
+def test_what_malloc_holds_counts_unless_it_is_told_to_return_it(settings_of, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    resolved = settings_of("fkl")
+    parts = dict(estimate(resolved).parts)
+    held = parts.pop(memory.HELD_BY_MALLOC)
+    kept = ("student weights", "teacher weights", "optimizer state")
+    assert held == pytest.approx(0.3 * sum(size for name, size in parts.items() if name not in kept))
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1048576")
+    assert estimate(resolved).parts == parts
+
+
+def test_recomputed_activations_leave_holes_of_what_there_would_be_without(settings_of, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    plain, again = (estimate(settings_of("fkl", {"student.gradient_checkpointing": on})).parts for on in (False, True))
+    assert again["activations"] < 0.5 * plain["activations"]
+    assert again[memory.HELD_BY_MALLOC] == pytest.approx(0.6 * plain["activations"])
