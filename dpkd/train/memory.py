@@ -43,7 +43,7 @@ from dpkd.train.rollouts import open_source
 FLOAT = 4  # bytes: the student's weights, its gradients and the optimizer's state are float32
 # What glibc's malloc holds of memory that was freed: a share of all that comes and goes in a step; and, where
 # activations are computed again, one of what there would be otherwise. Measured by benchmarks/memory.py.
-HELD, HELD_OF_RECOMPUTED = 0.3, 0.6
+HELD, HELD_OF_RECOMPUTED = 0.28, 0.6
 HELD_BY_MALLOC = "freed, held by malloc"
 
 

@@ -14,6 +14,7 @@ from dpkd.config.resolve import Resolved
 from dpkd.config.settings import RunSettings
 from dpkd.data.encode import EncodedData, Prompt
 from dpkd.data.encoding import continuation
+from dpkd.models.device import device_of, precision_of
 from dpkd.models.loading import count_parameters
 from dpkd.run_folder import RunFolder
 from dpkd.train.cross_tokenizer import union_of
@@ -142,7 +143,8 @@ def _training_rows(settings: RunSettings, data: EncodedData, steps: int, fingerp
         ("data", f"{settings.data.path}, {len(data.prompts):,} examples, fingerprint {fingerprint[:12]}"),
         ("steps", f"{steps:,} of {train.batch_size} examples ({train.micro_batch_size} sequences per forward)"),
         *([("response tokens", tokens)] if per_step else []),
-        ("optimizer", f"{describe_optimizer(train)}, {train.precision}"),
+        ("optimizer", describe_optimizer(train)),
+        ("precision", precision_of(train.precision, device_of(train.device))),
     ]
 
 
