@@ -21,11 +21,12 @@ def push(run: Path, repository: str, *, private: bool = False, adapter: bool = F
     `repository` is OWNER/NAME and is made where it does not exist. The token is that of `hf auth login` or HF_TOKEN;
     HF_ENDPOINT names another hub. Raises DpkdError when the run is not finished, or the hub refuses.
     """
-    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     folder = RunFolder.existing(run)
+    if repository.count("/") != 1:
+        raise DpkdError(f"{repository} is not a name for the hub: expected OWNER/NAME")
     source = _part(folder, "adapter" if adapter else "model")
     files = {file.name: file for file in sorted(source.iterdir()) if file.is_file() and file.name != "README.md"}
     if folder.card.is_file():
@@ -37,11 +38,15 @@ def push(run: Path, repository: str, *, private: bool = False, adapter: bool = F
         commit = api.create_commit(repository, operations, commit_message=f"{source.name} of {folder.path.name}")
     except HFValidationError as error:
         raise DpkdError(f"{repository} is not a name for the hub: expected OWNER/NAME ({error})") from error
-    except (LocalTokenNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError) as error:
+    except Exception as error:
+        # Without a network it is an error of httpx, or of httpx2 in later versions of the hub's package.
+        refused = isinstance(error, LocalTokenNotFoundError | OfflineModeIsEnabled | HfHubHTTPError)
+        if not refused and not type(error).__module__.startswith("httpx"):
+            raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DpkdError(
             f"{repository}: {api.endpoint or constants.ENDPOINT} does not take the model: {first}. Log in with "
-            "`hf auth login` (a token that may write), and check the owner's name and HF_HUB_OFFLINE"
+            "`hf auth login` (a token that may write), and check the network, the owner's name and HF_HUB_OFFLINE"
         ) from error
     return str(commit.commit_url)
 

@@ -94,6 +94,17 @@ def test_model_and_card_are_one_commit(hub, finished):
     }
 
 
+def test_without_a_network_it_is_a_sentence(hub, finished, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    with pytest.raises(DpkdError, match=r"me/student: http://127.0.0.1:9 does not take the model: .*check the network"):
+        push(finished, "me/student")
+
+
+def test_a_name_without_an_owner_asks_nobody(finished):
+    with pytest.raises(DpkdError, match="badname is not a name for the hub: expected OWNER/NAME"):
+        push(finished, "badname")
+
+
 def test_adapters_alone(hub, finished):
     push(finished, "me/student", adapter=True)
     assert hub.files.keys() == {"adapter_config.json", "adapter_model.safetensors", "README.md"}

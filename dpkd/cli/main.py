@@ -95,15 +95,28 @@ def main() -> None:
         app()
     except SystemExit as stop:  # typer's own end; it turns Ctrl-C into 130 and says nothing
         if stop.code == 130:
-            typer.echo("interrupted", err=True)
+            typer.echo(_interrupted(sys.argv[1:2]), err=True)
         raise
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        typer.echo(_interrupted(sys.argv[1:2]), err=True)
         sys.exit(130)
     except BaseException as error:
         if traceback or os.environ.get("DPKD_DEBUG"):
             raise
         sys.exit(_explain(error))
+
+
+# Commands that write as they go, and that the same call takes up where it ended.
+RESUMED = {"cache", "eval", "judge", "sample", "sweep"}
+
+
+def _interrupted(command: list[str]) -> str:
+    """What Ctrl-C leaves.
+
+    >>> _interrupted(["sample"]), _interrupted(["list-losses"])
+    ('interrupted; the same command goes on from what was written', 'interrupted')
+    """
+    return "interrupted" + ("; the same command goes on from what was written" if RESUMED & {*command} else "")
 
 
 def _without(flag: str, arguments: list[str]) -> tuple[list[str], bool]:

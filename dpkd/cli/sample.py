@@ -93,7 +93,7 @@ def _print(report: SampleReport, output: Path) -> None:
         typer.echo(note)
     found = f", {report.found} were there" if report.found else ""
     typer.echo(
-        f"{output}: {report.written} responses written{found}; "
+        f"{output}: {report.written} response{'s' * (report.written != 1)} written{found}; "
         f"{report.truncated} reached the length limit, {report.empty} empty"
     )
     skip = " --set data.on_bad_row=skip" if report.empty else ""

@@ -88,8 +88,9 @@ def tokenize(
     settings: DataSettings,
     *,
     require_response: bool = True,
+    context: int | None = None,
 ) -> EncodedData:
-    """Write, encode and filter the examples.
+    """Write, encode and filter the examples; `context` is how many tokens the models read, for advice.
 
     EOS is appended to a response once, and is part of it. Raises DpkdError when a template cannot write a
     prompt, when a required response is missing, and when nothing is left.
@@ -139,7 +140,7 @@ def tokenize(
         longest=max(sizes),
         max_tokens=settings.max_tokens,
         templates=template_line((one.form for one in rendered), settings.template),
-        lengths=_length_advice(whole, settings),
+        lengths=_length_advice(whole, settings, context),
         glued=_glued(rendered, responses),
     )
     return EncodedData(prompts, report)
@@ -159,18 +160,33 @@ def check_ids(prompts: Iterable[Prompt], rows: int, who: str) -> None:
 MUCH = 0.1  # of the examples, dropped or cut
 
 
-def _length_advice(lengths: Sequence[tuple[int, int]], settings: DataSettings) -> str | None:
-    """What would keep 99 of 100 examples whole, where the limits drop or cut many; lengths of prompt and response."""
-    long = [(p, r) for p, r in lengths if p > settings.max_prompt_tokens or p + r > settings.max_tokens]
-    if len(long) < MUCH * len(lengths):
+def _length_advice(lengths: Sequence[tuple[int, int]], settings: DataSettings, context: int | None) -> str | None:
+    """What would keep 99 of 100 examples whole, where the limits drop or cut many; lengths of prompt and response.
+
+    Where the models read no more than `context` tokens, what they can read.
+    """
+
+    def fit(prompt: int, both: int) -> int:
+        return sum(p <= prompt and p + r <= both for p, r in lengths)
+
+    whole = fit(settings.max_prompt_tokens, settings.max_tokens)
+    if len(lengths) - whole < MUCH * len(lengths):
         return None
     last = (len(lengths) * 99 - 1) // 100
     prompt = max(settings.max_prompt_tokens, sorted(p for p, _ in lengths)[last])
     both = max(settings.max_tokens, prompt + 1, sorted(p + r for p, r in lengths)[last])
-    return (
-        f"warning: {len(long):,} of {len(lengths):,} examples are dropped or cut for their length; 99 of 100 fit into "
-        f"--set data.max_prompt_tokens={prompt} --set data.max_tokens={both}, where models and memory allow it"
-    )
+    said = f"warning: {len(lengths) - whole:,} of {len(lengths):,} examples are dropped or cut for their length"
+    if context is None or both <= context:
+        return (
+            f"{said}; 99 of 100 fit into --set data.max_prompt_tokens={prompt} --set data.max_tokens={both}, "
+            "where memory allows it"
+        )
+    both = max(settings.max_tokens, context)
+    prompt = max(settings.max_prompt_tokens, min(prompt, context // 2))
+    reads = f"the models read at most {context:,} tokens"
+    if (more := fit(prompt, both)) == whole:
+        return f"{said}; {reads}, so that no setting keeps more of them whole"
+    return f"{said}; {reads}: {more:,} fit into --set data.max_prompt_tokens={prompt} --set data.max_tokens={both}"
 
 
 def _glued(rendered: Sequence[Rendered], responses: Sequence[str | None]) -> str | None:

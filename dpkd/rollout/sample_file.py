@@ -101,9 +101,11 @@ def sample_to_file(
             )
             if progress is not None:
                 progress(counts["written"], len(todo) * num_generations)
-    dropped = (f"dropped {count:,}: {why}" for why, count in tokenized.report.dropped.items())
-    notes = (*examples.lines()[1:], *dropped)
-    return SampleReport(counts["written"], len(found), counts["truncated"], counts["empty"], notes)
+    dropped = tokenized.report.dropped
+    notes = [*examples.lines()[1:], *(f"dropped {count:,}: {why}" for why, count in dropped.items())]
+    if any(why.startswith("prompts longer") for why in dropped):
+        notes.append("to keep longer prompts: --set data.max_prompt_tokens=N, and a data.max_tokens above it")
+    return SampleReport(counts["written"], len(found), counts["truncated"], counts["empty"], tuple(notes))
 
 
 class _Drawn(NamedTuple):
@@ -155,6 +157,20 @@ def _settings_file(output: Path) -> Path:
     return output.with_name(output.name + ".settings.json")
 
 
+def _differences(name: str, before: Any, now: Any) -> str:
+    """What another call said of one thing.
+
+    >>> _differences("sampling", {"top_k": 0, "max_new_tokens": 8}, {"top_k": 0, "max_new_tokens": 9})
+    'sampling (max_new_tokens 8, now 9)'
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = [(f"{key} ", before.get(key), now.get(key)) for key in {**before, **now}]
+    else:
+        pairs = [("", before, now)]
+    said = ", ".join(f"{key}{old}, now {new}" for key, old, new in pairs if old != new)
+    return name if name in ("weights", "data") else f"{name} ({said})"  # of hashes nobody learns anything
+
+
 def _found(lines: JsonLog, facts: dict[str, Any]) -> set[tuple[str, int]]:
     """What an earlier call wrote; its settings stand beside the file, and are there before its first line."""
     output = lines.path
@@ -167,6 +183,7 @@ def _found(lines: JsonLog, facts: dict[str, Any]) -> set[tuple[str, int]]:
     if changed:
         raise DpkdError(
             f"{output} exists already, written by another model, for other prompts or with other settings: "
-            f"{', '.join(changed)} ({settings_file.name}). Choose another --output, or delete it."
+            f"{'; '.join(_differences(name, before.get(name), facts[name]) for name in changed)} "
+            f"({settings_file.name}). Choose another --output, or delete it."
         )
     return {(row["id"], row["sample"]) for row in lines.rows()}

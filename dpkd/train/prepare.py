@@ -87,9 +87,21 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
     pairs = any(objective.text.preferences for objective in resolved.objectives)
     column = None if teacher is None else teacher.column
     examples = _examples(resolved, responses, pairs, column)
+    configs = {"student": own_config} if across else {"student": own_config, "teacher": teacher_config}
+    limits = {who: context_length(config) for who, config in configs.items() if config is not None}
+    if teacher is not None and teacher.context is not None and not across:
+        limits["teacher"] = teacher.context
+    reads = min((limit for limit in limits.values() if limit is not None), default=None)
     data = in_memory.remembered(
-        (examples.fingerprint, tokenizer_fingerprint(tokenizer), settings.data.model_dump_json(), responses, column),
-        lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses),
+        (
+            examples.fingerprint,
+            tokenizer_fingerprint(tokenizer),
+            settings.data.model_dump_json(),
+            responses,
+            column,
+            reads,
+        ),
+        lambda: tokenize(examples.examples, tokenizer, settings.data, require_response=responses, context=reads),
     )
     for line in [*examples.lines()[1:], *data.report.lines()]:
         display.say(line)
@@ -101,10 +113,6 @@ def prepare(resolved: Resolved, display: Display) -> RunData:
         )
         teacher = AlignedTeacher(teacher, retokenizer)
         display.say("tokenizers differ: both models are compared at aligned spans of text")
-    configs = {"student": own_config} if across else {"student": own_config, "teacher": teacher_config}
-    limits = {who: context_length(config) for who, config in configs.items() if config is not None}
-    if teacher is not None and teacher.context is not None:
-        limits["teacher"] = teacher.context
     context = _check_lengths(settings, data, limits)
     if settings.terms.pretrain.weight > 0 and settings.terms.pretrain.corpus is not None:
         check_corpus(settings.terms.pretrain.corpus)

@@ -207,3 +207,19 @@ def test_a_strangers_loss_is_one_install_away(install_plugin: Any, loss_source: 
     wrong = dpkd("train", "--loss", "curved", "--teacher", "t", "--student", "s", "--set", "loss.strenght=0.1")
     assert wrong.returncode == 2
     assert wrong.stderr == "loss.strenght: no such setting (from --set); did you mean loss.strength?\n"
+
+
+def test_progress_without_a_terminal_is_a_line_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    from dpkd.cli import progress
+
+    seconds = iter([0.0, 10.0, 30.0, 40.0, 61.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    said = StringIO()
+    with progress.shown(Console(file=said, width=80)) as tell:
+        for done in (1, 2, 3, 4000):
+            tell("answers", done, 5000)
+    assert said.getvalue().splitlines() == ["answers: 2 of 5,000 after 30 s", "answers: 4,000 of 5,000 after 61 s"]

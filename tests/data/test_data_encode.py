@@ -156,6 +156,22 @@ def test_long_responses_are_cut_without_eos_and_counted(byte_level):
     ]
 
 
+@pytest.mark.parametrize(
+    ("context", "advice"),
+    [
+        (None, "99 of 100 fit into --set data.max_prompt_tokens=8 --set data.max_tokens=13, where memory allows it"),
+        (13, "99 of 100 fit into --set data.max_prompt_tokens=8 --set data.max_tokens=13, where memory allows it"),
+        (12, "the models read at most 12 tokens: 3 fit into --set data.max_prompt_tokens=6 --set data.max_tokens=12"),
+        (6, "the models read at most 6 tokens, so that no setting keeps more of them whole"),
+    ],
+)
+def test_advice_on_lengths_is_what_the_models_can_read(context, advice, byte_level):
+    """Prompts of 2, 4, 6 and 8 tokens, each with a response of 4 and EOS."""
+    rows = [Example(f"f:{n}", prompt="x" * n, references=("four",)) for n in (2, 4, 6, 8)]
+    found = tokenize(rows, byte_level, DataSettings(max_prompt_tokens=2, max_tokens=6), context=context).report.lengths
+    assert found == f"warning: 4 of 4 examples are dropped or cut for their length; {advice}"
+
+
 def test_filters_are_counted(byte_level):
     rows = [
         Example("f:1", prompt="abcd", references=("one two three four",)),
