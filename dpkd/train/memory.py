@@ -138,10 +138,7 @@ def memory_estimate(resolved: Resolved, run_data: RunData) -> MemoryEstimate:
         return peak
     held = HELD * (peak.total - sum(always.values()))
     if recomputes(meta):
-        settings = settings.model_copy(
-            update={"student": settings.student.model_copy(update={"gradient_checkpointing": False})}
-        )
-        plain = meta_student(settings, run_data.student_config)
+        plain = meta_student(settings, run_data.student_config, recompute=False)
         held = HELD_OF_RECOMPUTED * _count(settings, run_data.student_config, plain, batch).passes.kept
     return MemoryEstimate(peak.moment, {**peak.parts, HELD_BY_MALLOC: held})
 
@@ -150,9 +147,8 @@ def malloc_holds(settings: RunSettings) -> bool:
     """Whether the run is on a CPU, and glibc's malloc, as it is by default, takes care of its memory."""
     if device_of(settings.train.device).type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
-    return not any(name.startswith("MALLOC_") for name in os.environ) and "malloc" not in os.environ.get(
-        "LD_PRELOAD", ""
-    )
+    told = any(name.startswith("MALLOC_") for name in os.environ)
+    return not told and "malloc" not in os.environ.get("LD_PRELOAD", "")
 
 
 def _packs(settings: RunSettings, student: nn.Module) -> bool:
@@ -281,13 +277,16 @@ def _count(settings: RunSettings, config: Any, student: nn.Module, batch: _Batch
     return _Counts(parameters, sum(trained), max(trained), gathered, state, passes)
 
 
-def meta_student(settings: RunSettings, config: Any) -> nn.Module:
-    """The student as the run will make it, on the meta device: sizes without memory."""
+def meta_student(settings: RunSettings, config: Any, *, recompute: bool = True) -> nn.Module:
+    """The student as the run will make it, on the meta device: sizes without memory.
+
+    Without `recompute` it keeps all activations, whatever the settings say.
+    """
     with torch.device("meta"):
         student = new_model(deepcopy(config))
         if settings.student.dropout == "off":
             switch_dropout_off(student)
-        if (again := settings.student.gradient_checkpointing) is not False:
+        if (again := settings.student.gradient_checkpointing) is not False and recompute:
             recompute_activations(student, selective=again == "selective")
         if settings.student.lora is not None:
             student = add_lora(student, settings.student.lora)
