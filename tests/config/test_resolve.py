@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from dpkd.api import Card, Family, LossConfig, LossSpec, PairLoss, RolloutLoss, Signal, Source, Text, TokenLoss, setting
-from dpkd.config.layers import Layer, file_layer, set_layer
+from dpkd.config.layers import Layer, file_layer, set_layer, user_layers
 from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.write import annotated_yaml, schema, write_config
+from dpkd.data.settings import DataSettings
 from dpkd.errors import SettingsError
 from dpkd.plugins import RegisteredLoss, Registry, load_registry
 
@@ -116,6 +117,26 @@ WRONG = {
         ["loss.bata=0.1"],
         "loss.bata: no such setting (from --set); did you mean loss.beta?",
     ),
+    "not of this loss": (
+        ["loss.temperture=2"],
+        "loss.temperture: no such setting (from --set); this loss has beta, inner",
+    ),
+    "nothing like it in the block": (
+        ["data.zzz=2"],
+        f"data.zzz: no such setting (from --set); data has {', '.join(DataSettings.model_fields)}",
+    ),
+    "misspelt schedule that lacks its values": (
+        ["schedules.bata.shape=linear"],
+        "schedules.bata: soft has no numeric setting of that name (beta); did you mean schedules.beta? (from --set)",
+    ),
+    "schedule out of range": (
+        ["schedules.beta={start: 0.5, end: 2}"],
+        "schedules.beta.end: should be less than 1 (got 2.0, from --set)",
+    ),
+    "unknown loss beside it": (
+        ["terms.extra.near.loss=sofd"],
+        "terms.extra.near.loss: no loss is called 'sofd'; did you mean soft? (from --set)",
+    ),
     "in the wrong place": (["beta=0.1"], "beta: no such setting (from --set); did you mean loss.beta?"),
     "choice": (
         ["train.schedule=cosin"],
@@ -193,6 +214,17 @@ def test_all_mistakes_of_all_layers_are_reported_at_once() -> None:
         "dta: no such setting (from more.yaml); did you mean data?",
         "loss.beta: should be greater than 0 (got 0, from --set)",
         "teacher.model: is missing, but the loss soft needs its logits. Name one with --teacher.",
+    )
+
+
+def test_what_cannot_be_read_is_reported_with_the_other_mistakes() -> None:
+    unread: list[str] = []
+    layers = user_layers([], {"--loss": ("loss.name", "soft")}, ["foo", "train.steps=-3", "student.model=s"], unread)
+    with pytest.raises(SettingsError) as caught:
+        resolve([*layers, Layer("--teacher", {"teacher": "t"})], REGISTRY, unread=unread)
+    assert caught.value.problems == (
+        "--set foo: expected path=value, such as --set train.lr=1e-4",
+        "train.steps: should be greater than or equal to 1 (got -3, from --set)",
     )
 
 
