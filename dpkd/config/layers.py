@@ -56,18 +56,21 @@ class Merged:
         return self.provenance.get(path)
 
 
-def file_layer(path: Path) -> Layer:
-    """Settings of a YAML file. Raises SettingsError when it cannot be read or is no mapping."""
+def file_layer(path: Path, flag: str = "--config ") -> Layer:
+    """Settings of a YAML file. Raises SettingsError when it cannot be read or is no mapping.
+
+    `flag` is what the user gave it with; empty: it is an argument.
+    """
     try:
         values = parse(read_limited(path))
     except FileNotFoundError as error:
         near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(sorted(near))}" if near else ""
-        raise SettingsError([f"--config {path}: there is no such file{hint}"]) from error
+        raise SettingsError([f"{flag}{path}: there is no such file{hint}"]) from error
     except YamlError as error:
         raise SettingsError([f"{path}:{error.line}: {error}"]) from error
     except (OSError, ValueError) as error:  # also a name that no file can have
-        raise SettingsError([f"--config {_short(str(path))}: cannot be read ({_short(str(error))})"]) from error
+        raise SettingsError([f"{flag}{_short(str(path))}: cannot be read ({_short(str(error))})"]) from error
     if values is None:
         values = {}
     if not isinstance(values, dict):

@@ -58,6 +58,14 @@ def test_on_the_terminal_differences_are_marked():
     assert f"{different} of {len(rows('dpkd', 'dpkd-simpo'))} differ" in output
 
 
+def test_a_narrow_terminal_breaks_no_formula_and_no_link():
+    output = CliRunner().invoke(app, ["describe-loss", "--compare", "dpkd", "dpkd-simpo"], env={"COLUMNS": "80"}).stdout
+    assert "σ(β/|yₜ|·log(q(yₜ)/p(yₜ))" in output
+    assert "arXiv 2406.19774" in output
+    assert "https" not in output
+    assert all(len(line) <= 80 for line in output.splitlines())
+
+
 @pytest.mark.parametrize("arguments", [(), ("kd", "--compare", "kd", "rkl")])
 def test_one_loss_or_two(arguments):
     error = call(*arguments).exception
