@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from dpkd.api import LossSpec
@@ -63,7 +64,7 @@ def test_a_narrow_terminal_breaks_no_formula_and_no_link():
     assert "σ(β/|yₜ|·log(q(yₜ)/p(yₜ))" in output
     assert "arXiv 2406.19774" in output
     assert "https" not in output
-    assert all(len(line) <= 80 for line in output.splitlines())
+    assert all(cell_len(line) <= 80 for line in output.splitlines())
 
 
 @pytest.mark.parametrize("arguments", [(), ("kd", "--compare", "kd", "rkl")])

@@ -13,7 +13,7 @@ import yaml
 from dpkd.api import Card, Family, LossConfig, LossSpec, PairLoss, RolloutLoss, Signal, Source, Text, TokenLoss, setting
 from dpkd.config.layers import Layer, file_layer, set_layer, user_layers
 from dpkd.config.resolve import Resolved, resolve
-from dpkd.config.write import annotated_yaml, schema, write_config
+from dpkd.config.write import annotated_yaml, read_sources, schema, write_config
 from dpkd.data.settings import DataSettings
 from dpkd.errors import SettingsError
 from dpkd.plugins import RegisteredLoss, Registry, load_registry
@@ -312,10 +312,18 @@ def test_installed_losses_resolve_with_their_suggestions(tmp_path: Path) -> None
 
 def test_values_that_are_no_default_say_where_they_came_from() -> None:
     lines = annotated_yaml(run(base("choice"), sets=("seed=3",))).splitlines()
-    assert lines[:2] == ["loss:", "  name: choice  # base.yaml"]
+    assert lines[:3] == ["# A value without a comment is a default.", "loss:", "  name: choice  # base.yaml"]
     assert "  lr: 1.0e-05  # choice's suggestions" in lines
     assert "seed: 3  # --set" in lines
     assert "  warmup_steps: 0" in lines
+
+
+def test_a_rate_that_is_chosen_later_is_shown_as_such() -> None:
+    text = annotated_yaml(run(base("soft")))
+    said = "a default: a run chooses by size and adapters, see dpkd train --dry-run"
+    assert f"  lr: 0.0005  # {said}" in text.splitlines()
+    assert "train.lr" not in read_sources(text), "it comes from nobody"
+    assert said not in annotated_yaml(run(base("soft"), sets=("train.lr=0.0005",)))
 
 
 def test_a_resolved_file_leaves_out_what_the_run_does_not_use() -> None:
