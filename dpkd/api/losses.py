@@ -36,6 +36,12 @@ class TeacherAccess(StrEnum):
     LOGITS = "logits"
     HIDDEN = "hidden states"
 
+    @property
+    def sentence(self) -> str:
+        """As a teacher's offer: who gives logits or hidden states gives everything before them."""
+        included = {"logits": "logits (and log-probs)", "hidden states": "hidden states, logits and log-probs"}
+        return included.get(self.value, self.value)
+
 
 class Trait(StrEnum):
     """A promise about the mathematics, verified by `dpkd.testing`."""

@@ -205,7 +205,7 @@ class Teacher:
 
     def describe(self) -> str:
         """For the plan: what it is, how large it is, and what it offers."""
-        return f"{type(self).__name__}, offers {self.offers.value}"
+        return f"{type(self).__name__}, offers {self.offers.sentence}"
 
     def fingerprint(self) -> str:
         """Who it is: changes when its answers do. Goes into run.json, and into the keys of stores."""

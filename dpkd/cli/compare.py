@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dpkd.cli.describe import facts, range_text, value_text
+from dpkd.cli.describe import facts, range_text, short_link, value_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,10 +58,28 @@ def as_json(names: tuple[str, str], rows: list[SettingDifference]) -> dict[str, 
     return {"losses": list(names), "rows": [{**asdict(row), "same": row.same} for row in rows]}
 
 
+def _with_short_links(row: SettingDifference) -> SettingDifference:
+    """With the number at arXiv or the site in place of an address, which no column holds."""
+    if row.what != "sources":
+        return row
+    first, second = (
+        "\n".join(short_link(line) if line.startswith("https://") else line for line in text.splitlines())
+        for text in (row.first, row.second)
+    )
+    return SettingDifference(row.what, first, second)
+
+
+def _longest_word(row: SettingDifference) -> int:
+    from rich.cells import cell_len
+
+    return max((cell_len(word) for word in f"{row.first} {row.second}".split()), default=0)
+
+
 def print_comparison(names: tuple[str, str], rows: list[SettingDifference], console: Console | None = None) -> None:
     """Print the two beside each other; ≠ marks what differs."""
     from rich import box
     from rich.console import Console as Terminal
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -70,9 +88,18 @@ def print_comparison(names: tuple[str, str], rows: list[SettingDifference], cons
     table.add_column("", style="dim", min_width=12, max_width=24)
     for name in names:
         table.add_column(name, ratio=1, overflow="fold")
-    for row in rows:
+    console = console or Terminal()
+    width = (console.width - 13 - max(12, min(24, max(len(row.what) for row in rows)))) // 2
+    rows = [_with_short_links(row) for row in rows]
+    narrow = [row for row in rows if _longest_word(row) <= width]
+    for row in narrow:
         style = "dim" if row.same else ""
         table.add_row("" if row.same else "≠", row.what, Text(row.first, style), Text(row.second, style))
-    (console or Terminal()).print(table)
+    for row in rows:  # a formula is broken at spaces alone
+        if row not in narrow:
+            console.print(f" {' ' if row.same else '≠'}   {row.what}", highlight=False)
+            for name, said in zip(names, (row.first, row.second), strict=True):
+                console.print(Padding(Text(f"{name}: {said}"), (0, 0, 0, 7)))
+    console.print(table)
     different = sum(not row.same for row in rows)
-    (console or Terminal()).print(f"{different} of {len(rows)} differ (≠); {ABSENT}: has no such setting")
+    console.print(f"{different} of {len(rows)} differ (≠); {ABSENT}: has no such setting")

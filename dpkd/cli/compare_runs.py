@@ -35,7 +35,11 @@ def compare_runs(
         ),
     ] = None,
     metrics: Annotated[
-        str, typer.Option(help="comma-separated names, or `all`")
+        str,
+        typer.Option(
+            help="comma-separated names, or `all` [default: rouge_l, exact_match, nll, forward_kl, reverse_kl]",
+            show_default=False,
+        ),
     ] = "rouge_l,exact_match,nll,forward_kl,reverse_kl",
     form: Annotated[Format, typer.Option("--format", help="how to write it")] = Format.TABLE,
     output: Annotated[

@@ -51,6 +51,19 @@ def facts(loss: RegisteredLoss, row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def short_link(address: str) -> str:
+    """A link for a narrow column: the number at arXiv, the project at GitHub, else the site.
+
+    >>> [short_link(f"https://{rest}") for rest in ("arxiv.org/abs/2306.13649", "github.com/huggingface/trl", "")]
+    ['arXiv 2306.13649', 'github trl', '']
+    """
+    host, _, path = address.removeprefix("https://").partition("/")
+    parts = path.split("/")
+    if host == "arxiv.org":
+        return f"arXiv {parts[-1]}"
+    return f"github {parts[1]}" if host == "github.com" and len(parts) > 1 else host.removeprefix("www.")
+
+
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):

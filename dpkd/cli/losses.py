@@ -72,20 +72,24 @@ def _row(loss: RegisteredLoss) -> dict[str, Any]:
     }
 
 
+# Names of `--offers`, by what `TeacherAccess` says.
+_OFFERS = {
+    "text": "text",
+    "token log-probs": "token-logps",
+    "top-k log-probs": "top-k",
+    "log-probs of chosen ids": "chosen-ids",
+    "logits": "logits",
+    "hidden states": "hidden-states",
+}
+
+
 def _wanted(row: dict[str, Any], family: str | None, offers: str | None) -> bool:
     from dpkd.api import TeacherAccess
     from dpkd.errors import SettingsError
 
     if family not in (None, "token", "pair", "rollout"):
         raise SettingsError([f"--family {family}: should be token, pair or rollout"])
-    access = {
-        "text": TeacherAccess.TEXT,
-        "token-logps": TeacherAccess.TOKEN_LOGPS,
-        "top-k": TeacherAccess.TOP_K,
-        "chosen-ids": TeacherAccess.CHOSEN_IDS,
-        "logits": TeacherAccess.LOGITS,
-        "hidden-states": TeacherAccess.HIDDEN,
-    }
+    access = {name: TeacherAccess(value) for value, name in _OFFERS.items()}
     if offers not in (None, *access):
         raise SettingsError([f"--offers {offers}: should be one of {', '.join(access)}"])
     levels = list(TeacherAccess)  # from least to most
@@ -99,6 +103,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from dpkd.cli.describe import short_link
+
     console = Console()
     wide = console.width >= 120
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -106,31 +112,24 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table.add_column("family")
     if wide:
         table.add_column("text by")
-    table.add_column("of the teacher", max_width=10 if not wide else None)
+    table.add_column("needs", no_wrap=True)
     table.add_column("what it does", ratio=1)
-    table.add_column("paper", no_wrap=True, max_width=14)
+    if wide:
+        table.add_column("paper", max_width=20, overflow="fold")
     for row in rows:
+        needs = _OFFERS.get(row["needs"], row["needs"])
         text = "anyone" if len(row["text"]) == 3 else ", ".join(row["text"])
         said = row["summary"] if wide else row["title"]
-        paper = Text(_short(row["paper"]), f"link {row['paper']}" if row["paper"] else "")
-        table.add_row(row["name"], row["family"], *([text] if wide else []), row["needs"], said, paper)
+        paper = Text(short_link(row["paper"]).removeprefix("arXiv "), f"link {row['paper']}" if row["paper"] else "")
+        if wide:
+            table.add_row(row["name"], row["family"], text, needs, said, paper)
+        else:
+            table.add_row(row["name"], row["family"], needs, said)
     console.print(table)
     if unconfirmed := [row["name"] for row in rows if row["unconfirmed"]]:
         typer.echo(f"not confirmed against the paper (describe-loss says what): {', '.join(unconfirmed)}")
-    typer.echo("dpkd describe-loss NAME shows formula, settings, and when to use it")
-
-
-def _short(address: str) -> str:
-    """A link for a narrow column: the number at arXiv, the project at GitHub, else the site.
-
-    >>> _short("https://arxiv.org/abs/2306.13649"), _short("https://github.com/huggingface/trl/pull/1"), _short("")
-    ('2306.13649', 'github trl', '')
-    """
-    host, _, path = address.removeprefix("https://").partition("/")
-    parts = path.split("/")
-    if host == "arxiv.org":
-        return parts[-1]
-    return f"github {parts[1]}" if host == "github.com" and len(parts) > 1 else host.removeprefix("www.")
+    typer.echo("needs: what the teacher must offer (--offers)")
+    typer.echo("dpkd describe-loss NAME shows formula, settings, papers, and when to use it")
 
 
 def _print_broken(registry: Registry, as_json: bool) -> None:

@@ -69,4 +69,6 @@ def resolved(
     from dpkd.config.resolve import resolve
     from dpkd.plugins import load_registry
 
-    return resolve(user_layers(config or [], flags, assignments or []), load_registry())
+    unread = list[str]()
+    layers = user_layers(config or [], flags, assignments or [], unread)
+    return resolve(layers, load_registry(), unread=unread)

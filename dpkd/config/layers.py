@@ -56,18 +56,21 @@ class Merged:
         return self.provenance.get(path)
 
 
-def file_layer(path: Path) -> Layer:
-    """Settings of a YAML file. Raises SettingsError when it cannot be read or is no mapping."""
+def file_layer(path: Path, flag: str = "--config ") -> Layer:
+    """Settings of a YAML file. Raises SettingsError when it cannot be read or is no mapping.
+
+    `flag` is what the user gave it with; empty: it is an argument.
+    """
     try:
         values = parse(read_limited(path))
     except FileNotFoundError as error:
         near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(sorted(near))}" if near else ""
-        raise SettingsError([f"--config {path}: there is no such file{hint}"]) from error
+        raise SettingsError([f"{flag}{path}: there is no such file{hint}"]) from error
     except YamlError as error:
         raise SettingsError([f"{path}:{error.line}: {error}"]) from error
     except (OSError, ValueError) as error:  # also a name that no file can have
-        raise SettingsError([f"--config {_short(str(path))}: cannot be read ({_short(str(error))})"]) from error
+        raise SettingsError([f"{flag}{_short(str(path))}: cannot be read ({_short(str(error))})"]) from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -77,9 +80,13 @@ def file_layer(path: Path) -> Layer:
     return Layer(str(path), values)
 
 
-def set_layer(assignments: Iterable[str]) -> list[Layer]:
-    """Layers of `--set path=value`, with values in YAML. Raises SettingsError for all that are not of that form."""
-    layers, problems = [], []
+def set_layer(assignments: Iterable[str], unread: list[str] | None = None) -> list[Layer]:
+    """Layers of `--set path=value`, with values in YAML.
+
+    What is not of that form is added to `unread` as sentences, for `resolve` to report with all other mistakes;
+    without `unread` it raises SettingsError.
+    """
+    layers, problems = [], list[str]()
     for text in assignments:
         path, equals, value = text.partition("=")
         keys = path.strip().split(".")
@@ -94,8 +101,10 @@ def set_layer(assignments: Iterable[str]) -> list[Layer]:
             )
             continue
         layers.append(Layer("--set", _nest(keys, parsed)))
-    if problems:
+    if problems and unread is None:
         raise SettingsError(problems)
+    if unread is not None:
+        unread += problems
     return layers
 
 
@@ -108,25 +117,31 @@ def flag_layer(flag: str, path: str, value: Any) -> Layer:
     return Layer(flag, _nest(path.split("."), value))
 
 
-def user_layers(files: Iterable[Path], flags: Mapping[str, tuple[str, Any]], assignments: Iterable[str]) -> list[Layer]:
+def user_layers(
+    files: Iterable[Path],
+    flags: Mapping[str, tuple[str, Any]],
+    assignments: Iterable[str],
+    unread: list[str] | None = None,
+) -> list[Layer]:
     """What the user gives, in order: files, flags (flag → path and value; None: not given), --set.
 
-    Raises SettingsError with everything that cannot be read.
+    Raises SettingsError with everything that cannot be read; with `unread` only where it is a file (what stands in
+    it decides what else is wrong), and else as `set_layer`.
     """
     layers: list[Layer] = []
     problems: list[str] = []
+    no_assignments = list[str]()
     for path in files:
         try:
             layers.append(file_layer(path))
         except SettingsError as error:
             problems += error.problems
     layers += [flag_layer(flag, path, value) for flag, (path, value) in flags.items() if value is not None]
-    try:
-        layers += set_layer(assignments)
-    except SettingsError as error:
-        problems += error.problems
-    if problems:
-        raise SettingsError(problems)
+    layers += set_layer(assignments, no_assignments)
+    if problems or (no_assignments and unread is None):
+        raise SettingsError([*problems, *no_assignments])
+    if unread is not None:
+        unread += no_assignments
     return layers
 
 

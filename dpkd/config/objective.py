@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
 
 from dpkd.api import LossConfig, LossSpec, Signal, SourceConfig, SourceSpec, Text
+from dpkd.config.problems import LONGEST_NAME
 from dpkd.config.settings import ScheduleSettings
 from dpkd.plugins import RegisteredLoss
 
@@ -53,8 +55,7 @@ def schedule_problems(
         value = getattr(config, name, None) if name in spec.config.model_fields else None
         numeric = [f for f in spec.config.model_fields if _is_number(getattr(config, f))]
         if not _is_number(value):
-            known = ", ".join(numeric) or "it has none"
-            problems.append(f"{path}.{name}: {spec.name} has no numeric setting of that name ({known})")
+            problems.append(_no_such(spec, numeric, name, path))
             continue
         for end in ("start", "end"):
             try:
@@ -63,6 +64,28 @@ def schedule_problems(
                 what = error.errors()[0]["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
                 problems.append(f"{path}.{name}.{end}: should be {what} (got {getattr(schedule, end)})")
     return problems
+
+
+def without_misspelt(spec: LossSpec, given: Any, path: str) -> tuple[Any, list[str]]:
+    """Schedules as given, less those of settings that the loss does not have, and a sentence for each of these.
+
+    Of these it does not matter what their blocks lack.
+    """
+    if not isinstance(given, Mapping):
+        return given, []
+    defaults = spec.config()
+    numeric = [field for field in spec.config.model_fields if _is_number(getattr(defaults, field))]
+    foreign = [name for name in given if name not in spec.config.model_fields]
+    kept = {name: schedule for name, schedule in given.items() if name not in foreign}
+    return kept, [_no_such(spec, numeric, name, path) for name in foreign]
+
+
+def _no_such(spec: LossSpec, numeric: Sequence[str], name: str, path: str) -> str:
+    near = get_close_matches(name[:LONGEST_NAME], numeric, n=1)
+    hint = f"; did you mean {path}.{near[0]}?" if near else ""
+    return (
+        f"{path}.{name}: {spec.name} has no numeric setting of that name ({', '.join(numeric) or 'it has none'}){hint}"
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -67,7 +67,7 @@ def _sentence(path: str, problems: list[Mapping[str, Any]], merged: Merged, know
     kind = first["type"]
     if kind == "extra_forbidden":
         near = _nearest(path, known)
-        hint = f"; did you mean {near}?" if near else ""
+        hint = f"; did you mean {near}?" if near else _those_beside(path, known)
         return f"{path}: no such setting{f' (from {layer})' if layer else ''}{hint}"
     if kind == "missing":
         block, name = f"{path}.{first['loc'][-1]}" if not path.endswith(str(first["loc"][-1])) else path, None
@@ -130,6 +130,8 @@ def _nearest(path: str, known: list[str]) -> str | None:
         return here[near[0]]
     if _NEAR.get(key) in known:
         return _NEAR[key]
+    if block == "loss":
+        return None  # a setting of another loss: what sounds like it elsewhere is something else
     anywhere = {p.rpartition(".")[2]: p for p in known}
     near = difflib.get_close_matches(key, anywhere, n=1, cutoff=0.75) or difflib.get_close_matches(
         path, known, n=1, cutoff=0.75
@@ -137,8 +139,28 @@ def _nearest(path: str, known: list[str]) -> str | None:
     return anywhere.get(near[0], near[0]) if near else None
 
 
+def _those_beside(path: str, known: list[str]) -> str:
+    """What a block has, where nothing in it is near."""
+    block = path.rpartition(".")[0]
+    here = [p.rpartition(".")[2] for p in known if block and p.rpartition(".")[0] == block and p != "loss.name"]
+    if block == "loss":
+        return f"; this loss has {', '.join(here) or 'no settings'}"
+    return f"; {block} has {', '.join(here)}" if here else ""
+
+
 # Names that other tools use for these settings, where the meaning is not quite the same.
 _NEAR = {"samples_per_prompt": "text.num_generations", "lmbda": "text.mix", "bf16": "train.precision"}
+
+
+def with_layers(problems: Iterable[str], merged: Merged) -> list[str]:
+    """Sentences that begin with the path of a setting, with the layer that it came from."""
+    found = []
+    for problem in problems:
+        layer = merged.layer_of(problem.partition(":")[0])
+        got = problem.endswith(")") and "(got " in problem
+        source = f"{problem[:-1]}, from {layer})" if got else f"{problem} (from {layer})"
+        found.append(source if layer else problem)
+    return found
 
 
 def checked(model: type[ModelT], values: Mapping[str, Any], block: str) -> ModelT:

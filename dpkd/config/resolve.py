@@ -14,8 +14,8 @@ from dpkd.config.aliases import in_our_names, renamed
 from dpkd.config.extras import extra_objective
 from dpkd.config.layers import Layer, Merged, drop, merge, suggestion_layer
 from dpkd.config.memory import memory_problems
-from dpkd.config.objective import Objective, schedule_problems
-from dpkd.config.problems import all_paths, sentences
+from dpkd.config.objective import Objective, schedule_problems, without_misspelt
+from dpkd.config.problems import all_paths, sentences, with_layers
 from dpkd.config.settings import RunSettings
 from dpkd.config.teacher import offer_of
 from dpkd.config.text import (
@@ -72,12 +72,15 @@ class Resolved:
         return {"loss": loss, **self.settings.model_dump(mode="json")}
 
 
-def resolve(layers: Sequence[Layer], registry: Registry, in_memory: InMemory | None = None) -> Resolved:
+def resolve(
+    layers: Sequence[Layer], registry: Registry, in_memory: InMemory | None = None, *, unread: Sequence[str] = ()
+) -> Resolved:
     """Merge and check the layers; `in_memory` has what they name and a caller has in memory.
 
-    Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them.
+    Raises SettingsError with a sentence for every mistake in any layer, in the loss's settings, and between them,
+    after those of `unread`: what a caller found in reading the layers.
     """
-    in_memory, problems = in_memory or InMemory(), list[str]()
+    in_memory, problems = in_memory or InMemory(), list(unread)
     layers = in_our_names([renamed(layer) for layer in layers])
     registered, layers, merged = _with_suggestions(layers, registry, problems)
     loss = merged.values.pop("loss", {})
@@ -88,6 +91,9 @@ def resolve(layers: Sequence[Layer], registry: Registry, in_memory: InMemory | N
     source, text = _text(merged, family, registry, [layer.name for layer in layers], known, problems)
     values = {name: block for name, block in merged.values.items() if name != "text"}
     values |= {} if text is None else {"text": text}
+    if registered is not None:
+        values["schedules"], misspelt = without_misspelt(registered.spec, values.get("schedules", {}), "schedules")
+        problems += with_layers(misspelt, merged)
     settings = _validated(RunSettings, values, merged, known, problems)
     merged.values["loss"] = {k: v for k, v in loss.items() if k != "name"} if isinstance(loss, dict) else {}
     config = None
@@ -95,11 +101,14 @@ def resolve(layers: Sequence[Layer], registry: Registry, in_memory: InMemory | N
         config = _validated(registered.spec.config, merged.values["loss"], merged, known, problems, "loss.")
     main, extras = None, list[Objective]()
     if (sound := settings or _without_mistakes(values)) is not None:
-        extras = _extras(sound, source, text, registry, problems)
+        found = list[str]()
+        extras = _extras(sound, source, text, registry, found)
+        problems += with_layers(found, merged)
         if registered is not None and source is not None:
             own = config or registered.spec.config()
             main = Objective("main", registered, own, sound.terms.main, source, sound.text, sound.schedules)
-            problems += [] if config is None else schedule_problems(main.spec, config, sound.schedules, "schedules")
+            found = [] if config is None else schedule_problems(main.spec, config, sound.schedules, "schedules")
+            problems += with_layers(found, merged)
         damaged = _damaged(values) | ({"text"} if text is None else set())
         problems += _cross_checks(sound, merged, damaged, main, extras, registry)
         problems += memory_problems(sound, merged, in_memory)

@@ -17,8 +17,11 @@ from dpkd.plugins import RegisteredLoss, Registry
 
 
 def annotated_yaml(resolved: Resolved) -> str:
-    """All settings as YAML; each value that is no default has a comment that says where it came from."""
-    lines: list[str] = []
+    """All settings as YAML; each value that is no default has a comment that says where it came from.
+
+    So has a default that is chosen later, until it is chosen.
+    """
+    lines = ["# A value without a comment is a default."]
     _write(resolved.as_dict(), "", 0, resolved.provenance, lines)
     return "\n".join(lines) + "\n"
 
@@ -30,8 +33,12 @@ def _write(values: dict[str, Any], prefix: str, depth: int, provenance: dict[str
             lines.append(f"{'  ' * depth}{key}:")
             _write(value, f"{path}.", depth + 1, provenance, lines)
             continue
-        source = _source(path, provenance)
+        source = _source(path, provenance) or _LATER.get(path)
         lines.append(f"{'  ' * depth}{key}: {dump_value(value)}" + (f"  # {source}" if source else ""))
+
+
+# Defaults that a run replaces by what is trained (`dpkd.train.defaults`).
+_LATER = {"train.lr": "a default: a run chooses by size and adapters, see dpkd train --dry-run"}
 
 
 def _source(path: str, provenance: dict[str, str]) -> str | None:
@@ -53,7 +60,7 @@ def read_sources(text: str) -> dict[str, str]:
         level = (len(line) - len(line.lstrip())) // 2
         above = [*above[:level], key]
         value, mark, source = rest.rpartition("  # ")
-        if mark and _same_yaml(value, rest):
+        if mark and _same_yaml(value, rest) and source.strip() not in _LATER.values():
             found[".".join(above)] = source.strip()
     return found
 

@@ -10,6 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from pydantic import Field, create_model
 from torch import nn
 
+from dpkd.models.quantization import quiet_bitsandbytes
 from dpkd.settings import Block
 
 FLOAT = 4  # bytes of a float32
@@ -212,12 +214,16 @@ _STAND_IN = 2**16  # values of the largest tensor on which a state is measured
 @cache
 def _of_transformers(name: str) -> OptimizerKind:
     """An optimizer of `Trainer.get_optimizer_cls_and_kwargs`; its settings are the arguments of its class."""
-    from transformers.training_args import OptimizerNames
+    with quiet_bitsandbytes():
+        from transformers.training_args import OptimizerNames
 
     asked = {"lion": "lion_32bit"}.get(name, name)
     known = [one.value for one in OptimizerNames if not one.value.startswith(_REFUSED)]
     if asked not in known:
-        raise ValueError(f"should be one of {', '.join(dict.fromkeys([*OPTIMIZERS, 'lion', *known]))}")
+        names = list(dict.fromkeys([*OPTIMIZERS, "lion", *known]))
+        near = get_close_matches(name[:100], names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"should be one of {', '.join(names)} (got {name[:100]!r}{hint})")
     try:
         cls, _ = _made_by_transformers(asked, Common(1e-3, 0.0, (0.9, 0.999), 1e-8))
     except (ImportError, ValueError) as error:
@@ -245,7 +251,8 @@ def _of_transformers(name: str) -> OptimizerKind:
 
 def _made_by_transformers(name: str, common: Common) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Class and arguments of an optimizer. Raises ImportError or ValueError where its package is not installed."""
-    from transformers import Trainer
+    with quiet_bitsandbytes():  # transformers imports it where it is installed
+        from transformers import Trainer
 
     arguments: Any = SimpleNamespace(
         optim=name,
@@ -256,7 +263,8 @@ def _made_by_transformers(name: str, common: Common) -> tuple[type[torch.optim.O
         adam_beta2=common.betas[1],
         adam_epsilon=common.eps,
     )
-    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    with quiet_bitsandbytes():
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments)
     return cls, {key: value for key, value in kwargs.items() if key != "weight_decay"}
 
 

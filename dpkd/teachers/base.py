@@ -25,7 +25,7 @@ class BaseTeacher(Teacher):
     of_student = True
 
     def describe(self) -> str:
-        return f"the student with its adapters switched off, no second copy, offers {self.offers.value}"
+        return f"the student with its adapters switched off, no second copy, offers {self.offers.sentence}"
 
     def fingerprint(self) -> str:
         return "base of the student"

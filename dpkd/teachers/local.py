@@ -86,7 +86,7 @@ class LocalTeacher(Teacher):
     def describe(self) -> str:
         packed = quantization_of(self._settings)
         size = f"{count_parameters(self.config) / 1e6:,.1f} M parameters"
-        return f"{self._settings.model}, {size}, offers {self.offers.value}" + (
+        return f"{self._settings.model}, {size}, offers {self.offers.sentence}" + (
             f", weights in {packed}" if packed else ""
         )
 

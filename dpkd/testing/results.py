@@ -66,7 +66,7 @@ class Report:
         for r in self.results:
             word = r.outcome.value.upper() if r.outcome is Outcome.FAILED else r.outcome.value
             yield f"  {r.check:<{width}}  {word}"
-            yield from textwrap.wrap(r.reason, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            yield from textwrap.wrap(r.reason, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 class NonConforming(AssertionError):

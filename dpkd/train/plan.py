@@ -158,7 +158,17 @@ def memory_rows(estimate: MemoryEstimate) -> list[tuple[str, str]]:
 
 
 def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:,.0f} MiB"
+    """With a decimal where it is small.
+
+    >>> _size(3 * 2**30), _size(40 * 2**20), _size(1.25 * 2**20), _size(900)
+    ('3.00 GiB', '40 MiB', '1.2 MiB', '< 0.1 MiB')
+    """
+    if size >= GIB:
+        return f"{size / GIB:.2f} GiB"
+    mib = size / MIB
+    if mib < 0.1:
+        return "< 0.1 MiB"
+    return f"{mib:.1f} MiB" if mib < 9.95 else f"{mib:,.0f} MiB"
 
 
 def _rendered(prompt: Prompt, tokenizer: Any) -> str:

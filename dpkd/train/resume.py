@@ -58,7 +58,9 @@ def resume_folder(
     own = written_layers(folder.config, registry)
     for layer in own:
         check_trust(layer.values, folder.config, trust_remote_code)
-    resolved = resolve([*own, *set_layer(assignments)], registry, in_memory)
+    unread = list[str]()
+    layers = [*own, *set_layer(assignments, unread)]
+    resolved = resolve(layers, registry, in_memory, unread=unread)
     changes = _changes(resolve(own, registry, in_memory), resolved) if assignments else {}
     # Values still come from where they came from at the beginning; what is said of them in the card depends on it.
     sources = read_sources(folder.config.read_text(encoding="utf-8"))

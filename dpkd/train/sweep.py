@@ -177,7 +177,7 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), *, tiny: bool = Fals
     its settings for all runs. A student that is named there is taken as it is, not made of the teacher's layers.
     Raises SettingsError with all mistakes at once.
     """
-    layer = file_layer(path)
+    layer = file_layer(path, flag="")
     values = _assigned(dict(layer.values), assignments)
     try:
         settings = SweepSettings.model_validate(values)

@@ -39,6 +39,13 @@ def test_every_loss_has_a_line_of_the_table(call: Callable[..., Any], width: int
     assert said.endswith(": " + ", ".join(n for n, one in load_registry().losses.items() if one.spec.card.unconfirmed))
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_nothing_of_the_table_is_cut(call: Callable[..., Any], width: int) -> None:
+    said = call("list-losses", width=width).stdout
+    assert "…" not in said
+    assert len(said.splitlines()) < (70 if width == 80 else 180)
+
+
 def test_json_says_what_the_specs_say(call: Callable[..., Any]) -> None:
     rows = {row["name"]: row for row in json.loads(call("list-losses", "--json").stdout)}
     losses = load_registry().losses

@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from dpkd.api import LossSpec
@@ -56,6 +57,14 @@ def test_on_the_terminal_differences_are_marked():
     assert "-log σ(β/|yₜ|·log q(yₜ)" in output
     different = sum(not row["same"] for row in rows("dpkd", "dpkd-simpo").values())
     assert f"{different} of {len(rows('dpkd', 'dpkd-simpo'))} differ" in output
+
+
+def test_a_narrow_terminal_breaks_no_formula_and_no_link():
+    output = CliRunner().invoke(app, ["describe-loss", "--compare", "dpkd", "dpkd-simpo"], env={"COLUMNS": "80"}).stdout
+    assert "σ(β/|yₜ|·log(q(yₜ)/p(yₜ))" in output
+    assert "arXiv 2406.19774" in output
+    assert "https" not in output
+    assert all(cell_len(line) <= 80 for line in output.splitlines())
 
 
 @pytest.mark.parametrize("arguments", [(), ("kd", "--compare", "kd", "rkl")])

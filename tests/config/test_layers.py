@@ -92,6 +92,12 @@ def test_set_takes_yaml_and_keeps_the_order() -> None:
     assert set(merged.provenance.values()) == {"--set"}
 
 
+def test_a_file_that_is_an_argument_is_named_alone(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        file_layer(tmp_path / "no.yaml", flag="")
+    assert caught.value.problems == (f"{tmp_path / 'no.yaml'}: there is no such file",)
+
+
 def test_everything_that_cannot_be_read_is_reported_at_once(tmp_path: Path) -> None:
     broken, absent = tmp_path / "broken.yaml", tmp_path / "absent.yaml"
     broken.write_text("train:\n  lr: [1\n")

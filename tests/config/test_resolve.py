@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from dpkd.api import Card, Family, LossConfig, LossSpec, PairLoss, RolloutLoss, Signal, Source, Text, TokenLoss, setting
-from dpkd.config.layers import Layer, file_layer, set_layer
+from dpkd.config.layers import Layer, file_layer, set_layer, user_layers
 from dpkd.config.resolve import Resolved, resolve
-from dpkd.config.write import annotated_yaml, schema, write_config
+from dpkd.config.write import annotated_yaml, read_sources, schema, write_config
+from dpkd.data.settings import DataSettings
 from dpkd.errors import SettingsError
 from dpkd.plugins import RegisteredLoss, Registry, load_registry
 
@@ -116,6 +117,26 @@ WRONG = {
         ["loss.bata=0.1"],
         "loss.bata: no such setting (from --set); did you mean loss.beta?",
     ),
+    "not of this loss": (
+        ["loss.temperture=2"],
+        "loss.temperture: no such setting (from --set); this loss has beta, inner",
+    ),
+    "nothing like it in the block": (
+        ["data.zzz=2"],
+        f"data.zzz: no such setting (from --set); data has {', '.join(DataSettings.model_fields)}",
+    ),
+    "misspelt schedule that lacks its values": (
+        ["schedules.bata.shape=linear"],
+        "schedules.bata: soft has no numeric setting of that name (beta); did you mean schedules.beta? (from --set)",
+    ),
+    "schedule out of range": (
+        ["schedules.beta={start: 0.5, end: 2}"],
+        "schedules.beta.end: should be less than 1 (got 2.0, from --set)",
+    ),
+    "unknown loss beside it": (
+        ["terms.extra.near.loss=sofd"],
+        "terms.extra.near.loss: no loss is called 'sofd'; did you mean soft? (from --set)",
+    ),
     "in the wrong place": (["beta=0.1"], "beta: no such setting (from --set); did you mean loss.beta?"),
     "choice": (
         ["train.schedule=cosin"],
@@ -193,6 +214,17 @@ def test_all_mistakes_of_all_layers_are_reported_at_once() -> None:
         "dta: no such setting (from more.yaml); did you mean data?",
         "loss.beta: should be greater than 0 (got 0, from --set)",
         "teacher.model: is missing, but the loss soft needs its logits. Name one with --teacher.",
+    )
+
+
+def test_what_cannot_be_read_is_reported_with_the_other_mistakes() -> None:
+    unread: list[str] = []
+    layers = user_layers([], {"--loss": ("loss.name", "soft")}, ["foo", "train.steps=-3", "student.model=s"], unread)
+    with pytest.raises(SettingsError) as caught:
+        resolve([*layers, Layer("--teacher", {"teacher": "t"})], REGISTRY, unread=unread)
+    assert caught.value.problems == (
+        "--set foo: expected path=value, such as --set train.lr=1e-4",
+        "train.steps: should be greater than or equal to 1 (got -3, from --set)",
     )
 
 
@@ -280,10 +312,18 @@ def test_installed_losses_resolve_with_their_suggestions(tmp_path: Path) -> None
 
 def test_values_that_are_no_default_say_where_they_came_from() -> None:
     lines = annotated_yaml(run(base("choice"), sets=("seed=3",))).splitlines()
-    assert lines[:2] == ["loss:", "  name: choice  # base.yaml"]
+    assert lines[:3] == ["# A value without a comment is a default.", "loss:", "  name: choice  # base.yaml"]
     assert "  lr: 1.0e-05  # choice's suggestions" in lines
     assert "seed: 3  # --set" in lines
     assert "  warmup_steps: 0" in lines
+
+
+def test_a_rate_that_is_chosen_later_is_shown_as_such() -> None:
+    text = annotated_yaml(run(base("soft")))
+    said = "a default: a run chooses by size and adapters, see dpkd train --dry-run"
+    assert f"  lr: 0.0005  # {said}" in text.splitlines()
+    assert "train.lr" not in read_sources(text), "it comes from nobody"
+    assert said not in annotated_yaml(run(base("soft"), sets=("train.lr=0.0005",)))
 
 
 def test_a_resolved_file_leaves_out_what_the_run_does_not_use() -> None:

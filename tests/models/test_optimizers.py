@@ -117,6 +117,7 @@ def test_vectors_do_not_decay(name: str) -> None:
         ({"optimizer": "muon", "optimizer_settings": {"betas": [0.9, 0.99]}}, r"optimizer_settings\.betas: no such"),
         ({"optimizer": "sgd", "optimizer_settings": {"momentum": 1.5}}, r"optimizer_settings\.momentum: .*less than 1"),
         ({"optimizer": "rmsprop", "optimizer_settings": {"rho": 0.9}}, r"optimizer_settings\.rho: no such setting"),
+        ({"optimizer": "adamx"}, r"stable_adamw \(got 'adamx'; did you mean adamw\?\)"),
         ({"optimizer": "galore_adamw"}, "should be one of adamw"),
         ({"schedule": "polynomial", "schedule_settings": {"cycles": 2}}, "polynomial has no setting cycles.*power"),
         ({"schedule": "cosine", "schedule_settings": {"num_cycles": 2}}, "cosine has no settings but"),
