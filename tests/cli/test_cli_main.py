@@ -189,7 +189,7 @@ def test_resume_takes_no_other_settings(engine: list[tuple[str, Any]], tmp_path:
 def test_config_show_prints_what_train_would_use() -> None:
     arguments = ["config", "show", "--loss", "kd", "--teacher", "t", "--student", "s", "--set", "loss.kd_ratio=0.25"]
     printed = CliRunner().invoke(app, arguments).output.splitlines()
-    assert printed[:3] == ["loss:", "  name: kd  # --loss", "  kd_ratio: 0.25  # --set"]
+    assert printed[1:4] == ["loss:", "  name: kd  # --loss", "  kd_ratio: 0.25  # --set"]
 
 
 def test_a_strangers_loss_is_one_install_away(install_plugin: Any, loss_source: Callable[[str], str]) -> None:
