@@ -163,6 +163,7 @@ def evaluate(
     from dpkd.api import SamplingSettings
     from dpkd.config.problems import checked
     from dpkd.data.settings import DataSettings
+    from dpkd.data.wording import PYTHON
     from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator
     from dpkd.evaluation.sets import find_set
     from dpkd.evaluation.target import find_target
@@ -175,7 +176,7 @@ def evaluate(
     sampling = SamplingSettings(
         temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    how = EvaluationSettings(sampling, drawn, rewards, long_prompts=long_prompts)
+    how = EvaluationSettings(sampling, drawn, rewards, long_prompts=long_prompts, wording=PYTHON)
     with in_memory.left_alone():
         evaluator = Evaluator(target.model, target.teacher, dtype=dtype, in_memory=in_memory)
         return evaluator.evaluate(one.name, rows, how, output=folder)

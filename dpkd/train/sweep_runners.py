@@ -20,6 +20,7 @@ from dpkd.config.problems import checked
 from dpkd.config.resolve import resolve
 from dpkd.config.yaml_text import dump_value
 from dpkd.data.settings import DataSettings
+from dpkd.data.wording import SWEEP
 from dpkd.errors import DpkdError, Stopped
 from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, parse_seeds
 from dpkd.evaluation.lengths import WORDS, parse_cuts
@@ -123,6 +124,7 @@ def _score(
         parse_cuts(options.cuts),
         WORDS,
         options.long_prompts,
+        SWEEP,
     )
     given = {"limit": options.limit, "template": options.template, "on_bad_row": options.on_bad_row, **options.set}
     found = [find_set(name) for name in sets]

@@ -171,6 +171,7 @@ def test_mistakes_are_said_before_anything_is_loaded(here, monkeypatch, argument
     monkeypatch.setattr("dpkd.models.in_memory.load_model", lambda *_, **__: pytest.fail("too late"))
     Path("sub").mkdir()
     shutil.copy("one.jsonl", "sub/one.jsonl")
+    Path("sub/student").mkdir()
     with pytest.raises(SettingsError, match=re.escape(problem)):
         call("--model", "student", "--data", "one.jsonl", *arguments)
 
@@ -209,6 +210,18 @@ def test_a_folder_that_is_not_there_is_no_hub_id(here, monkeypatch, command, nam
         printed(command, "--model", name, "--data", "one.jsonl", "--output", "out.jsonl")
     assert said in str(caught.value)
     assert ("a run folder (dpkd train's output), a model folder or a hub id" in str(caught.value)) == ("/" in name)
+
+
+@pytest.mark.parametrize("command", ["eval", "sample"])
+def test_a_set_that_is_not_there_is_named_by_its_flag(here, command):
+    Path("empty.jsonl").write_text("")
+    for name, said in (
+        ("nowhere.jsonl", "--data: there is no file nowhere.jsonl."),
+        ("empty.jsonl", "--data: there are no rows in empty.jsonl. Name a set that has some: --data FILE.jsonl"),
+    ):
+        with pytest.raises(DpkdError) as caught:
+            printed(command, "--model", "student", "--data", name, "--output", "out.jsonl")
+        assert str(caught.value) == said
 
 
 def test_a_model_of_the_hub_may_have_the_name_of_a_folder_here(here, monkeypatch):

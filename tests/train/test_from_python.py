@@ -501,6 +501,18 @@ def test_an_argument_of_another_type_is_said(arguments, said, toy, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_python_names_its_own_arguments_for_rows_that_are_too_long(toy):
+    rows = [{"prompt": "x" * 30, "response": "y"}]
+    with pytest.raises(DpkdError) as caught:
+        dpkd.evaluate(str(toy / "teacher"), rows, settings={"max_prompt_tokens": 20, "max_tokens": 25})
+    advice = "settings={'data.max_prompt_tokens': 30, 'data.max_tokens': 286}"
+    assert f"Every row must be scored: {advice}. To skip and count such rows: long_prompts='skip'" in str(caught.value)
+    with pytest.raises(DpkdError, match=r"^data: there is no file nowhere.jsonl"):
+        dpkd.evaluate(str(toy / "teacher"), "nowhere.jsonl")
+    with pytest.raises(DpkdError, match=r"^data: there are no rows. Name a set that has some: data='FILE.jsonl'"):
+        dpkd.evaluate(str(toy / "teacher"), [])
+
+
 @pytest.mark.parametrize(("name", "value"), [("settings", "data.limit=1"), ("output", 5)])
 def test_evaluate_says_it_too(name, value, toy, rows):
     with pytest.raises(SettingsError, match=rf"^{name}: expected .*, but got {type(value).__name__}"):
