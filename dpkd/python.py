@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
@@ -66,6 +67,7 @@ def train(
     from dpkd.train.accelerate_state import own_accelerate_state
     from dpkd.train.run import train as run
 
+    own, files, folder = _settings(settings), _files(config), _folder(output)
     names, in_memory = _names({"teacher": teacher, "student": student}, data, tokenizer)
     registry = load_registry()
     named = {
@@ -74,12 +76,12 @@ def train(
         "teacher.model": names["teacher"],
         "student.model": names["student"],
         "data.path": names["data"],
-        "output": None if output is None else str(output),
+        "output": None if folder is None else str(folder),
         "seed": seed,
     }
-    layers = [file_layer(Path(path)) for path in config]
+    layers = [file_layer(path) for path in files]
     layers += [flag_layer("train()", path, value) for path, value in named.items() if value is not None]
-    layers += [flag_layer("settings", path, value) for path, value in (settings or {}).items()]
+    layers += [flag_layer("settings", path, value) for path, value in own.items()]
     resolved = resolve(layers, registry, in_memory)
     with own_accelerate_state(), in_memory.left_alone():
         return run(resolved, callbacks=callbacks)
@@ -126,7 +128,7 @@ def evaluate(
     *,
     teacher: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] | int | str | None = None,
     greedy: bool = False,
     max_new_tokens: int = 256,
     batch_size: int = 32,
@@ -143,7 +145,7 @@ def evaluate(
     data            a name, a path, a `datasets.Dataset`, or any iterable of rows; or one of the papers' sets by name
     teacher         to measure divergences from; None: that of the run
     tokenizer       of the models in memory; None: of their `name_or_path`
-    seeds           of the answers; None: the papers' five
+    seeds           of the answers: integers, one integer, or `"10,20"`; None: the papers' five
     greedy          the likeliest token each time, under one seed
     max_new_tokens  an answer without EOS ends there, and is counted as truncated
     batch_size      answers that are drawn together
@@ -154,38 +156,111 @@ def evaluate(
     settings        of the block `data`, with or without that word: `{"data.template": "chat"}`
     output          folder for scores and answers
 
-    `evaluate(...)["rouge_l"]` is the mean over seeds.
+    `evaluate(...)["rouge_l"]` is the mean over seeds; the result is a mapping from names of metrics to such means.
 
     Raises SettingsError for mistakes in the settings, DpkdError when a row cannot be scored.
     """
     from dpkd.api import SamplingSettings
     from dpkd.config.problems import checked
     from dpkd.data.settings import DataSettings
-    from dpkd.evaluation.evaluator import PAPER_SEEDS, EvaluationSettings, Evaluator
+    from dpkd.data.wording import PYTHON
+    from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator
     from dpkd.evaluation.sets import find_set
     from dpkd.evaluation.target import find_target
 
+    drawn, folder, own = _seeds(seeds), _folder(output), _settings(settings)
     names, in_memory = _names({"model": getattr(model, "path", model), "teacher": teacher}, data, tokenizer)
     one, target = find_set(str(names["data"])), find_target(str(names["model"]), names["teacher"])
-    own = {path.removeprefix("data."): value for path, value in (settings or {}).items()}
+    own = {path.removeprefix("data."): value for path, value in own.items()}
     rows = checked(DataSettings, one.given(target.data, {"limit": limit, **own}), "data")
     sampling = SamplingSettings(
         temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    how = EvaluationSettings(sampling, tuple(seeds or PAPER_SEEDS), rewards, long_prompts=long_prompts)
+    how = EvaluationSettings(sampling, drawn, rewards, long_prompts=long_prompts, wording=PYTHON)
     with in_memory.left_alone():
         evaluator = Evaluator(target.model, target.teacher, dtype=dtype, in_memory=in_memory)
-        return evaluator.evaluate(one.name, rows, how, output=Path(output) if output is not None else None)
+        return evaluator.evaluate(one.name, rows, how, output=folder)
+
+
+def _seeds(seeds: Any) -> tuple[int, ...]:
+    """The seeds of an evaluation. Raises SettingsError for what is none: `[]` asks for no answers at all."""
+    from dpkd.errors import SettingsError
+    from dpkd.evaluation.evaluator import PAPER_SEEDS, parse_seeds
+
+    if seeds is None:
+        return PAPER_SEEDS
+    listed = isinstance(seeds, Iterable) and not isinstance(seeds, str | bytes | Mapping)
+    several = tuple(seeds) if listed else (seeds,)
+    whole = all(isinstance(seed, Integral) and not isinstance(seed, bool) for seed in several)
+    try:
+        if isinstance(seeds, str) or whole:
+            return parse_seeds(seeds if isinstance(seeds, str) else ",".join(map(str, several)))
+    except SettingsError:
+        pass
+    raise SettingsError(
+        [
+            f"seeds: expected distinct integers, 0 or more, such as [10, 20] or '10,20', but got {_shown(seeds)}; "
+            "leave it out for the papers' five"
+        ]
+    )
+
+
+def _settings(settings: Any) -> Mapping[str, Any]:
+    """Dotted paths and their values. Raises SettingsError for what is none."""
+    from dpkd.errors import SettingsError
+
+    if settings is None:
+        return {}
+    if isinstance(settings, Mapping) and all(isinstance(path, str) for path in settings):
+        return settings
+    raise SettingsError(
+        [f"settings: expected dotted paths and their values, such as {{'train.lr': 1e-4}}, but got {_shown(settings)}"]
+    )
+
+
+def _files(config: Any) -> list[Path]:
+    """Files of settings. Raises SettingsError for anything but a list of them."""
+    from dpkd.errors import SettingsError
+
+    listed = isinstance(config, Iterable) and not isinstance(config, str | bytes | Mapping)
+    files: list[Any] = list(config) if listed else []
+    if not listed or not all(isinstance(path, str | PathLike) for path in files):
+        raise SettingsError([f"config: expected a list of YAML files, such as ['run.yaml'], but got {_shown(config)}"])
+    return [Path(path) for path in files]
+
+
+def _folder(output: Any) -> Path | None:
+    """The folder of results. Raises SettingsError for what is no path."""
+    from dpkd.errors import SettingsError
+
+    if output is None:
+        return None
+    if isinstance(output, str | PathLike):
+        return Path(output)
+    raise SettingsError([f"output: expected a folder, such as 'runs/mine', but got {_shown(output)}"])
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, with its type."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else f'{text[:60]}...'}"
 
 
 def _loss(loss: Loss, registry: Registry) -> dict[str, Any]:
     """What the settings call a loss, with its settings; one of the caller's own is added to the registry."""
     if isinstance(loss, str):
         return {"loss.name": loss}
+    from dpkd.api import LossSpec
+    from dpkd.errors import DpkdError
     from dpkd.losses.base import ZooLoss
     from dpkd.losses.own import as_spec
     from dpkd.plugins import Registered
 
+    if not isinstance(loss, LossSpec | ZooLoss) and not callable(loss):
+        raise DpkdError(
+            "loss: expected the name of a loss (`dpkd list-losses` shows them), a LossSpec, a loss of dpkd.losses.get "
+            f"or a function, but got {_shown(loss)}"
+        )
     own: dict[str, Any] = {}
     if isinstance(loss, ZooLoss):
         own = {f"loss.{k}": v for k, v in loss.config.model_dump(mode="json", exclude_defaults=True).items()}
@@ -200,8 +275,14 @@ def _reward(reward: Reward | None, registry: Registry) -> dict[str, str]:
     if reward is None or isinstance(reward, str):
         return {} if reward is None else {"text.reward": reward}
     from dpkd.api import MetricSpec
+    from dpkd.errors import DpkdError
     from dpkd.plugins import Registered
 
+    if not callable(reward):
+        raise DpkdError(
+            "reward: expected the name of a metric, or a function from dpkd.api.Answers to a number for each response, "
+            f"but got {_shown(reward)}"
+        )
     name = re.sub(r"\W+", "_", reward.__name__.strip("<>_")).lower()
     summary = (inspect.getdoc(reward) or "a reward function of your program").splitlines()[0]
     metric = MetricSpec(name, "", "higher", summary, per_row=reward)

@@ -14,6 +14,7 @@ from dpkd.data.formats import check_text
 from dpkd.data.rows import BadRow, RawRow, text_rows
 from dpkd.data.settings import CorpusSettings
 from dpkd.data.sources import DataFile, Place, open_source
+from dpkd.data.wording import Wording
 from dpkd.errors import DpkdError
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def check_corpus(settings: CorpusSettings) -> None:
 
 
 def _rows(settings: CorpusSettings) -> DataFile:
-    place = Place(settings.path, settings.split, f"{SETTING}.path")
+    wording = Wording(f"{SETTING}.path", f"--set {SETTING}.path=FILE.txt", split=f"--set {SETTING}.split=NAME")
+    place = Place(settings.path, settings.split, wording)
     return open_source(place, {".txt": partial(text_rows, column=settings.column)})
 
 

@@ -14,6 +14,7 @@ from dpkd.data.formats import Example, RowFormat, check_text, find_shape, not_un
 from dpkd.data.rows import BadRow, RawRow
 from dpkd.data.settings import DataSettings, MixPart
 from dpkd.data.sources import Place, memory_source, open_source
+from dpkd.data.wording import TRAINING, Wording
 from dpkd.errors import DpkdError
 
 MOST_BAD_ROWS_SHOWN = 20
@@ -56,33 +57,41 @@ def read_examples(
     rows: Iterable[Any] | None = None,
     seed: int = 0,
     teacher_column: str | None = None,
+    wording: Wording = TRAINING,
 ) -> ExampleSet:
     """All examples of a data set or a mixture, at most `limit` rows of each.
 
     Without `require_response`, rows that hold a prompt alone are good too. `pairs`: whether the rejected responses of
     pairs are used; where they are not, rows that have them are refused (None: they do not matter). `rows` are those of
     the data set, if in memory; `seed` decides the order of a mixture; `teacher_column` has the name of each row's
-    teacher. Raises DpkdError for data that cannot be found, columns that are not understood, bad rows (unless skipped),
-    and when nothing is left.
+    teacher; `wording` is what messages call settings. Raises DpkdError for data that cannot be found, columns that are
+    not understood, bad rows (unless skipped), and when nothing is left.
     """
     if settings.mix:
         parts = [
             read_examples(
-                _part(settings, part), require_response=require_response, pairs=pairs, teacher_column=teacher_column
+                _part(settings, part),
+                require_response=require_response,
+                pairs=pairs,
+                teacher_column=teacher_column,
+                wording=wording,
             )
             for part in settings.mix
         ]
         return _mixed(settings, parts, seed)
-    place = Place(settings.path, settings.split, "data.path", settings.subset, settings.streaming)
+    place = Place(settings.path, settings.split, wording, settings.subset, settings.streaming)
     source = open_source(place) if rows is None else memory_source(rows)
     reader = _Reader(settings, require_response, teacher_column)
     reader.read(islice(source.rows, settings.limit))
     examples, bad = tuple(reader.examples), tuple(reader.bad)
     if bad and settings.on_bad_row == "error":
-        raise _bad_rows(source.description, bad)
+        raise _bad_rows(source.description, bad, wording)
     found = ExampleSet(examples, bad, fingerprint(examples), source.description, reader.rows)
+    if not examples and not bad:
+        where = f" in {source.description}" if rows is None else ""
+        raise DpkdError(f"{wording.path}: there are no rows{where}. Name a set that has some: {wording.own_file}")
     if not examples:
-        raise DpkdError("\n".join([f"data.path: no row of {settings.path} can be used.", *found.lines()[1:]]))
+        raise DpkdError("\n".join([f"{wording.path}: no row of {settings.path} can be used.", *found.lines()[1:]]))
     _check_pairs(examples, settings, pairs)
     return found
 
@@ -206,16 +215,16 @@ class _Reader:
         return name if isinstance(name, BadRow) else [replace(example, teacher=name) for example in found]
 
 
-def _bad_rows(source: str, bad: tuple[BadRow, ...]) -> DpkdError:
+def _bad_rows(source: str, bad: tuple[BadRow, ...], wording: Wording) -> DpkdError:
     count = f"{len(bad)} row{'s' if len(bad) > 1 else ''}"
     if len(bad) >= MOST_BAD_ROWS_SHOWN:
         count = f"at least {len(bad)} rows"
     return DpkdError(
         "\n".join(
             [
-                f"data.path: {count} of {source} cannot be read:",
+                f"{wording.path}: {count} of {source} cannot be read:",
                 *(f"  {row}" for row in bad),
-                "Fix these rows, or skip and count them: --set data.on_bad_row=skip",
+                f"Fix these rows, or skip and count them: {wording.settings(on_bad_row='skip')}",
             ]
         )
     )

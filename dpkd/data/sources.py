@@ -13,6 +13,7 @@ from dpkd.data.hub import local_only
 from dpkd.data.memory import refuse_memory
 from dpkd.data.rows import READERS, BadRow, RawRow, Rows, file_rows
 from dpkd.data.settings import DEFAULT_DATA
+from dpkd.data.wording import TRAINING, Wording
 from dpkd.errors import DpkdError
 
 SPLIT_NAMES = frozenset({"train", "dev", "valid", "validation", "val", "test", "eval"})
@@ -21,13 +22,18 @@ Reader = Callable[[Path, str], Rows]
 
 
 class Place(NamedTuple):
-    """What the settings say about where the rows are; `setting` names them in messages (`data.path`)."""
+    """What the settings say about where the rows are; `wording` has their names in messages (`data.path`)."""
 
     path: str
     split: str
-    setting: str = "data.path"
+    wording: Wording = TRAINING
     subset: str | None = None
     streaming: bool = False
+
+    @property
+    def setting(self) -> str:
+        """What names the rows."""
+        return self.wording.path
 
 
 class DataFile(NamedTuple):
@@ -92,8 +98,10 @@ def _nearest(path: Path) -> str:
     while not missing.parent.exists():
         missing = missing.parent
     names = [entry.name for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
-    close = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.6)
-    if close:
+    # Without the endings: what two names share of `.jsonl` does not make them near.
+    stems = difflib.get_close_matches(missing.stem, list({Path(name).stem for name in names}), n=3, cutoff=0.6)
+    near = [name for name in names if Path(name).stem in stems]
+    if close := difflib.get_close_matches(missing.name, near, n=1, cutoff=0.0):
         return f" Did you mean {missing.parent / close[0]}?"
     return f" There is no folder {missing} either." if missing != path else ""
 
@@ -118,8 +126,7 @@ def _choose_files(place: Place, folder: Path, readers: dict[str, Reader]) -> lis
     if others:
         raise DpkdError(
             f"{place.setting}: the folder {place.path} holds {', '.join(others[:5])} but nothing named "
-            f"{place.split!r}. Name one file, or the split: "
-            f"--set {place.setting.removesuffix('path')}split=NAME"
+            f"{place.split!r}. Name one file, or the split: {place.wording.other_split}"
         )
     return files
 
@@ -167,7 +174,7 @@ def _numbered(place: Place, dataset: Any) -> Rows:
 def _unavailable(place: Place, error: Exception) -> DpkdError:
     what = f"the default data set {place.path}" if place.path == DEFAULT_DATA else f"the data set {place.path}"
     reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-    own_file = "--data FILE.jsonl" if place.setting == "data.path" else f"--set {place.setting}=FILE.txt"
+    own_file = place.wording.own_file
     advice = (
         f"Without the hub, pass your own file: {own_file} (`dpkd demo` needs no data)."
         if isinstance(error, OSError)

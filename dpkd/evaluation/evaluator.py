@@ -17,6 +17,7 @@ from dpkd.data.batches import TokenSequence
 from dpkd.data.encode import check_ids
 from dpkd.data.encoding import continuation
 from dpkd.data.settings import DataSettings
+from dpkd.data.wording import COMMAND_LINE, Wording
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.evaluation.answer_cache import AnswerCache, answer, as_answers
 from dpkd.evaluation.divergences import measure
@@ -59,6 +60,7 @@ class EvaluationSettings:
     rewards       also take the implicit reward of the model's own answers, and of the teacher's
     cuts          ends of the buckets of reference length, in the unit of `lengths` (None: the model's tokens)
     long_prompts  a prompt beyond the limits is an error, or left out and counted
+    wording       what messages about the set call settings and options
     """
 
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -67,6 +69,7 @@ class EvaluationSettings:
     cuts: Sequence[int] = DEFAULT_CUTS
     lengths: LengthMeasure | None = WORDS
     long_prompts: LongPrompts = "error"
+    wording: Wording = COMMAND_LINE
 
     @property
     def drawn_seeds(self) -> tuple[int, ...]:
@@ -151,6 +154,7 @@ class Evaluator:
             max_new_tokens=settings.sampling.max_new_tokens,
             long_prompts=settings.long_prompts,
             rows=self.in_memory.rows(data.path),
+            wording=settings.wording,
         )
         check_ids(inputs.prompts, self.model.get_input_embeddings().weight.shape[0], "the model")
         return inputs

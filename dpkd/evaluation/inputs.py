@@ -12,6 +12,7 @@ from dpkd.data.encode import Prompt, tokenize
 from dpkd.data.examples import read_examples
 from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
+from dpkd.data.wording import COMMAND_LINE, Wording
 from dpkd.errors import DpkdError
 
 LongPrompts = Literal["error", "skip"]
@@ -61,10 +62,11 @@ def read_inputs(
     long_prompts: LongPrompts = "error",
     rows: Iterable[Any] | None = None,
     teacher_column: str | None = None,
+    wording: Wording = COMMAND_LINE,
 ) -> Inputs:
     """Read and tokenize a set; `context` is the longest sequence that the models read, `rows` those in memory.
 
-    `teacher_column` has the name of each row's teacher.
+    `teacher_column` has the name of each row's teacher; `wording` is what messages call settings and options.
 
     Rows are left out, and counted, by `data.on_bad_row=skip`, `data.min_response_words` and `long_prompts="skip"`, and
     by nothing else. Raises DpkdError when a prompt is longer than `data.max_prompt_tokens`, or leaves no room for an
@@ -72,7 +74,10 @@ def read_inputs(
     """
     # A conversation has one answer to score, its last.
     found = read_examples(
-        data.model_copy(update={"mix": (), "train_on": "last"}), rows=rows, teacher_column=teacher_column
+        data.model_copy(update={"mix": (), "train_on": "last"}),
+        rows=rows,
+        teacher_column=teacher_column,
+        wording=wording,
     )
     skipped = Counter(found.skipped_by_reason())
     read = _encoded(found.examples, tokenizer, data, skipped)
@@ -80,7 +85,7 @@ def read_inputs(
     prompts = [p for p in read if len(p.prompt_ids) <= longest]
     if len(prompts) < len(read):
         if long_prompts == "error":
-            raise _too_long([p for p in read if len(p.prompt_ids) > longest], len(read), data, context)
+            raise _too_long([p for p in read if len(p.prompt_ids) > longest], len(read), data, context, wording)
         skipped[f"prompts longer than {longest:,} tokens"] = len(read) - len(prompts)
     rows_read = len(found.examples) + len(found.skipped)
     if not prompts:
@@ -112,12 +117,14 @@ def _words(example: Example) -> int:
     return len(example.references[0].split())
 
 
-def _too_long(long: Sequence[Prompt], count: int, data: DataSettings, context: int | None) -> DpkdError:
+def _too_long(
+    long: Sequence[Prompt], count: int, data: DataSettings, context: int | None, wording: Wording
+) -> DpkdError:
     """Which prompts, and what to set so that they are scored, or left out."""
     most = max(len(p.prompt_ids) for p in long)
     first = f"the first is {long[0].id} with {len(long[0].prompt_ids):,} tokens, the longest has {most:,}"
     verb = "is" if len(long) == 1 else "are"
-    skip = "To skip and count such rows: --long-prompts skip"
+    skip = f"To skip and count such rows: {wording.long_prompts}"
     beyond = [p for p in long if context is not None and len(p.prompt_ids) >= context]
     if beyond:
         return DpkdError(
@@ -125,9 +132,8 @@ def _too_long(long: Sequence[Prompt], count: int, data: DataSettings, context: i
             f"room for an answer in a model that reads {context:,} tokens ({first}). Every row that is read is to be "
             f"scored. {skip}"
         )
-    room = f" --set data.max_tokens={most + 256}" if most >= data.max_tokens else ""
+    wanted = {"max_prompt_tokens": most, **({"max_tokens": most + 256} if most >= data.max_tokens else {})}
     return DpkdError(
         f"{data.path}: {len(long):,} of {count:,} prompts {verb} longer than data.max_prompt_tokens="
-        f"{data.max_prompt_tokens:,} ({first}). Every row must be scored: --set "
-        f"data.max_prompt_tokens={most}{room}. {skip}"
+        f"{data.max_prompt_tokens:,} ({first}). Every row must be scored: {wording.settings(**wanted)}. {skip}"
     )

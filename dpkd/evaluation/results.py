@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,11 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Scores of one model on one set; `rows` were to be scored, and every one of them was, under each seed."""
+class Evaluation(Mapping[str, float]):
+    """Scores of one model on one set; `rows` were to be scored, and every one of them was, under each seed.
+
+    As a mapping, the means of the metrics by their names.
+    """
 
     rows: int
     seeds: tuple[int, ...]
@@ -70,6 +73,12 @@ class Evaluation:
     def __getitem__(self, name: str) -> float:
         """The mean of a metric."""
         return self.metrics[name].mean
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.metrics)
+
+    def __len__(self) -> int:
+        return len(self.metrics)
 
     def __repr__(self) -> str:
         means = ", ".join(f"{name}={metric.mean:.4g}" for name, metric in self.metrics.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from dpkd.data.memory import is_memory
 from dpkd.errors import DpkdError
 from dpkd.io import read_json
 from dpkd.models.fingerprint import weights_hash
+from dpkd.models.locate import is_cached, is_gguf
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.run_folder import RunFolder, check_trust
 
@@ -40,11 +42,12 @@ def _run(name: str) -> RunFolder | None:
 def model_of(name: str, *, trust_remote_code: bool = False) -> ModelSettings:
     """The model of a run folder, or the model itself.
 
-    Raises DpkdError for a run that is not finished, or whose model is not the one that it saved, and for the adapter
-    or the checkpoints of one.
+    Raises DpkdError for a folder that is not there, for a run that is not finished, or whose model is not the one that
+    it saved, and for the adapter or the checkpoints of one.
     """
     run = _run(name)
     if run is None:
+        _refuse_missing(name)
         _refuse_parts_of_runs(Path(name))
         return ModelSettings(model=name, trust_remote_code=trust_remote_code)
     if not run.model.is_dir():
@@ -68,6 +71,23 @@ def check_model(run: RunFolder) -> None:
                 f"{file} is {'not the file that the run saved' if file.is_file() else 'lost'} ({run.marker.name} has "
                 f"its checksum). Restore it, or name {run.model} to use it unchanged."
             )
+
+
+def _refuse_missing(name: str) -> None:
+    """A name that is a folder's, as the one above it is there (or is that of all runs), though it could be a hub id."""
+    path = Path(name)
+    if path.exists() or is_gguf(name) or len(path.parts) == 1:
+        return
+    if not path.parent.is_dir() and path.parts[0] != "runs":
+        return
+    if is_cached(name):
+        return
+    names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    found = f"; did you mean {path.parent / near[0]}?" if near else "."
+    raise DpkdError(
+        f"there is no folder {name}{found} --model takes a run folder (dpkd train's output), a model folder or a hub id"
+    )
 
 
 def _refuse_parts_of_runs(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dpkd.data.hub import out_of_reach
 from dpkd.data.memory import refuse_memory
+from dpkd.data.sources import HUB_ID
 from dpkd.errors import DpkdError
 from dpkd.io import parsed
 from dpkd.models.settings import ModelSettings
@@ -23,6 +24,13 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 def is_gguf(name: str | None) -> bool:
     """Whether a name is that of a .gguf file."""
     return name is not None and name.lower().endswith(".gguf")
+
+
+def is_cached(name: str) -> bool:
+    """Whether a name is that of a model of the hub which was loaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return HUB_ID.fullmatch(name) is not None and isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def location(settings: ModelSettings) -> dict[str, Any]:
@@ -90,7 +98,10 @@ def explained(settings: ModelSettings, what: str) -> Iterator[None]:
         raise DpkdError(_why(settings, what, error)) from error
 
 
-_EXPECTED = "Name a hub id, or a folder with config.json and model.safetensors; `dpkd demo` needs no hub."
+_EXPECTED = (
+    "Name a hub id, or a folder with config.json and model.safetensors (that of a run: RUN/model); `dpkd demo` needs "
+    "no hub."
+)
 
 
 def _why(settings: ModelSettings, what: str, error: Exception) -> str:
@@ -115,7 +126,9 @@ def _why(settings: ModelSettings, what: str, error: Exception) -> str:
             f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained('FOLDER')"
         )
     found = f"{name} is not a local folder, and the hub did not provide its {what}"
-    return f"{found}: {first}{_nearest(Path(name))} {_EXPECTED}"
+    own = Path("runs", name, "model")
+    near = f" Did you mean {own}?" if own.is_dir() else _nearest(Path(name))
+    return f"{found}: {first}{near} {_EXPECTED}"
 
 
 def _is_path(name: str) -> bool:

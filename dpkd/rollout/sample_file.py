@@ -18,6 +18,7 @@ from dpkd.data.examples import read_examples
 from dpkd.data.formats import Example
 from dpkd.data.settings import DataSettings
 from dpkd.data.templates import chat_lead
+from dpkd.data.wording import COMMAND_LINE
 from dpkd.errors import DpkdError
 from dpkd.io import JsonLog, read_json, write_json
 from dpkd.locks import file_lock
@@ -60,7 +61,7 @@ def sample_to_file(
     is damaged, or while another process writes it.
     """
     with file_lock(output, _settings_file(output)), ExitStack() as stack:
-        examples, tokenizer = read_examples(data, require_response=False), load_tokenizer(model)
+        examples, tokenizer = read_examples(data, require_response=False, wording=COMMAND_LINE), load_tokenizer(model)
         served = ServerTeacher(model) if isinstance(model, TeacherSettings) and model.server is not None else None
         if served is not None:
             served.check(tokenizer)

@@ -20,6 +20,7 @@ from dpkd.data.encode import EncodedData, tokenize
 from dpkd.data.examples import ExampleSet, read_examples
 from dpkd.data.sources import file_stamp
 from dpkd.data.templates import with_chat_template
+from dpkd.data.wording import DEVELOPMENT
 from dpkd.errors import DpkdError
 from dpkd.evaluation.evaluator import metric_specs
 from dpkd.evaluation.inputs import Inputs, read_inputs
@@ -198,6 +199,7 @@ def _dev_inputs(
         max_new_tokens=dev.max_new_tokens,
         long_prompts="skip",
         teacher_column=teacher_column,
+        wording=DEVELOPMENT,
     )
     for line in (f"dev: {len(inputs.prompts):,} rows of {inputs.source}", *inputs.lines()):
         display.say(line)

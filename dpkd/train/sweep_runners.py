@@ -7,7 +7,7 @@ import os
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,23 @@ from rich.console import Console
 
 from dpkd.api import SamplingSettings
 from dpkd.config.problems import checked
-from dpkd.config.resolve import resolve
+from dpkd.config.resolve import Resolved, resolve
 from dpkd.config.yaml_text import dump_value
 from dpkd.data.settings import DataSettings
+from dpkd.data.templates import with_chat_template
+from dpkd.data.wording import SWEEP
 from dpkd.errors import DpkdError, Stopped
 from dpkd.evaluation.evaluator import EvaluationSettings, Evaluator, parse_seeds
+from dpkd.evaluation.inputs import read_inputs
 from dpkd.evaluation.lengths import WORDS, parse_cuts
-from dpkd.evaluation.sets import find_set
+from dpkd.evaluation.sets import EvalSet, find_set
 from dpkd.evaluation.target import find_target
 from dpkd.io import open_log, write_text
+from dpkd.models.in_memory import InMemory
+from dpkd.models.loading import context_length
+from dpkd.models.settings import ModelSettings
 from dpkd.models.shared import Shared
+from dpkd.models.tokenizers import difference
 from dpkd.plugins import Registry
 from dpkd.report.card import rescore
 from dpkd.run_folder import RunFolder
@@ -123,16 +130,85 @@ def _score(
         parse_cuts(options.cuts),
         WORDS,
         options.long_prompts,
+        SWEEP,
     )
-    given = {"limit": options.limit, "template": options.template, "on_bad_row": options.on_bad_row, **options.set}
     found = [find_set(name) for name in sets]
     if all((target.folder / one.name / "scores.json").is_file() for one in found):
         return
     evaluator = Evaluator(target.model, target.teacher, dtype=options.dtype, in_memory=shared, registry=registry)
     for one in found:
-        rows = checked(DataSettings, one.given(target.data, given), "data")
+        rows = _rows(one, target.data, options)
         evaluator.evaluate(one.name, rows, how, output=target.folder / one.name, say=console.print)
     rescore(run.folder)
+
+
+def _rows(one: EvalSet, own: Mapping[str, Any], options: EvaluateOptions) -> DataSettings:
+    """The rows of a set; `own` is what the model's run says of them."""
+    given = {"limit": options.limit, "template": options.template, "on_bad_row": options.on_bad_row, **options.set}
+    return checked(DataSettings, one.given(own, given), "data")
+
+
+def check_evaluation(plan: Plan, registry: Registry) -> None:
+    """Read the sets for every model that is still to be scored, before the first of them is trained.
+
+    Raises DpkdError for a set that cannot be found or scored. A model that cannot be looked at is left to its run.
+    """
+    how, seen = plan.settings.evaluate, set()
+    sets = [find_set(name) for name in how.data] if how is not None else []
+    for run in filter(plan.is_scored, plan.runs):
+        assert how is not None
+        if all((run.folder / "eval" / one.name / "scores.json").is_file() for one in sets):
+            continue
+        resolved = resolve(plan.layers(run), registry)
+        own = {key: value for key, value in resolved.as_dict()["data"].items() if key in ("template", "columns")}
+        begins = [_begins_from(model, plan, registry) for model in (_own_model(resolved), resolved.settings.teacher)]
+        key = (*(model.model_dump_json() for model in begins), str(own), resolved.settings.data.chat_template)
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            tokenizer, context = _read_by(*begins)
+            tokenizer = with_chat_template(tokenizer, resolved.settings.data.chat_template)
+        except DpkdError:
+            continue
+        for one in sets:
+            try:
+                read_inputs(
+                    _rows(one, own, how.options),
+                    tokenizer,
+                    context=context,
+                    max_new_tokens=how.options.max_new_tokens,
+                    long_prompts=how.options.long_prompts,
+                    wording=SWEEP,
+                )
+            except DpkdError as error:
+                raise DpkdError(f"nothing was begun, as {run.name} could not be scored: {error}") from error
+
+
+def _own_model(resolved: Resolved) -> ModelSettings:
+    """What a student is made of."""
+    settings = resolved.settings
+    return settings.student if settings.student.model is not None else settings.teacher
+
+
+def _begins_from(model: ModelSettings, plan: Plan, registry: Registry) -> ModelSettings:
+    """The model itself, or, where a run of the sweep is still to make it, what that run begins from."""
+    makers = {str(run.folder / "model"): run for run in plan.runs if not RunFolder(run.folder).is_finished}
+    while (run := makers.get(model.model or "")) is not None:
+        model = _own_model(resolve(plan.layers(run), registry))
+    return model
+
+
+def _read_by(student: ModelSettings, teacher: ModelSettings) -> tuple[Any, int | None]:
+    """The tokenizer of a student, and the longest sequence that it and its teacher read. Raises DpkdError."""
+    files = InMemory()
+    if student.model is None:
+        raise DpkdError("the student is not made of a model")
+    tokenizer, configs = files.tokenizer(student), [files.config(student)]
+    served = getattr(teacher, "server", None) is not None
+    if teacher.model is not None and not served and difference(tokenizer, files.tokenizer(teacher)) is None:
+        configs.append(files.config(teacher))
+    return tokenizer, min((n for config in configs if (n := context_length(config)) is not None), default=None)
 
 
 def _is_trusted(plan: Plan, run: SweepRun, registry: Registry) -> bool:

@@ -34,7 +34,7 @@ from dpkd.train.dev import direction_of
 from dpkd.train.interrupt import on_stop
 from dpkd.train.progress import Display
 from dpkd.train.sweep import Plan, SweepRun
-from dpkd.train.sweep_runners import InProcess, Isolated
+from dpkd.train.sweep_runners import InProcess, Isolated, check_evaluation, log_of
 
 
 @dataclass
@@ -73,7 +73,7 @@ def run_sweep(
     One run follows another in this process, and shares what was loaded for those before it. With `isolate`, or on
     `devices` (one run on each at a time), each has a process of its own. A signal to stop reaches the runs that go on:
     they write a checkpoint and end, and so does the sweep. Raises Stopped then, and DpkdError when another process runs
-    the same sweep.
+    the same sweep, or when the models could not be scored.
     """
     output = Path(plan.settings.output)
     registry = load_registry()
@@ -91,6 +91,7 @@ def run_sweep(
         ThreadPoolExecutor(max(1, len(devices))) as pool,
     ):
         try:
+            check_evaluation(plan, registry)
             for turn in range(max(1, len(plan.settings.seeds))):
                 for stage in plan.stages:
                     runs = [run for run in plan.stage_runs(stage, best) if run.turn == turn]
@@ -196,7 +197,7 @@ class _Sweep:
         missing = [name for name in run.needs if name in self.without_best or not self._has_model(name)]
         if reason := self._changed(run):
             self.outcome.failed[run.name] = reason
-            return reason
+            return "failed: its folder holds a run with other settings"
         found = folder.is_finished
         if not found and (self._is_late() or any(self._was_left(name) for name in missing)):
             self.outcome.left.append(run.name)
@@ -206,10 +207,10 @@ class _Sweep:
             return f"skipped, {self.outcome.skipped[run.name]}"
         if not found and (reason := self.runner.train(self.plan, run, device)):
             self.outcome.failed[run.name] = reason
-            return f"failed: {reason}"
+            return f"failed, see {log_of(run)}"
         if self.plan.is_scored(run) and (reason := self.runner.evaluate(self.plan, run, device)):
             self.outcome.failed[f"{run.name} (evaluation)"] = reason
-            return f"its evaluation failed: {reason}"
+            return f"its evaluation failed, see {log_of(run)}"
         (self.outcome.found if found else self.outcome.done).append(run.name)
         if not self.plan.settings.keep_checkpoints:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)

@@ -271,7 +271,7 @@ def test_nothing_but_bad_rows(jsonl):
         f"data.path: no row of {path} can be used.\nskipped 2: not JSON (first: data.jsonl:1)"
     )
     path = jsonl(b"")
-    assert problem(path) == f"data.path: no row of {path} can be used."
+    assert problem(path) == f"data.path: there are no rows in {path}. Name a set that has some: --data FILE.jsonl"
 
 
 def test_columns_that_are_not_understood(jsonl):

@@ -36,6 +36,9 @@ def test_a_file_that_is_not_there(tmp_path, jsonl):
         f"data.path: there is no file {tmp_path}/trian.jsonl. Did you mean {tmp_path}/train.jsonl?"
     )
     assert problem(tmp_path / "q.csv") == f"data.path: there is no file {tmp_path}/q.csv."
+    jsonl(ROW, name="e6.jsonl")
+    assert problem(tmp_path / "nofile.jsonl") == f"data.path: there is no file {tmp_path}/nofile.jsonl."
+    assert problem(tmp_path / "train.json").endswith(f"Did you mean {tmp_path}/train.jsonl?")
     assert problem(tmp_path / "zzzz" / "deep" / "q.jsonl") == (
         f"data.path: there is no file {tmp_path}/zzzz/deep/q.jsonl. There is no folder {tmp_path}/zzzz either."
     )

@@ -14,6 +14,7 @@ from command_line import printed
 
 import dpkd
 from dpkd.errors import DpkdError, SettingsError
+from dpkd.evaluation.target import model_of
 
 QUICK = ("--seeds", "1,2", "--max-new-tokens", "4", "--limit", "4")
 
@@ -170,6 +171,7 @@ def test_mistakes_are_said_before_anything_is_loaded(here, monkeypatch, argument
     monkeypatch.setattr("dpkd.models.in_memory.load_model", lambda *_, **__: pytest.fail("too late"))
     Path("sub").mkdir()
     shutil.copy("one.jsonl", "sub/one.jsonl")
+    Path("sub/student").mkdir()
     with pytest.raises(SettingsError, match=re.escape(problem)):
         call("--model", "student", "--data", "one.jsonl", *arguments)
 
@@ -186,6 +188,50 @@ def test_a_folder_that_is_no_whole_model_is_said(here):
         call("--model", "runs/kd-1/adapter", "--data", "one.jsonl")
     with pytest.raises(DpkdError, match=r"runs/kd-1 has no model yet"):
         call("--model", "runs/kd-1", "--data", "one.jsonl")
+
+
+@pytest.mark.parametrize("command", ["eval", "sample"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("runs/nope", "there is no folder runs/nope. --model takes"),
+        ("runs/dk-1", "there is no folder runs/dk-1; did you mean runs/kd-1? --model takes"),
+        ("runs/kd-1/modle", "there is no folder runs/kd-1/modle; did you mean runs/kd-1/model? --model takes"),
+        ("models/x", "there is no folder models/x. --model takes"),
+        ("kd-1", "Did you mean runs/kd-1/model? Name a hub id, or a folder with config.json and model.safetensors "),
+    ],
+)
+def test_a_folder_that_is_not_there_is_no_hub_id(here, monkeypatch, command, name, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree("student", "runs/kd-1/model")
+    Path("runs/kd-1/config.resolved.yaml").write_text("loss: {name: kd}\n")
+    Path("models").mkdir()
+    with pytest.raises(DpkdError) as caught:
+        printed(command, "--model", name, "--data", "one.jsonl", "--output", "out.jsonl")
+    assert said in str(caught.value)
+    assert ("a run folder (dpkd train's output), a model folder or a hub id" in str(caught.value)) == ("/" in name)
+
+
+@pytest.mark.parametrize("command", ["eval", "sample"])
+def test_a_set_that_is_not_there_is_named_by_its_flag(here, command):
+    Path("empty.jsonl").write_text("")
+    for name, said in (
+        ("nowhere.jsonl", "--data: there is no file nowhere.jsonl."),
+        ("empty.jsonl", "--data: there are no rows in empty.jsonl. Name a set that has some: --data FILE.jsonl"),
+    ):
+        with pytest.raises(DpkdError) as caught:
+            printed(command, "--model", "student", "--data", name, "--output", "out.jsonl")
+        assert str(caught.value) == said
+
+
+def test_a_model_of_the_hub_may_have_the_name_of_a_folder_here(here, monkeypatch):
+    Path("models").mkdir()
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "config.json")
+    assert model_of("models/x").model == "models/x"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(DpkdError, match="there is no folder models/x"):
+        model_of("models/x")
+    assert model_of("others/x").model == "others/x"
 
 
 def test_a_run_brings_its_teacher_and_its_template(here):

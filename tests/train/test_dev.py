@@ -85,7 +85,7 @@ def test_mistakes_are_found_before_anything_is_loaded(settings_of, toy, quiet):
     for changes, problem in (
         ({"metric": "rouge"}, "no metric is called 'rouge'; there are: .*rouge_l"),
         ({"metric": "words"}, "words is neither better high nor low"),
-        ({"path": "nowhere.jsonl"}, "there is no file nowhere.jsonl"),
+        ({"path": "nowhere.jsonl"}, "^dev.path: there is no file nowhere.jsonl"),
     ):
         with pytest.raises(DpkdError, match=problem):
             dry_run(settings_of("kd", {"dev": rows_of(toy, **changes)}), console=quiet)

@@ -452,3 +452,68 @@ def test_a_notebook_has_a_bar_and_no_line_for_each_step(capsys):
     assert "4/4" in bar
     assert "loss 0.500" in bar
     assert console.file.getvalue() == ""
+
+
+@pytest.mark.parametrize("seeds", ["10,20", [10, 20], (10, 20), range(10, 30, 10)])
+def test_seeds_are_integers_or_what_the_command_line_takes(seeds, toy, rows):
+    teacher = str(toy / "teacher")
+    assert dpkd.evaluate(teacher, rows, seeds=seeds, limit=1, max_new_tokens=2).seeds == (10, 20)
+
+
+def test_one_seed_and_the_scores_as_a_mapping(toy, rows):
+    scores = dpkd.evaluate(str(toy / "teacher"), rows, seeds=10, limit=1, max_new_tokens=2)
+    assert scores.seeds == (10,)
+    assert list(scores) == list(scores.metrics)
+    assert len(scores) == len(scores.metrics)
+    assert dict(scores)["rouge_l"] == scores["rouge_l"] == scores.metrics["rouge_l"].mean
+    assert "rouge_l" in scores
+    assert "seeds" not in scores
+
+
+@pytest.mark.parametrize("seeds", [[], "", "10,x", "10,10", [10, 10], [1.5], 2.0, True, [True], {10: 1}, -1, b"10"])
+def test_what_is_no_seed_is_said(seeds, toy, rows):
+    with pytest.raises(SettingsError) as caught:
+        dpkd.evaluate(str(toy / "teacher"), rows, seeds=seeds, limit=1)
+    assert str(caught.value) == (
+        "seeds: expected distinct integers, 0 or more, such as [10, 20] or '10,20', but got "
+        f"{type(seeds).__name__} {seeds!r}; leave it out for the papers' five"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            {"settings": "train.lr=1"},
+            r"settings: expected dotted paths .* \{'train.lr': 1e-4\}, but got str 'train.lr=1'",
+        ),
+        ({"settings": {1: 2}}, r"settings: expected dotted paths .*, but got dict \{1: 2\}"),
+        ({"loss": 3}, r"loss: expected the name of a loss .* or a function, but got int 3"),
+        ({"output": 5}, r"output: expected a folder, such as 'runs/mine', but got int 5"),
+        ({"config": "run.yaml"}, r"config: expected a list of YAML files, .*, but got str 'run.yaml'"),
+        ({"reward": 3}, r"reward: expected the name of a metric, .*, but got int 3"),
+    ],
+)
+def test_an_argument_of_another_type_is_said(arguments, said, toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DpkdError, match=said):
+        dpkd.train(**{"loss": "kd", "teacher": toy / "teacher", "student": toy / "gpt2", **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_names_its_own_arguments_for_rows_that_are_too_long(toy):
+    rows = [{"prompt": "x" * 30, "response": "y"}]
+    with pytest.raises(DpkdError) as caught:
+        dpkd.evaluate(str(toy / "teacher"), rows, settings={"max_prompt_tokens": 20, "max_tokens": 25})
+    advice = "settings={'data.max_prompt_tokens': 30, 'data.max_tokens': 286}"
+    assert f"Every row must be scored: {advice}. To skip and count such rows: long_prompts='skip'" in str(caught.value)
+    with pytest.raises(DpkdError, match=r"^data: there is no file nowhere.jsonl"):
+        dpkd.evaluate(str(toy / "teacher"), "nowhere.jsonl")
+    with pytest.raises(DpkdError, match=r"^data: there are no rows. Name a set that has some: data='FILE.jsonl'"):
+        dpkd.evaluate(str(toy / "teacher"), [])
+
+
+@pytest.mark.parametrize(("name", "value"), [("settings", "data.limit=1"), ("output", 5)])
+def test_evaluate_says_it_too(name, value, toy, rows):
+    with pytest.raises(SettingsError, match=rf"^{name}: expected .*, but got {type(value).__name__}"):
+        dpkd.evaluate(str(toy / "teacher"), rows, **{name: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.plugins import load_registry
-from dpkd.train import checkpoint, prepare
+from dpkd.train import checkpoint, prepare, sweep_running
 from dpkd.train.sweep import read_sweep
 from dpkd.train.sweep_runners import InProcess
 from dpkd.train.sweep_running import run_sweep, summary
@@ -72,6 +73,35 @@ def test_runs_are_made_once_and_scored(written, toy, tmp_path):
     again = run_sweep(read_sweep(path), console=quiet)
     assert (again.done, again.found) == ([], ["start", "distil-kd"])
     assert summary(again) == "0 runs done, 2 were there"
+
+
+def test_an_evaluation_that_cannot_be_is_found_before_the_first_training(written, toy, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 300, "response": "y"}) + "\n")
+    how = {"data": [str(tmp_path / "long.jsonl")], "stages": ["distil"], "options": {"greedy": True}}
+    with pytest.raises(DpkdError) as caught:
+        run_sweep(read_sweep(written(evaluate=how)), console=Console(quiet=True))
+    assert str(caught.value).startswith("nothing was begun, as distil-kd-lr_0.0001 could not be scored: ")
+    assert str(caught.value).endswith(
+        "Every row must be scored: evaluate: {options: {set: {max_prompt_tokens: 300}}} in the sweep's file. To skip "
+        "and count such rows: evaluate: {options: {long_prompts: skip}} in the sweep's file"
+    )
+    assert not (tmp_path / "runs/start").exists()
+    for data, said in (("nowhere.jsonl", "evaluate.data: there is no file nowhere.jsonl"), ("long.jsonl", "longer")):
+        path = written(evaluate={"data": [data if data[0] == "n" else str(tmp_path / data)]})
+        with pytest.raises(DpkdError, match=f"nothing was begun, as start could not be scored: .*{said}"):
+            run_sweep(read_sweep(path), isolate=True, console=Console(quiet=True))
+
+
+def test_why_a_run_failed_is_said_once(written, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_running, "check_evaluation", lambda *_: None)
+    stages = {"one": {"settings": {"loss.name": "sft", "student.init": "layers", "student.layers": 2}}}
+    path = written(stages=stages, evaluate={"data": ["nowhere.jsonl"], "options": {"greedy": True}})
+    said = io.StringIO()
+    outcome = run_sweep(read_sweep(path), console=Console(file=said, width=500))
+    assert f"one: its evaluation failed, see {tmp_path / 'runs/one.log'}" in said.getvalue()
+    assert "nowhere" not in said.getvalue()
+    with pytest.raises(DpkdError, match=r"failed: one \(evaluation\): evaluate.data: there is no file nowhere.jsonl"):
+        summary(outcome)
 
 
 def test_a_failed_run_is_listed_and_the_others_go_on(written, tmp_path):
