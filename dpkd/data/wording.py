@@ -37,16 +37,21 @@ class Wording:
 
 
 TRAINING = Wording()
-COMMAND_LINE = Wording("--data")
-DEVELOPMENT = Wording("dev.path", "--set dev.path=FILE.jsonl", split="--set dev.split=NAME")
+COMMAND_LINE = Wording(path="--data")
+DEVELOPMENT = Wording(path="dev.path", own_file="--set dev.path=FILE.jsonl", split="--set dev.split=NAME")
 PYTHON = Wording(
-    "data", "data='FILE.jsonl'", "'data.{name}': {value!r}", ", ", "settings={%s}", long_prompts="long_prompts='skip'"
+    path="data",
+    own_file="data='FILE.jsonl'",
+    each="'data.{name}': {value!r}",
+    between=", ",
+    block="settings={%s}",
+    long_prompts="long_prompts='skip'",
 )
 SWEEP = Wording(
-    "evaluate.data",
-    "evaluate: {data: [FILE.jsonl]} in the sweep's file",
-    "{name}: {value}",
-    ", ",
-    "evaluate: {options: {set: {%s}}} in the sweep's file",
+    path="evaluate.data",
+    own_file="evaluate: {data: [FILE.jsonl]} in the sweep's file",
+    each="{name}: {value}",
+    between=", ",
+    block="evaluate: {options: {set: {%s}}} in the sweep's file",
     long_prompts="evaluate: {options: {long_prompts: skip}} in the sweep's file",
 )

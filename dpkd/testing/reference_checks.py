@@ -34,9 +34,8 @@ def matches_reference(subject: LossUnderTest) -> None:
     """Equal to the author's independent float64 function, on ordinary rows and with excluded tokens."""
     if subject.reference is None:
         raise CheckWarned(
-            "no reference: no other check catches a divergence the wrong way "
-            "round or a wrong constant. In a test of your own, pass reference=, "
-            "a NumPy function written from the paper"
+            "no reference: no other check catches a divergence the wrong way round or a wrong constant. In a test of "
+            "your own, pass reference=, a NumPy function written from the paper"
         )
     cases: list[dict[str, Any]] = [{"scale": scale} for scale in (0.1, 1.0, 4.0)]
     if subject.spec.family is not Family.PAIR and not HIDDEN & subject.reads:

@@ -203,21 +203,29 @@ def test_packed_rows_count_the_longest_sequences_at_their_own_lengths(settings_o
     assert batches == [padded, packed, padded, padded]
 
 
-def test_what_malloc_holds_counts_unless_it_is_told_to_return_it(settings_of, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+@pytest.fixture
+def glibc(monkeypatch):
+    """As on a machine with glibc, of whose malloc nobody has changed anything."""
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "LD_PRELOAD"]:
         monkeypatch.delenv(name)
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.36"))
+
+
+def test_what_malloc_holds_counts_unless_it_is_told_to_return_it(settings_of, glibc, monkeypatch):
     resolved = settings_of("fkl")
     parts = dict(estimate(resolved).parts)
     held = parts.pop(memory.HELD_BY_MALLOC)
     kept = ("student weights", "teacher weights", "optimizer state")
     assert held == pytest.approx(memory.HELD * sum(size for name, size in parts.items() if name not in kept))
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1048576")
-    assert estimate(resolved).parts == parts
+    with monkeypatch.context() as told:
+        told.setenv("MALLOC_TRIM_THRESHOLD_", "1048576")
+        assert estimate(resolved).parts == parts
+    with monkeypatch.context() as other:
+        other.setattr(memory.platform, "libc_ver", lambda: ("", ""))
+        assert estimate(resolved).parts == parts
 
 
-def test_recomputed_activations_leave_holes_of_what_there_would_be_without(settings_of, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-        monkeypatch.delenv(name)
+def test_recomputed_activations_leave_holes_of_what_there_would_be_without(settings_of, glibc):
     plain, again = (estimate(settings_of("fkl", {"student.gradient_checkpointing": on})).parts for on in (False, True))
     assert again["activations"] < 0.5 * plain["activations"]
     assert again[memory.HELD_BY_MALLOC] == pytest.approx(memory.HELD_OF_RECOMPUTED * plain["activations"])
