@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The evidence sweep where there is no hub, within a time limit; what is finished is packed as it goes.
 #
-#   bash benchmarks/evidence_gpu.sh TEACHER DOLLY OUT [MINUTES] [further options of dpkd sweep]
+#   bash benchmarks/evidence_gpu.sh TEACHER DOLLY OUT [MINUTES] [further options of dpkd sweep, as --devices 0,0,0,0]
 #
 # TEACHER  folder or .gguf file of SmolLM2-135M-Instruct        DOLLY  folder with train.jsonl, dev.jsonl, eval.jsonl
 # OUT      gets table.md, report.html, sweep.log, evidence.tgz (all but weights and answers) and answers-SEED.tgz

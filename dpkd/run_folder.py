@@ -178,6 +178,10 @@ class SweepFolder:
         """By stage: the run that was best on dev rows, among which."""
         return self.path / "choices.json"
 
+    def worker_log(self, number: int) -> Path:
+        """What a process that makes several runs says beside their own logs."""
+        return self.path / f"worker-{number}.log"
+
 
 def _line(points: Sequence[tuple[float, float]], width: int = 320, height: int = 80) -> str:
     """Points as a line in SVG, with the largest and the smallest value beside it."""

@@ -1,4 +1,4 @@
-"""`dpkd` commands in processes of their own that never outlive this one and stop when it is asked to."""
+"""Processes of dpkd's own that never outlive this one and stop when it is asked to."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-_CHILD = "from dpkd.train.children import die_with_parent; die_with_parent(); from dpkd.cli.main import main; main()"
+_CHILD = "from dpkd.train.children import die_with_parent; die_with_parent(); from {module} import main; main()"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class Children:
-    """The commands that run now; a signal to stop goes to all of them, and no other is started after it."""
+    """The processes that run now; a signal to stop goes to all of them, and no other is started after it."""
 
     def __init__(self) -> None:
         self.stopped_by: int | None = None
@@ -24,26 +24,37 @@ class Children:
         self._lock = threading.RLock()  # a signal's handler may come while its own thread holds it
 
     def run(self, arguments: Sequence[str], **options: Any) -> int:
-        """Run `dpkd ARGUMENTS` and return its exit code; that of the signal when it is too late to start.
-
-        The command has a session of its own: Ctrl-C reaches it once, through us. `-P` keeps a `dpkd.py` in the
-        working directory from being run in the place of this package.
-        """
-        command = [sys.executable, "-P", "-c", _CHILD, str(os.getpid()), *arguments]
-        with self._lock:
-            if self.stopped_by is not None:
-                return 128 + self.stopped_by
-            process = subprocess.Popen(command, start_new_session=True, **options)
-            self._running.add(process)
+        """Run `dpkd ARGUMENTS` and return its exit code; that of the signal when it is too late to start."""
+        process = self.start("dpkd.cli.main", arguments, **options)
+        if process is None:
+            return 128 + (self.stopped_by or signal.SIGTERM)
         try:
-            return process.wait()
+            return self.ended(process)
         except BaseException:
             process.terminate()  # it writes a checkpoint and goes
-            process.wait()
+            self.ended(process)
             raise
-        finally:
-            with self._lock:
-                self._running.discard(process)
+
+    def start(self, module: str, arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any] | None:
+        """Start `main` of a module of this package; None when it is too late. `ended` must be called for it.
+
+        It has a session of its own: Ctrl-C reaches it once, through us. `-P` keeps a `dpkd.py` in the working directory
+        from being run in the place of this package.
+        """
+        command = [sys.executable, "-P", "-c", _CHILD.format(module=module), str(os.getpid()), *arguments]
+        with self._lock:
+            if self.stopped_by is not None:
+                return None
+            process = subprocess.Popen(command, start_new_session=True, **options)
+            self._running.add(process)
+        return process
+
+    def ended(self, process: subprocess.Popen[Any]) -> int:
+        """Wait for the end of a process, and return its exit code."""
+        code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return code
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Pass a signal on."""

@@ -31,6 +31,19 @@ def on_stop(handler: HandlerT) -> Iterator[HandlerT]:
             signal.signal(number, old)
 
 
+class StopSignal:
+    """The signal that asks to stop: the block ends at once, where no run catches the signal.
+
+    A run that trains has its own handler meanwhile, and writes a checkpoint; loading and scoring can be done again.
+    """
+
+    stopped_by: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = number
+        raise KeyboardInterrupt
+
+
 class StopRequest:
     """Becomes true when a signal asks to stop, at the end of a step; a second SIGINT interrupts at once."""
 

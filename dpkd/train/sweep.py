@@ -154,6 +154,10 @@ class Plan:
         """Names of the stages, in their order."""
         return list(dict.fromkeys(run.stage for run in self.runs))
 
+    def needs(self, stage: str) -> list[str]:
+        """Names of the stages that one uses."""
+        return _needs(self.settings.stages[stage])
+
     def stage_runs(self, stage: str, best: Mapping[str, SweepRun]) -> list[SweepRun]:
         """The runs of a stage, given the runs that stand for earlier ones."""
         return list(_expanded(self.settings, stage, {run.stage: run for run in reversed(self.runs)} | dict(best)))

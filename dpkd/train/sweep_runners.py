@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import subprocess
 import time
@@ -51,12 +52,13 @@ class InProcess:
     `train` and `evaluate` return None when that went well, the reason when it failed, and raise Stopped.
     """
 
-    def __init__(self, registry: Registry) -> None:
-        self.registry, self.shared = registry, Shared()
+    def __init__(self, registry: Registry, workers: int = 1) -> None:
+        """`workers`: how many processes share the runs of the sweep."""
+        self.registry, self.shared, self.workers = registry, Shared(), workers
 
-    def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
+    def train(self, plan: Plan, run: SweepRun) -> str | None:
         left = sum(not RunFolder(one.folder).is_finished for one in plan.runs)
-        in_memory = replace(self.shared, runs_left=left)
+        in_memory = replace(self.shared, runs_left=math.ceil(left / self.workers))
 
         def train_it(console: Console) -> None:
             timings = Timings(on=True)
@@ -77,12 +79,15 @@ class InProcess:
 
         return self._logged(run, f"dpkd train, output {run.folder}", train_it)
 
-    def evaluate(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
+    def evaluate(self, plan: Plan, run: SweepRun) -> str | None:
         how = plan.settings.evaluate
         assert how is not None
         return self._logged(
             run, "dpkd eval", lambda console: _score(run, how.data, how.options, self.registry, self.shared, console)
         )
+
+    def close(self) -> None:
+        """Nothing is to be ended."""
 
     def _logged(self, run: SweepRun, title: str, work: Callable[[Console], None]) -> str | None:
         """Do it, with what it says in NAME.log. Returns what it failed of; stops go on."""
@@ -218,34 +223,37 @@ def _is_trusted(plan: Plan, run: SweepRun, registry: Registry) -> bool:
 
 
 class Isolated:
-    """Each run, and each evaluation, in a process of its own; else as `InProcess`."""
+    """Each run, and each evaluation, in a process of its own, on one device if one is named; else as `InProcess`."""
 
-    def __init__(self, started: Children, registry: Registry) -> None:
-        self.started, self.registry = started, registry
+    def __init__(self, started: Children, registry: Registry, device: str | None = None) -> None:
+        self.started, self.registry, self.device = started, registry, device
 
-    def train(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
+    def train(self, plan: Plan, run: SweepRun) -> str | None:
         if RunFolder(run.folder).config.is_file():
             trust = ["--trust-remote-code"] if _is_trusted(plan, run, self.registry) else []
-            return self._command(["train", "--resume", str(run.folder), *trust], run, device)
+            return self._command(["train", "--resume", str(run.folder), *trust], run)
         own = run.folder.with_name(f"{run.name}.yaml")
         write_text(own, _as_yaml(run))
         files = [part for file in (*plan.files, own) for part in ("--config", str(file))]
-        return self._command(["train", *files, "--output", str(run.folder)], run, device)
+        return self._command(["train", *files, "--output", str(run.folder)], run)
 
-    def evaluate(self, plan: Plan, run: SweepRun, device: str | None) -> str | None:
+    def evaluate(self, plan: Plan, run: SweepRun) -> str | None:
         how = plan.settings.evaluate
         assert how is not None
         given = how.options.model_dump(mode="json", exclude_unset=True, exclude={"set"})
         options = [part for name, value in given.items() for part in _option(name, value)]
         options += [part for name, value in how.options.set.items() for part in ("--set", f"data.{name}={value}")]
         sets = [part for name in how.data for part in ("--data", name)]
-        return self._command(["eval", "--model", str(run.folder), *sets, *options], run, device)
+        return self._command(["eval", "--model", str(run.folder), *sets, *options], run)
 
-    def _command(self, arguments: Sequence[str], run: SweepRun, device: str | None) -> str | None:
+    def close(self) -> None:
+        """Nothing is to be ended."""
+
+    def _command(self, arguments: Sequence[str], run: SweepRun) -> str | None:
         """Run `dpkd ...`; its output goes to NAME.log. Returns the last line of a failure; raises Stopped."""
         environment = dict(os.environ)
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
+        if self.device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.device
         log = log_of(run)
         with open_log(log) as file:
             file.write(f"$ dpkd {' '.join(arguments)}\n")

@@ -9,13 +9,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
-from types import FrameType
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -31,10 +31,13 @@ from dpkd.run_metrics import read_metrics
 from dpkd.settings import flat
 from dpkd.train.children import Children
 from dpkd.train.dev import direction_of
-from dpkd.train.interrupt import on_stop
+from dpkd.train.interrupt import StopSignal, on_stop
 from dpkd.train.progress import Display
 from dpkd.train.sweep import Plan, SweepRun
 from dpkd.train.sweep_runners import InProcess, Isolated, check_evaluation, log_of
+from dpkd.train.sweep_worker import Worker
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -70,38 +73,26 @@ def run_sweep(
 ) -> SweepOutcome:
     """Run what is not finished yet, and score the models.
 
-    One run follows another in this process, and shares what was loaded for those before it. With `isolate`, or on
-    `devices` (one run on each at a time), each has a process of its own. A signal to stop reaches the runs that go on:
-    they write a checkpoint and end, and so does the sweep. Raises Stopped then, and DpkdError when another process runs
-    the same sweep, or when the models could not be scored.
+    One run follows another in this process, and shares what was loaded for those before it. With `devices` there is
+    such a process for each of them, side by side; one that is named twice has two. With `isolate` each run has a
+    process of its own. A signal to stop reaches the runs that go on: they write a checkpoint and end, and so does the
+    sweep. Raises Stopped then, and DpkdError when another process runs the same sweep, or when the models could not be
+    scored.
     """
     output = Path(plan.settings.output)
     registry = load_registry()
     handler: Children | StopSignal = Children() if isolate or devices else StopSignal()
-    best: dict[str, SweepRun] = {}
     with (
         folder_lock(output, what=f"the sweep {output}"),
         on_stop(handler) as heard,
+        ThreadPoolExecutor(len(devices)) if devices else _AtOnce() as pool,
         _Sweep(
-            plan,
-            Isolated(heard, registry) if isinstance(heard, Children) else InProcess(registry),
-            registry,
-            Display(console or Console(file=sys.stdout)),
-        ).on(devices) as sweep,
-        ThreadPoolExecutor(max(1, len(devices))) as pool,
+            plan, _runners(handler, devices, isolate, registry), registry, Display(console or Console(file=sys.stdout))
+        ).begun() as sweep,
     ):
         try:
             check_evaluation(plan, registry)
-            for turn in range(max(1, len(plan.settings.seeds))):
-                for stage in plan.stages:
-                    runs = [run for run in plan.stage_runs(stage, best) if run.turn == turn]
-                    if devices:
-                        list(pool.map(sweep.one, runs))
-                    else:
-                        for run in runs:
-                            sweep.one(run)
-                    if turn == 0 and plan.settings.stages[stage].best_by_dev:
-                        best |= sweep.best(stage, runs)
+            sweep.all(pool)
         except (KeyboardInterrupt, Stopped) as error:
             number = heard.stopped_by or (error.exit_code - 128 if isinstance(error, Stopped) else signal.SIGINT)
             ended = len(sweep.outcome.done) + len(sweep.outcome.found)
@@ -111,38 +102,103 @@ def run_sweep(
     return sweep.outcome
 
 
+Runner = InProcess | Isolated | Worker
+
+
+def _runners(handler: Children | StopSignal, devices: Sequence[str], isolate: bool, registry: Registry) -> list[Runner]:
+    """What makes the runs, one for each that may go on at a time."""
+    if not isinstance(handler, Children):
+        return [InProcess(registry)]
+    if isolate:
+        return [Isolated(handler, registry, device) for device in devices or (None,)]
+    return [Worker(handler, device, number, len(devices)) for number, device in enumerate(devices, 1)]
+
+
+class _AtOnce(Executor):
+    """Does what it is given before anything else, in the thread that gives it."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
 @dataclass
 class _Sweep:
     """A sweep that goes on."""
 
     plan: Plan
-    runner: InProcess | Isolated
+    runners: Sequence[Runner]
     registry: Registry
     display: Display
     outcome: SweepOutcome = field(default_factory=SweepOutcome)
-    slots: Queue[str | None] = field(default_factory=Queue)
+    free: Queue[Runner] = field(default_factory=Queue)
     began: float = field(default_factory=time.monotonic)
     lasted: deque[float] = field(default_factory=lambda: deque(maxlen=3))  # seconds of the last runs
+    going: dict[str, list[tuple[SweepRun, Future[None]]]] = field(default_factory=dict)  # by stage
+    over: set[str] = field(default_factory=set)  # stages
+    best: dict[str, SweepRun] = field(default_factory=dict)  # that stand for their stages
     without_best: set[str] = field(default_factory=set)
     writing: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
-    def on(self, devices: Sequence[str]) -> Iterator[_Sweep]:
-        """The sweep, one run on each device at a time, with a bar."""
-        for device in devices or (None,):
-            self.slots.put(device)
+    def begun(self) -> Iterator[_Sweep]:
+        """The sweep, with a bar; in the end what made the runs is closed."""
+        for runner in self.runners:
+            self.free.put(runner)
         self._record()
-        with self.display.bar("sweep", len(self.plan.runs)):
-            yield self
+        try:
+            with self.display.bar("sweep", len(self.plan.runs)):
+                yield self
+        finally:
+            for runner in self.runners:
+                runner.close()
+
+    def all(self, pool: Executor) -> None:
+        """Give a pool all runs of all stages, those of a stage as soon as the stages that it needs are over.
+
+        Runs with the first seed come before any with the second.
+        """
+        try:
+            for turn in range(max(1, len(self.plan.settings.seeds))):
+                left = list(self.plan.stages)
+                while left:
+                    ready = [
+                        one for one in left if self.over.issuperset(self.plan.needs(one)) and one not in self.going
+                    ]
+                    if ready:
+                        runs = [run for run in self.plan.stage_runs(ready[0], self.best) if run.turn == turn]
+                        self.going[ready[0]] = [(run, pool.submit(self.one, run)) for run in runs]
+                        left.remove(ready[0])
+                    if not ready or isinstance(pool, _AtOnce):
+                        self._look()
+            while self.going:
+                self._look()
+        finally:  # after a mistake or a signal: nothing more begins, and what goes on comes to its end
+            futures = [future for runs in self.going.values() for _, future in runs]
+            wait([future for future in futures if not future.cancel()])
+
+    def _look(self) -> None:
+        """Close the stages whose runs have all ended; where there is none, wait for a run."""
+        ended = [stage for stage, runs in self.going.items() if all(future.done() for _, future in runs)]
+        if not ended:
+            going = [future for runs in self.going.values() for _, future in runs if not future.done()]
+            for future in wait(going, return_when=FIRST_COMPLETED).done:
+                future.result()
+        for stage in ended:
+            runs = [run for run, future in self.going.pop(stage) if future.result() is None]
+            if stage not in self.over and self.plan.settings.stages[stage].best_by_dev:
+                self._choose(stage, runs)
+            self.over.add(stage)
 
     def one(self, run: SweepRun) -> None:
         """Train and score one run, where that is still to be done."""
-        device = self.slots.get()
+        runner = self.free.get()
         try:
-            if said := self._result(run, device):
+            if said := self._result(run, runner):
                 self.display.say(f"{run.name}: {said}")
         finally:
-            self.slots.put(device)
+            self.free.put(runner)
         self._record()
         self.display.at(self.outcome.tried)
 
@@ -162,12 +218,12 @@ class _Sweep:
             ]
             write_json(SweepFolder(Path(self.plan.settings.output)).record, {"runs": rows})
 
-    def best(self, stage: str, runs: Sequence[SweepRun]) -> dict[str, SweepRun]:
-        """The run of a stage that is best by its dev.metric, if any has finished; says so, and writes it down."""
+    def _choose(self, stage: str, runs: Sequence[SweepRun]) -> None:
+        """Have the run of a stage that is best by its dev.metric, if any has finished, stand for it; say so."""
         values = {run.name: value for run in runs if (value := self._dev(run)) is not None}
         if not values:
             self.without_best.add(stage)
-            return {}
+            return
         metric = resolve(self.plan.layers(runs[0]), self.registry).settings.dev.metric
         sign = direction_of(metric, metric_specs(self.registry))
         chosen = max((run for run in runs if run.name in values), key=lambda run: sign * values[run.name])
@@ -180,7 +236,7 @@ class _Sweep:
         file = SweepFolder(Path(self.plan.settings.output)).choices
         known = read_json(file, "Delete it: the sweep writes it again.") if file.is_file() else {}
         write_json(file, {**known, stage: {"metric": metric, "chosen": own, "run": chosen.name, "values": values}})
-        return {stage: chosen}
+        self.best[stage] = chosen
 
     def _dev(self, run: SweepRun) -> float | None:
         """The value of dev.metric that decided a finished run's model; None where no value was finite."""
@@ -192,7 +248,7 @@ class _Sweep:
         values = [sign * float(row[metric]) for row in read_metrics(file) if metric in row]
         return sign * max(filter(math.isfinite, values)) if any(map(math.isfinite, values)) else None
 
-    def _result(self, run: SweepRun, device: str | None) -> str:
+    def _result(self, run: SweepRun, runner: Runner) -> str:
         folder, began = RunFolder(run.folder), time.monotonic()
         missing = [name for name in run.needs if name in self.without_best or not self._has_model(name)]
         if reason := self._changed(run):
@@ -205,10 +261,10 @@ class _Sweep:
         if missing:
             self.outcome.skipped[run.name] = f"needs {', '.join(missing)}, which failed"
             return f"skipped, {self.outcome.skipped[run.name]}"
-        if not found and (reason := self.runner.train(self.plan, run, device)):
+        if not found and (reason := runner.train(self.plan, run)):
             self.outcome.failed[run.name] = reason
             return f"failed, see {log_of(run)}"
-        if self.plan.is_scored(run) and (reason := self.runner.evaluate(self.plan, run, device)):
+        if self.plan.is_scored(run) and (reason := runner.evaluate(self.plan, run)):
             self.outcome.failed[f"{run.name} (evaluation)"] = reason
             return f"its evaluation failed, see {log_of(run)}"
         (self.outcome.found if found else self.outcome.done).append(run.name)
@@ -262,20 +318,6 @@ def _in_short(run: SweepRun) -> str:
         shown = [("Rouge-L", "rouge_l"), ("fKL", "forward_kl"), ("rKL", "reverse_kl")]
         parts += [f"{short} {metrics[name]['mean']:.3f}" for short, name in shown if name in metrics]
     return "".join(f"  {part}" for part in parts)
-
-
-@dataclass
-class StopSignal:
-    """The signal that asked the sweep to stop: it ends at once, where no run catches the signal.
-
-    A run that trains has its own handler meanwhile, and writes a checkpoint; loading and scoring can be done again.
-    """
-
-    stopped_by: int | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.stopped_by = number
-        raise KeyboardInterrupt
 
 
 def summary(outcome: SweepOutcome) -> str:

@@ -41,17 +41,17 @@ def start(folder: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def child_of(parent: int) -> int:
-    """The run that a sweep started, once it trains."""
+def child_of(parent: int, does: bytes = b"train") -> int:
+    """The process that a sweep started, by a word of its command."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 status = (entry / "stat").read_text().rpartition(")")[2].split()
-                trains = b"train" in (entry / "cmdline").read_bytes()
+                found = does in (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if int(status[1]) == parent and trains:
+            if int(status[1]) == parent and found:
                 return int(entry.name)
         time.sleep(0.05)
     raise AssertionError("no run was started")
@@ -103,10 +103,19 @@ def _until(condition, seconds: float = 200) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGKILL])  # SIGTERM: below
-def test_a_sweep_that_is_stopped_takes_its_run_with_it(number, folder):
-    sweep = start(folder, "--isolate")
-    run = child_of(sweep.pid)
+@pytest.mark.parametrize(
+    ("number", "options", "word"),
+    [
+        (signal.SIGHUP, ["--isolate"], b"train"),  # SIGTERM: below
+        (signal.SIGKILL, ["--isolate"], b"train"),
+        (signal.SIGINT, ["--devices", "0"], b"sweep_worker"),
+        (signal.SIGTERM, ["--devices", "0"], b"sweep_worker"),
+        (signal.SIGKILL, ["--devices", "0"], b"sweep_worker"),
+    ],
+)
+def test_a_sweep_that_is_stopped_takes_its_run_with_it(number, options, word, folder):
+    sweep = start(folder, *options)
+    run = child_of(sweep.pid, word)
     metrics = folder / "runs/one/metrics.jsonl"
     size = metrics.stat().st_size if metrics.exists() else 0
     deadline = time.monotonic() + 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from rich.console import Console
 
 from dpkd.errors import DpkdError, SettingsError
 from dpkd.plugins import load_registry
-from dpkd.train import checkpoint, prepare, sweep_running
+from dpkd.run_folder import RunFolder
+from dpkd.train import checkpoint, prepare, sweep_running, sweep_worker
+from dpkd.train.children import Children
 from dpkd.train.sweep import read_sweep
 from dpkd.train.sweep_runners import InProcess
 from dpkd.train.sweep_running import run_sweep, summary
@@ -249,10 +252,10 @@ def test_a_sweep_reads_a_file_once_and_again_when_it_has_changed(written, toy, t
     runner = InProcess(load_registry())
     (tmp_path / "runs").mkdir()
     for run in plan.runs[:3]:
-        assert runner.train(plan, run, None) is None
+        assert runner.train(plan, run) is None
     assert len(read) == 1
     data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
-    assert runner.train(plan, plan.runs[3], None) is None
+    assert runner.train(plan, plan.runs[3]) is None
     assert len(read) == 2
     kept = [json.loads((run.folder / "run.json").read_text())["data"]["kept"] for run in plan.runs[2:4]]
     assert kept[1] == kept[0] - 1
@@ -284,3 +287,102 @@ def test_the_log_of_a_run_says_where_its_time_went(written, tmp_path):
 def test_settings_that_are_no_block_are_a_mistake_with_its_place(written, value):
     with pytest.raises(SettingsError, match="settings"):
         read_sweep(written(settings=value))
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """The processes that a sweep on devices has started, in their order."""
+    started = []
+    real = Children.start
+
+    def start(self, module, arguments, **options):
+        started.append(real(self, module, arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(Children, "start", start)
+    return started
+
+
+def test_a_process_for_each_device_makes_the_runs_of_one_process(written, toy, tmp_path, workers):
+    """Two processes for six runs, the weights and scores bit for bit, and what was best by dev decides the others."""
+    import torch
+
+    first = {"loss.name": "sft", "student.init": "layers", "student.layers": 2}
+    dev = {"dev.path": str(toy / "data.jsonl"), "dev.limit": 4, "dev.metric": "nll", "dev.max_new_tokens": 2}
+    lr = {"train.lr": "{grid.train.lr}", "student.model": "{grid}"}
+    stages = {
+        "grid": {"settings": first | dev, "matrix": {"train.lr": [1e-7, 1e-2]}, "best_by_dev": True},
+        "after": {"settings": lr, "matrix": {"loss.name": ["kd", "rkl"]}},
+        "other": {"settings": first, "matrix": {"train.lr": [1e-3, 1e-4]}},
+    }
+    how = {"data": [str(toy / "data.jsonl")], "stages": ["after"], "options": {"seeds": 10, "max_new_tokens": 4}}
+    ends = {}
+    for name, devices in (("alone", ()), ("beside", ("0", "0"))):
+        plan = read_sweep(written(stages=stages, evaluate=how, output=str(tmp_path / name)))
+        outcome = run_sweep(plan, devices=devices, console=Console(quiet=True))
+        assert sorted(outcome.done) == sorted(run.name for run in plan.runs)
+        ends[name] = [RunFolder(tmp_path / name / run.name) for run in plan.runs]
+    assert [process.returncode for process in workers] == [0, 0]
+    for one, other in zip(*ends.values(), strict=True):
+        first, second = _weights(one.path), _weights(other.path)
+        assert all(torch.equal(first[key], second[key]) for key in second)
+    for name in ("after-kd", "after-rkl"):
+        files = [next((tmp_path / folder / name).rglob("scores.json")) for folder in ends]
+        assert len({json.dumps(json.loads(file.read_text())["metrics"]) for file in files}) == 1
+        settings = yaml.safe_load((tmp_path / "beside" / name / "config.resolved.yaml").read_text())
+        assert settings["train"]["lr"] == 0.01
+    assert "timings: end" in (tmp_path / "beside/after-kd.log").read_text()
+
+
+def test_a_process_that_dies_fails_its_run_and_another_goes_on(written, tmp_path, workers, monkeypatch):
+    real = sweep_worker._write
+
+    def write(stream, values):
+        if values.get("run", {}).get("name") == "distil-kd-lr_0.0001":
+            workers[-1].kill()
+            workers[-1].wait()
+        real(stream, values)
+
+    monkeypatch.setattr(sweep_worker, "_write", write)
+    outcome = run_sweep(read_sweep(written()), devices=["0"], console=Console(quiet=True))
+    assert outcome.failed == {
+        "distil-kd-lr_0.0001": f"its process ended with exit code -9, see {tmp_path / 'runs/worker-1.log'}"
+    }
+    assert outcome.done == ["start", "distil-kd-lr_0.001", "distil-rkl-lr_0.0001", "distil-rkl-lr_0.001"]
+    assert [process.returncode for process in workers] == [-9, 0]
+
+
+def test_a_stage_begins_when_those_that_it_needs_are_over(written, monkeypatch):
+    """`slow` ends after `late`, which needs `fast` alone; a second seed waits until all runs with the first are out."""
+    late, order = threading.Event(), []
+
+    class Fake:
+        def __init__(self, *_):
+            pass
+
+        def train(self, plan, run):
+            assert run.stage != "slow" or late.wait(60)
+            order.append(run.name)
+            RunFolder(run.folder).model.mkdir(parents=True)
+            RunFolder(run.folder).marker.write_text("{}")
+            if run.name == "late-seed_1":
+                late.set()
+
+        def close(self):
+            order.append("closed")
+
+    monkeypatch.setattr(sweep_running, "Worker", Fake)
+    sft = {"loss.name": "sft", "student.init": "layers", "student.layers": 2}
+    stages = {
+        "fast": {"settings": sft},
+        "slow": {"settings": sft},
+        "late": {"settings": {"loss.name": "kd", "student.model": "{fast}"}},
+        "last": {"settings": {"loss.name": "kd", "student.model": "{slow}"}},
+    }
+    plan = read_sweep(written(stages=stages, seeds=[1, 2]))
+    outcome = run_sweep(plan, devices=["0", "1"], console=Console(quiet=True))
+    assert len(outcome.done) == 6
+    assert order[:3] == ["fast", "late-seed_1", "slow"]
+    assert {"last-seed_1"} < set(order[3:5])
+    assert set(order[3:6]) == {"last-seed_1", "late-seed_2", "last-seed_2"}
+    assert order[6:] == ["closed", "closed"]
