@@ -12,7 +12,10 @@ def sweep(
     file: Annotated[Path, typer.Argument(help="YAML file: stages of runs, and how they are scored")],
     devices: Annotated[
         str | None,
-        typer.Option(help="GPUs to use side by side, e.g. 0,1; 0,0: two runs on one [default: one run at a time]", show_default=False),
+        typer.Option(
+            help="GPUs to use side by side, e.g. 0,1; 0,0: two runs on one [default: one run at a time]",
+            show_default=False,
+        ),
     ] = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="each run in a process of its own")] = False,
     set_: Annotated[

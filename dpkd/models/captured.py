@@ -21,6 +21,7 @@ from dpkd.models.cuda_graphs import NotStatic, Recorder
 Backbone = Callable[[Tensor, Any, Tensor], Tensor]
 
 MOST = 32  # shapes that are recorded
+MOST_FAILURES = 3  # shapes that could not be, until nothing is recorded any more
 LARGEST_GAP = 0.05  # between what was computed before and after, of the largest number
 ATTRIBUTE = "_dpkd_captured"
 
@@ -165,7 +166,7 @@ class _Recorded(torch.autograd.Function):
 
 
 class CapturedBackbone:
-    """The passes of one backbone; from the first failure on, the backbone as it is."""
+    """The passes of one backbone; the backbone as it is for a shape that fails, and for all once it is no accident."""
 
     def __init__(self, module: nn.Module, say: Callable[[str], None]) -> None:
         self._module, self._say = module, say
@@ -174,6 +175,7 @@ class CapturedBackbone:
         self._buffers: dict[nn.Parameter, Tensor] = {}
         self._passes: dict[Hashable, RecordedPasses] = {}
         self._reached: dict[Hashable, dict[nn.Parameter, Tensor]] = {}  # by a gradient, for each kind of pass
+        self._failed: set[Hashable] = set()
         self._places: list[int] = []
         self.paused = False
 
@@ -189,13 +191,15 @@ class CapturedBackbone:
             self._places = places
             self._passes.clear()  # weights have moved: graphs would read where they were
         shape = (self._module.training, read.shape())
-        if shape not in self._passes and len(self._passes) >= MOST:
+        if shape in self._failed or (shape not in self._passes and len(self._passes) >= MOST):
             return backbone(*inputs)
         if shape not in self._passes:
             try:
                 self._passes[shape] = self._recorded(backbone, read)
             except Exception as error:  # a run does not end because an optimization does not work
-                self._fail(error)
+                self._failed.add(shape)
+                if isinstance(error, NotStatic) or len(self._failed) == MOST_FAILURES:
+                    self._fail(error)
                 return backbone(*inputs)
         return self._passes[shape](read)
 

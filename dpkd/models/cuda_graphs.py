@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Recorder:
         on_cuda = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if on_cuda else None
         self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
+        self._broken: list[Any] = []
 
     @property
     def records(self) -> bool:
@@ -67,15 +69,33 @@ class Recorder:
         graph = torch.cuda.CUDAGraph()
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         # Not torch.cuda.graph, which empties the allocator's cache each time.
-        with torch.cuda.stream(self._side):
+        with _nothing_collected(), torch.cuda.stream(self._side):
             # Only this thread's calls matter: others may prepare batches meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 function()
-            finally:
                 graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                # The allocator may take this recording for one that goes on, and refuses the next into its memory.
+                self._broken.append(graph)
+                self._pool = torch.cuda.graph_pool_handle()
+                raise
         torch.cuda.current_stream(self.device).wait_stream(self._side)
         return graph.replay
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """No garbage is collected: that of earlier graphs and events is freed by calls that would break a recording."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Replay:

@@ -19,23 +19,23 @@ from torch import Tensor
 
 from dpkd.functional import KLSum
 
-BLOCK = 4096
+BLOCK, WARPS, STAGES = 4096, 8, 1
 # Of a term: 0 absent, 1 a KL to the other model itself, 2 a KL to a mixture.
 PLAIN = tl.constexpr(1)
 
 
 @triton.jit
 def _normalizer(
-    base, factor, V: tl.constexpr, BLOCK: tl.constexpr
-):  # log Σ exp; a lane keeps its own maximum until the end
+    base, factor, V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):  # log Σ exp; a lane keeps its own maximum until the end, and takes one exponential a logit: the other is 1
     top = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(base + at, mask=at < V, other=float("-inf")).to(tl.float32) * factor
-        new = tl.maximum(top, z)
-        total = total * tl.exp(top - new) + tl.exp(z - new)
-        top = new
+        small = tl.exp(-tl.abs(z - top))
+        total = tl.where(z > top, total * small + 1, total + small)
+        top = tl.maximum(top, z)
     highest = tl.max(top, 0)
     return highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
 
@@ -85,14 +85,15 @@ def _kl_sum_rows(
     REVERSE: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z_row = student + row * student_stride
     y_row = teacher + row * teacher_stride
-    log_q_total = _normalizer(z_row, student_factor, V, BLOCK)
+    log_q_total = _normalizer(z_row, student_factor, V, BLOCK, STAGES)
     log_p_total = 0.0
     if FORWARD + REVERSE > 0:
-        log_p_total = _normalizer(y_row, teacher_factor, V, BLOCK)
+        log_p_total = _normalizer(y_row, teacher_factor, V, BLOCK, STAGES)
     target = -1
     if LIKELIHOOD:
         target = tl.load(targets + row).to(tl.int32)
@@ -103,7 +104,7 @@ def _kl_sum_rows(
         forward_value = tl.zeros([BLOCK], tl.float32)
         reverse_value = tl.zeros([BLOCK], tl.float32)
         slope = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
+        for start in tl.range(0, V, BLOCK, num_stages=STAGES):
             at = start + tl.arange(0, BLOCK)
             lq = tl.load(z_row + at, mask=at < V, other=float("-inf")).to(tl.float32) * student_factor - log_q_total
             lp = tl.load(y_row + at, mask=at < V, other=float("-inf")).to(tl.float32) * teacher_factor - log_p_total
@@ -122,7 +123,7 @@ def _kl_sum_rows(
         if REVERSE > 0:
             tl.store(values + row * 3 + 1, tl.sum(reverse_value, 0))
         slope_total = tl.sum(slope, 0)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         at = start + tl.arange(0, BLOCK)
         lq = tl.load(z_row + at, mask=at < V, other=float("-inf")).to(tl.float32) * student_factor - log_q_total
         q = tl.exp(lq)
@@ -190,6 +191,7 @@ def kl_sum_(
         REVERSE=_mode(terms.reverse, terms.reverse_share, 1.0),
         LIKELIHOOD=terms.likelihood != 0,
         BLOCK=block,
-        num_warps=8 if block >= 2048 else 4,
+        STAGES=STAGES,
+        num_warps=max(1, min(WARPS, block // 256)),
     )
     return values

@@ -5,6 +5,7 @@ A CPU records no graph: a replay is the function itself, over the same fixed mem
 
 from __future__ import annotations
 
+import gc
 from copy import deepcopy
 
 import pytest
@@ -164,6 +165,7 @@ def test_a_model_that_cannot_be_recorded_runs_as_it_is_and_one_line_says_why(pro
             return lambda: (function(), function.__self__.hidden.data.mul_(2))
 
         monkeypatch.setattr(Recorder, "record", wrong)
+    monkeypatch.setattr(capturing, "MOST_FAILURES", 2)
     capture(model, said.append)
     for _ in range(3):
         assert_same(step(model, [batch(), batch(2)]), expected)
@@ -176,6 +178,53 @@ def test_a_model_that_cannot_be_recorded_runs_as_it_is_and_one_line_says_why(pro
         handle.remove()
 
 
+def test_one_recording_that_breaks_is_tried_again_and_a_shape_that_fails_leaves_the_others(monkeypatch):
+    """The first attempt at a shape may fail, or both: the others go on being recorded."""
+    model, said, tries = make("qwen2").double(), [], []
+    shapes = [batch(), batch(2), batch(1)]
+    expected = step(model, shapes)
+    real = Recorder.record
+
+    def record(self, function):
+        rows = function.__self__._inputs.input_ids.shape[0]
+        tries.append(rows)
+        if rows == 2 or (rows == 1 and tries.count(1) == 1):
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        return real(self, function)
+
+    monkeypatch.setattr(Recorder, "record", record)
+    capture(model, said.append)
+    for _ in range(2):
+        assert_same(step(model, shapes), expected)
+    recorder = captured(causal_lm(model).base_model)
+    assert said == []
+    assert not recorder.paused
+    assert {shape[1][0][0] for shape in recorder._passes} == {1, 3}
+    assert tries.count(2) == 2  # as it comes, checked, and then never again
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU alone")
+def test_memory_can_be_recorded_into_after_a_recording_broke():
+    recorder, x = Recorder(torch.device("cuda")), torch.ones(4, device="cuda")
+    with pytest.raises(RuntimeError):
+        recorder.record(lambda: x.sum().item())
+    recorder.record(lambda: x.add_(1))()
+    assert x.tolist() == [2.0] * 4
+
+
+def test_nothing_is_collected_while_a_graph_is_recorded():
+    from dpkd.models.cuda_graphs import _nothing_collected
+
+    for collects in (True, False):
+        (gc.enable if collects else gc.disable)()
+        try:
+            with _nothing_collected():
+                assert not gc.isenabled()
+            assert gc.isenabled() == collects
+        finally:
+            gc.enable()
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_another_kind_of_pass_in_the_middle_of_a_step_spoils_no_gradient(fails, monkeypatch):
     """The check of its first passes uses the buffers, in which gradients of the step are already."""
@@ -184,6 +233,7 @@ def test_another_kind_of_pass_in_the_middle_of_a_step_spoils_no_gradient(fails, 
     expected = step(model, step_batches)
     capture(model, said.append)
     step(model, [batch()])
+    monkeypatch.setattr(capturing, "MOST_FAILURES", 1)
     if fails:
         computed = capturing.RecordedPasses._computed
         calls = iter((0, 1))
