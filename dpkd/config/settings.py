@@ -142,7 +142,7 @@ class TrainSettings(Block):
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
         description="compile the models' layers and the losses (half a minute at the start); auto: on a GPU, if the "
-        "steps of a run, or of a sweep in one process, win it back (300; with CUDA graphs more for small models)",
+        "steps of a run, or of a sweep in one process, win it back (300); not the layers where CUDA graphs run them",
     )
     cuda_graphs: Literal["auto", "off"] = Field(
         "auto",

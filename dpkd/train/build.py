@@ -26,16 +26,7 @@ from dpkd.data.encode import check_ids
 from dpkd.errors import DpkdError
 from dpkd.models.attention import FLASH, implementation, reads_packed_rows
 from dpkd.models.captured import capture
-from dpkd.models.compile import (
-    WORTH_STEPS,
-    WORTH_WEIGHTS,
-    Context,
-    code_of,
-    compile_checked,
-    compile_loss,
-    undo,
-    weights_passed,
-)
+from dpkd.models.compile import WORTH_STEPS, Context, code_of, compile_checked, compile_loss, undo
 from dpkd.models.device import teacher_dtype
 from dpkd.models.fused import kl_sum_of
 from dpkd.models.fused import why_not as why_not_fused
@@ -340,22 +331,26 @@ def _compile(
     choice, in_memory, device = resolved.settings.train.compile, resolved.in_memory, accelerator.device
     teacher = None if models.teacher is None else models.teacher.model
     code = [code_of(model) for model in (models.student, teacher) if model is not None]
-    weights = weights_passed(models.student, teacher) if _graphs(resolved.settings, accelerator) else None
-    if choice == "off" or zero_config() is not None:
+    if zero_config() is not None:
         return
-    if choice == "auto" and not (device.type == "cuda" and _pays(code, steps, in_memory, weights)):
-        return
+    layers_too = choice == "on"
+    losses_too = choice == "on"
+    if choice == "auto" and device.type == "cuda":
+        layers_too = not _graphs(resolved.settings, accelerator) and _pays(code, steps, in_memory)
+        losses_too = steps >= WORTH_STEPS
     several = any(
         o.spec.family is Family.PAIR or o.text.student_sampling.num_generations > 1 for o in resolved.objectives
     )
     used = [layout for layout in layouts if several or not layout.shared]
-    reasons = {"the student's layers": compile_checked(models.student, accelerator.autocast, used)}
-    if teacher is not None:
+    reasons: dict[str, str | None] = {}
+    if layers_too:
+        reasons["the student's layers"] = compile_checked(models.student, accelerator.autocast, used)
+    if layers_too and teacher is not None:
         of_teacher = accelerator.autocast if models.autocasts else nullcontext
         reasons["the teacher's layers"] = compile_checked(teacher, of_teacher, used)
-    if not any(reasons.values()):
+    if layers_too and not any(reasons.values()):
         in_memory.compiled.update(code)
-    for objective in resolved.objectives:
+    for objective in resolved.objectives if losses_too else ():
         loss = losses[objective.name]
         by_kernel = kl_sum_of(loss) is not None and why_not_fused(device.type) is None
         # A setting that follows the step would be compiled into the loss, and again at every step.
@@ -383,14 +378,9 @@ def _few_rows(reads: frozenset[Signal], device: torch.device, vocabulary: int) -
     return sample_inputs(reads, device, vocabulary)[1].only(reads)
 
 
-def _pays(code: Sequence[Hashable], steps: int, in_memory: InMemory, weights: int | None = None) -> bool:
-    """Whether the steps win back what compiling costs: those of all runs of this process, for they share the code.
-
-    `weights` that a step passes, where CUDA graphs launch its kernels.
-    """
-    steps *= in_memory.runs_left
-    worth = steps >= WORTH_STEPS if weights is None else steps * weights >= WORTH_WEIGHTS
-    return worth or in_memory.compiled.issuperset(code)
+def _pays(code: Sequence[Hashable], steps: int, in_memory: InMemory) -> bool:
+    """Whether the steps win back what compiling costs: those of all runs of this process, for they share the code."""
+    return steps * in_memory.runs_left >= WORTH_STEPS or in_memory.compiled.issuperset(code)
 
 
 def _losses(resolved: Resolved) -> dict[str, Any]:

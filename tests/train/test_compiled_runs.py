@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
 from rich.console import Console
 
 from dpkd.models import compile as compiling
-from dpkd.models.compile import WORTH_STEPS, weights_passed
+from dpkd.models.compile import WORTH_STEPS
 from dpkd.models.in_memory import InMemory
 from dpkd.train import build, run, sweep_runners
 from dpkd.train.build import _pays
@@ -75,14 +78,30 @@ def test_auto_weighs_the_steps_of_all_runs_that_are_left():
     assert _pays(code, WORTH_STEPS // 4, InMemory(runs_left=4))
     assert _pays(code, 1, InMemory(compiled={*code}))
     assert not _pays(code, 1, InMemory(compiled={code[0]}))
-    # With graphs it counts how much is computed: so many weights are a student of 50 M under a teacher of 100 M.
-    assert _pays(code, 4000, InMemory(), weights=500_000_000)
-    assert not _pays(code, 2000, InMemory(), weights=500_000_000)
-    assert _pays(code, 2000, InMemory(runs_left=2), weights=500_000_000)
-    student, teacher = _llama(), _llama(16)
-    expected = 6 * sum(p.numel() for p in student.parameters()) + 2 * sum(p.numel() for p in teacher.parameters())
-    assert weights_passed(student, teacher) == expected
-    assert weights_passed(student, None) == 6 * sum(p.numel() for p in student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "graphs", "steps", "layers", "loss"),
+    [
+        ("auto", "cuda", False, WORTH_STEPS, True, True),
+        ("auto", "cuda", True, 100 * WORTH_STEPS, False, True),  # nothing is left to win for the layers
+        ("auto", "cuda", False, WORTH_STEPS - 1, False, False),
+        ("auto", "cpu", False, WORTH_STEPS, False, False),
+        ("on", "cuda", True, 1, True, True),
+        ("off", "cuda", False, WORTH_STEPS, False, False),
+    ],
+)
+def test_what_is_compiled(choice, device, graphs, steps, layers, loss, settings_of, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(build, "compile_checked", lambda *_, **__: compiled.append("layers"))
+    monkeypatch.setattr(build, "compile_loss", lambda *_, **__: compiled.append("loss"))
+    monkeypatch.setattr(build, "_graphs", lambda *_: graphs)
+    resolved = settings_of("tvd", {"train.compile": choice})
+    accelerator = SimpleNamespace(device=torch.device(device), autocast=nullcontext)
+    models = SimpleNamespace(student=_llama(), teacher=None, autocasts=False, vocabulary=16)
+    display = SimpleNamespace(say=lambda line: None)
+    build._compile(resolved, models, {"main": None}, steps, (), accelerator, display)
+    assert compiled == ["layers"] * layers + ["loss"] * loss
 
 
 def _llama(width=8):
