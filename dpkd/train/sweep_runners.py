@@ -8,6 +8,7 @@ import os
 import subprocess
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,11 +47,29 @@ from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
 from dpkd.train.timings import Timings
 
 
-class InProcess:
-    """Runs in this process, which share models, tokenizers and tokenized rows.
+class Runner(ABC):
+    """What makes runs, one at a time.
 
     `train` and `evaluate` return None when that went well, the reason when it failed, and raise Stopped.
     """
+
+    @abstractmethod
+    def train(self, plan: Plan, run: SweepRun) -> str | None:
+        """Train a run, from its beginning or from its last checkpoint."""
+
+    @abstractmethod
+    def evaluate(self, plan: Plan, run: SweepRun) -> str | None:
+        """Score its model."""
+
+    def begin(self, plan: Plan) -> None:  # noqa: B027 - most have nothing to do
+        """Called before the first run."""
+
+    def close(self) -> None:  # noqa: B027
+        """Called after the last one."""
+
+
+class InProcess(Runner):
+    """Runs in this process, which share models, tokenizers and tokenized rows."""
 
     def __init__(self, registry: Registry, workers: int = 1) -> None:
         """`workers`: how many processes share the runs of the sweep."""
@@ -85,9 +104,6 @@ class InProcess:
         return self._logged(
             run, "dpkd eval", lambda console: _score(run, how.data, how.options, self.registry, self.shared, console)
         )
-
-    def close(self) -> None:
-        """Nothing is to be ended."""
 
     def _logged(self, run: SweepRun, title: str, work: Callable[[Console], None]) -> str | None:
         """Do it, with what it says in NAME.log. Returns what it failed of; stops go on."""
@@ -222,8 +238,8 @@ def _is_trusted(plan: Plan, run: SweepRun, registry: Registry) -> bool:
     return settings.student.trust_remote_code or settings.teacher.trust_remote_code
 
 
-class Isolated:
-    """Each run, and each evaluation, in a process of its own, on one device if one is named; else as `InProcess`."""
+class Isolated(Runner):
+    """Each run, and each evaluation, in a process of its own, on one device if one is named."""
 
     def __init__(self, started: Children, registry: Registry, device: str | None = None) -> None:
         self.started, self.registry, self.device = started, registry, device
@@ -245,9 +261,6 @@ class Isolated:
         options += [part for name, value in how.options.set.items() for part in ("--set", f"data.{name}={value}")]
         sets = [part for name in how.data for part in ("--data", name)]
         return self._command(["eval", "--model", str(run.folder), *sets, *options], run)
-
-    def close(self) -> None:
-        """Nothing is to be ended."""
 
     def _command(self, arguments: Sequence[str], run: SweepRun) -> str | None:
         """Run `dpkd ...`; its output goes to NAME.log. Returns the last line of a failure; raises Stopped."""

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Queue
+from queue import LifoQueue
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -34,7 +34,7 @@ from dpkd.train.dev import direction_of
 from dpkd.train.interrupt import StopSignal, on_stop
 from dpkd.train.progress import Display
 from dpkd.train.sweep import Plan, SweepRun
-from dpkd.train.sweep_runners import InProcess, Isolated, check_evaluation, log_of
+from dpkd.train.sweep_runners import InProcess, Isolated, Runner, check_evaluation, log_of
 from dpkd.train.sweep_worker import Worker
 
 T = TypeVar("T")
@@ -102,9 +102,6 @@ def run_sweep(
     return sweep.outcome
 
 
-Runner = InProcess | Isolated | Worker
-
-
 def _runners(handler: Children | StopSignal, devices: Sequence[str], isolate: bool, registry: Registry) -> list[Runner]:
     """What makes the runs, one for each that may go on at a time."""
     if not isinstance(handler, Children):
@@ -132,7 +129,7 @@ class _Sweep:
     registry: Registry
     display: Display
     outcome: SweepOutcome = field(default_factory=SweepOutcome)
-    free: Queue[Runner] = field(default_factory=Queue)
+    free: LifoQueue[Runner] = field(default_factory=LifoQueue)  # what has loaded models is taken first
     began: float = field(default_factory=time.monotonic)
     lasted: deque[float] = field(default_factory=lambda: deque(maxlen=3))  # seconds of the last runs
     going: dict[str, list[tuple[SweepRun, Future[None]]]] = field(default_factory=dict)  # by stage
@@ -144,10 +141,11 @@ class _Sweep:
     @contextmanager
     def begun(self) -> Iterator[_Sweep]:
         """The sweep, with a bar; in the end what made the runs is closed."""
-        for runner in self.runners:
-            self.free.put(runner)
         self._record()
         try:
+            for runner in reversed(self.runners):
+                runner.begin(self.plan)
+                self.free.put(runner)
             with self.display.bar("sweep", len(self.plan.runs)):
                 yield self
         finally:

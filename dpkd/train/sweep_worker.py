@@ -22,16 +22,20 @@ from dpkd.run_folder import SweepFolder
 from dpkd.train.children import Children
 from dpkd.train.interrupt import StopSignal, on_stop
 from dpkd.train.sweep import Plan, SweepRun, SweepSettings
-from dpkd.train.sweep_runners import InProcess
+from dpkd.train.sweep_runners import InProcess, Runner
 
 
-class Worker:
-    """Else as `InProcess`, which does the work in a process of its own; it starts with the first run."""
+class Worker(Runner):
+    """Has `InProcess` do the work in a process of its own, and starts another one where it died."""
 
     def __init__(self, started: Children, device: str, number: int, workers: int) -> None:
         """The `number`th of so many `workers`; several of them may share a device."""
         self.started, self.device, self.number, self.workers = started, device, number, workers
         self._process: subprocess.Popen[str] | None = None
+
+    def begin(self, plan: Plan) -> None:
+        """Start the process, so that it imports what it needs while the first runs go on elsewhere."""
+        self._start(plan)
 
     def train(self, plan: Plan, run: SweepRun) -> str | None:
         return self._ask("train", plan, run)
@@ -45,9 +49,8 @@ class Worker:
             self._end(self._process)
 
     def _ask(self, what: str, plan: Plan, run: SweepRun) -> str | None:
-        log = SweepFolder(Path(plan.settings.output)).worker_log(self.number)
         answer: dict[str, Any] | None = None
-        process = self._process or self._start(plan, log)
+        process = self._process or self._start(plan)
         if process is not None:
             with suppress(OSError):  # it has ended
                 _write(cast(TextIO, process.stdin), {"do": what, "run": _as_json(run)})
@@ -60,7 +63,10 @@ class Worker:
         number = answer["stopped"] if answer is not None else self.started.stopped_by
         if number is not None:
             raise Stopped(f"{run.name} was stopped", number)
-        return f"its process ended with exit code {code}, see {log}"
+        return f"its process ended with exit code {code}, see {self._log(plan)}"
+
+    def _log(self, plan: Plan) -> Path:
+        return SweepFolder(Path(plan.settings.output)).worker_log(self.number)
 
     def _end(self, process: subprocess.Popen[str]) -> int:
         """Wait for the end of a process that is told nothing more, and return its exit code."""
@@ -70,8 +76,8 @@ class Worker:
                 cast(TextIO, pipe).close()
         return self.started.ended(process)
 
-    def _start(self, plan: Plan, log: Path) -> subprocess.Popen[str] | None:
-        with open_log(log) as file:
+    def _start(self, plan: Plan) -> subprocess.Popen[str] | None:
+        with open_log(self._log(plan)) as file:
             process = self.started.start(
                 __name__,
                 [str(self.workers)],
