@@ -24,7 +24,7 @@ import torch
 from gpu_checks import part_check
 from gpu_decode import part_decode
 from gpu_runs import part_runs, part_small
-from gpu_tools import CUDA, DEVICE, Book, Numbers, clean, models, peak_mib, wait
+from gpu_tools import CUDA, DEVICE, Book, Numbers, clean, models, peak_mib, profiled, wait
 from harness import machine, markdown
 from ours import engine_step, usual_layout
 from shapes import sequences
@@ -182,15 +182,22 @@ def part_mfu(book: Book, tiny: bool) -> None:
             if name != shapes:
                 _recorded(pair, lambda: None)
             path = book.profile_path(name.replace(", ", "-").replace(" ", "-"))
-            book.take("mfu", name, lambda pair=pair, path=path: mfu(pair, path, tiny))
+            book.take("mfu", name, lambda pair=pair, path=path: mfu("jsd", pair, path, tiny))
+            if name == "runs, CUDA graphs":
+                path = book.profile_path("pairs-CUDA-graphs")
+                book.take("mfu", "pairs, CUDA graphs", lambda pair=pair, path=path: mfu("dpkd", pair, path, tiny))
         del pair
         clean()
 
 
-def mfu(pair: tuple[Any, Any], profile: Path, tiny: bool) -> Numbers:
+def mfu(loss: str, pair: tuple[Any, Any], profile: Path, tiny: bool) -> Numbers:
+    """Of 32 rows, or 32 pairs."""
     vocabulary = pair[0].config.vocab_size
-    many = sequences(2, (4, 8), (4, 8), vocabulary) if tiny else sequences(32, (192, 256), (64, 256), vocabulary)
-    step = engine_step("jsd", pair, many, bf16=True)
+    rows = 64 if loss == "dpkd" else 32
+    many = sequences(2, (4, 8), (4, 8), vocabulary) if tiny else sequences(rows, (192, 256), (64, 256), vocabulary)
+    if loss == "dpkd":
+        many = [row._replace(prompt_ids=many[i - i % 2].prompt_ids) for i, row in enumerate(many)]
+    step = engine_step(loss, pair, many, bf16=True)
     optimizer = torch.optim.AdamW(pair[0].parameters(), lr=1e-6, fused=True)
 
     def whole() -> None:
@@ -219,29 +226,8 @@ def mfu(pair: tuple[Any, Any], profile: Path, tiny: bool) -> Numbers:
         "tokens": rows / seconds,
         "mfu": operations / seconds / PEAK,
         "mib": peak_mib(),
-        "busy": _profiled(whole, profile, 1 if tiny else 3),
+        "busy": profiled(whole, profile, 1 if tiny else 3),
     }
-
-
-def _profiled(step: Callable[[], None], path: Path, count: int) -> float:
-    """The share of time in which the GPU computes; the dearest operators go to a file."""
-    from torch.profiler import ProfilerActivity, profile
-
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
-    wait()
-    began = time.perf_counter()
-    with profile(activities=kinds) as seen:
-        for _ in range(count):
-            step()
-        wait()
-    seconds = time.perf_counter() - began
-    key = "self_device_time_total" if CUDA else "self_cpu_time_total"
-    averages = seen.key_averages()
-    path.write_text(averages.table(sort_by=key, row_limit=25, max_name_column_width=80), encoding="utf-8")
-    if not CUDA:
-        return math.nan
-    kernels = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(e.self_device_time_total for e in kernels) / 1e6 / seconds
 
 
 # --- what it says
@@ -296,8 +282,9 @@ def verdict(book: Book) -> str:
         off = (f"dpkd jsd, off-policy{how}", "TRL GKD, off-policy")
         lines.append((f"off-policy{how}, tokens/s of TRL GKD", ratio("runs", *off, "tokens"), "≥", 3.0))
         lines.append((f"off-policy{how}, memory of TRL GKD", ratio("runs", *off, "mib"), "≤", 1 / 3))
-        pairs = ratio("runs", f"dpkd pairs{how}", "TRL DPOTrainer", "tokens")
-        lines.append((f"pairs{how}, tokens/s of TRL DPOTrainer", pairs, "≥", 3.0))
+        for loss in ("dpo", "pairs"):  # the same objective, and dpkd's own, which has an LM term besides
+            pairs = ratio("runs", f"dpkd {loss}{how}", "TRL DPOTrainer", "tokens")
+            lines.append((f"{loss}{how}, tokens/s of TRL DPOTrainer", pairs, "≥", 3.0))
         for peer in ("TRL DistillationTrainer, on-policy", "TRL GKD, on-policy"):
             on = ratio("runs", f"dpkd jsd, on-policy{how}", peer, "tokens")
             lines.append((f"on-policy{how}, tokens/s of {peer}", on, "≥", 5.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from functools import partial
 from typing import Any
@@ -25,6 +26,10 @@ def part_check(book: Book, tiny: bool) -> None:
     }
     for name, terms in cases.items():
         book.take("kernels against float64", name, partial(kernel_errors, terms, 512 if tiny else 50257))
+    for shape in [(512, 4)] if tiny else [(151936, 853), (50304, 2500)]:
+        for name in ("forward", "jsd"):
+            what = f"{name}, {shape[1]:,} rows of {shape[0]:,}"
+            book.take("kernels, time", what, partial(kernel_time, cases[name], *shape))
     for name in ("fused", "as written"):
         book.take("head against float64", name, partial(head_errors, name == "fused", 513 if tiny else 50257))
     pair = models("tiny" if tiny else "runs")
@@ -55,6 +60,26 @@ def kernel_errors(terms: Any, vocabulary: int) -> Numbers:
         found[f"values {short}"] = float((values - expected).abs().max())
         found[f"gradient {short}"] = float((z - exact.grad).abs().max() / exact.grad.abs().max())
     return found
+
+
+def kernel_time(terms: Any, vocabulary: int, rows: int) -> Numbers:
+    """Milliseconds of one call in bfloat16, and what they move: logits are read three times and written once."""
+    from dpkd.models.fused import why_not
+    from dpkd.models.kernels import kl_sum_
+
+    if (reason := why_not(DEVICE.type)) is not None:
+        raise RuntimeError(reason)
+    z, y = (2 * torch.randn(rows, vocabulary, device=DEVICE).bfloat16() for _ in range(2))
+    ids = torch.zeros(rows, dtype=torch.long, device=DEVICE)
+    kl_sum_(z, y, ids, terms, 1.0)
+    count = 10 if CUDA else 1
+    wait()
+    began = time.perf_counter()
+    for _ in range(count):
+        kl_sum_(z, y, ids, terms, 1.0)
+    wait()
+    seconds = (time.perf_counter() - began) / count
+    return {"ms": 1000 * seconds, "GB/s": 7 * 2 * rows * vocabulary / seconds / 1e9}
 
 
 def head_errors(fused: bool, vocabulary: int) -> Numbers:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_tools import CUDA, DEVICE, Book, Numbers, configs, wait
+from gpu_tools import CUDA, DEVICE, Book, Numbers, configs, profiled, wait
 from shapes import sequences
 
 
@@ -35,10 +36,24 @@ def part_decode(book: Book, tiny: bool) -> None:
         }
         for name, way in ways.items():
             book.take(part, name, lambda way=way, rows=rows: _rate(way(), rows, new))
+        path = book.profile_path(f"decode-{rows}")
+        book.take(part, "profile", partial(_profile, model, prompts, new, path))
 
 
 def _rate(seconds: float, rows: int, new: int) -> Numbers:
     return {"ms": 1000 * seconds / new, "tokens": rows * new / seconds}
+
+
+def _profile(model: Any, prompts: list[list[int]], new: int, path: Path) -> Numbers:
+    """The share of time in which the GPU computes while dpkd draws; the dearest operators go to a file."""
+    from dpkd.models.fused_layers import fuse_layers, unfuse_layers
+
+    fuse_layers(model)
+    draw = _drawing(model, prompts, new, "auto")
+    draw()
+    busy = profiled(draw, path, 1)
+    unfuse_layers(model)
+    return {"busy": busy}
 
 
 def _best(once: Callable[[], Any], warm: int = 1, repeats: int = 2) -> float:
@@ -55,16 +70,22 @@ def _best(once: Callable[[], Any], warm: int = 1, repeats: int = 2) -> float:
     return min(taken)
 
 
-def decode_ours(model: Any, prompts: list[list[int]], new: int, decoding: Any) -> float:
+def _drawing(model: Any, prompts: list[list[int]], new: int, decoding: Any) -> Callable[[], Any]:
+    """Draws a response to each prompt, of `new` tokens at most."""
     from dpkd.api.sources import SamplingSettings
-    from dpkd.models.fused_layers import fuse_layers, unfuse_layers
     from dpkd.rollout.sampling import Decoder
 
-    fuse_layers(model)  # as a run and `dpkd sample` do
     eos = model.config.vocab_size - 1
     decoder = Decoder(model, eos_ids=frozenset({eos}), pad_id=eos, vocabulary=None, decoding=decoding)
     settings = SamplingSettings(max_new_tokens=new, batch_size=len(prompts))
-    seconds = _best(lambda: decoder.draw(prompts, settings, seeds=list(range(len(prompts)))))
+    return lambda: decoder.draw(prompts, settings, seeds=list(range(len(prompts))))
+
+
+def decode_ours(model: Any, prompts: list[list[int]], new: int, decoding: Any) -> float:
+    from dpkd.models.fused_layers import fuse_layers, unfuse_layers
+
+    fuse_layers(model)  # as a run and `dpkd sample` do
+    seconds = _best(_drawing(model, prompts, new, decoding))
     unfuse_layers(model)
     return seconds
 

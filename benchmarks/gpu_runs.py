@@ -207,6 +207,7 @@ def part_runs(book: Book, tiny: bool) -> None:
         "dpkd jsd, off-policy, rows padded": lambda: run_ours("jsd", pair, rows, size, **{"batch.packing": "off"}),
         "dpkd jsd, on-policy": lambda: run_ours("jsd", pair, few, slow, **student),
         "dpkd pairs": lambda: run_ours("dpkd", pair, rows, size, **pairs),
+        "dpkd dpo": lambda: run_ours("dpo", pair, rows, size, **pairs),
         "dpkd minillm": lambda: run_ours("minillm", pair, few, slow, **rollouts),
         "dpkd jsd, off-policy, compiled": lambda: run_ours("jsd", pair, rows, size, **compiled),
         "dpkd jsd, on-policy, compiled": lambda: run_ours("jsd", pair, few, slow, **student, **compiled),

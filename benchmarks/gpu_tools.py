@@ -84,6 +84,27 @@ def peak_mib(base: int = 0) -> float:
     return (torch.cuda.max_memory_allocated() - base) / 2**20 if CUDA else 0.0
 
 
+def profiled(step: Callable[[], None], path: Path, count: int) -> float:
+    """The share of time in which the GPU computes; the dearest operators go to a file."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
+    wait()
+    began = time.perf_counter()
+    with profile(activities=kinds) as seen:
+        for _ in range(count):
+            step()
+        wait()
+    seconds = time.perf_counter() - began
+    key = "self_device_time_total" if CUDA else "self_cpu_time_total"
+    averages = seen.key_averages()
+    path.write_text(averages.table(sort_by=key, row_limit=25, max_name_column_width=80), encoding="utf-8")
+    if not CUDA:
+        return math.nan
+    kernels = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.self_device_time_total for e in kernels) / 1e6 / seconds
+
+
 class Clock:
     """Seconds a step, from the end of the `warm`th step on, with one wait at each end; and the peak of memory."""
 

@@ -115,7 +115,7 @@ def test_every_part_of_the_gpu_script_runs_on_a_cpu(bench, part, tmp_path, monke
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text(encoding="utf-8").splitlines()]
     failed = {line["name"]: line["why"] for line in lines if "why" in line}
     needs_gpu = {"CUDA graph of one step (floor)", "forward", "reverse", "jsd", "kd"}
-    assert failed.keys() <= {"Liger chunked JSD", *needs_gpu}, failed
+    assert {name.split(", ")[0] for name in failed} <= {"Liger chunked JSD", *needs_gpu}, failed
     assert len(lines) > len(failed)
     assert "### verdict" in text
     again = gpu.main(["--tiny", "--part", part, "--out", str(tmp_path), "--limit", "1000"])
