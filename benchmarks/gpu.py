@@ -29,7 +29,7 @@ from harness import machine, markdown
 from ours import engine_step, usual_layout
 from shapes import sequences
 
-from dpkd.models.captured import capture, release
+from dpkd.models.captured import capture, captured, release
 from dpkd.models.fused_layers import fuse_layers, unfuse_layers
 from dpkd.models.head import causal_lm
 
@@ -47,7 +47,8 @@ Pair = tuple[Any, Any]
 def step_variants(pair: Pair, rows: int, tiny: bool) -> dict[str, Callable[[], peers.Step]]:
     """Name → what makes the step; all share the models, and each drops the gradients of the one before.
 
-    Ours and the backbones alone have the fused layers of a run, others the models of transformers as they are.
+    What a run does by default comes first: its passes are CUDA graphs. Ours and the backbones alone have the fused
+    layers of a run, others the models of transformers as they are.
     """
     vocabulary = pair[0].config.vocab_size
     many = sequences(2, (4, 8), (4, 8), vocabulary) if tiny else sequences(rows, (192, 256), (64, 256), vocabulary)
@@ -55,27 +56,37 @@ def step_variants(pair: Pair, rows: int, tiny: bool) -> dict[str, Callable[[], p
     pad = vocabulary - 1
     batch = peers.Padded(*(part.to(DEVICE) for part in peers.padded(many, 16 if tiny else 512, pad)))
 
-    def ours(name: str, **how: Any) -> Callable[[], peers.Step]:
-        return lambda: engine_step(name, _fused(pair), pairs if name == "dpkd" else many, bf16=True, **how)
+    def ours(name: str, ready: Callable[[Pair], Pair] = _plain, **how: Any) -> Callable[[], peers.Step]:
+        return lambda: engine_step(name, ready(_fused(pair)), pairs if name == "dpkd" else many, bf16=True, **how)
 
     def theirs(make: Callable[[Pair], peers.Step]) -> Callable[[], peers.Step]:
-        return lambda: make(_unfused(pair))
+        return lambda: make(_unfused(_plain(pair)))
+
+    def floor(ready: Callable[[Pair], Pair] = _plain) -> Callable[[], peers.Step]:
+        """Both backbones, in the layout of dpkd's own step."""
+        return lambda: peers.backbones(ready(_fused(pair)), many, pad, usual_layout(DEVICE, bf16=True))
 
     first = {
-        "backbones alone, rows padded": lambda: peers.backbones(_fused(pair), many, pad),
-        "backbones alone": lambda: _floor(pair, many, pad),
-        "dpkd fkl": ours("fkl"),
-        "dpkd jsd": ours("jsd"),
+        "backbones alone, CUDA graphs": floor(_recorded),
+        "dpkd fkl, CUDA graphs": ours("fkl", _recorded),
+        "dpkd jsd, CUDA graphs": ours("jsd", _recorded),
         "TRL chunked, JSD": theirs(lambda pair: peers.trl_chunked(pair, batch, 0.5)),
         "TRL chunked, forward KL": theirs(lambda pair: peers.trl_chunked(pair, batch, 0.0)),
+        "dpkd akl, CUDA graphs": ours("akl", _recorded),
+        "dpkd pairs, CUDA graphs": ours("dpkd", _recorded),
         "response only, dense, JSD": theirs(lambda pair: peers.dense("jsd", pair, many, pad)),
-        "dpkd akl": ours("akl"),
-        "dpkd pairs": ours("dpkd"),
+        "backbones alone": floor(),
+        "dpkd fkl": ours("fkl"),
+        "dpkd jsd": ours("jsd"),
     }
     if rows > 8:
-        return {**first, **_with_graphs(pair, many, pad, ours)}
+        return first
     return {
         **first,
+        "backbones alone, rows padded": lambda: peers.backbones(_plain(_fused(pair)), many, pad),
+        "dpkd akl": ours("akl"),
+        "dpkd pairs": ours("dpkd"),
+        "dpkd dpkd-token": ours("dpkd-token"),
         "dpkd jsd, without kernels": ours("jsd", kernels=False),
         "dpkd jsd, chunk of 32 MiB": ours("jsd", chunk_mib=32.0, kernels=False),
         "dpkd jsd, chunk of 512 MiB": ours("jsd", chunk_mib=512.0),
@@ -83,29 +94,13 @@ def step_variants(pair: Pair, rows: int, tiny: bool) -> dict[str, Callable[[], p
         "Liger chunked JSD": theirs(lambda pair: peers.liger(pair, many, pad)),
         "released shape, KL": theirs(lambda pair: peers.released("kl", pair, batch)),
         "TRL generalized_jsd_loss": theirs(lambda pair: peers.trl(pair, batch, 0.5)),
-        "dpkd dpkd-token": ours("dpkd-token"),
         # Blocks stay compiled from here on.
-        "backbones alone, blocks compiled": lambda: _compiled(pair, _floor(pair, many, pad)),
+        "backbones alone, blocks compiled": floor(_compiled),
         "dpkd fkl, blocks compiled": ours("fkl"),
         "dpkd jsd, blocks compiled": ours("jsd"),
-        **_with_graphs(pair, many, pad, ours),
+        "backbones alone, blocks compiled, CUDA graphs": floor(_recorded),
+        "dpkd jsd, blocks compiled, CUDA graphs": ours("jsd", _recorded),
     }
-
-
-def _with_graphs(
-    pair: Pair, many: list[Any], pad: int, ours: Callable[..., Any]
-) -> dict[str, Callable[[], peers.Step]]:
-    """What the passes of both backbones take as CUDA graphs, the default of a run: from the first of these on."""
-    return {
-        "backbones alone, CUDA graphs": lambda: _recorded(pair, _floor(pair, many, pad)),
-        "dpkd fkl, CUDA graphs": ours("fkl"),
-        "dpkd jsd, CUDA graphs": ours("jsd"),
-    }
-
-
-def _floor(pair: Pair, many: list[Any], pad: int) -> peers.Step:
-    """Both backbones, in the layout of dpkd's own step."""
-    return peers.backbones(_fused(pair), many, pad, usual_layout(DEVICE, bf16=True))
 
 
 def _fused(pair: Pair) -> Pair:
@@ -120,19 +115,26 @@ def _unfused(pair: Pair) -> Pair:
     return pair
 
 
-def _compiled(pair: tuple[Any, Any], step: peers.Step) -> peers.Step:
-    from dpkd.models.compile import compile_blocks
-
+def _plain(pair: Pair) -> Pair:
     for model in pair:
-        compile_blocks(model, backend=COMPILER)
-    return step
+        release(causal_lm(model))
+    return pair
 
 
-def _recorded(pair: Pair, step: peers.Step) -> peers.Step:
+def _recorded(pair: Pair) -> Pair:
     """Nothing happens on a CPU, which has no CUDA graphs."""
     for model in pair if CUDA else ():
-        capture(causal_lm(model), lambda line: print(line, file=sys.stderr))
-    return step
+        if captured(causal_lm(model).base_model) is None:
+            capture(causal_lm(model), lambda line: print(line, file=sys.stderr))
+    return pair
+
+
+def _compiled(pair: Pair) -> Pair:
+    from dpkd.models.compile import compile_blocks
+
+    for model in _plain(pair):
+        compile_blocks(model, backend=COMPILER)
+    return pair
 
 
 def measure_step(make: Callable[[], peers.Step], repeats: int) -> Numbers:
@@ -177,10 +179,9 @@ def part_mfu(book: Book, tiny: bool) -> None:
         pair = _fused(models(shapes))
         for name in (shapes, f"{shapes}, CUDA graphs", f"{shapes}, compiled, CUDA graphs"):
             if "compiled" in name:
-                release(causal_lm(pair[0])), release(causal_lm(pair[1]))
-                _compiled(pair, lambda: None)
+                _compiled(pair)
             if name != shapes:
-                _recorded(pair, lambda: None)
+                _recorded(pair)
             path = book.profile_path(name.replace(", ", "-").replace(" ", "-"))
             book.take("mfu", name, lambda pair=pair, path=path: mfu("jsd", pair, path, tiny))
             if name == "runs, CUDA graphs":

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_tools import CUDA, DEVICE, Book, Clock, Numbers, models
+from gpu_tools import CUDA, DEVICE, Book, Clock, Numbers, clean, models
 
 
 def byte_tokenizer() -> Any:
@@ -190,36 +190,47 @@ def run_trl(kind: str, pair: Any, rows: list[dict[str, str]], size: Size) -> Num
     return clock.numbers(_response_tokens(rows, size, settings))
 
 
+STUDENT = {"text.source": "student"}
+PAIRS = {"text.source": "preference"}
+ROLLOUTS = {"text.every": 1, "text.num_iterations": 1}
+COMPILED = {"train.compile": "on"}
+Rows = list[dict[str, str]]
+
+
 def part_runs(book: Book, tiny: bool) -> None:
     size: Size = {"batch": 2, "steps": 3, "warm": 1, "sampled": 4, "length": 32} if tiny else {}
     size = size or {"batch": 32, "steps": 24, "warm": 8, "sampled": 128, "length": 512}
     slow = size if tiny else size | {"steps": 8, "warm": 3}
     rows = rows_of_text(size["batch"] * size["steps"], tiny)
     few = rows[: slow["batch"] * slow["steps"]]
-    pair = models("tiny" if tiny else "runs")
-    student = {"text.source": "student"}
-    pairs = {"text.source": "preference"}
-    rollouts = {"text.every": 1, "text.num_iterations": 1}
-    compiled = {"train.compile": "on"}
-    runs: dict[str, Callable[[], Numbers]] = {
-        # TRL's trainers wrap the models that they are given: ours come first, and compiled layers after all others.
+    for which in (_beside_peers, _further):  # each with models of its own: TRL's trainers wrap what they are given
+        for name, run in which(models("tiny" if tiny else "runs"), rows, size, few, slow).items():
+            book.take("runs", name, run)
+        clean()
+
+
+def _beside_peers(pair: Any, rows: Rows, size: Size, few: Rows, slow: Size) -> dict[str, Callable[[], Numbers]]:
+    return {
         "dpkd jsd, off-policy": lambda: run_ours("jsd", pair, rows, size),
-        "dpkd jsd, off-policy, rows padded": lambda: run_ours("jsd", pair, rows, size, **{"batch.packing": "off"}),
-        "dpkd jsd, on-policy": lambda: run_ours("jsd", pair, few, slow, **student),
-        "dpkd pairs": lambda: run_ours("dpkd", pair, rows, size, **pairs),
-        "dpkd dpo": lambda: run_ours("dpo", pair, rows, size, **pairs),
-        "dpkd minillm": lambda: run_ours("minillm", pair, few, slow, **rollouts),
-        "dpkd jsd, off-policy, compiled": lambda: run_ours("jsd", pair, rows, size, **compiled),
-        "dpkd jsd, on-policy, compiled": lambda: run_ours("jsd", pair, few, slow, **student, **compiled),
-        "dpkd pairs, compiled": lambda: run_ours("dpkd", pair, rows, size, **pairs, **compiled),
-        "dpkd minillm, compiled": lambda: run_ours("minillm", pair, few, slow, **rollouts, **compiled),
+        "dpkd jsd, on-policy": lambda: run_ours("jsd", pair, few, slow, **STUDENT),
+        "dpkd dpo": lambda: run_ours("dpo", pair, rows, size, **PAIRS),
+        "dpkd pairs": lambda: run_ours("dpkd", pair, rows, size, **PAIRS),
         "TRL GKD, off-policy": lambda: run_trl("GKD off-policy", pair, rows, size),
         "TRL DistillationTrainer, on-policy": lambda: run_trl("Distillation on-policy", pair, few, slow),
         "TRL DPOTrainer": lambda: run_trl("DPO", pair, rows, size),
         "TRL GKD, on-policy": lambda: run_trl("GKD on-policy", pair, few, slow),
     }
-    for name, run in runs.items():
-        book.take("runs", name, run)
+
+
+def _further(pair: Any, rows: Rows, size: Size, few: Rows, slow: Size) -> dict[str, Callable[[], Numbers]]:
+    return {
+        "dpkd minillm": lambda: run_ours("minillm", pair, few, slow, **ROLLOUTS),
+        "dpkd jsd, off-policy, rows padded": lambda: run_ours("jsd", pair, rows, size, **{"batch.packing": "off"}),
+        "dpkd jsd, off-policy, compiled": lambda: run_ours("jsd", pair, rows, size, **COMPILED),
+        "dpkd jsd, on-policy, compiled": lambda: run_ours("jsd", pair, few, slow, **STUDENT, **COMPILED),
+        "dpkd pairs, compiled": lambda: run_ours("dpkd", pair, rows, size, **PAIRS, **COMPILED),
+        "dpkd minillm, compiled": lambda: run_ours("minillm", pair, few, slow, **ROLLOUTS, **COMPILED),
+    }
 
 
 def part_small(book: Book, tiny: bool) -> None:

@@ -274,6 +274,11 @@ class LossModule(nn.Module):
         student = signals[Signal.STUDENT_LOGPS]
         total = logps_N.new_zeros(())
         for term in micro_batch.terms:
+            if term.of_chosen:
+                nll_B = _some(-student.chosen, real)
+                total = total + term.share(nll_B, micro_batch.processes)
+                metrics.add(f"loss/{term.name}", nll_B.sum(), micro_batch.chosen_tokens)
+                continue
             reads = {signal: value for signal, value in signals.items() if signal in term.reads}
             x = PairInputs(reads)
             values_B = _some(self._values(term.name, x, len(student.chosen), logps_N.device), real)

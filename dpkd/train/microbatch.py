@@ -22,12 +22,16 @@ from dpkd.functional import reduce_loss
 
 
 class Term(NamedTuple):
-    """A loss of a step batch: its name, what it reads, its weight, and its denominator over the whole window."""
+    """A loss of a step batch: its name, what it reads, its weight, and its denominator over the whole window.
+
+    `of_chosen`: the likelihood of the chosen responses of pairs, whose log-probs the pairs' own pass computes.
+    """
 
     name: str
     reads: frozenset[Signal]
     weight: float
     denominator: float
+    of_chosen: bool = False
 
     def share(self, values: Tensor, processes: float) -> Tensor:
         """What the values of a micro-batch add to the objective.
@@ -91,6 +95,12 @@ class MicroBatch:
         chosen = self.batch.sequences[: len(self.batch.sequences) // 2]
         real = [i for i, (prompt, response) in enumerate(chosen) if len(response) > (not prompt)]
         return None if len(real) == len(chosen) else real
+
+    @property
+    def chosen_tokens(self) -> int:
+        """Response tokens of the chosen ones that have a row."""
+        chosen = self.batch.sequences[: len(self.batch.sequences) // 2]
+        return sum(len(response) - (not prompt) for prompt, response in chosen)
 
     @property
     def measured(self) -> bool:

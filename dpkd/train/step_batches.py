@@ -15,6 +15,7 @@ from dpkd.data.encode import Prompt
 from dpkd.train.microbatch import PromptGroup, StepBatch, Term
 
 LM_READS = frozenset({Signal.STUDENT_LOGITS, Signal.TARGETS})
+CHOSEN_READS = frozenset({Signal.STUDENT_LOGPS})
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,14 @@ class StepBatchBuilder:
         return step_batches
 
     def _with_lm(self, main: StepBatch, window: Sequence[int]) -> list[StepBatch]:
-        """The LM term shares the main step batch where that is the data set's text, else it has its own."""
+        """The LM term shares the main step batch where that has the data set's text, else it has its own."""
         weight = self.terms.lm.weight
-        shared = not main.pairs and all(r.writer is Text.DATASET for group in main.groups for r in group.responses)
-        if shared:
+        own = [(self.prompts[i].prompt_ids, self.prompts[i].response_ids) for i in window]
+        groups = [PromptGroup((TokenSequence(*ids),)) for ids in own if ids[1]]
+        if not main.pairs and all(r.writer is Text.DATASET for group in main.groups for r in group.responses):
             term = Term("lm", LM_READS, weight, max(1, _tokens(main.groups)))
-            return [StepBatch(main.name, main.groups, [*main.terms, term])]
-        groups = [
-            PromptGroup((TokenSequence(self.prompts[i].prompt_ids, self.prompts[i].response_ids),))
-            for i in window
-            if self.prompts[i].response_ids
-        ]
-        return [main, StepBatch("lm", groups, [Term("lm", LM_READS, weight, max(1, _tokens(groups)))])]
+        elif main.pairs and [group.sequences[0] for group in main.groups] == [group.sequences[0] for group in groups]:
+            term = Term("lm", CHOSEN_READS, weight, max(1, _tokens(groups)), of_chosen=True)
+        else:
+            return [main, StepBatch("lm", groups, [Term("lm", LM_READS, weight, max(1, _tokens(groups)))])]
+        return [StepBatch(main.name, main.groups, [*main.terms, term], main.pairs)]

@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
-from test_invariants import gradients
+from test_invariants import assert_same, gradients
 from toy_runs import assert_same_model
 
 from dpkd.config.settings import ScheduleSettings
 from dpkd.errors import SettingsError
 from dpkd.run_metrics import read_metrics
 from dpkd.train import run
+from dpkd.train.loss_module import LossModule
 from dpkd.train.resume import resume_folder
 from dpkd.train.schedules import LossPace, scheduled
 
@@ -37,6 +38,37 @@ def test_two_losses_are_one_that_mixes_them(settings_of, quiet):
     assert train_step.teacher.forwards == forwards, "losses of one text share its forward"
     term = {"terms.main": 0.5, "loss.kd_ratio": 1.0, "terms.lm.weight": 0.5}
     _same(gradients(settings_of("kd", term), quiet)[0], whole)
+
+
+PAIRS = [
+    {"prompt": f"say {word}", "chosen": f" {word} {word}" + " again" * i, "rejected": f" not {word} at all"}
+    for i, word in enumerate(("red", "blue", "cat", "dog"))
+]
+
+
+@pytest.mark.parametrize("micro", [8, 2])
+def test_the_lm_term_of_preference_pairs_comes_from_their_own_pass(micro, settings_of, quiet, tmp_path, monkeypatch):
+    """The gradient of the pairs and of the chosen responses' likelihood; the student runs as often as without it."""
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS), encoding="utf-8")
+    given = {"data.path": str(tmp_path / "pairs.jsonl"), "train.batch_size": 4, "train.micro_batch_size": micro}
+    pairs = given | {"text.source": "preference"}
+    forwards, real = [], LossModule.forward
+    monkeypatch.setattr(LossModule, "forward", lambda self, *a, **k: forwards.append(1) or real(self, *a, **k))
+    alone = gradients(settings_of("dpkd", pairs | {"terms.lm.weight": 0.0}), quiet)[0]
+    passes = len(forwards)
+    chosen, of_chosen, _ = gradients(settings_of("sft", given | {"data.drop_rejected": True}), quiet)
+    forwards.clear()
+    found, metrics, _ = gradients(settings_of("dpkd", pairs | {"terms.lm.weight": 0.5}), quiet)
+    assert len(forwards) == passes
+    assert_same(found, {name: alone[name] + 0.5 * chosen[name] for name in alone})
+    assert metrics["loss/lm"] == pytest.approx(of_chosen["loss/main"], rel=1e-6)
+
+
+def test_the_lm_term_of_other_pairs_has_a_pass_of_its_own(settings_of, quiet):
+    """The chosen responses are the teacher's there, and the likelihood is that of the data set's."""
+    metrics = gradients(settings_of("dpkd", {"terms.lm.weight": 0.5}), quiet)[1]
+    own = gradients(settings_of("sft"), quiet)[1]
+    assert metrics["loss/lm"] == pytest.approx(own["loss/main"], rel=1e-9)
 
 
 def test_a_loss_with_a_text_of_its_own_adds_its_own_gradient(settings_of, quiet):
