@@ -194,8 +194,8 @@ def part_mfu(book: Book, tiny: bool) -> None:
 def mfu(loss: str, pair: tuple[Any, Any], profile: Path, tiny: bool) -> Numbers:
     """Of 32 rows, or 32 pairs."""
     vocabulary = pair[0].config.vocab_size
-    rows = 64 if loss == "dpkd" else 32
-    many = sequences(2, (4, 8), (4, 8), vocabulary) if tiny else sequences(rows, (192, 256), (64, 256), vocabulary)
+    rows, prompts = (64, (64, 192)) if loss == "dpkd" else (32, (192, 256))  # those of pairs as in whole runs
+    many = sequences(2, (4, 8), (4, 8), vocabulary) if tiny else sequences(rows, prompts, (64, 256), vocabulary)
     if loss == "dpkd":
         many = [row._replace(prompt_ids=many[i - i % 2].prompt_ids) for i, row in enumerate(many)]
     step = engine_step(loss, pair, many, bf16=True)

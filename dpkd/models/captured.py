@@ -166,7 +166,7 @@ class _Recorded(torch.autograd.Function):
 
 
 class CapturedBackbone:
-    """The passes of one backbone; the backbone as it is for a shape that fails, and for all once it is no accident."""
+    """The passes of one backbone; it runs as it is for a shape that fails, and for all after MOST_FAILURES of them."""
 
     def __init__(self, module: nn.Module, say: Callable[[str], None]) -> None:
         self._module, self._say = module, say

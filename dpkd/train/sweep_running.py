@@ -161,29 +161,31 @@ class _Sweep:
             for turn in range(max(1, len(self.plan.settings.seeds))):
                 left = list(self.plan.stages)
                 while left:
-                    ready = [
-                        one for one in left if self.over.issuperset(self.plan.needs(one)) and one not in self.going
-                    ]
-                    if ready:
-                        runs = [run for run in self.plan.stage_runs(ready[0], self.best) if run.turn == turn]
-                        self.going[ready[0]] = [(run, pool.submit(self.one, run)) for run in runs]
-                        left.remove(ready[0])
-                    if not ready or isinstance(pool, _AtOnce):
-                        self._look()
+                    self._close_stages()
+                    free = (stage for stage in left if stage not in self.going)
+                    ready = next((stage for stage in free if self.over.issuperset(self.plan.needs(stage))), None)
+                    if ready is None:
+                        self._wait()
+                        continue
+                    left.remove(ready)
+                    runs = [run for run in self.plan.stage_runs(ready, self.best) if run.turn == turn]
+                    self.going[ready] = [(run, pool.submit(self.one, run)) for run in runs]
             while self.going:
-                self._look()
+                self._wait()
+                self._close_stages()
         finally:  # after a mistake or a signal: nothing more begins, and what goes on comes to its end
             futures = [future for runs in self.going.values() for _, future in runs]
             wait([future for future in futures if not future.cancel()])
 
-    def _look(self) -> None:
-        """Close the stages whose runs have all ended; where there is none, wait for a run."""
-        ended = [stage for stage, runs in self.going.items() if all(future.done() for _, future in runs)]
-        if not ended:
-            going = [future for runs in self.going.values() for _, future in runs if not future.done()]
-            for future in wait(going, return_when=FIRST_COMPLETED).done:
-                future.result()
-        for stage in ended:
+    def _wait(self) -> None:
+        """Wait for the end of a run that goes on."""
+        going = [future for runs in self.going.values() for _, future in runs if not future.done()]
+        for future in wait(going, return_when=FIRST_COMPLETED).done:
+            future.result()
+
+    def _close_stages(self) -> None:
+        """Those whose runs have all ended are over: the best run stands for its stage from now on."""
+        for stage in [stage for stage, runs in self.going.items() if all(future.done() for _, future in runs)]:
             runs = [run for run, future in self.going.pop(stage) if future.result() is None]
             if stage not in self.over and self.plan.settings.stages[stage].best_by_dev:
                 self._choose(stage, runs)
