@@ -76,6 +76,12 @@ class Head:
         whole_nV[:, : self.vocabulary] = logits_nV
         return whole_nV
 
+    def refill(self, head: Head) -> None:
+        """Take the numbers of the head that this one was cast from, in place: its weights may have changed."""
+        for own, new in ((self.weight, head.weight), (self.bias, head.bias)):
+            if own is not None and new is not None:
+                own[: new.shape[0]] = new
+
     def plain(self) -> Head:
         """The head without further rows."""
         return self if self.vocabulary is None else self.cut(self.vocabulary)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpkd.functional import at_least_float32, gather_logps, log_softmax
 from dpkd.models.attention import implementation
-from dpkd.models.head import causal_lm
+from dpkd.models.head import Head, causal_lm, head_of
 
 
 class KVCacheModel:
@@ -32,6 +32,7 @@ class KVCacheModel:
         self.device: torch.device = weight.device
         self.dtype: torch.dtype = weight.dtype
         self.cache: Any = None
+        self._aligned: Head | None = None
 
     def empty(self) -> KVCacheModel:
         """The same model without rows."""
@@ -53,7 +54,21 @@ class KVCacheModel:
         # Additive: sdpa would make it of booleans once in every layer.
         bias_B11C = torch.zeros_like(seen_B11C, dtype=self.dtype)
         bias_B11C.masked_fill_(~seen_B11C, torch.finfo(self.dtype).min)
-        return self._forward(ids_B1, bias_B11C, positions_B1, cache)[0]
+        if self._aligned is None:
+            return self._forward(ids_B1, bias_B11C, positions_B1, cache)[0]
+        output = self._run(causal_lm(self._model).base_model, ids_B1, bias_B11C, positions_B1, cache)
+        raw_BV = self._aligned.raw(output.last_hidden_state[:, -1])
+        return self._aligned.rule(raw_BV)[:, : self._vocabulary]
+
+    def align_head(self) -> None:
+        """Let `step` have a copy of a head whose number of tokens is slow here; ask again when weights have changed."""
+        if type(causal_lm(self._model).get_output_embeddings()) is not nn.Linear:  # packed, or with adapters
+            return
+        head = head_of(self._model)
+        if self._aligned is not None:
+            self._aligned.refill(head)
+        elif (cast := head.cast(self.dtype)).vocabulary is not None:
+            self._aligned = cast
 
     def logps(self, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
         """Log-prob `[T]` of each token of a response, on the host, by one forward without a cache."""
@@ -64,15 +79,16 @@ class KVCacheModel:
         return gather_logps(log_softmax(logits_TV), ids_1T[0, len(prompt) :]).cpu()
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **({"position_ids": positions} if self._takes_positions else {}),
-            **self._head_on_last,
-        )
+        output = self._run(self._model, ids, mask, positions, cache, **self._head_on_last)
         return output.logits[:, -1, : self._vocabulary], output.past_key_values
+
+    def _run(
+        self, model: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, **how: Any
+    ) -> Any:
+        """What the model, or its backbone, gives for further tokens."""
+        if self._takes_positions:
+            how["position_ids"] = positions
+        return model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **how)
 
     def select(self, index_B: Tensor) -> None:
         """Keep the rows of an index, in its order; an index may repeat a row."""

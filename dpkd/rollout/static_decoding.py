@@ -187,6 +187,8 @@ class StaticBatcher:
         if addresses != self._addresses:
             self.state, self._addresses = None, addresses
             self._models = [model.empty() for model in self._models]
+        for model in self._models:
+            model.align_head()
         waiting = deque(sorted(requests, key=lambda request: -len(request.prompt)))
         rows = row_bucket(min(policy.settings.batch_size, sum(len(request.seeds) for request in requests)))
         longest = max(len(request.prompt) + request.limit for request in requests)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpkd.api import SamplingSettings
@@ -15,6 +16,7 @@ from dpkd.functional import at_least_float32
 
 # Most nuclei lie among this many tokens; the whole vocabulary is sorted only where one does not.
 NUCLEUS_FIRST_LOOK = 1024
+BLOCK = 256  # tokens whose probabilities are summed before one of them is looked for
 
 
 @dataclass(frozen=True)
@@ -178,11 +180,23 @@ def inverse_cdf(p_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     >>> inverse_cdf(torch.tensor([[0.0, 1.0, 3.0, 0.0]]), torch.tensor([0.25], dtype=torch.float64))
     (tensor([2]), tensor([4.], dtype=torch.float64))
     """
-    cumulated_BV = p_BV.cumsum(-1, dtype=precise_dtype(p_BV.device))
-    total_B1 = cumulated_BV[:, -1:]
-    # u · total may round up to the total, which no token passes.
-    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    target_B1 = torch.minimum(uniforms_B.unsqueeze(-1) * total_B1, below_B1)
-    ids_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True)
+    vocabulary, dtype = p_BV.shape[-1], precise_dtype(p_BV.device)
+    # A block of tokens first, then a token of it: one cumulated sum of the whole vocabulary is slow on a GPU.
+    p_BnK = F.pad(p_BV, (0, -vocabulary % BLOCK)).unflatten(-1, (-1, BLOCK))
+    cumulated_Bn = p_BnK.sum(-1, dtype=dtype).cumsum(-1)
+    total_B1 = cumulated_Bn[:, -1:]
+    block_B1, rest_B1 = _passed(cumulated_Bn, uniforms_B.unsqueeze(-1) * total_B1)
+    p_BK = p_BnK.gather(1, block_B1.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1)
+    place_B1, _ = _passed(p_BK.cumsum(-1, dtype=dtype), rest_B1)
     # Not-a-number logits pass no bound: the caller finds them in the log-probs, an id must exist until then.
-    return ids_B1.squeeze(-1).clamp(max=p_BV.shape[-1] - 1), total_B1.squeeze(-1)
+    ids_B1 = (block_B1 * BLOCK + place_B1).clamp(max=vocabulary - 1)
+    return ids_B1.squeeze(-1), total_B1.squeeze(-1)
+
+
+def _passed(cumulated_BK: Tensor, target_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place `[B, 1]` whose cumulated value passes a target, and by how much the places before it do not."""
+    total_B1 = cumulated_BK[:, -1:]
+    # Rounding may take a target to the total, which no place passes.
+    target_B1 = torch.minimum(target_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    place_B1 = torch.searchsorted(cumulated_BK, target_B1, right=True).clamp(max=cumulated_BK.shape[-1] - 1)
+    return place_B1, target_B1 - F.pad(cumulated_BK, (1, 0)).gather(-1, place_B1)

@@ -89,6 +89,21 @@ def test_a_greedy_veto_takes_the_teachers_likeliest_where_the_students_is_not_go
         assert (drawn.ids_B.item(), drawn.behaviour_B.item()) == (token, 0.0)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 1000])
+def test_a_draw_is_the_first_token_whose_cumulated_probability_passes(vocabulary: int) -> None:
+    """Against a cumulated sum in NumPy; a third of the tokens, and whole blocks of them, are impossible."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    p = torch.rand(50, vocabulary, generator=generator) ** 4
+    p[:, 1::3], p[:, 260:700] = 0.0, 0.0
+    u = torch.rand(50, generator=generator, dtype=torch.float64)
+    u[:2] = torch.tensor([0.0, 1 - 2**-53])
+    ids, total = filters.inverse_cdf(p, u)
+    cumulated = np.cumsum(p.numpy().astype(np.float64), -1)
+    want = [np.searchsorted(row, x * row[-1], side="right") for row, x in zip(cumulated, u.numpy(), strict=True)]
+    np.testing.assert_array_equal(ids, np.minimum(want, p.shape[1] - 1 - (p.flip(-1) > 0).int().argmax(-1).numpy()))
+    np.testing.assert_allclose(total, cumulated[:, -1], rtol=1e-14)
+
+
 def test_impossible_tokens_are_never_drawn() -> None:
     p = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]).repeat(5, 1)
     edges = torch.tensor([0.0, 0.3, 0.299999, 1 - 2**-53, 1.0], dtype=torch.float64)

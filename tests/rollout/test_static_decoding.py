@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig
 
 from dpkd.api import Sampled, SamplingSettings
+from dpkd.models import head
 from dpkd.models.cuda_graphs import Replay
 from dpkd.rollout import static_decoding
 from dpkd.rollout.sampling import Decoder
@@ -63,6 +64,12 @@ def test_the_responses_are_those_of_the_first_version(
     monkeypatch.setattr(static_decoding, "SMALLEST_WINDOW", 1)  # rows move as soon as half of them have ended
     assert_golden(case, responses(case, decoding="graph"))
     assert not caplog.text
+
+
+@pytest.mark.parametrize("case", ["plain-gpt2", "teacher-mix", "vocabulary"])
+def test_a_head_with_further_rows_draws_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "ALIGNED_ON", ("cpu",))
+    assert_golden(case, responses(case, decoding="graph"))
 
 
 @pytest.mark.parametrize("every", [1, 3, 20])
@@ -179,11 +186,16 @@ def test_a_step_has_no_graph_break(name: str) -> None:
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
 
-def test_the_state_is_kept_and_sees_new_weights() -> None:
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_state_is_kept_and_sees_new_weights(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a head of the model's own number of tokens, and with a copy of more rows, as on a GPU."""
     model = model_of("gpt2")
+    if aligned:
+        monkeypatch.setattr(head, "ALIGNED_ON", ("cpu",))
     decoder, eager = decoder_of(model, eos_ids=(3, 17)), decoder_of(model, "eager", eos_ids=(3, 17))
     first = draw(decoder)
     state = state_of(decoder)
+    assert (state.models[0]._aligned is not None) is aligned
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
