@@ -1,6 +1,6 @@
-"""When sequence-level DPKD collapses and when it holds: likelihood term, length normalisation, freshness of pairs, β.
+"""When sequence-level DPKD collapses: likelihood term, length normalisation, fresh pairs, β, clipping, reference.
 
-Every run begins with the same fine-tuned student and differs in four settings. The table has Rouge-L and divergences on
+Every run begins with the same fine-tuned student. The table has Rouge-L and divergences on
 held-out rows, and what became of the log-probs per token of chosen and rejected responses; the figure has them
 over the steps. Stale pairs are written once and gone over again and again.
 
@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import yaml
 from every_loss import SHARED, STORIES, write_stories
 
 from dpkd.report.reading import read_run
+from dpkd.run_folder import RunFolder
 from dpkd.train.sweep import Plan, SweepRun, read_sweep
 from dpkd.train.sweep_running import run_sweep
 
@@ -30,32 +34,45 @@ NUMBERS = ("rouge_l", "forward_kl", "reverse_kl", "tokens", "eos_rate")
 
 
 def stories(folder: Path) -> dict[str, Any]:
-    """16 runs on stories260K; its student is fine-tuned first."""
+    """One factor at a time on stories260K, under three training seeds; the student is fine-tuned first.
+
+    `base` has every pair written once, no LM term, means, β = 0.1 and gradients clipped at 1; the name of another stage
+    says what differs.
+    """
     data, held_out = write_stories(folder)
-    grid = {LM: [0.0, 1.0], HOW: ["mean", "sum"], BETA: [0.1, 1.0]}
-    of_all = {"loss.name": "dpkd", "student.model": "{start}", "train.steps": 400, "train.lr": 1e-3}
-    start = {"loss.name": "sft", "student.init": "layers", "student.layers": 2, "train.steps": 400, "train.lr": 3e-3}
+    given = {"student.model": "{start}", LM: 0.0, **STALE}
+    dpkd = {"loss.name": "dpkd", **given, HOW: "mean", BETA: 0.1}
+    start = {"loss.name": "sft", "student.init": "layers", "student.layers": 2, "train.steps": 200, "train.lr": 3e-3}
+    others = ["dpo", "dpkd-dpop", "dpkd-simpo", "dpkd-cpo", "dpkd-ipo"]
+    stages = {
+        "start": {"settings": start},
+        "base": {"settings": dpkd},
+        "fresh": {"settings": {**dpkd, **FRESH}},
+        "lm": {"settings": dpkd, "matrix": {LM: [0.1, 1.0]}},
+        "sums": {"settings": {**dpkd, HOW: "sum"}},
+        "beta": {"settings": dpkd, "matrix": {BETA: [0.01, 1.0]}},
+        "beta-fresh": {"settings": {**dpkd, **FRESH}, "matrix": {BETA: [0.01, 1.0]}},
+        "clip": {"settings": dpkd, "matrix": {"train.clip": [0.1, None]}},
+        "other": {"settings": given, "matrix": {"loss.name": others}},
+        "other-fresh": {"settings": {**given, **FRESH}, "matrix": {"loss.name": others}},
+    }
     return {
+        "seeds": [10, 20, 30],
         "settings": {
             "data.template": "none",
-            "train.batch_size": 16,
-            "train.micro_batch_size": 32,
-            "train.log_every": 20,
-            "text.sampling.max_new_tokens": 64,
-            "text.teacher_sampling.max_new_tokens": 64,
+            "data.limit": 160,
+            "train.batch_size": 8,
+            "train.micro_batch_size": 16,
+            "train.steps": 150,
+            "train.lr": 1e-3,
+            "train.log_every": 10,
+            "text.sampling.max_new_tokens": 48,
+            "text.teacher_sampling.max_new_tokens": 48,
             "teacher.model": str(STORIES),
             "data.path": str(data),
         },
-        "stages": {
-            "start": {"settings": start},
-            "fresh": {"settings": {**of_all, **FRESH}, "matrix": grid},
-            "stale": {"settings": {**of_all, **STALE, "data.limit": 160}, "matrix": grid},
-        },
-        "evaluate": {
-            "data": [str(held_out)],
-            "stages": ["fresh", "stale"],
-            "options": {"seeds": "10,20,30", "max_new_tokens": 64},
-        },
+        "stages": stages,
+        "evaluate": {"data": [str(held_out)], "options": {"seeds": "10,20,30", "max_new_tokens": 48, "limit": 100}},
     }
 
 
@@ -88,17 +105,17 @@ def dolly(teacher: str, start: str) -> dict[str, Any]:
     }
 
 
-def numbers(run: SweepRun) -> dict[str, Any]:
-    """The scores of a run (nothing where it was not scored), its log-probs per token, and whether it warned."""
+def numbers(run: SweepRun) -> dict[str, float]:
+    """The scores of a run (none where it was not scored), its log-probs per token, and whether it warned."""
     files = list((run.folder / "eval").rglob("scores.json"))
     scores = json.loads(files[0].read_text(encoding="utf-8"))["metrics"] if files else {}
-    found: dict[str, Any] = {name: scores.get(name, {}).get("mean", float("nan")) for name in NUMBERS}
-    for which in ("chosen", "rejected"):
+    found = {name: scores.get(name, {}).get("mean", math.nan) for name in NUMBERS}
+    for which in ("chosen", "rejected") if run.stage != "start" else ():
         values = per_token(run.folder, which)
         found[f"{which} first"], found[f"{which} lowest"] = values[0], min(values)
         found[f"{which} last"] = sum(values[-3:]) / 3
     log = run.folder.with_name(f"{run.name}.log")
-    found["warned"] = "log q of the chosen responses has fallen" in log.read_text(encoding="utf-8")
+    found["warned"] = float("warning, step" in log.read_text(encoding="utf-8"))
     return found
 
 
@@ -108,27 +125,43 @@ def per_token(folder: Path, which: str) -> list[float]:
 
 
 def table(plan: Plan) -> str:
+    """A line for each group of runs that differ in the seed alone: means, and standard deviations over seeds."""
     lines = [
         "| run | Rouge-L | fKL | rKL | tokens | EOS % | log q(yₜ): first, lowest, last | log q(yₛ) | warned |",
         "|---|---:|---:|---:|---:|---:|---|---|---|",
     ]
-    for run in pairs(plan):
-        n = numbers(run)
-        lines.append(
-            f"| {run.name} | {n['rouge_l']:.1f} | {n['forward_kl']:.2f} | {n['reverse_kl']:.2f} | {n['tokens']:.0f} | "
-            f"{n['eos_rate']:.0f} | {_three(n, 'chosen')} | {_three(n, 'rejected')} | "
-            f"{'yes' if n['warned'] else ''} |"
-        )
+    groups: dict[str, list[dict[str, float]]] = {}
+    for run in finished(plan):
+        groups.setdefault(without_seed(run.name), []).append(numbers(run))
+    for name, of_seeds in groups.items():
+        scores = [_mean(of_seeds, key, digits) for key, digits in zip(NUMBERS, (1, 2, 2, 0, 0), strict=True)]
+        logps = [
+            ", ".join(_mean(of_seeds, f"{which} {when}", 1, spread=False) for when in ("first", "lowest", "last"))
+            for which in ("chosen", "rejected")
+        ]
+        warned = f"{sum(found['warned'] for found in of_seeds):.0f} of {len(of_seeds)}"
+        lines.append(f"| {' | '.join([name, *scores, *(logps if name != 'start' else ['', '']), warned])} |")
     return "\n".join(lines)
 
 
-def _three(found: dict[str, Any], which: str) -> str:
-    return ", ".join(f"{found[f'{which} {when}']:.1f}" for when in ("first", "lowest", "last"))
+def _mean(of_seeds: list[dict[str, float]], key: str, digits: int, *, spread: bool = True) -> str:
+    values = [found.get(key, math.nan) for found in of_seeds]
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if spread and len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def without_seed(name: str) -> str:
+    return re.sub(r"-seed_\d+", "", name)
+
+
+def finished(plan: Plan) -> list[SweepRun]:
+    """The runs with a model."""
+    return [run for run in plan.runs if RunFolder(run.folder).is_finished]
 
 
 def pairs(plan: Plan) -> list[SweepRun]:
     """The runs on pairs, as far as they have begun."""
-    return [run for run in plan.runs if run.name != "start" and (run.folder / "metrics.jsonl").exists()]
+    return [run for run in plan.runs if run.stage != "start" and (run.folder / "metrics.jsonl").exists()]
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -143,7 +176,7 @@ def draw(plan: Plan, path: Path) -> None:
         "length of yₛ": lambda m: m["length/rejected"],
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
-    for run in pairs(plan):
+    for run in (run for run in pairs(plan) if run.turn == 0):
         metrics = [m for m in read_run(run.folder).metrics if "logp/chosen" in m]
         style = "-" if "weight_1.0" in run.name else "--"
         for axis, (title, of) in zip(axes, panels.items(), strict=True):
