@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="with dolly: the folder of SmolLM2-135M-Instruct")
     parser.add_argument("--show", action="store_true", help="only what is there already: run nothing")
     parser.add_argument("--start", help="with dolly: the model that configs/small/start.yaml gives")
+    parser.add_argument("--devices", default="", help="as for dpkd sweep: 0,0 for two processes, on a CPU too")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     values = stories(given.folder) if given.on == "stories" else dolly(given.teacher, given.start)
@@ -201,7 +202,7 @@ def main() -> None:
     path.write_text(yaml.safe_dump({"output": str(given.folder / "runs"), **values}, sort_keys=False), encoding="utf-8")
     plan = read_sweep(path)
     if not given.show:
-        run_sweep(plan)
+        run_sweep(plan, devices=given.devices.split(",") if given.devices else ())
     print(table(plan))
     draw(plan, given.folder / "curves.png")
 

@@ -24,6 +24,11 @@ class TokenSequence(NamedTuple):
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
 
+    @property
+    def predicted(self) -> int:
+        """Response tokens that have a row: a first token with nothing before it has none."""
+        return max(0, len(self.response_ids) - (not self.prompt_ids))
+
     def __repr__(self) -> str:
         return f"TokenSequence({len(self.prompt_ids)} + {len(self.response_ids)} ids)"
 
@@ -125,7 +130,7 @@ class Batch:
     @property
     def longest_response(self) -> int:
         """The largest of `lengths`, known without asking the device."""
-        return max((len(response) - (not prompt) for prompt, response in self.sequences), default=0)
+        return max((sequence.predicted for sequence in self.sequences), default=0)
 
     @property
     def longest_sequence(self) -> int:

@@ -45,7 +45,7 @@ def token_scores(
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
     for group in micro_batches(lengths, len(lengths), TOKENS):
         batch = collate([sequences[i] for i in group], pad_id=pad_id).to(device)
-        parts = score(batch).cpu().split([len(s.response_ids) - (not s.prompt_ids) for s in batch.sequences])
+        parts = score(batch).cpu().split([sequence.predicted for sequence in batch.sequences])
         for i, part in zip(group, parts, strict=True):
             found[i] = part
     return found

@@ -92,15 +92,17 @@ class MicroBatch:
     @property
     def real_pairs(self) -> list[int] | None:
         """The pairs that have a chosen response: None for all. The stand-in of an idle process has none."""
-        chosen = self.batch.sequences[: len(self.batch.sequences) // 2]
-        real = [i for i, (prompt, response) in enumerate(chosen) if len(response) > (not prompt)]
-        return None if len(real) == len(chosen) else real
+        real = [i for i, sequence in enumerate(self._chosen) if sequence.predicted]
+        return None if len(real) == len(self._chosen) else real
 
     @property
     def chosen_tokens(self) -> int:
         """Response tokens of the chosen ones that have a row."""
-        chosen = self.batch.sequences[: len(self.batch.sequences) // 2]
-        return sum(len(response) - (not prompt) for prompt, response in chosen)
+        return sum(sequence.predicted for sequence in self._chosen)
+
+    @property
+    def _chosen(self) -> Sequence[TokenSequence]:
+        return self.batch.sequences[: len(self.batch.sequences) // 2]
 
     @property
     def measured(self) -> bool:

@@ -27,8 +27,7 @@ class CorpusBatches:
 
 
 def _tokens(groups: Sequence[PromptGroup]) -> int:
-    """Response tokens that have a row: a first token with nothing before it has none."""
-    return sum(len(s.response_ids) - (not s.prompt_ids) for group in groups for s in group.sequences)
+    return sum(sequence.predicted for group in groups for sequence in group.sequences)
 
 
 @dataclass(frozen=True)
