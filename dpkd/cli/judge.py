@@ -65,7 +65,8 @@ def judge(
     if summary == verdicts:
         raise SettingsError([f"--output {output}: expected a .jsonl file; the summary is written beside it, as .json"])
     asked = Endpoint(endpoint, model, os.environ.get(KEY, "").strip() or None, _extra(extra), timeout, attempts)
-    with shown(Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with shown(console) as progress:
         report = run(
             rows[:count],
             wanted[:count],
@@ -75,6 +76,7 @@ def judge(
             parallel=parallel,
             prices=Prices(price_prompt, price_completion),
             progress=lambda done, of: progress("judged", done, of),
+            say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
         )
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))

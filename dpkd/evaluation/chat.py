@@ -111,8 +111,9 @@ async def chat(
     accept: Accept,
     *,
     sleep: Sleep = asyncio.sleep,
+    say: Callable[[str], None] | None = None,
 ) -> Reply:
-    """Ask until an answer is acceptable, at most `endpoint.attempts` times.
+    """Ask until an answer is acceptable, at most `endpoint.attempts` times; `say` is told why it takes longer.
 
     An answer that never is comes back with `accepted=False`. Raises DpkdError when the server refuses the request, and
     when it gave no answer at all.
@@ -132,11 +133,17 @@ async def chat(
         asked_for = error.wait if isinstance(error, _Failed) else None
         return min(LONGEST_PAUSE, endpoint.pause * 2 ** (state.attempt_number - 1) if asked_for is None else asked_for)
 
+    def trouble(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if say is not None and error is not None and state.next_action is not None:
+            say(f"{endpoint.place}: {error}; asked again in {state.next_action.sleep:.0f} s")
+
     retrying = tenacity.AsyncRetrying(
         stop=tenacity.stop_after_attempt(endpoint.attempts),
         wait=pause,
         retry=tenacity.retry_if_exception_type(_Failed) | tenacity.retry_if_result(lambda reply: not reply.accepted),
         sleep=sleep,
+        before_sleep=trouble,
     )
     try:
         reply: Reply = await retrying(once)

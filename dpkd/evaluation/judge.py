@@ -166,13 +166,14 @@ def judge(
     prices: Prices = Prices(),
     parallel: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
     sleep: Sleep = asyncio.sleep,
 ) -> JudgeReport:
     """Have every row rated against its first reference; what `verdicts` holds already is not asked again.
 
-    A row for which the judge never names a score counts as not judged, and is asked again by the next call. Raises
-    DpkdError when the endpoint refuses or does not answer, where what was judged until then is kept, and while another
-    process writes to `verdicts`.
+    `say` is told, once for each length of the pause, why the endpoint is asked again. A row for which the judge never
+    names a score counts as not judged, and is asked again by the next call. Raises DpkdError when the endpoint refuses
+    or does not answer, where what was judged until then is kept, and while another process writes to `verdicts`.
     """
     questions = [messages_of(row, wanted[0]) for row, wanted in zip(rows, references, strict=True)]
     keys = [fingerprint([endpoint.address, endpoint.body(question)]) for question in questions]
@@ -188,7 +189,9 @@ def judge(
             tell(len(keys) - len(todo) + len(replies), len(keys))
 
         try:
-            asyncio.run(_ask(endpoint, {key: questions[i] for key, i in todo.items()}, parallel, sleep, heard))
+            asyncio.run(
+                _ask(endpoint, {key: questions[i] for key, i in todo.items()}, parallel, sleep, heard, _once(say))
+            )
         except ExceptionGroup as failures:  # the first failure ends the others
             raise failures.exceptions[0] from None
         new = sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies)
@@ -199,19 +202,38 @@ def judge(
 
 
 async def _ask(
-    endpoint: Endpoint, questions: Mapping[str, Any], parallel: int, sleep: Sleep, heard: Callable[[str, Reply], None]
+    endpoint: Endpoint,
+    questions: Mapping[str, Any],
+    parallel: int,
+    sleep: Sleep,
+    heard: Callable[[str, Reply], None],
+    say: Callable[[str], None] | None,
 ) -> None:
-    """Ask all questions, some at a time; `heard` is told each reply as it comes."""
+    """Ask all questions, some at a time; `heard` is told each reply as it comes, `say` each trouble."""
     slots = asyncio.Semaphore(parallel)
 
     async def one(http: Any, key: str) -> None:
         async with slots:
-            reply = await chat(http, endpoint, questions[key], lambda text: parse_score(text) is not None, sleep=sleep)
+            reply = await chat(
+                http, endpoint, questions[key], lambda text: parse_score(text) is not None, sleep=sleep, say=say
+            )
         heard(key, reply)
 
     async with client() as http, asyncio.TaskGroup() as group:
         for key in questions:
             group.create_task(one(http, key))
+
+
+def _once(say: Callable[[str], None] | None) -> Callable[[str], None]:
+    """Speaks a sentence the first time only: requests that wait side by side have the same to say."""
+    said = set[str]()
+
+    def speak(text: str) -> None:
+        if say is not None and text not in said:
+            said.add(text)
+            say(text)
+
+    return speak
 
 
 def _verdict(key: str, row: Prediction, reply: Reply) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from dpkd.data.memory import is_memory
 from dpkd.errors import DpkdError
 from dpkd.io import read_json
 from dpkd.models.fingerprint import weights_hash
-from dpkd.models.locate import is_cached, is_gguf
+from dpkd.models.locate import is_cached, is_gguf, nearest
 from dpkd.models.settings import ModelSettings, TeacherSettings
 from dpkd.run_folder import RunFolder, check_trust
 
@@ -82,11 +81,9 @@ def _refuse_missing(name: str) -> None:
         return
     if is_cached(name):
         return
-    names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    found = f"; did you mean {path.parent / near[0]}?" if near else "."
     raise DpkdError(
-        f"there is no folder {name}{found} --model takes a run folder (dpkd train's output), a model folder or a hub id"
+        f"there is no folder {name}.{nearest(path)} --model takes a run folder (dpkd train's output), a model folder "
+        "or a hub id"
     )
 
 

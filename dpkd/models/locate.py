@@ -45,7 +45,7 @@ def location(settings: ModelSettings) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if is_gguf(name):
         if not path.is_file():
-            raise DpkdError(f"{name} does not exist; expected a .gguf file.{_nearest(path, '*.gguf')}")
+            raise DpkdError(f"{name} does not exist; expected a .gguf file.{nearest(path, '*.gguf')}")
         return {**options, "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     options["pretrained_model_name_or_path"] = name
     if settings.revision:
@@ -54,7 +54,7 @@ def location(settings: ModelSettings) -> dict[str, Any]:
         raise DpkdError(f"{name} is a file; expected the folder that holds it beside config.json, or a .gguf file")
     if not path.is_dir():
         if _is_path(name):
-            raise DpkdError(f"the folder {name} does not exist.{_nearest(path)} {_EXPECTED}")
+            raise DpkdError(f"the folder {name} does not exist.{nearest(path)} {_EXPECTED}")
         if out_of_reach():
             options["local_files_only"] = True  # the hub's client would retry for half a minute
     _check_numbers(path / "config.json")
@@ -127,7 +127,7 @@ def _why(settings: ModelSettings, what: str, error: Exception) -> str:
         )
     found = f"{name} is not a local folder, and the hub did not provide its {what}"
     own = Path("runs", name, "model")
-    near = f" Did you mean {own}?" if own.is_dir() else _nearest(Path(name))
+    near = f" Did you mean {own}?" if own.is_dir() else nearest(Path(name))
     return f"{found}: {first}{near} {_EXPECTED}"
 
 
@@ -136,7 +136,7 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or os.path.isabs(name)
 
 
-def _nearest(path: Path, pattern: str = "*/") -> str:
+def nearest(path: Path, pattern: str = "*/") -> str:
     """The question whether another name in the same folder was meant, or nothing."""
     names = {p.name.lower(): p.name for p in path.parent.glob(pattern)} if path.parent.is_dir() else {}
     near = difflib.get_close_matches(path.name.lower(), list(names), n=1)

@@ -195,8 +195,8 @@ def test_a_folder_that_is_no_whole_model_is_said(here):
     ("name", "said"),
     [
         ("runs/nope", "there is no folder runs/nope. --model takes"),
-        ("runs/dk-1", "there is no folder runs/dk-1; did you mean runs/kd-1? --model takes"),
-        ("runs/kd-1/modle", "there is no folder runs/kd-1/modle; did you mean runs/kd-1/model? --model takes"),
+        ("runs/dk-1", "there is no folder runs/dk-1. Did you mean runs/kd-1? --model takes"),
+        ("runs/kd-1/modle", "there is no folder runs/kd-1/modle. Did you mean runs/kd-1/model? --model takes"),
         ("models/x", "there is no folder models/x. --model takes"),
         ("kd-1", "Did you mean runs/kd-1/model? Name a hub id, or a folder with config.json and model.safetensors "),
     ],

@@ -185,6 +185,18 @@ def test_the_server_may_say_how_long_to_wait(server, tmp_path):
     assert pauses == [7.0, 60.0, 4.0]
 
 
+def test_why_it_takes_longer_is_said_once(server, tmp_path):
+    down = (503, b"overloaded")
+    server.script = [down, down, completion("Score: 6"), down, completion("Score: 7")]
+    said: list[str] = []
+    run(server, tmp_path, 2, say=said.append)
+    place = f"{server.url}/chat/completions"
+    assert len(said) == 2
+    for line, seconds in zip(said, (1, 2), strict=True):
+        assert line.startswith(f"{place}: HTTP 503")
+        assert line.endswith(f"overloaded; asked again in {seconds} s")
+
+
 def test_an_endpoint_that_never_answers_is_an_error_and_keeps_what_was_judged(server, tmp_path):
     server.script = [completion("Score: 8"), (500, b"out of order")]
     with pytest.raises(DpkdError, match=r"gave no answer in 4 attempts; the last failed: HTTP 500 .*out of order"):
