@@ -30,6 +30,13 @@ from dpkd.train.sweep_running import run_sweep
 
 FRESH, STALE = {"text.every": 10, "text.refresh": "every_n_steps"}, {"text.refresh": "once"}
 LM, HOW, BETA = "terms.lm.weight", "loss.aggregation", "loss.beta"
+ENDS = ("first", "last")
+COURSE = (
+    ("chosen", 1, ("first", "lowest", "last")),
+    ("rejected", 1, ("first", "lowest", "last")),
+    ("margin", 0, ENDS),
+    ("gradient", 2, ENDS),
+)
 NUMBERS = ("rouge_l", "forward_kl", "reverse_kl", "tokens", "eos_rate")
 
 
@@ -110,37 +117,39 @@ def numbers(run: SweepRun) -> dict[str, float]:
     files = list((run.folder / "eval").rglob("scores.json"))
     scores = json.loads(files[0].read_text(encoding="utf-8"))["metrics"] if files else {}
     found = {name: scores.get(name, {}).get("mean", math.nan) for name in NUMBERS}
-    for which in ("chosen", "rejected") if run.stage != "start" else ():
-        values = per_token(run.folder, which)
-        found[f"{which} first"], found[f"{which} lowest"] = values[0], min(values)
-        found[f"{which} last"] = sum(values[-3:]) / 3
+    for what, values in series(run.folder).items() if run.stage != "start" else ():
+        found[f"{what} first"], found[f"{what} lowest"] = values[0], min(values)
+        found[f"{what} last"] = sum(values[-3:]) / 3
     log = run.folder.with_name(f"{run.name}.log")
     found["warned"] = float("warning, step" in log.read_text(encoding="utf-8"))
     return found
 
 
-def per_token(folder: Path, which: str) -> list[float]:
-    """log q(y) / |y| of the chosen or the rejected responses at the logged steps."""
-    return [m[f"logp/{which}"] / m[f"length/{which}"] for m in read_run(folder).metrics if f"logp/{which}" in m]
+def series(folder: Path) -> dict[str, list[float]]:
+    """At the logged steps: log q(y) / |y| of chosen and rejected responses, reward margin, norm of the gradient."""
+    logged = [m for m in read_run(folder).metrics if "logp/chosen" in m]
+    logps = {which: [m[f"logp/{which}"] / m[f"length/{which}"] for m in logged] for which in ("chosen", "rejected")}
+    return {**logps, "margin": [m["reward/margin"] for m in logged], "gradient": [m["gradient_norm"] for m in logged]}
 
 
 def table(plan: Plan) -> str:
     """A line for each group of runs that differ in the seed alone: means, and standard deviations over seeds."""
     lines = [
-        "| run | Rouge-L | fKL | rKL | tokens | EOS % | log q(yₜ): first, lowest, last | log q(yₛ) | warned |",
-        "|---|---:|---:|---:|---:|---:|---|---|---|",
+        "| run | Rouge-L | fKL | rKL | tokens | EOS % | log q(yₜ): first, lowest, last | log q(yₛ) "
+        "| margin: first, last | gradient norm | warned |",
+        "|---|---:|---:|---:|---:|---:|---|---|---|---|---|",
     ]
     groups: dict[str, list[dict[str, float]]] = {}
     for run in finished(plan):
         groups.setdefault(without_seed(run.name), []).append(numbers(run))
     for name, of_seeds in groups.items():
         scores = [_mean(of_seeds, key, digits) for key, digits in zip(NUMBERS, (1, 2, 2, 0, 0), strict=True)]
-        logps = [
-            ", ".join(_mean(of_seeds, f"{which} {when}", 1, spread=False) for when in ("first", "lowest", "last"))
-            for which in ("chosen", "rejected")
+        course = [
+            ", ".join(_mean(of_seeds, f"{what} {when}", digits, spread=False) for when in whens)
+            for what, digits, whens in COURSE
         ]
         warned = f"{sum(found['warned'] for found in of_seeds):.0f} of {len(of_seeds)}"
-        lines.append(f"| {' | '.join([name, *scores, *(logps if name != 'start' else ['', '']), warned])} |")
+        lines.append(f"| {' | '.join([name, *scores, *(course if name != 'start' else [''] * len(course)), warned])} |")
     return "\n".join(lines)
 
 

@@ -41,5 +41,6 @@ class RunawayGuard(Callback):
         return (
             f"log q of the chosen responses has fallen from {found.best:.2f} to {found.now:.2f} nats per token, "
             f"and that of the rejected ones even further: the preference pushes the student away from both. A "
-            "likelihood term holds it (terms.lm.weight=1); so do a smaller loss.beta and a lower train.lr."
+            "likelihood term holds it (terms.lm.weight=1), and so do new pairs (text.refresh=every_step); a smaller "
+            "loss.beta or train.clip does not."
         )
