@@ -6,16 +6,20 @@ KL, the gap in the tail the reverse KL, both over the whole vocabulary (§4.2).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import dpkd.functional
 from dpkd.api import Card, LossConfig, LossSpec, Signal, TokenInputs, TokenLoss, Trait, hookimpl, setting
 from dpkd.functional import kl
 from dpkd_zoo.papers import AKL, at
+
+# Heads mostly end among so many tokens; the whole vocabulary is sorted only where one does not.
+FIRST_LOOK = 1024
 
 
 class AKLConfig(LossConfig):
@@ -35,10 +39,21 @@ def _crossing(p_NV: Tensor, mu: float) -> Tensor:
     if not dpkd.functional.free_to_read(p_NV.device):
         return _crossing_by_halves(p_NV, mu)
     # NumPy sorts with the processor's vector instructions: ten times as fast as PyTorch.
-    falling_NV = torch.from_numpy(np.sort(p_NV.numpy(), axis=-1)).flip(-1)
-    past_NV = falling_NV.cumsum(-1) >= mu
+    p, vocabulary = p_NV.numpy(), p_NV.shape[-1]
+    if vocabulary > FIRST_LOOK and bool((p.max(-1) * FIRST_LOOK >= mu).all()):
+        likeliest = np.partition(p, vocabulary - FIRST_LOOK, axis=-1)[:, vocabulary - FIRST_LOOK :]
+        falling_NK, past_NK = _falling(likeliest, mu)
+        if bool(past_NK[:, -1].all()):
+            return falling_NK.gather(-1, past_NK.int().argmax(-1, keepdim=True))
+    falling_NV, past_NV = _falling(p, mu)
     past_NV[:, -1] = True
     return falling_NV.gather(-1, past_NV.int().argmax(-1, keepdim=True))
+
+
+def _falling(p: NDArray[Any], mu: float) -> tuple[Tensor, Tensor]:
+    """Probabilities from the largest to the smallest, and whether each, with all above it, has a mass of μ."""
+    falling = torch.from_numpy(np.sort(p, axis=-1)).flip(-1)
+    return falling, falling.cumsum(-1) >= mu
 
 
 def _crossing_by_halves(p_NV: Tensor, mu: float) -> Tensor:
