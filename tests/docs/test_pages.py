@@ -106,7 +106,8 @@ def test_every_command_exists():
 def test_every_link_leads_somewhere():
     links = re.findall(r"\]\((?!http)([^)]+)\)", EVERYTHING)
     assert len(links) > 5
-    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+    files = {link.partition("#")[0] for link in links}  # the site is built strictly: it looks for the anchors
+    assert [file for file in files if not (ROOT / "docs" / file).exists()] == []
 
 
 def test_the_readme_links_the_pages():
