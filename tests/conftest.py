@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -10,6 +11,10 @@ from typing import Any
 
 import pytest
 from tokenizer_kinds import SHARED, build_tokenizer
+
+# Before torch is imported: tests run side by side, one on each core, and products round by the number of threads, so
+# that their processes must have as many.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 InstallPlugin = Callable[..., Path]
 
