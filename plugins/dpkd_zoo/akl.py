@@ -6,11 +6,10 @@ KL, the gap in the tail the reverse KL, both over the whole vocabulary (§4.2).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 import dpkd.functional
@@ -39,21 +38,21 @@ def _crossing(p_NV: Tensor, mu: float) -> Tensor:
     if not dpkd.functional.free_to_read(p_NV.device):
         return _crossing_by_halves(p_NV, mu)
     # NumPy sorts with the processor's vector instructions: ten times as fast as PyTorch.
-    p, vocabulary = p_NV.numpy(), p_NV.shape[-1]
-    if vocabulary > FIRST_LOOK and bool((p.max(-1) * FIRST_LOOK >= mu).all()):
-        likeliest = np.partition(p, vocabulary - FIRST_LOOK, axis=-1)[:, vocabulary - FIRST_LOOK :]
-        falling_NK, past_NK = _falling(likeliest, mu)
+    vocabulary = p_NV.shape[-1]
+    if vocabulary > FIRST_LOOK and bool((p_NV.amax(-1) * FIRST_LOOK >= mu).all()):
+        rising_NV = np.partition(p_NV.numpy(), vocabulary - FIRST_LOOK, axis=-1)
+        falling_NK, past_NK = _falling(torch.from_numpy(rising_NV[:, -FIRST_LOOK:]), mu)
         if bool(past_NK[:, -1].all()):
             return falling_NK.gather(-1, past_NK.int().argmax(-1, keepdim=True))
-    falling_NV, past_NV = _falling(p, mu)
+    falling_NV, past_NV = _falling(p_NV, mu)
     past_NV[:, -1] = True
     return falling_NV.gather(-1, past_NV.int().argmax(-1, keepdim=True))
 
 
-def _falling(p: NDArray[Any], mu: float) -> tuple[Tensor, Tensor]:
+def _falling(p_NV: Tensor, mu: float) -> tuple[Tensor, Tensor]:
     """Probabilities from the largest to the smallest, and whether each, with all above it, has a mass of μ."""
-    falling = torch.from_numpy(np.sort(p, axis=-1)).flip(-1)
-    return falling, falling.cumsum(-1) >= mu
+    falling_NV = torch.from_numpy(np.sort(p_NV.numpy(), axis=-1)).flip(-1)
+    return falling_NV, falling_NV.cumsum(-1) >= mu
 
 
 def _crossing_by_halves(p_NV: Tensor, mu: float) -> Tensor:
