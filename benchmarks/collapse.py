@@ -1,8 +1,8 @@
 """When sequence-level DPKD collapses: likelihood term, length normalisation, fresh pairs, β, clipping, reference.
 
-Every run begins with the same fine-tuned student. The table has Rouge-L and divergences on
-held-out rows, and what became of the log-probs per token of chosen and rejected responses; the figure has them
-over the steps. Stale pairs are written once and gone over again and again.
+Every run begins with the same fine-tuned student. The table has Rouge-L and divergences on held-out rows, and what
+became of the log-probs per token of chosen and rejected responses; the figure has them over the steps. Stale pairs are
+written once and gone over again and again.
 
     python benchmarks/collapse.py --on stories --folder NEW           # stories260K into two of its five layers
     python benchmarks/collapse.py --on dolly --folder NEW --teacher SMOLLM2 --start RUN/model   # see docs/results.md
@@ -25,11 +25,13 @@ from every_loss import SHARED, STORIES, write_stories
 
 from dpkd.report.reading import read_run
 from dpkd.run_folder import RunFolder
+from dpkd.run_metrics import logps_per_token
 from dpkd.train.sweep import Plan, SweepRun, read_sweep
 from dpkd.train.sweep_running import run_sweep
 
 FRESH, STALE = {"text.every": 10, "text.refresh": "every_n_steps"}, {"text.refresh": "once"}
 LM, HOW, BETA = "terms.lm.weight", "loss.aggregation", "loss.beta"
+# Of the series of a run: the digits, and the values that the table has.
 ENDS = ("first", "last")
 COURSE = (
     ("chosen", 1, ("first", "lowest", "last")),
@@ -127,9 +129,13 @@ def numbers(run: SweepRun) -> dict[str, float]:
 
 def series(folder: Path) -> dict[str, list[float]]:
     """At the logged steps: log q(y) / |y| of chosen and rejected responses, reward margin, norm of the gradient."""
-    logged = [m for m in read_run(folder).metrics if "logp/chosen" in m]
-    logps = {which: [m[f"logp/{which}"] / m[f"length/{which}"] for m in logged] for which in ("chosen", "rejected")}
-    return {**logps, "margin": [m["reward/margin"] for m in logged], "gradient": [m["gradient_norm"] for m in logged]}
+    logged = [(logps, m) for m in read_run(folder).metrics if (logps := logps_per_token(m)) is not None]
+    return {
+        "chosen": [logps[0] for logps, _ in logged],
+        "rejected": [logps[1] for logps, _ in logged],
+        "margin": [m["reward/margin"] for _, m in logged],
+        "gradient": [m["gradient_norm"] for _, m in logged],
+    }
 
 
 def table(plan: Plan) -> str:
@@ -141,7 +147,7 @@ def table(plan: Plan) -> str:
     ]
     groups: dict[str, list[dict[str, float]]] = {}
     for run in finished(plan):
-        groups.setdefault(without_seed(run.name), []).append(numbers(run))
+        groups.setdefault(re.sub(r"-seed_\d+$", "", run.name), []).append(numbers(run))
     for name, of_seeds in groups.items():
         scores = [_mean(of_seeds, key, digits) for key, digits in zip(NUMBERS, (1, 2, 2, 0, 0), strict=True)]
         course = [
@@ -159,10 +165,6 @@ def _mean(of_seeds: list[dict[str, float]], key: str, digits: int, *, spread: bo
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
-def without_seed(name: str) -> str:
-    return re.sub(r"-seed_\d+", "", name)
-
-
 def finished(plan: Plan) -> list[SweepRun]:
     """The runs with a model."""
     return [run for run in plan.runs if RunFolder(run.folder).is_finished]
@@ -178,15 +180,15 @@ def draw(plan: Plan, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = {
-        "log q(yₜ) per token": lambda m: m["logp/chosen"] / m["length/chosen"],
-        "log q(yₛ) per token": lambda m: m["logp/rejected"] / m["length/rejected"],
+        "log q(yₜ) per token": lambda m: logps_per_token(m)[0],
+        "log q(yₛ) per token": lambda m: logps_per_token(m)[1],
         "reverse KL": lambda m: m["kl/reverse"],
         "reward margin": lambda m: m["reward/margin"],
         "length of yₛ": lambda m: m["length/rejected"],
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
     for run in (run for run in pairs(plan) if run.turn == 0):
-        metrics = [m for m in read_run(run.folder).metrics if "logp/chosen" in m]
+        metrics = [m for m in read_run(run.folder).metrics if logps_per_token(m) is not None]
         style = "-" if "weight_1.0" in run.name else "--"
         for axis, (title, of) in zip(axes, panels.items(), strict=True):
             axis.plot([m["step"] for m in metrics], [of(m) for m in metrics], style, lw=1.2, label=run.name)
