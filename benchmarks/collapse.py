@@ -25,7 +25,7 @@ from every_loss import SHARED, STORIES, write_stories
 
 from dpkd.report.reading import read_run
 from dpkd.run_folder import RunFolder
-from dpkd.run_metrics import logps_per_token
+from dpkd.run_metrics import collapse_step, logps_per_token
 from dpkd.train.sweep import Plan, SweepRun, read_sweep
 from dpkd.train.sweep_running import run_sweep
 
@@ -122,8 +122,7 @@ def numbers(run: SweepRun) -> dict[str, float]:
     for what, values in series(run.folder).items() if run.stage != "start" else ():
         found[f"{what} first"], found[f"{what} lowest"] = values[0], min(values)
         found[f"{what} last"] = sum(values[-3:]) / 3
-    log = run.folder.with_name(f"{run.name}.log")
-    found["warned"] = float("warning, step" in log.read_text(encoding="utf-8"))
+    found["warned"] = float(collapse_step(read_run(run.folder).metrics) is not None)  # as the run's own warning
     return found
 
 

@@ -57,6 +57,20 @@ def test_it_speaks_when_the_student_leaves_its_teacher():
     assert "from 1.35 to 2.28 nats" in words[0]
 
 
+# Of benchmarks/collapse.py on stories, every tenth step: `dpo` on pairs written once; `dpkd-ipo` on new ones, whose
+# divergence rises at first, too, and comes back.
+RISES_AT_ONCE = (1.637, 2.276, 3.046, 2.84, 2.761, 2.925, 2.979)
+RISES_AND_FALLS = (1.637, 2.791, 2.777, 2.179, 1.92, 2.089, 2.363, 1.779, 1.322, 1.329, 1.283)
+
+
+def test_it_speaks_when_the_student_left_its_teacher_at_once():
+    # (1.637 + 2.276 + 3.046) / 3 = 2.32 is the lowest mean, and nothing later is 1.5 times that. The first value is:
+    # (2.276 + 3.046 + 2.84) / 3 = 2.721, 1.084 above it, and then (3.046 + 2.84 + 2.761) / 3 = 2.882, 1.245 above it.
+    assert collapse_step(of_divergences(*RISES_AT_ONCE)) == 40
+    # (2.791 + 2.777 + 2.179) / 3 = 2.582 is more than 1.5 times the first value, and 0.945 above it.
+    assert collapse_step(of_divergences(*RISES_AND_FALLS)) is None
+
+
 def test_it_is_silent_where_the_divergence_is_noise_or_small():
     assert collapse_step(of_divergences(*STALE_WITH_LM)) is None
     assert collapse_step(of_divergences(*FRESH)) is None
