@@ -37,22 +37,22 @@ def _crossing(p_NV: Tensor, mu: float) -> Tensor:
     """The probability `[N, 1]` of the token that crosses μ: the largest one that, with all above, has a mass of μ."""
     if not dpkd.functional.free_to_read(p_NV.device):
         return _crossing_by_halves(p_NV, mu)
-    # NumPy sorts with the processor's vector instructions: ten times as fast as PyTorch.
     vocabulary = p_NV.shape[-1]
     if vocabulary > FIRST_LOOK and bool((p_NV.amax(-1) * FIRST_LOOK >= mu).all()):
         rising_NV = np.partition(p_NV.numpy(), vocabulary - FIRST_LOOK, axis=-1)
-        falling_NK, past_NK = _falling(torch.from_numpy(rising_NV[:, -FIRST_LOOK:]), mu)
-        if bool(past_NK[:, -1].all()):
-            return falling_NK.gather(-1, past_NK.int().argmax(-1, keepdim=True))
-    falling_NV, past_NV = _falling(p_NV, mu)
-    past_NV[:, -1] = True
-    return falling_NV.gather(-1, past_NV.int().argmax(-1, keepdim=True))
+        crossing_N1, places_N1 = _in_order(torch.from_numpy(rising_NV[:, -FIRST_LOOK:]), mu)
+        if bool((places_N1 < FIRST_LOOK).all()):
+            return crossing_N1
+    return _in_order(p_NV, mu)[0]
 
 
-def _falling(p_NV: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-    """Probabilities from the largest to the smallest, and whether each, with all above it, has a mass of μ."""
+def _in_order(p_NV: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    """The token that crosses μ and its place `[N, 1]` from the likeliest: V and the last token where none does."""
+    # NumPy sorts with the processor's vector instructions: ten times as fast as PyTorch.
     falling_NV = torch.from_numpy(np.sort(p_NV.numpy(), axis=-1)).flip(-1)
-    return falling_NV, falling_NV.cumsum(-1) >= mu
+    mass_NV = falling_NV.cumsum(-1)
+    places_N1 = torch.searchsorted(mass_NV, mass_NV.new_full((len(mass_NV), 1), mu))
+    return falling_NV.gather(-1, places_N1.clamp(max=mass_NV.shape[-1] - 1)), places_N1
 
 
 def _crossing_by_halves(p_NV: Tensor, mu: float) -> Tensor:
@@ -77,8 +77,8 @@ def head_share(log_p_NV: Tensor, log_q_NV: Tensor, mu: float, boundary: str) -> 
     crossing_N1 = _crossing(p_NV, mu)
     gap_NV = (p_NV - log_q_NV.exp()).abs_()
     total_N = gap_NV.sum(-1)
-    # Products with 0 and 1: to mask takes three times as long on a CPU.
-    above_NV, equal_NV = ((p_NV > crossing_N1).to(p_NV.dtype), (p_NV == crossing_N1).to(p_NV.dtype))
+    # Products with floats that are 0 and 1: on a CPU masks, and comparisons into bools, take several times as long.
+    above_NV, equal_NV = p_NV.clone().gt_(crossing_N1), p_NV.clone().eq_(crossing_N1)
     mass_N, head_N = (p_NV * above_NV).sum(-1), (gap_NV * above_NV).sum(-1)
     equals_N, of_equals_N = equal_NV.sum(-1), (gap_NV * equal_NV).sum(-1)
     # The paper asks for the mass before a token: as long as it is below μ, the token is needed to reach μ.
