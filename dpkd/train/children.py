@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+import torch
+
 _CHILD = "from dpkd.train.children import die_with_parent; die_with_parent(); from {module} import main; main()"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -64,6 +66,15 @@ class Children:
                 self.stopped_by = number
             for process in self._running:
                 process.send_signal(number)
+
+
+def environment(device: str | None = None, side_by_side: int = 1) -> dict[str, str]:
+    """The variables of a process on one device (None: on all) that is one of so many.
+
+    It has its share of the cores, where the user did not set OMP_NUM_THREADS: PyTorch would take all of them in each.
+    """
+    threads = {} if side_by_side == 1 else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // side_by_side))}
+    return {**threads, **os.environ, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
 
 
 def die_with_parent() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import subprocess
 import time
 import traceback
@@ -40,7 +39,7 @@ from dpkd.plugins import Registry
 from dpkd.report.card import rescore
 from dpkd.run_folder import RunFolder
 from dpkd.train.accelerate_state import own_accelerate_state
-from dpkd.train.children import Children
+from dpkd.train.children import Children, environment
 from dpkd.train.resume import resume_folder
 from dpkd.train.run import train
 from dpkd.train.sweep import EvaluateOptions, Plan, SweepRun
@@ -241,8 +240,9 @@ def _is_trusted(plan: Plan, run: SweepRun, registry: Registry) -> bool:
 class Isolated(Runner):
     """Each run, and each evaluation, in a process of its own, on one device if one is named."""
 
-    def __init__(self, started: Children, registry: Registry, device: str | None = None) -> None:
-        self.started, self.registry, self.device = started, registry, device
+    def __init__(self, started: Children, registry: Registry, device: str | None = None, workers: int = 1) -> None:
+        """One of so many `workers`."""
+        self.started, self.registry, self.device, self.workers = started, registry, device, workers
 
     def train(self, plan: Plan, run: SweepRun) -> str | None:
         if RunFolder(run.folder).config.is_file():
@@ -264,15 +264,13 @@ class Isolated(Runner):
 
     def _command(self, arguments: Sequence[str], run: SweepRun) -> str | None:
         """Run `dpkd ...`; its output goes to NAME.log. Returns the last line of a failure; raises Stopped."""
-        environment = dict(os.environ)
-        if self.device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = self.device
         log = log_of(run)
         with open_log(log) as file:
             file.write(f"$ dpkd {' '.join(arguments)}\n")
             file.flush()
             began = time.monotonic()
-            code = self.started.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            own = environment(self.device, self.workers)
+            code = self.started.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=own)
             file.write(f"# exit {code}, {time.monotonic() - began:.0f} s\n")
         if code == 0:
             return None

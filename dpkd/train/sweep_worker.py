@@ -19,7 +19,7 @@ from dpkd.errors import Stopped
 from dpkd.io import open_log
 from dpkd.plugins import load_registry
 from dpkd.run_folder import SweepFolder
-from dpkd.train.children import Children
+from dpkd.train.children import Children, environment
 from dpkd.train.interrupt import StopSignal, on_stop
 from dpkd.train.sweep import Plan, SweepRun, SweepSettings
 from dpkd.train.sweep_runners import InProcess, Runner
@@ -85,7 +85,7 @@ class Worker(Runner):
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": self.device},
+                env=environment(self.device, self.workers),
             )
         if process is not None:
             self._process = process

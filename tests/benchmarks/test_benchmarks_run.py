@@ -16,6 +16,9 @@ SHARED = Path(os.environ.get("DPKD_SHARED", ROOT.parent / "shared"))
 needs_tokenizer = pytest.mark.skipif(
     not (SHARED / "tokenizers/gpt2").is_dir(), reason="no tokenizers in the shared folder (DPKD_SHARED)"
 )
+needs_stories = pytest.mark.skipif(
+    not (SHARED / "models/stories260K").is_dir(), reason="no stories260K in the shared folder (DPKD_SHARED)"
+)
 # TRL's and transformers' own warnings are not ours to mend.
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -182,3 +185,35 @@ def test_ranks_of_runs(bench):
     """By hand: 1 - 6 Σ d² / (n (n² - 1)), with d = 0, 1, -1 for one metric and the order turned round for the other."""
     runs = [{"rouge_l": r, "nll": n, "up": u, "same": 1.0} for r, n, u in ((1, 3, 1), (2, 2, 9), (3, 1, 4))]
     assert bench("rank").ranks([*runs]) == pytest.approx({"nll": -1.0, "up": 1 - 6 * 2 / 24})
+
+
+@needs_stories
+def test_evidence_on_stories_has_every_stage_of_the_file(bench, tmp_path):
+    evidence = bench("evidence_stories")
+    values = evidence.sweep(tmp_path)
+    file = evidence.yaml.safe_load(evidence.FILE.read_text(encoding="utf-8"))
+    assert list(values["stages"]) == list(file["stages"])
+    assert values["evaluate"]["stages"] == file["evaluate"]["stages"]
+    assert {*evidence.STEPS, *evidence.DEV_EVERY, *evidence.RATES} <= set(file["stages"])
+    path = tmp_path / "sweep.yaml"
+    path.write_text(evidence.yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    runs = evidence.read_sweep(path).runs  # checks the settings of each
+    seeds = [run.settings.get("seed") for run in runs if run.stage == "pairs"]
+    assert {seeds.count(seed) for seed in (10, 20, 30)} == {6}
+
+
+@needs_stories
+def test_rows_of_the_task_on_stories(bench, tmp_path, monkeypatch):
+    evidence = bench("evidence_stories")
+    monkeypatch.setattr(evidence, "ROWS", {"train": 4, "dev": 2, "eval": 2})
+    monkeypatch.setattr(evidence, "BEGINNINGS", 60)
+    evidence.write_task(tmp_path)
+    rows = [
+        json.loads(line)
+        for name in evidence.ROWS
+        for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert len({row["prompt"] for row in rows}) == len(rows) == 8
+    for row in rows:
+        assert row["prompt"].startswith(evidence.BEGINNING)
+        assert len(evidence.sentences(row["completion"] + " The")) == 2

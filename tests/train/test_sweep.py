@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ from dpkd.errors import DpkdError, SettingsError
 from dpkd.plugins import load_registry
 from dpkd.run_folder import RunFolder
 from dpkd.train import checkpoint, prepare, sweep_running, sweep_worker
-from dpkd.train.children import Children
+from dpkd.train.children import Children, environment
 from dpkd.train.sweep import read_sweep
 from dpkd.train.sweep_runners import InProcess, Runner
 from dpkd.train.sweep_running import run_sweep, summary
@@ -294,6 +295,18 @@ def test_the_log_of_a_run_says_where_its_time_went(written, tmp_path):
 def test_settings_that_are_no_block_are_a_mistake_with_its_place(written, value):
     with pytest.raises(SettingsError, match="settings"):
         read_sweep(written(settings=value))
+
+
+def test_processes_side_by_side_share_the_cores_unless_told(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 5)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert environment()["CUDA_VISIBLE_DEVICES"] == "7"
+    assert "OMP_NUM_THREADS" not in environment()
+    assert environment("1", 2) == {**os.environ, "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "2"}
+    assert environment("0", 8)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment("0", 8)["OMP_NUM_THREADS"] == "3"
 
 
 @pytest.fixture
