@@ -26,7 +26,7 @@ from dpkd.api import SamplingSettings
 from dpkd.models.loading import load_model, load_tokenizer
 from dpkd.models.settings import ModelSettings
 from dpkd.report.experiment import read_experiment
-from dpkd.report.ranking import Standing, standings
+from dpkd.report.ranking import Standing, sets_of, standings
 from dpkd.rollout.sampling import sample
 from dpkd.train.sweep import read_sweep
 from dpkd.train.sweep_running import run_sweep
@@ -47,14 +47,14 @@ SETTINGS: dict[str, Any] = {
     "train.min_lr": 1e-5,
 }
 # By stage, over the file's.
-STEPS = {"teacher": 200, "start": 600, "lr-token": 50, "lr-pair": 50, "lr-rollout": 50}
-DEV_EVERY = {"teacher": 50, "start": 50, "lr-token": 50, "lr-pair": 50, "lr-rollout": 50}
+STEPS = {"teacher": 200, "start": 600, "lr-token": 50, "lr-pair": 50, "lr-rollout": 50, "lr-greedy": 50}
 RATES: dict[str, float | list[float]] = {
     "teacher": 1e-3,
     "start": 3e-3,
     "lr-token": [3e-4, 1e-3, 3e-3],
     "lr-pair": [3e-5, 1e-4, 3e-4, 1e-3],
     "lr-rollout": [3e-5, 1e-4, 3e-4, 1e-3],
+    "lr-greedy": [3e-5, 1e-4, 3e-4, 1e-3],
 }
 COLUMNS = {"nll": 3, "forward_kl": 3, "reverse_kl": 3, "exact_match": 1, "distinct_2": 1, "tokens": 0, "eos_rate": 0}
 
@@ -110,11 +110,12 @@ def sweep(folder: Path) -> dict[str, Any]:
     values["output"] = str(folder / "runs")
     values["seeds"] = [10, 20, 30]
     values["settings"] |= {**SETTINGS, "data.path": str(folder / "train.jsonl"), "dev.path": str(folder / "dev.jsonl")}
+    add_greedy(values["stages"])
+    values["evaluate"]["stages"].append("greedy")
     for name, stage in values["stages"].items():
         settings = stage["settings"]
-        settings |= {"train.steps": STEPS[name]} if name in STEPS else {}
-        if name in DEV_EVERY:
-            settings |= {"dev.every": DEV_EVERY[name], "dev.limit": ROWS["dev"]}
+        if name in STEPS:
+            settings |= {"train.steps": STEPS[name], "dev.every": 50, "dev.limit": ROWS["dev"]}
         rate = RATES.get(name)
         if isinstance(rate, list):
             stage["matrix"] = {"train.lr": rate}
@@ -125,6 +126,13 @@ def sweep(folder: Path) -> dict[str, Any]:
     return values
 
 
+def add_greedy(stages: dict[str, Any]) -> None:
+    """The preset `dpkd-greedy`, with a rate of its own: the file has its loss at the rate of `dpkd` alone."""
+    greedy = {"loss.name": "dpkd-greedy"}
+    stages["lr-greedy"] = {**stages["lr-pair"], "settings": stages["lr-pair"]["settings"] | greedy}
+    stages["greedy"] = {"settings": stages["pairs"]["settings"] | greedy | {"train.lr": "{lr-greedy.train.lr}"}}
+
+
 def table(runs: Path) -> str:
     """The methods, best first: means, and standard deviations over training seeds; p corrected for their number."""
     experiment = read_experiment(runs)
@@ -132,11 +140,21 @@ def table(runs: Path) -> str:
         f"| method | Rouge-L ↑ | p against {experiment.baseline} | {' | '.join(COLUMNS)} | seconds |",
         f"|---|---:|---:|{'---:|' * len(COLUMNS)}---:|",
     ]
-    lines += [_line(one) for one in standings(experiment, "eval")]
-    for name, choice in experiment.choices.items():
-        tried = ", ".join(f"{run.rpartition('_')[2]} ({value:.1f})" for run, value in choice["values"].items())
-        lines.append(f"\n{name}: {tried}; chosen {choice['run'].rpartition('_')[2]}")
+    (name,) = sets_of(experiment, ranked=True)
+    lines += [_line(one) for one in standings(experiment, name)]
+    for stage, choice in experiment.choices.items():
+        tried = ", ".join(f"{_rate(run)}: {value:.1f}" for run, value in choice["values"].items())
+        lines.append(f"\n{stage}: {tried}; chosen {_rate(choice['run'])}")
     return "\n".join(lines)
+
+
+def _rate(run: str) -> str:
+    """The learning rate in the name of a run.
+
+    >>> _rate("lr-pair-lr_3e_05")
+    '3e-05'
+    """
+    return run.rpartition("-lr_")[2].replace("_", "-")
 
 
 def _line(one: Standing) -> str:
