@@ -33,7 +33,7 @@ from dpkd.train.sweep_running import run_sweep
 
 FILE = Path(__file__).parents[1] / "configs" / "sweeps" / "evidence-cpu.yaml"
 BEGINNING, BEGINNINGS = "Once upon a time", 4000
-ROWS = {"train": 1000, "dev": 100, "eval": 200}
+ROWS = {"train": 1000, "dev": 100, "held_out": 200}
 SETTINGS: dict[str, Any] = {
     "teacher.model": str(STORIES),
     "student.layers": 1,
@@ -56,11 +56,11 @@ RATES: dict[str, float | list[float]] = {
     "lr-rollout": [3e-5, 1e-4, 3e-4, 1e-3],
     "lr-greedy": [3e-5, 1e-4, 3e-4, 1e-3],
 }
-COLUMNS = {"nll": 3, "forward_kl": 3, "reverse_kl": 3, "exact_match": 1, "distinct_2": 1, "tokens": 0, "eos_rate": 0}
+COLUMNS = {"nll": 3, "forward_kl": 3, "reverse_kl": 3, "distinct_2": 1, "tokens": 0, "eos_rate": 0}
 
 
 def write_task(folder: Path) -> None:
-    """train.jsonl, dev.jsonl and eval.jsonl: the first sentences of a story, and the two after them; no row twice."""
+    """train.jsonl, dev.jsonl, held_out.jsonl: the first sentence of a story, and the two after it; no row twice."""
     paths = [folder / f"{name}.jsonl" for name in ROWS]
     if all(path.exists() for path in paths):
         return
@@ -121,8 +121,8 @@ def sweep(folder: Path) -> dict[str, Any]:
             stage["matrix"] = {"train.lr": rate}
         elif rate is not None:
             settings["train.lr"] = rate
-    values["evaluate"]["data"] = [str(folder / "eval.jsonl")]
-    values["evaluate"]["options"] |= {"seeds": "10,20,30", "limit": ROWS["eval"], "batch_size": 64, "set": {}}
+    values["evaluate"]["data"] = [str(folder / "held_out.jsonl")]
+    values["evaluate"]["options"] |= {"seeds": "10,20,30", "limit": ROWS["held_out"], "batch_size": 64, "set": {}}
     return values
 
 

@@ -205,7 +205,7 @@ def test_evidence_on_stories_has_every_stage_of_the_file(bench, tmp_path):
 @needs_stories
 def test_rows_of_the_task_on_stories(bench, tmp_path, monkeypatch):
     evidence = bench("evidence_stories")
-    monkeypatch.setattr(evidence, "ROWS", {"train": 4, "dev": 2, "eval": 2})
+    monkeypatch.setattr(evidence, "ROWS", {"train": 4, "dev": 2, "held_out": 2})
     monkeypatch.setattr(evidence, "BEGINNINGS", 60)
     evidence.write_task(tmp_path)
     rows = [
