@@ -110,8 +110,6 @@ def sweep(folder: Path) -> dict[str, Any]:
     values["output"] = str(folder / "runs")
     values["seeds"] = [10, 20, 30]
     values["settings"] |= {**SETTINGS, "data.path": str(folder / "train.jsonl"), "dev.path": str(folder / "dev.jsonl")}
-    add_greedy(values["stages"])
-    values["evaluate"]["stages"].append("greedy")
     for name, stage in values["stages"].items():
         settings = stage["settings"]
         if name in STEPS:
@@ -124,13 +122,6 @@ def sweep(folder: Path) -> dict[str, Any]:
     values["evaluate"]["data"] = [str(folder / "held_out.jsonl")]
     values["evaluate"]["options"] |= {"seeds": "10,20,30", "limit": ROWS["held_out"], "batch_size": 64, "set": {}}
     return values
-
-
-def add_greedy(stages: dict[str, Any]) -> None:
-    """The preset `dpkd-greedy`, with a rate of its own: the file has its loss at the rate of `dpkd` alone."""
-    greedy = {"loss.name": "dpkd-greedy"}
-    stages["lr-greedy"] = {**stages["lr-pair"], "settings": stages["lr-pair"]["settings"] | greedy}
-    stages["greedy"] = {"settings": stages["pairs"]["settings"] | greedy | {"train.lr": "{lr-greedy.train.lr}"}}
 
 
 def table(runs: Path) -> str:
