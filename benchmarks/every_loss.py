@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import dpkd
@@ -61,26 +62,31 @@ def write_stories(folder: Path, count: int = 700) -> tuple[Path, Path]:
     files = folder / "stories.jsonl", folder / "held_out.jsonl"
     if all(path.exists() for path in files):
         return files
-    settings = ModelSettings(model=str(STORIES))
-    tokenizer, model = load_tokenizer(settings), load_model(settings, device="cpu", dtype=None)
     start = "Once upon a time"
-    sampled = sample(
-        model,
-        [tokenizer(start)["input_ids"]] * count,
-        SamplingSettings(max_new_tokens=90, batch_size=128),
-        eos_ids={tokenizer.eos_token_id},
-        pad_id=tokenizer.pad_token_id,
-        seeds=list(range(count)),
-    )
     rng, rows = random.Random(0), []
-    for one in sampled:
-        words = (start + tokenizer.decode(one.response_ids, skip_special_tokens=True)).split(" ")
+    for text in continued([start] * count, 90):
+        words = (start + text).split(" ")
         cut = rng.randint(5, 12)
         rows.append({"prompt": " ".join(words[:cut]), "completion": " " + " ".join(words[cut:])})
     folder.mkdir(parents=True, exist_ok=True)
     for path, part in zip(files, (rows[:-100], rows[-100:]), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     return files
+
+
+def continued(prompts: Sequence[str], tokens: int, temperature: float = 1.0) -> list[str]:
+    """What stories260K writes after each prompt, seeds 0, 1, 2 …"""
+    settings = ModelSettings(model=str(STORIES))
+    tokenizer, model = load_tokenizer(settings), load_model(settings, device="cpu", dtype=None)
+    sampled = sample(
+        model,
+        [tokenizer(prompt)["input_ids"] for prompt in prompts],
+        SamplingSettings(max_new_tokens=tokens, batch_size=128, temperature=temperature),
+        eos_ids={tokenizer.eos_token_id},
+        pad_id=tokenizer.pad_token_id,
+        seeds=list(range(len(prompts))),
+    )
+    return [tokenizer.decode(one.response_ids, skip_special_tokens=True) for one in sampled]
 
 
 def train(loss: str, teacher: Path, data: Path, settings: dict[str, object], output: Path) -> float:

@@ -15,19 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from every_loss import STORIES
+from every_loss import STORIES, continued
 
-from dpkd.api import SamplingSettings
-from dpkd.models.loading import load_model, load_tokenizer
-from dpkd.models.settings import ModelSettings
 from dpkd.report.experiment import read_experiment
 from dpkd.report.ranking import Standing, sets_of, standings
-from dpkd.rollout.sampling import sample
 from dpkd.train.sweep import read_sweep
 from dpkd.train.sweep_running import run_sweep
 
@@ -87,21 +82,6 @@ def sentences(text: str) -> list[str]:
     [' He ran.', 'She sat!']
     """
     return re.split(r"(?<=[.!?\"])\s+(?=[A-Z\"])", text)[:-1]
-
-
-def continued(prompts: Sequence[str], tokens: int, temperature: float) -> list[str]:
-    """What stories260K writes after each prompt, seeds 0, 1, 2 …"""
-    settings = ModelSettings(model=str(STORIES))
-    tokenizer, model = load_tokenizer(settings), load_model(settings, device="cpu", dtype=None)
-    sampled = sample(
-        model,
-        [tokenizer(prompt)["input_ids"] for prompt in prompts],
-        SamplingSettings(max_new_tokens=tokens, batch_size=128, temperature=temperature),
-        eos_ids={tokenizer.eos_token_id},
-        pad_id=tokenizer.pad_token_id,
-        seeds=list(range(len(prompts))),
-    )
-    return [tokenizer.decode(one.response_ids, skip_special_tokens=True) for one in sampled]
 
 
 def sweep(folder: Path) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def _runners(handler: Children | StopSignal, devices: Sequence[str], isolate: bo
     if not isinstance(handler, Children):
         return [InProcess(registry)]
     if isolate:
-        return [Isolated(handler, registry, device, max(1, len(devices))) for device in devices or (None,)]
+        beside = devices or (None,)
+        return [Isolated(handler, registry, device, len(beside)) for device in beside]
     return [Worker(handler, device, number, len(devices)) for number, device in enumerate(devices, 1)]
 
 

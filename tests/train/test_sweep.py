@@ -309,6 +309,22 @@ def test_processes_side_by_side_share_the_cores_unless_told(monkeypatch):
     assert environment("0", 8)["OMP_NUM_THREADS"] == "3"
 
 
+def test_each_way_to_run_side_by_side_gives_its_share(written, tmp_path, monkeypatch):
+    """Neither starts anything: what it would start a process with is recorded."""
+    given = []
+    monkeypatch.setattr(Children, "start", lambda self, module, arguments, **options: given.append(options["env"]))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    plan, registry = read_sweep(written()), load_registry()
+    (tmp_path / "runs").mkdir()
+    for isolate in (False, True):
+        (first, second) = sweep_running._runners(Children(), ["3", "5"], isolate, registry)
+        first.train(plan, plan.runs[0])
+        second.train(plan, plan.runs[0])
+    told = [(env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]) for env in given]
+    assert told == [("3", "4"), ("5", "4")] * 2
+
+
 @pytest.fixture
 def workers(monkeypatch):
     """The processes that a sweep on devices has started, in their order."""
